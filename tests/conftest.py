@@ -1,0 +1,31 @@
+"""Fixtures: a HOME of one's own and a receiver, both gone after the test."""
+
+import sys
+
+import pytest
+
+sys.path.insert(0, __file__.rsplit("/", 1)[0])
+sys.dont_write_bytecode = True
+
+from support import Home, Receiver, load_script  # noqa: E402
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A fresh HOME; whatever still runs in it at the end of the test is ended."""
+    found = Home(tmp_path / "home")
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def receiver():
+    """A receiver on loopback that answers 200."""
+    with Receiver() as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def script():
+    """The script as a module."""
+    return load_script()

@@ -1,0 +1,240 @@
+"""What the tests share: the script as Claude Code runs it, and a real receiver."""
+
+import contextlib
+import http.server
+import json
+import os
+import pathlib
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+import time
+
+TESTS = pathlib.Path(__file__).resolve().parent
+ROOT = TESTS.parent
+SCRIPT = ROOT / "telemhq_ping.py"
+FIXTURES = TESTS / "fixtures"
+TOKEN = "SECRETTOKEN0123456789"  # the credential in every test URL: must never leak
+
+
+def event(name, **changes):
+    """The real event `tests/fixtures/events/<name>.json`, with some fields changed."""
+    found = json.loads((FIXTURES / "events" / (name + ".json")).read_text("utf-8"))
+    found.update(changes)
+    return found
+
+
+class Request:
+    """One request as the receiver saw it; `at` is monotonic seconds."""
+
+    def __init__(self, method, path, headers, body):
+        self.method, self.path, self.headers, self.body = method, path, headers, body
+        self.at = time.monotonic()
+
+    @property
+    def ping(self):
+        return json.loads(self.body)
+
+
+class Receiver:
+    """An HTTP(S) server on 127.0.0.1 that keeps every request.
+
+    `answer` is a status, or a function Request -> status or (status, headers, body).
+    It may sleep or raise. `most_at_once` is the most requests ever in flight.
+    """
+
+    def __init__(self, answer=200, port=0, tls=None):
+        self.answer, self.requests, self.most_at_once = answer, [], 0
+        in_flight, guard, outer = [0], threading.Lock(), self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            timeout = 30
+
+            def serve(self):
+                length = int(self.headers.get("Content-Length") or 0)
+                request = Request(
+                    self.command, self.path, self.headers, self.rfile.read(length)
+                )
+                with guard:
+                    in_flight[0] += 1
+                    outer.most_at_once = max(outer.most_at_once, in_flight[0])
+                    outer.requests.append(request)
+                try:
+                    found = outer.answer
+                    found = found(request) if callable(found) else found
+                    status, headers, body = (
+                        found if isinstance(found, tuple) else (found, {}, b"")
+                    )
+                finally:
+                    with guard:
+                        in_flight[0] -= 1
+                with contextlib.suppress(OSError):
+                    self.send_response(status)
+                    for name, value in headers.items():
+                        self.send_header(name, value)
+                    self.send_header("Content-Length", str(len(body)))
+                    self.end_headers()
+                    self.wfile.write(body)
+
+            do_POST = do_GET = do_HEAD = do_PUT = do_CONNECT = serve
+
+            def log_message(self, *_):
+                """Nothing: the tests read `requests`."""
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads, request_queue_size, block_on_close = True, 256, False
+
+            def handle_error(self, *_):
+                """Clients that go away are part of the tests."""
+
+        self.server = Server(("127.0.0.1", port), Handler)
+        if tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            self.server.socket = context.wrap_socket(
+                self.server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.port = self.server.server_address[1]
+        self.scheme = "https" if tls else "http"
+        self.url = "%s://127.0.0.1:%d/ping/%s" % (self.scheme, self.port, TOKEN)
+        self.thread = threading.Thread(
+            target=self.server.serve_forever, args=(0.02,), daemon=True
+        )
+        self.thread.start()
+
+    @property
+    def pings(self):
+        """Every ping received so far, in order, repeats included."""
+        return [request.ping for request in list(self.requests)]
+
+    def wait_for(self, count, timeout=15):
+        """Wait until `count` requests have arrived; give the pings."""
+        wait_until(lambda: len(self.requests) >= count, timeout)
+        return self.pings
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+def wait_until(true, timeout=15, every=0.02):
+    """Wait until `true()` holds; AssertionError when it does not in time."""
+    end = time.monotonic() + timeout
+    while not true():
+        assert time.monotonic() < end, "not within %g s" % timeout
+        time.sleep(every)
+
+
+def dead_url():
+    """A loopback URL where nothing listens."""
+    with Receiver() as receiver:
+        return receiver.url
+
+
+class Home:
+    """A HOME of its own: environment, state directory, and the processes in it."""
+
+    def __init__(self, path):
+        self.path = pathlib.Path(path)
+        self.project = self.path / "acme" / "api"
+        self.project.mkdir(parents=True)
+        self.state = self.path / ".claude" / "telemhq"
+
+    def env(self, url=None, **more):
+        """A clean environment, as small as Claude Code's users may have."""
+        found = {"HOME": str(self.path), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+        if url is not None:
+            found["TELEMHQ_PING_URL"] = url
+        found.update({name: str(value) for name, value in more.items()})
+        return found
+
+    def hook(self, sent, url=None, python=sys.executable, cwd=None, timeout=30, **more):
+        """Run the script as Claude Code does: sh -c, pipes, its own session.
+
+        `sent` is an event or the bytes on stdin; gives a CompletedProcess (bytes).
+        """
+        raw = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+        return subprocess.run(
+            ["/bin/sh", "-c", "exec %s -I -S %s" % (python, SCRIPT)],
+            input=raw, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=self.env(url, **more), cwd=str(cwd or self.project),
+            start_new_session=True, timeout=timeout,
+        )  # fmt: skip
+
+    def destination(self):
+        """The one destination's directory."""
+        (found,) = [path for path in self.state.iterdir() if path.is_dir()]
+        return found
+
+    def waiting(self):
+        """The paths of the pings in every outbox, oldest first."""
+        return sorted(self.state.glob("*/outbox/[0-9]*.json"), key=lambda p: p.name)
+
+    def state_json(self):
+        """state.json of the one destination, {} when there is none yet."""
+        try:
+            return json.loads((self.destination() / "state.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def set_state(self, **values):
+        """Write state.json of the one destination: the given values and no other."""
+        (self.destination() / "state.json").write_text(json.dumps(values))
+
+    def processes(self):
+        """The ids of this script's live processes that belong to this HOME (Linux)."""
+        found, mark = [], b"HOME=" + os.fsencode(str(self.path))
+        for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
+            if not entry.isdigit() or int(entry) == os.getpid():
+                continue
+            with contextlib.suppress(OSError):
+                line = pathlib.Path("/proc", entry, "cmdline").read_bytes()
+                if os.fsencode(SCRIPT.name) not in line:
+                    continue
+                environ = pathlib.Path("/proc", entry, "environ").read_bytes()
+                if mark in environ.split(b"\0"):
+                    found.append(int(entry))
+        return found
+
+    def quiet(self, timeout=15):
+        """Wait until no process of this HOME runs any more."""
+        wait_until(lambda: not self.processes(), timeout)
+
+    def end(self):
+        """End every process of this HOME, by id."""
+        for pid in self.processes():
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def wait_lock_free(path, timeout=15):
+    """Wait until nobody holds the flock of `path`."""
+    import fcntl
+
+    def free():
+        with open(path, "a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+            return True
+
+    wait_until(free, timeout)
+
+
+def load_script():
+    """The script as a module, for tables over its pure functions."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("telemhq_ping", str(SCRIPT))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
