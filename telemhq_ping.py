@@ -4,124 +4,109 @@
 A hook script for Claude Code: one file, standard library only, Python 3.8 or newer.
 
 What runs when
-    hook     no arguments, an event of Claude Code on stdin: turns the event into a ping,
-             writes the ping into the outbox, starts a sender, exits. No network.
-    sender   `--sender FD`, started by a hook, detached, at most one per destination:
-             POSTs what waits, oldest first; ends when the outbox is empty or after 60 s.
-    A person runs the commands: see `--help`.
-
+    hook     (no arguments, an event on stdin) makes the event a ping, puts it into the
+             outbox, starts a sender, exits. No network.
+    sender   (--sender FD) detached, at most one per destination: POSTs what waits, the
+             oldest first; ends when the outbox is empty, at the latest after 60 s.
+    For the commands, which a person runs, see --help.
 What leaves
-    Only the fields of the table GATE, each only in the shape given there: numbers,
-    booleans, hashes, the project's name, identifiers. Never a prompt, an answer, a
-    command, a tool's input or output, a path, an error text, the environment.
-
+    The fields of GATE, each only in the shape it has there: numbers, booleans, hashes,
+    identifiers, the project's name. Never a prompt, an answer, a command, a tool's
+    input or output, a path, an error's text, the environment.
 What is read and written
-    The event; `.git` of the project when it is a file (a worktree); the transcript, for
-    counts, by the sender only. Everything written is below $TELEMHQ_STATE_DIR, else
-    telemhq/ in $CLAUDE_CONFIG_DIR, else ~/.claude/telemhq/ (0700; files 0600).
-
+    The event; the project's .git when it is a file; by the sender, for counts only, the
+    transcript. All that is written is below $TELEMHQ_STATE_DIR, else telemhq/ in
+    $CLAUDE_CONFIG_DIR, else ~/.claude/telemhq/ (directories 0700, files 0600).
 Variables
     TELEMHQ_PING_URL    where pings go; unset, empty or invalid: nothing happens
     TELEMHQ_PROJECT     the project's name, instead of its directory's
     TELEMHQ_MACHINE     a name for this machine, sent along
-    TELEMHQ_HASH_KEY    makes the path hashes HMACs under this key
-    TELEMHQ_USAGE       0: never read a transcript, send no tokens
+    TELEMHQ_HASH_KEY    makes the hashes of paths HMACs under this key
+    TELEMHQ_USAGE       0: open no transcript, send no tokens
     TELEMHQ_GIT         1: send the git branch
     TELEMHQ_TIMEOUT     seconds for one socket operation (10; 1 to 30)
     TELEMHQ_FOREGROUND  1: deliver inside the hook (containers, CI)
     TELEMHQ_ALLOW_HTTP  1: allow http:// to other machines
     TELEMHQ_STATE_DIR   where the state is kept
-    TELEMHQ_HOOK_DEBUG  1: deliver inside the hook and say on stderr what happens
-
+    TELEMHQ_HOOK_DEBUG  1: deliver inside the hook and tell on stderr what happens
 Exit status
-    hook and sender: always 0, with nothing on stdout, and on stderr only under
-    TELEMHQ_HOOK_DEBUG. Commands: 0 done, 1 failed, 2 bad usage.
+    Hook and sender: 0, whatever happens; nothing on stdout, and nothing on stderr but
+    under TELEMHQ_HOOK_DEBUG. Commands: 0 done, 1 failed, 2 bad usage.
 """
+
+import sys
+
+if __name__ == "__main__" and not sys.flags.isolated:  # no project's json.py
+    sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix)]
 
 import os
 import stat
-import sys
 import time
 
 __version__ = "1.0.0"
 
-STDIN_WAIT_S = 5.0  # a parent that never closes stdin; Claude Code kills us at 10
-FOREGROUND_S = 8.0  # delivery inside the hook, in all; below the hook timeout of 10
-LIFE_S = 60.0  # a sender's: long enough for a restart of the tracker, short for `ps`
+STDIN_WAIT_S = 5.0  # a stdin that is never closed; Claude Code kills us at 10
+FOREGROUND_S = 8.0  # delivery inside the hook, in all; below the hook's timeout of 10
+LIFE_S = 60.0  # a sender's: longer than a restart of the tracker
 TIMEOUT_S = (10.0, 1.0, 30.0)  # one socket operation: default, least, most
-DEADLINE = 1.5  # a whole request's time, in timeouts: urllib bounds only operations
-OUTBOX_MAX_PINGS = 5000  # some 4 MB; a day of heavy use while the tracker is away
+DEADLINE = 1.5  # a whole request's time in timeouts: urllib bounds operations only
+OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is away
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
-PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB: anything larger is not ours
-SWEEP_AFTER_S = 3600.0  # an unfinished file this old has lost its writer
-BACKOFF_MAX_S = 900.0  # 15 min: an outage is noticed as over soon enough
+PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
+UNFINISHED_S = 3600.0  # a file unfinished for so long has lost its writer
+BACKOFF_MAX_S = 900.0  # 15 min: the end of an outage is noticed soon enough
 HOLD_S = (900.0, 21600.0)  # 15 min to 6 h: a person must mend the cause
 RETRY_AFTER_MAX_S = 86400.0  # a day: no server may silence us for longer
 POISON_CHARGES, POISON_AGE_S = 8, 3600.0  # both: neither a burst nor an outage blames
-PROBE_PINGS = 25  # after an outage, per pass: a probe and 24 more
-PACE_S = (30.0, 90.0)  # and then this long until the next pass
-LOG_MAX_BYTES = 256 << 10  # some 2,000 passes; then rotated, once
+PROBE_PINGS, PACE_S = 25, (30.0, 90.0)  # after an outage: pings a pass, then a pause
+LOG_MAX_BYTES = 256 << 10  # some 2,000 passes
 
 
 class Skipped(Exception):
-    """Why a hook or a command did not do its work; the text is for a person."""
+    """Why a hook or a command did not do its work, for a person to read."""
 
+# -- JSON and hashes, without the cost of importing json (7 ms) and hashlib (3 ms) -----
 
-# -- JSON and hashes, without the cost of importing json (7 ms) and hashlib (3 ms) ------
+try:
+    from _json import encode_basestring_ascii, make_scanner
+except ImportError:  # not CPython
+    from json import JSONDecoder, dumps as encode_basestring_ascii
 
+    def make_scanner(_):
+        """The same from the public module."""
+        return JSONDecoder(strict=False, parse_int=Scanner.parse_int).scan_once
 
 class Scanner:
-    """What `_json.make_scanner` wants to know (see json/scanner.py)."""
+    """What `make_scanner` is told (json/scanner.py). An int of 20 digits is no count,
+    and int() may refuse it."""
 
     strict, object_hook, object_pairs_hook = False, None, None
     parse_float = parse_constant = float
-
-    @staticmethod
-    def parse_int(text):
-        """An int; longer than any count, None (int() refuses thousands of digits)."""
-        return int(text) if len(text) < 20 else None
-
+    parse_int = staticmethod(lambda text: int(text) if len(text) < 20 else None)
 
 def decode_json(text):
     """The JSON value that `text` (str) begins with; ValueError when there is none."""
     try:
-        from _json import make_scanner
-    except ImportError:  # not CPython
-        from json.scanner import py_make_scanner as make_scanner
-
-        Scanner.memo = {}
-        from json.decoder import JSONArray, JSONObject, scanstring
-
-        Scanner.parse_object, Scanner.parse_array = JSONObject, JSONArray
-        Scanner.parse_string = staticmethod(scanstring)
-    try:
         return make_scanner(Scanner)(text.strip(), 0)[0]
-    except StopIteration:
-        raise ValueError("not JSON") from None
-
+    except (StopIteration, RecursionError):
+        raise ValueError("not JSON, or nested too deeply") from None
 
 def encode_json(value):
     """`value` (dict, list, str, bool, None, finite number) as compact ASCII JSON."""
     if isinstance(value, str):
-        try:
-            from _json import encode_basestring_ascii
-        except ImportError:  # not CPython
-            from json.encoder import encode_basestring_ascii
         return encode_basestring_ascii(value)
     if isinstance(value, dict):
         pairs = (encode_json(k) + ":" + encode_json(v) for k, v in value.items())
         return "{" + ",".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(encode_json, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return repr(value)
-
+    return {None: "null", True: "true", False: "false"}[value] if (
+        value is None or isinstance(value, bool)) else repr(value)
 
 def sha256_hex(raw):
     """SHA-256 of bytes, 64 hex digits."""
     try:
-        from _sha2 import sha256  # CPython 3.12 and newer
+        from _sha2 import sha256  # CPython from 3.12 on
     except ImportError:
         try:
             from _sha256 import sha256
@@ -129,180 +114,88 @@ def sha256_hex(raw):
             from hashlib import sha256
     return sha256(raw).hexdigest()
 
-
 def path_hash(path, key):
-    """First 12 hex of SHA-256 of a path; of HMAC-SHA-256 under `key` when it is set."""
+    """First 12 hex of the path's SHA-256; of its HMAC-SHA-256 when there is a key."""
     raw = path.encode("utf-8", "surrogatepass")
     if not key:
         return sha256_hex(raw)[:12]
     import hmac
+    key = key.encode("utf-8", "surrogateescape")
+    return hmac.new(key, raw, "sha256").hexdigest()[:12]
 
-    return hmac.new(key.encode("utf-8", "surrogateescape"), raw, "sha256").hexdigest()[
-        :12
-    ]
+# -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
 
+DIGITS, LOWER = "0123456789", "abcdefghijklmnopqrstuvwxyz"
+LETTERS_DIGITS = frozenset(DIGITS + LOWER + LOWER.upper())
 
-# -- Event -> ping: the privacy gate. What is not in this section never leaves. ---------
-
-LETTERS_DIGITS = frozenset(
-    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
-)
-
-
-def identifier(value, more="", longest=128):
-    """Letters, digits and _ . : - (and `more`), no space, no slash; starts with one."""
-    return (
-        isinstance(value, str)
-        and 0 < len(value) <= longest
-        and value[0] in LETTERS_DIGITS
-        and LETTERS_DIGITS.union("_.:-", more).issuperset(value)
-    )
-
-
-def model_name(value):
-    """An identifier, also with @ [ ] (Vertex names; [1m])."""
-    return identifier(value, "@[]")
-
-
-def branch_name(value):
-    """An identifier, also with / (only where TELEMHQ_GIT asks for it)."""
-    return identifier(value, "/")
-
-
-def error_code(value):
-    """Lower-case letters and _, at most 40: `rate_limit`, never a message."""
-    return identifier(value, longest=40) and not value.strip(
-        "abcdefghijklmnopqrstuvwxyz_"
-    )
-
-
-def hash12(value):
-    """What `path_hash` makes."""
-    return (
-        isinstance(value, str) and len(value) == 12 and not value.strip("0123456789abcdef")
-    )
-
-
-def number(value):
-    """A finite number from 0 up to 2^53 (what every JSON reader keeps exact)."""
-    return type(value) in (int, float) and 0 <= value < 1 << 53
-
-
-def flag(value):
-    """true or false."""
-    return isinstance(value, bool)
-
+def identifier(value, more=""):
+    """1 to 128 letters, digits and _ . : - (and `more`), a letter or digit first."""
+    good = LETTERS_DIGITS.union("_.:-", more)
+    return (isinstance(value, str) and 0 < len(value) <= 128
+            and value[0] in LETTERS_DIGITS and good.issuperset(value))
 
 def project_name(value):
-    """1 to 128 characters, no control character, no lone surrogate."""
-    return isinstance(value, str) and bool(value) and clean(value) == value
+    """1 to 128 characters, no control characters among them."""
+    return isinstance(value, str) and value != "" and clean(value) == value
 
+def number(value):
+    """A finite number from 0 up to 2^53, which every JSON reader keeps exact."""
+    return type(value) in (int, float) and 0 <= value < 1 << 53
 
-def tool_counts(value):
-    """At most 20 tools: name -> calls."""
-    return (
-        isinstance(value, dict)
-        and len(value) <= 20
-        and all(identifier(name) and number(n) for name, n in value.items())
-    )
+def all_of(value, characters, longest):
+    """A text of these characters only, 1 to `longest` of them."""
+    return (isinstance(value, str) and 0 < len(value) <= longest
+            and not value.strip(characters))
 
+def counts(value, keys=identifier, shape=number):
+    """An object whose every key and value has its shape; at most 20 of them."""
+    return isinstance(value, dict) and len(value) <= 20 and all(
+        keys(key) and shape(inner) for key, inner in value.items())
 
-def model_counts(value):
-    """Model -> {token count's name: number}."""
-    return isinstance(value, dict) and all(
-        model_name(name)
-        and isinstance(counts, dict)
-        and all(key in TOKENS and number(n) for key, n in counts.items())
-        for name, counts in value.items()
-    )
-
-
-TOKENS = (  # of what TelemHQ adds up; the first four make the total
-    "input_tokens",
-    "output_tokens",
-    "cached_input_tokens",
-    "cache_creation_input_tokens",
-    "reasoning_tokens",
-    "total_tokens",
-)
-COPIED = {  # from the event to the ping under the same name, in this shape or not at all
-    "session_id": identifier,
-    "prompt_id": identifier,
-    "tool_name": identifier,
-    "tool_use_id": identifier,
-    "permission_mode": identifier,
-    "agent_id": identifier,
-    "agent_type": identifier,
-    "source": identifier,
-    "trigger": identifier,
-    "notification_type": identifier,
-    "model": model_name,
-    "duration_ms": number,
-    "is_interrupt": flag,
-    "stop_hook_active": flag,
-}
-GATE = {  # everything that can ever leave, and the only shape in which it can
-    "provider": identifier,  # anthropic
-    "tool": identifier,  # claude-code
-    "hook_version": identifier,
-    "event_id": identifier,  # random
-    "event": identifier,  # hook_event_name
-    "timestamp": identifier,  # when the event happened
-    "status": identifier,  # success or failed
-    "project": project_name,
-    "machine": identifier,  # TELEMHQ_MACHINE
-    "cwd_hash": hash12,
-    "transcript_path_hash": hash12,
-    "error": error_code,
-    "exit_code": number,
-    "error_chars": number,
-    "effort": identifier,  # effort.level
-    "reason": identifier,  # SessionEnd only: elsewhere it is text
-    "prompt_chars": number,
-    "last_assistant_message_chars": number,
-    "background_tasks": number,  # how many
-    "event_bytes": number,  # size of the event on stdin
-    "git_branch": branch_name,  # TELEMHQ_GIT
-    "usage_complete": flag,
-    "cost_usd": number,
-    "models": model_counts,
-    "tool_calls": number,
-    "tool_failures": number,
-    "tools": tool_counts,
-}
-GATE.update(COPIED)
-GATE.update((name, number) for name in TOKENS)
-
+TOKENS = ("input_tokens", "output_tokens", "cached_input_tokens",
+          "cache_creation_input_tokens", "reasoning_tokens", "total_tokens")
+GATE = {}  # everything that can ever leave: field -> the only shape in which it may
+for names, shape in (
+    ("event_id event timestamp status provider tool hook_version machine session_id "
+     "prompt_id tool_name tool_use_id permission_mode effort agent_id agent_type "
+     "source reason trigger notification_type", identifier),
+    ("project", project_name),
+    ("model", lambda v: identifier(v, "@[]")),  # claude-x@date, claude-x[1m]
+    ("git_branch", lambda v: identifier(v, "/")),
+    ("error", lambda v: all_of(v, LOWER + "_", 40)),  # a code such as rate_limit
+    ("cwd_hash transcript_path_hash", lambda v: all_of(v, DIGITS + "abcdef", 12)),
+    ("is_interrupt stop_hook_active usage_complete", lambda v: isinstance(v, bool)),
+    ("duration_ms exit_code error_chars prompt_chars last_assistant_message_chars "
+     "background_tasks event_bytes tool_calls tool_failures cost_usd", number),
+    (" ".join(TOKENS), number),
+    ("tools", counts),  # name -> calls
+    ("models", lambda v: counts(
+        v, GATE["model"], lambda inner: counts(inner, TOKENS.__contains__))),
+):
+    GATE.update(dict.fromkeys(names.split(), shape))
+ORIGIN = {"provider": "anthropic", "tool": "claude-code", "hook_version": __version__}
+COPIED = (  # from the event to the ping under the same name
+    "session_id prompt_id tool_name tool_use_id permission_mode agent_id agent_type "
+    "source trigger notification_type model duration_ms is_interrupt stop_hook_active"
+    ).split()
 
 def gate(fields):
-    """The ping: what of `fields` (dict) is in GATE and has the shape it asks for.
-
-    Every body that is sent comes out of this function.
-    """
-    return {name: fields[name] for name in GATE if name in fields and GATE[name](fields[name])}
-
+    """Of `fields` (dict) what GATE names, in its shape. Every body is made by this."""
+    return {name: fields[name] for name, shape in GATE.items()
+            if name in fields and shape(fields[name])}
 
 def clean(text):
     """`text` without control characters and lone surrogates, at most 128 characters."""
-    kept = (
-        c
-        for c in text
-        if c >= " " and not "\x7f" <= c <= "\x9f" and not "\ud800" <= c <= "\udfff"
-    )
-    return "".join(kept)[:128]
-
+    return "".join(c for c in text if not (
+        c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff"))[:128]
 
 def iso_time(ns):
     """Nanoseconds since 1970 as ISO 8601, UTC, with milliseconds."""
-    seconds, rest = divmod(ns, 10**9)
-    return "%s.%03dZ" % (
-        time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)),
-        rest // 10**6,
-    )
-
+    day = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ns // 10**9))
+    return "%s.%03dZ" % (day, ns // 10**6 % 1000)
 
 def error_fields(event):
-    """`error` and its numbers; the text of a tool's error holds output and paths."""
+    """`error` and its numbers. A tool's error text holds its output, and paths."""
     name, error = event.get("hook_event_name"), event.get("error")
     if name == "StopFailure":
         return {"error": error}  # one of Claude Code's own codes, or the gate drops it
@@ -316,34 +209,21 @@ def error_fields(event):
             fields["exit_code"] = int(code)
     return fields
 
-
 def make_ping(event, settings, project, ns, event_bytes):
-    """The ping of one event.
-
-    event: dict, as Claude Code sent it. settings: Settings. project: str. ns: when the
-    event happened, nanoseconds since 1970. event_bytes: its size on stdin.
-    """
+    """The ping of one event (dict). project: its name. ns: when it happened, in
+    nanoseconds since 1970. event_bytes: its size on stdin."""
     name, effort = event.get("hook_event_name"), event.get("effort")
     failed = name in ("PostToolUseFailure", "StopFailure") or event.get("error")
     fields = {key: event[key] for key in COPIED if key in event}
-    fields.update(error_fields(event))
-    fields.update(
-        provider="anthropic",
-        tool="claude-code",
-        hook_version=__version__,
-        event_id=os.urandom(16).hex(),
-        event=name,
-        timestamp=iso_time(ns),
-        status="failed" if failed else "success",
-        project=project,
-        machine=settings.machine,
-        effort=effort.get("level") if isinstance(effort, dict) else effort,
-        event_bytes=event_bytes,
-    )
-    if name == "SessionEnd":
+    fields.update(error_fields(event), **ORIGIN)
+    fields.update(event=name, status="failed" if failed else "success", project=project,
+                  event_id=os.urandom(16).hex(), timestamp=iso_time(ns),
+                  machine=settings.machine, event_bytes=event_bytes,
+                  effort=effort.get("level") if isinstance(effort, dict) else effort)
+    if name == "SessionEnd":  # elsewhere it is a text
         fields["reason"] = event.get("reason")
     for key in ("cwd", "transcript_path"):
-        if event.get(key) and isinstance(event[key], str):
+        if isinstance(event.get(key), str) and event[key]:
             fields[key + "_hash"] = path_hash(event[key], settings.hash_key)
     for key in ("prompt", "last_assistant_message"):
         if isinstance(event.get(key), str):
@@ -352,133 +232,116 @@ def make_ping(event, settings, project, ns, event_bytes):
         fields["background_tasks"] = len(event["background_tasks"])
     return gate(fields)
 
+# -- Settings and destination ----------------------------------------------------------
 
-# -- Settings and destination ------------------------------------------------------------
-
-WORDS = {"1": 1, "true": 1, "yes": 1, "on": 1, "0": 0, "false": 0, "no": 0, "off": 0}
-
+SWITCH = {"1": True, "yes": True, "on": True, "true": True,
+          "0": False, "no": False, "off": False, "false": False}
 
 class Settings:
-    """The TELEMHQ_ variables. `ignored`: what made no sense and why, for debug mode."""
+    """The TELEMHQ_ variables. `ignored`: those that make no sense, and why."""
 
     def __init__(self, environ):
         self.environ, self.ignored = environ, []
         self.url = environ.get("TELEMHQ_PING_URL", "")
-        self.project = clean(environ.get("TELEMHQ_PROJECT", "")).strip()
         self.hash_key = environ.get("TELEMHQ_HASH_KEY", "")
-        self.machine = environ.get("TELEMHQ_MACHINE") or None
-        if self.machine and not identifier(self.machine):
-            self.ignore("TELEMHQ_MACHINE", "may hold letters, digits and _ . : - only")
-            self.machine = None
-        if environ.get("TELEMHQ_PROJECT") and not self.project:
-            self.ignore("TELEMHQ_PROJECT", "has no visible character")
         self.debug = environ.get("TELEMHQ_HOOK_DEBUG", "") not in ("", "0")
-        self.foreground = self.word("TELEMHQ_FOREGROUND")
-        self.allow_http = self.word("TELEMHQ_ALLOW_HTTP")
-        self.git = self.word("TELEMHQ_GIT")
-        # A switch for privacy: what is not understood means off.
-        self.usage = not environ.get("TELEMHQ_USAGE") or self.word("TELEMHQ_USAGE")
-        self.timeout_s = self.seconds(environ.get("TELEMHQ_TIMEOUT"))
-        self.state_dir = self.directory(environ)
+        self.foreground = self.switch("TELEMHQ_FOREGROUND") or self.debug
+        self.allow_http = self.switch("TELEMHQ_ALLOW_HTTP")
+        self.git = self.switch("TELEMHQ_GIT")
+        # For privacy's sake, what is not understood here means off.
+        self.usage = not environ.get("TELEMHQ_USAGE") or self.switch("TELEMHQ_USAGE")
+        self.project = self.choice(
+            "TELEMHQ_PROJECT", "it has no character to show", lambda v: clean(v).strip())
+        self.machine = self.choice(
+            "TELEMHQ_MACHINE", "only letters, digits and _ . : - may be in it",
+            lambda v: v if identifier(v) else None)
+        seconds = self.choice("TELEMHQ_TIMEOUT", "it is no number of seconds", positive)
+        self.timeout_s = min(max(seconds or TIMEOUT_S[0], TIMEOUT_S[1]), TIMEOUT_S[2])
+        self.state_dir = self.directory()
 
-    def ignore(self, name, why):
-        """Note that variable `name` was ignored."""
-        self.ignored.append("%s is ignored: it %s" % (name, why))
+    def choice(self, name, problem, accept):
+        """What `accept` makes of a variable; None when that is nothing, or it is unset."""
+        value = self.environ.get(name)
+        found = accept(value) if value else None
+        if value and found is None or found == "":
+            self.ignored.append("%s is ignored: %s" % (name, problem))
+        return found or None
 
-    def word(self, name):
-        """A variable that is 1 or 0; anything else counts as 0."""
-        value = self.environ.get(name, "").lower()
-        if value and value not in WORDS:
-            self.ignore(name, "must be 1 or 0")
-        return bool(WORDS.get(value))
+    def switch(self, name):
+        """A variable that is 1 or 0; what is neither counts as 0."""
+        return self.choice(name, "it must be 1 or 0", lambda v: SWITCH.get(v.lower()))
 
-    def seconds(self, text):
-        """TELEMHQ_TIMEOUT, clamped."""
-        default, least, most = TIMEOUT_S
-        try:
-            value = float(text or default)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < 1e9:
-            self.ignore("TELEMHQ_TIMEOUT", "must be a number of seconds, 1 to 30")
-            return default
-        return min(max(value, least), most)
+    def directory(self):
+        """The state directory, absolute; None when nothing tells where home is."""
+        config = self.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
+        return (self.choice("TELEMHQ_STATE_DIR", "it must be absolute", absolute)
+                or absolute(os.path.join(config, "telemhq"))
+                or absolute("~/.claude/telemhq"))
 
-    def directory(self, environ):
-        """The state directory, absolute; "" when there is no home directory."""
-        chosen = environ.get("TELEMHQ_STATE_DIR") or ""
-        if chosen and os.path.isabs(os.path.expanduser(chosen)):
-            return os.path.normpath(os.path.expanduser(chosen))
-        if chosen:
-            self.ignore("TELEMHQ_STATE_DIR", "must be an absolute path")
-        config = os.path.expanduser(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude")
-        if not os.path.isabs(config):
-            config = os.path.expanduser("~/.claude")
-        return os.path.join(config, "telemhq") if os.path.isabs(config) else ""
+def positive(text):
+    """A finite number above 0, or None."""
+    try:
+        return float(text) if 0 < float(text) < 1e9 else None
+    except ValueError:
+        return None
 
+def absolute(path):
+    """`path` normalised, ~ expanded; None when it is relative."""
+    path = os.path.normpath(os.path.expanduser(path))
+    return path if os.path.isabs(path) else None
 
 class Destination:
-    """Where pings go, as a value: another service would be another such value.
+    """Where pings go, as a value: another service would cost one more such value.
 
-    kind: str, names the service. url: str, secret. headers: dict of str. bodies: a
-    function ping -> [bytes]; each is POSTed to `url`, with the ping's event_id as
-    Idempotency-Key.
+    kind: the service. url: secret. headers: dict. bodies: function ping -> [bytes],
+    each POSTed to `url` with the ping's event_id as Idempotency-Key.
     """
 
     def __init__(self, kind, url, headers, bodies):
         self.kind, self.url, self.headers, self.bodies = kind, url, headers, bodies
 
     def directory(self, state_dir):
-        """This destination's own directory; the URL cannot be told from its name."""
-        short = sha256_hex(self.url.encode("utf-8", "surrogatepass"))[:12]
+        """Its own directory; the name does not tell the URL."""
+        short = sha256_hex(self.url.encode("utf-8", "surrogateescape"))[:12]
         return os.path.join(state_dir, self.kind + "-" + short)
 
-
 def telemhq(url):
-    """TelemHQ: the token is in the URL's path, the body is the ping (its public docs)."""
-    headers = {
-        "Content-Type": "application/json",
-        "User-Agent": "telemhq-ping/" + __version__,
-    }
+    """TelemHQ: the body is the ping, the token is in the URL's path (public docs)."""
+    headers = {"Content-Type": "application/json",
+               "User-Agent": "telemhq-ping/" + __version__}
     return Destination("telemhq", url, headers, lambda p: [encode_json(p).encode()])
 
-
 def split_url(url):
-    """(scheme, host, port text) of an absolute URL; ValueError says what is wrong."""
+    """(scheme, host, port's text) of an absolute URL; ValueError says what is wrong."""
     if not url.isascii() or any(c <= " " or c in '\x7f\\"<>^`{|}' for c in url):
         raise ValueError("it has a space or another character that no URL may hold")
     scheme, found, rest = url.partition("://")
     if not found or scheme.lower() not in ("http", "https"):
         raise ValueError("it must start with https://")
-    authority = rest.split("/")[0].split("?")[0].split("#")[0]
+    authority = rest.replace("?", "/").replace("#", "/").split("/")[0]
     if "@" in authority:
         raise ValueError("it must not hold user:password@")
+    host, colon, port = authority.partition(":")
+    good = LETTERS_DIGITS.union("-._")
     if authority.startswith("["):
         host, found, port = authority[1:].partition("]")
-        good = found and port[:1] in ("", ":") and not host.strip("0123456789abcdefABCDEF:.")
-        port, colon = port[1:], port[:1]
-    else:
-        host, colon, port = authority.partition(":")
-        good = LETTERS_DIGITS.union("-._").issuperset(host)
-    if not host or not good:
+        colon, port, good = port[:1], port[1:], frozenset(DIGITS + "abcdefABCDEF:.")
+        good = good if found and colon in ("", ":") else ()
+    if not host or not set(host).issubset(good):
         raise ValueError("it names no host")
     if colon and not (port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
         raise ValueError("its port is not a number from 1 to 65535")
     return scheme.lower(), host.lower(), port
 
-
 def loopback(host):
-    """Whether `host` is this machine, by name or by a plain address."""
+    """Whether `host` is this machine, by name or plain address."""
     parts = host.split(".")
     return host in ("localhost", "::1") or (
-        len(parts) == 4 and parts[0] == "127" and all(p.isdigit() for p in parts)
-    )
-
+        parts[0] == "127" and len(parts) == 4 and all(map(str.isdigit, parts)))
 
 def origin(url):
-    """Scheme, host and port of a valid URL: what may be shown of it."""
-    return "/".join(url.split("/")[:3]).split("?")[0].split("#")[0]
-
+    """Scheme, host and port: what may be shown of a valid URL."""
+    return "/".join(url.replace("?", "/").replace("#", "/").split("/")[:3])
 
 def find_destination(settings):
     """The destination that the settings name; Skipped says why there is none."""
@@ -487,17 +350,15 @@ def find_destination(settings):
     try:
         scheme, host, _ = split_url(settings.url)
         if scheme == "http" and not (settings.allow_http or loopback(host)):
-            raise ValueError("it is http://, which anyone on the way can read; use https://"
-                             " (or set TELEMHQ_ALLOW_HTTP=1)")  # fmt: skip
+            raise ValueError("http:// can be read on the way; use https:// (or set "
+                             "TELEMHQ_ALLOW_HTTP=1)")
     except ValueError as error:
         raise Skipped("TELEMHQ_PING_URL is not usable: %s" % error) from None
     return telemhq(settings.url)
 
-
-# -- On disk -----------------------------------------------------------------------------
+# -- On disk ---------------------------------------------------------------------------
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
-
 
 def unsound(directory):
     """Why `directory` must not be used, or "" (also when it is not there yet)."""
@@ -506,38 +367,35 @@ def unsound(directory):
     except FileNotFoundError:
         return ""
     except OSError as error:
-        return "%s: %s" % (directory, error.strerror)
+        return error.strerror
     if stat.S_ISLNK(found.st_mode):
-        return directory + " is a symbolic link"
+        return "is a symbolic link"
     if not stat.S_ISDIR(found.st_mode):
-        return directory + " is not a directory"
+        return "is no directory"
     if os.name == "posix" and found.st_uid != os.geteuid():
-        return directory + " belongs to someone else"
+        return "belongs to someone else"
     if os.name == "posix" and found.st_mode & 0o022:
-        return directory + " can be written by others"
+        return "can be written by others"
     return ""
 
-
 def need_sound(state_dir, base):
-    """Raise Skipped when something from telemhq/ down could be under another's control."""
+    """Raise Skipped when others may have a hand in anything from telemhq/ down."""
     if not state_dir:
         raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
-    inside = [os.path.join(base, name) for name in ("outbox", "refused", "accounts")]
-    for directory in [state_dir, base] + inside:
-        problem = unsound(directory)
-        if problem:
-            raise Skipped(problem + "; remove it, or set TELEMHQ_STATE_DIR")
-
+    for name in ("outbox", "refused", "accounts", "..", "."):
+        directory = os.path.normpath(os.path.join(base, name))
+        if unsound(directory):
+            raise Skipped("%s %s; mend or remove it" % (directory, unsound(directory)))
 
 def write_file(path, content):
-    """Make `path` hold `content` (bytes): all or nothing, and 0600 from the start."""
+    """Make `path` hold `content` (bytes), all or nothing, 0600 (the umask is 077)."""
     directory, name = os.path.split(path)
     unfinished = os.path.join(directory, ".%s.%s" % (name, os.urandom(4).hex()))
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW
     try:
         fd = os.open(unfinished, flags, 0o600)
     except FileNotFoundError:
-        os.makedirs(directory, 0o700, exist_ok=True)  # the umask is 077: parents too
+        os.makedirs(directory, 0o700, exist_ok=True)
         fd = os.open(unfinished, flags, 0o600)
     try:
         try:
@@ -550,52 +408,35 @@ def write_file(path, content):
         remove(unfinished)
         raise
 
+def write_object(path, value):
+    """Make `path` hold `value` (dict) as JSON."""
+    write_file(path, encode_json(value).encode())
 
 def open_regular(path):
-    """A descriptor of a regular file to read; ValueError when it is something else."""
-    try:
-        # A FIFO must not block us, a symbolic link must not lead us elsewhere.
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | NO_FOLLOW)
-    except OSError:
-        if os.path.islink(path):
-            raise ValueError("a symbolic link") from None
-        raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
+    """A descriptor to read a regular file; ValueError when it is anything else."""
+    if not stat.S_ISREG(os.lstat(path).st_mode):
         raise ValueError("not a regular file")
-    return fd
-
+    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | NO_FOLLOW)
 
 def read_file(path, most):
-    """All of a regular file (bytes). ValueError: not one, or larger than `most` bytes."""
-    fd = open_regular(path)
+    """A regular file's bytes; ValueError when it is none, or has more than `most`."""
+    fd, content = open_regular(path), b""
     try:
-        content = b""
         while len(content) <= most:
             part = os.read(fd, most + 1 - len(content))
             if not part:
                 return content
             content += part
-        raise ValueError("too large")
     finally:
         os.close(fd)
-
+    raise ValueError("too large")
 
 def read_object(path, most):
-    """The JSON object in a file; ValueError when there is none, OSError as it comes."""
-    try:
-        found = decode_json(read_file(path, most).decode("utf-8", "replace"))
-    except RecursionError:
-        found = None
+    """A file's JSON object; ValueError when it holds none, OSError as it comes."""
+    found = decode_json(read_file(path, most).decode("utf-8", "replace"))
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
     return found
-
-
-def write_object(path, value):
-    """The opposite of `read_object`."""
-    write_file(path, encode_json(value).encode())
-
 
 def remove(path):
     """Delete a file or an empty directory; whether that worked."""
@@ -607,67 +448,58 @@ def remove(path):
             pass
     return False
 
+def ping_file(base, ns, event_id):
+    """Path of a ping in the outbox; names sort by the time of the event."""
+    return os.path.join(base, "outbox", "%020d-%s.json" % (ns, event_id))
 
-def enqueue(base, name, ping, local):
-    """Put a ping into the outbox; when this returns, nothing but the disk can lose it."""
-    write_object(os.path.join(base, "outbox", name), {"ping": ping, "local": local})
+def ns_of(path):
+    """The time in a ping's path or name."""
+    return int(os.path.basename(path)[:20])
 
-
-def ping_file_name(ns, event_id):
-    """Sorts by the time of the event."""
-    return "%020d-%s.json" % (ns, event_id)
-
+def quiet_s(path):
+    """Seconds since a file was written, 0 when it is gone."""
+    try:
+        return time.time() - os.lstat(path).st_mtime
+    except OSError:
+        return 0
 
 def load_state(base):
-    """state.json, with a sane value for every key, whatever the file holds."""
+    """state.json; whatever the file holds, every key has a value that makes sense."""
     try:
         found = read_object(os.path.join(base, "state.json"), 4 << 20)
     except (OSError, ValueError):
         found = {}
-    state = {}
-    for key in ("failures", "set_at", "not_before", "delivered_at", "swept_at"):
-        state[key] = found[key] if number(found.get(key)) else 0
+    numbers = ("failures", "set_at", "not_before", "delivered_at", "swept_at")
+    state = {key: found[key] if number(found.get(key)) else 0 for key in numbers}
     state["failures"] = int(min(state["failures"], 64))
     state["recovering"] = found.get("recovering") is True
+    for key in ("charges", "losses", "problem"):
+        state[key] = found[key] if isinstance(found.get(key), dict) else {}
     for key in ("charges", "losses"):
-        given = found.get(key) if isinstance(found.get(key), dict) else {}
-        state[key] = {k: n for k, n in given.items() if type(n) is int and number(n)}
-    problem = found.get("problem")
-    good = isinstance(problem, dict) and all(
-        isinstance(problem.get(key), str) for key in ("verdict", "what")
-    )
-    state["problem"] = problem if good else None
+        state[key] = {k: int(n) for k, n in state[key].items() if number(n)}
     return state
 
-
 def backoff_left_s(state, now):
-    """Seconds until the back-off ends, 0 when none stands.
-
-    A clock that was set back (set_at is in the future) or that jumped ahead while the
-    back-off was set must not stop delivery.
-    """
+    """Seconds until the back-off ends, 0 when none stands. One that was set in what is
+    now the future is none: a clock that jumped must not stop delivery."""
     latest = min(state["not_before"], state["set_at"] + RETRY_AFTER_MAX_S)
     return latest - now if state["set_at"] <= now < latest else 0
 
-
 def take_lock(base):
-    """The destination's lock: a descriptor, or None while another process holds it.
-
-    The kernel frees it at its holder's death. An error other than "busy" (a file system
-    without locks) counts as free: rather a ping twice under one id than never.
-    """
+    """The destination's lock: a descriptor, None while someone else holds it, -1 when
+    there can be none. The kernel frees it at its holder's death. An error other than
+    "busy" counts as free: rather one ping twice under its id than all of them never."""
     try:
-        fd = os.open(os.path.join(base, "lock"), os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | NO_FOLLOW
+        fd = os.open(os.path.join(base, "lock"), flags, 0o600)
     except OSError:
         return -1
     try:
         if os.name == "nt":
             import msvcrt
-
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
-
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         os.close(fd)
@@ -676,62 +508,44 @@ def take_lock(base):
         pass
     return fd
 
-
 def drop_lock(fd):
-    """Give the lock back; explicitly, for a hook that is ending may share it."""
-    if fd < 0:
-        return
-    try:
-        if os.name == "posix":
-            import fcntl
-
+    """Give the lock back, also from a hook just ending that still shares it."""
+    if fd >= 0 and os.name == "posix":
+        import fcntl
+        try:
             fcntl.flock(fd, fcntl.LOCK_UN)
-    except OSError:
-        pass
-    os.close(fd)
+        except OSError:
+            pass
+    if fd >= 0:
+        os.close(fd)
 
-
-# -- Usage: tokens from the transcript, charged once. Runs in the sender only. ----------
+# -- Usage: tokens from the transcript, charged once (by the sender only) --------------
 
 USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
-LAG_S = 2.0  # Claude Code writes a turn's last row up to 0.1 s after it fired Stop
-POLL_S = 0.05  # while waiting for that row
-READ_S = 20.0  # one charge's reading; what is left rides on the session's next ping
-BLOCK_BYTES = 4 << 20  # read at once
-LINE_MAX_BYTES = 8 << 20  # rows with counts are some KB; longer ones hold pasted files
-TRANSCRIPT_MAX_BYTES = 768 << 20  # unread; more is skipped, and the ledger settles it
-SEEN_IDS = 256  # messages and tools remembered: repeats stand close together
-AGENTS_MAX = 1000  # subagents' transcripts of one session
-QUIET_S = 86400.0  # a session without a word for this long is lost; also: a sweep a day
-ACCOUNT_MAX_S = 30 * 86400.0  # after its last event
-COUNTS = (  # ping's name, transcript's name, ledger's name
-    ("input_tokens", "input_tokens", "inputTokens"),
-    ("output_tokens", "output_tokens", "outputTokens"),
-    ("cached_input_tokens", "cache_read_input_tokens", "cacheReadInputTokens"),
-    ("cache_creation_input_tokens",) * 2 + ("cacheCreationInputTokens",),
-    ("reasoning_tokens", "thinking_tokens", "thinkingTokens"),
-)
+LAG_S, POLL_S = 2.0, 0.05  # a turn's last row comes up to 0.1 s after its Stop fired
+READ_S = 20.0  # reading for one ping; the rest is for the session's next
+BLOCK_BYTES, LINE_MAX_BYTES = 4 << 20, 8 << 20  # rows that count are some KB long
+UNREAD_MAX_BYTES = 768 << 20  # more at once is skipped
+SEEN_MAX = 256  # messages remembered, and tool calls: repeats stand close together
+QUIET_S, ACCOUNT_MAX_S = 86400.0, 30 * 86400.0  # a session is lost, an account dropped
+COUNTS = {  # the ping's name: the transcript's, the ledger's
+    "input_tokens": ("input_tokens", "inputTokens"),
+    "output_tokens": ("output_tokens", "outputTokens"),
+    "cached_input_tokens": ("cache_read_input_tokens", "cacheReadInputTokens"),
+    "cache_creation_input_tokens":
+        ("cache_creation_input_tokens", "cacheCreationInputTokens"),
+    "reasoning_tokens": ("thinking_tokens", "thinkingTokens")}
+NOTHING = {  # read and not yet charged
+    "models": {}, "tools": {}, "tool_calls": 0, "tool_failures": 0, "ledger": {},
+    "final": []}
 NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"promptId"')
 
-
 def lines_that_matter(fd, offset):
-    """The whole lines behind `offset` whose bytes say that they may hold a count.
-
-    Yields (end, line), `end` the offset behind the line, and (end, b"") after each block:
-    everything before `end` is read. A half-written last line is left for the next read.
-    """
+    """The whole lines behind `offset` that may hold a count, by their bytes. Yields
+    (offset behind the line, line), and (offset, b"") where all before it is read."""
     os.lseek(fd, offset, os.SEEK_SET)
-    rest, passed_over = b"", 0
-    while True:
-        block = os.read(fd, BLOCK_BYTES)
-        if not block:
-            return
-        if passed_over:  # inside a line that is too long to keep
-            end = block.find(b"\n") + 1
-            passed_over += end or len(block)
-            if not end:
-                continue
-            offset, block, passed_over = offset + passed_over, block[end:], 0
+    rest, block = b"", os.read(fd, BLOCK_BYTES)
+    while block:
         block = rest + block
         whole, ends = block.rfind(b"\n") + 1, {}
         for needle in NEEDLES:
@@ -739,1012 +553,727 @@ def lines_that_matter(fd, offset):
             while at >= 0:
                 start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at) + 1
                 # Tools' results are user rows too: most of the file, and no prompts.
-                if needle != b'"promptId"' or block.find(b'"tool_result"', start, end) < 0:
+                prompt = needle == b'"promptId"'
+                if not prompt or block.find(b'"tool_result"', start, end) < 0:
                     ends[start] = end
                 at = block.find(needle, end, whole)
         for start in sorted(ends):
             yield offset + ends[start], block[start : ends[start]]
-        offset, rest = offset + whole, block[whole:]
-        if len(rest) > LINE_MAX_BYTES:
-            passed_over, rest = len(rest), b""
+        rest = block[whole:]
+        if len(rest) > LINE_MAX_BYTES:  # do not keep it; its end will not parse
+            whole, rest = len(block), b""
+        offset += whole
         yield offset, b""
+        block = os.read(fd, BLOCK_BYTES)
 
+def copy_of(value):
+    """A deep copy of a JSON value."""
+    return decode_json(encode_json(value))
 
-def new_pending():
-    """What an account has read and not yet charged to a ping."""
-    return {"models": {}, "calls": 0, "failures": 0, "tools": {}, "final": [], "ledger": None}
-
-
-def row_time(row):
-    """A row's timestamp in seconds since 1970, 0 when it has none."""
-    from datetime import datetime
-
-    try:
-        text = row["timestamp"].replace("Z", "+00:00")
-        return datetime.fromisoformat(text).timestamp()
-    except (KeyError, ValueError, TypeError, AttributeError, OverflowError):
-        return 0.0
-
+def counter(found=()):
+    """A Counter: + adds, - stops at 0, & is the minimum, | the maximum."""
+    from collections import Counter
+    return Counter(found)
 
 def counts_of(found, column):
-    """The five counts of COUNTS out of a usage or a ledger object."""
-    counts = [found.get(names[column]) for names in COUNTS]
+    """Counter of a row's usage (column 0) or of a model's entry in the ledger (1)."""
     details = found.get("output_tokens_details")
-    if column == 1 and isinstance(details, dict):
-        counts[4] = details.get("thinking_tokens")
-    return [int(n) if number(n) else 0 for n in counts]
+    found = dict(found, **details) if isinstance(details, dict) else found
+    given = {name: found.get(names[column]) for name, names in COUNTS.items()}
+    return counter({name: int(n) for name, n in given.items() if number(n)})
 
+def add(models, name, more):
+    """Add a Counter to a model's."""
+    models[name] = counter(models.get(name)) + more
 
-def add_counts(models, model, counts):
-    """Add five counts to those of `model`."""
-    sums = models.setdefault(model, [0] * len(COUNTS))
-    for i, n in enumerate(counts):
-        sums[i] += n
+def summed(*parts):
+    """The sum over all models of all `parts` (model -> counts)."""
+    return sum((counter(n) for part in parts for n in part.values()), counter())
 
+def new_account(ping, transcript, at):
+    """An account as its first event opens it. Rows older than `since` are history, and
+    so is what stands before the last prompt up to `prompt_by`: neither is ever billed.
 
-def totals(models):
-    """The sums of COUNTS over all models."""
-    return [sum(column) for column in zip(*models.values())] or [0] * len(COUNTS)
-
+    models: model -> counts, read and not yet charged; reported: charged. charged:
+    event_id -> its usage fields. owed: path and ping of a SessionLost not yet queued.
+    """
+    source = ping.get("source") if ping.get("event") == "SessionStart" else None
+    names = ("project", "machine", "session_id", "cwd_hash", "transcript_path_hash")
+    new = source in ("startup", "clear", "resume", "fork")
+    return {"since": at if source in ("resume", "fork") else 0, "whole": True,
+            "prompt_by": 0 if new else at, "ended": False, "last_at": at, "cost": 0,
+            "owed": [],
+            "transcript": transcript, "files": {}, "seen": {}, "seen_tools": {},
+            "model": "", "branch": "", "prompts": [], "reported": {}, "charged": {},
+            "identity": {name: ping[name] for name in names if name in ping},
+            **copy_of(NOTHING)}
 
 def count_message(account, row, message, relative, at):
-    """Add one assistant row: its message's tokens once, its tool calls."""
-    pending, seen, key = account["pending"], account["seen"], message.get("id")
-    model, usage = message.get("model"), message.get("usage")
-    if not (isinstance(key, str) and isinstance(usage, dict) and model_name(model)):
-        return  # <synthetic> among them: the client's own words, no API call
-    if row.get("isApiErrorMessage"):
+    """Count an assistant row: its message's tokens, once, and its tool calls."""
+    key, model, session = str(message.get("id")), message["model"], row.get("sessionId")
+    if not GATE["model"](model) or row.get("isApiErrorMessage"):
+        return  # <synthetic>: the client's own words
+    if row.get("requestSessionId", session) != session or 0 < at < account["since"]:
+        account["whole"] = False  # copied from another session, or history
         return
-    copied = row.get("requestSessionId", row.get("sessionId")) != row.get("sessionId")
-    if copied or 0 < at < account["since"]:
-        account["whole"] = False  # another session's, or older than the account
-        return
-    # The client repeats a message's usage in the row of each of its content blocks; in
-    # older rows the output count may be a partial one.
-    counts, before = counts_of(usage, 1), seen.get(key, [0] * len(COUNTS))
-    if key not in seen or counts[1] > before[1]:
-        counts = [max(pair) for pair in zip(counts, before)]
-        more = [n - m for n, m in zip(counts, before)]
-        add_counts(pending["models"], model, more)
-        seen[key] = counts
+    # Every content block of a message has a row, each with the message's whole usage;
+    # in older ones the output may be partial.
+    seen, after = account["seen"], counts_of(message["usage"], 0)
+    before = counter(seen.get(key))
+    if key not in seen or after["output_tokens"] > before["output_tokens"]:
+        seen[key] = after | before
+        add(account["models"], model, seen[key] - before)
     content = message.get("content")
     for block in content if isinstance(content, list) else ():
-        if not isinstance(block, dict) or block.get("type") != "tool_use":
-            continue
-        tool = str(block.get("id"))
-        if tool not in account["calls"]:
-            account["calls"][tool] = 0
-            pending["calls"] += 1
-            if identifier(block.get("name")):
-                tools = pending["tools"]
-                tools[block["name"]] = tools.get(block["name"], 0) + 1
-    pending["ledger"] = None  # written before this message, so not the last word
-    main = not relative and not row.get("isSidechain")
-    if main:
-        account["model"], account["branch"] = model, row.get("gitBranch")
-    if (main or relative) and message.get("stop_reason") not in (None, "tool_use"):
-        pending["final"].append(relative)
-
+        call, name = str(block.get("id")), block.get("name")
+        if block.get("type") == "tool_use" and call not in account["seen_tools"]:
+            account["seen_tools"][call] = 1
+            account["tool_calls"] += 1
+            if identifier(name):
+                account["tools"][name] = account["tools"].get(name, 0) + 1
+    account["ledger"] = {}  # older than this message: not the last word
+    if not relative and not row.get("isSidechain"):
+        account.update(model=model, branch=str(row.get("gitBranch")))
+    if message.get("stop_reason") not in (None, "tool_use"):
+        if relative or not row.get("isSidechain"):
+            account["final"].append(relative)
 
 def count_user(account, row, message, relative, at):
-    """Take note of one user row: failed tools, or a prompt."""
+    """Count a user row: failed tools; or note that a prompt begins a turn."""
     content = message.get("content")
-    results = [
-        block
-        for block in (content if isinstance(content, list) else ())
-        if isinstance(block, dict) and block.get("type") == "tool_result"
-    ]
-    if results:
+    blocks = content if isinstance(content, list) else ()
+    if any(block.get("type") == "tool_result" for block in blocks):
         if not 0 < at < account["since"]:
-            failed = [block for block in results if block.get("is_error") is True]
-            account["pending"]["failures"] += len(failed)
-        return
-    injected = row.get("isMeta") or row.get("isCompactSummary") or row.get("isSidechain")
-    if relative or injected:
-        return
-    if at <= account["first_prompt_by"]:
-        # The turn in which the hook first met the session begins here: all before it is
-        # history, and is never billed again.
-        pending = account["pending"]
-        if pending["models"] or pending["calls"]:
-            account["whole"] = False
-        account["pending"], account["since"] = new_pending(), at
-    account["prompts"] = account["prompts"][-7:] + [at]
+            failed = [block for block in blocks if block.get("is_error") is True]
+            account["tool_failures"] += len(failed)
+    elif not (relative or row.get("isSidechain") or row.get("isMeta")
+              or row.get("isCompactSummary")):
+        if at <= account["prompt_by"]:
+            account["whole"] = account["whole"] and not account["models"]
+            account.update(copy_of(NOTHING), since=at)
+        account["prompts"] = account["prompts"][-7:] + [at]
 
-
-def count_line(account, relative, line, until):
-    """Add one line to what is pending; False when it is younger than `until`."""
+def count_line(account, line, relative, until):
+    """Count one line; False when it was stamped after `until`, seconds since 1970."""
+    from datetime import datetime
     try:
-        row = decode_json(line.decode("utf-8", "replace"))
-    except (ValueError, RecursionError):
-        return True
-    if not isinstance(row, dict):
-        return True
-    at, message = row_time(row), row.get("message")
-    if at > until:
-        return False
-    message = message if isinstance(message, dict) else {}
-    if row.get("type") == "assistant":
-        count_message(account, row, message, relative, at)
-    elif row.get("type") == "user":
-        count_user(account, row, message, relative, at)
-    elif row.get("type") == "cost-state" and not relative:
-        used, cost = row.get("modelUsage"), row.get("totalCostUSD")
-        if isinstance(used, dict) and number(cost):
-            models = {m: counts_of(u, 2) for m, u in used.items() if isinstance(u, dict)}
-            account["pending"]["ledger"] = {"models": models, "cost": cost}
+        row, at = decode_json(line.decode("utf-8", "replace")), 0
+        if "timestamp" in row:
+            stamp = row["timestamp"].replace("Z", "+00:00")
+            at = datetime.fromisoformat(stamp).timestamp()
+        if at > until:
+            return False
+        if row["type"] == "assistant":
+            count_message(account, row, row["message"], relative, at)
+        elif row["type"] == "user":
+            count_user(account, row, row["message"], relative, at)
+        elif row["type"] == "cost-state" and not relative:
+            used = row["modelUsage"].items()
+            models = {name: counts_of(found, 1) for name, found in used}
+            cost = row["totalCostUSD"] if number(row["totalCostUSD"]) else 0
+            account["ledger"] = {"models": models, "cost": cost}
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        pass  # an internal format that may change: what is not understood, not counted
     return True
 
-
 def read_transcript(account, relative, until, ends):
-    """Count what one transcript has gained.
-
-    relative: "" for the session's own file, else a subagent's, below it. until: rows
-    stamped later (seconds since 1970) are left. ends: monotonic, no reading after it.
-    OSError or ValueError: nothing more to be had from it now (missing, no regular file,
-    too much at once, no time left).
-    """
-    main = account["transcript"]
-    path = os.path.join(os.path.splitext(main)[0], relative) if relative else main
-    fd = open_regular(path)
+    """Count what a transcript has gained. relative: "" for the session's own, else a
+    subagent's, below it. OSError or ValueError: there is no more to be had now."""
+    path = account["transcript"]
+    fd = open_regular(os.path.join(path[:-6], relative) if relative else path)
     try:
         found = os.fstat(fd)
         inode, offset = account["files"].get(relative, (found.st_ino, 0))
-        unread = found.st_size - offset
-        replaced = inode != found.st_ino or unread < 0
-        if replaced or unread > TRANSCRIPT_MAX_BYTES:
-            # To its end: rather a count that the ledger settles than one made twice.
-            account["files"][relative] = [found.st_ino, found.st_size]
-            if replaced:
+        account["files"][relative] = position = [found.st_ino, found.st_size]
+        if inode != found.st_ino or offset > found.st_size:
+            return  # replaced or shrunk: the ledger may settle it, nothing counts twice
+        if found.st_size - offset > UNREAD_MAX_BYTES:
+            raise ValueError("too much")
+        position[1] = offset
+        for end, line in lines_that_matter(fd, offset):
+            if line and not count_line(account, line, relative, until):
                 return
-            raise ValueError("too much unread")
-        account["files"][relative] = [inode, offset]
-        for end, line in lines_that_matter(fd, offset) if unread else ():
-            if line and not count_line(account, relative, line, until):
-                return
-            account["files"][relative][1] = end
+            position[1] = end
             if time.monotonic() > ends:
                 raise TimeoutError("the rest is for the next ping")
     finally:
         os.close(fd)
 
-
 def read_session(account, until, ends):
-    """Count what a session's transcripts have gained; False when there is no transcript.
-
-    The session's own file first: it tells where the account begins.
-    """
-    try:
-        read_transcript(account, "", until, ends)
-    except (OSError, ValueError):
-        return False
-    top, agents = os.path.splitext(account["transcript"])[0], []
-    for directory, _, names in os.walk(os.path.join(top, "subagents")):
-        for name in names:
-            if name.startswith("agent-") and name.endswith(".jsonl"):
-                agents.append(os.path.relpath(os.path.join(directory, name), top))
-    for relative in sorted(agents)[:AGENTS_MAX]:
+    """Count what a session's transcripts have gained; whether there is one to read. Its
+    own comes first: it tells where history ends."""
+    top = account["transcript"][:-6]  # without .jsonl
+    files = [os.path.relpath(os.path.join(directory, name), top)
+             for directory, _, names in os.walk(os.path.join(top, "subagents"))
+             for name in names if name.startswith("agent-") and name.endswith(".jsonl")]
+    for relative in [""] + sorted(files):
         try:
             read_transcript(account, relative, until, ends)
         except (OSError, ValueError):
-            continue
-    for key in ("seen", "calls"):
-        account[key] = dict(list(account[key].items())[-SEEN_IDS:])
+            if not relative:
+                return False
     return True
 
-
-def account_path(base, session_id):
-    """One file per session."""
-    return os.path.join(base, "accounts", sha256_hex(session_id.encode())[:16] + ".json")
-
-
-def new_account(ping, transcript, at):
-    """An account as it opens at its first event: where history ends.
-
-    A new session has none; a resumed or forked one, all that is older than its start;
-    met in the middle, all that is older than the prompt it was met at.
-    """
-    start = ping.get("source") if ping.get("event") == "SessionStart" else None
-    return {
-        "transcript": transcript,
-        "identity": {
-            key: ping[key]
-            for key in ("project", "machine", "session_id", "cwd_hash", "transcript_path_hash")
-            if key in ping
-        },
-        "since": at if start in ("resume", "fork") else 0,
-        "first_prompt_by": 0 if start in ("startup", "clear", "resume", "fork") else at,
-        "whole": True,
-        "ended": False,
-        "files": {},
-        "seen": {},
-        "calls": {},
-        "prompts": [],
-        "model": None,
-        "branch": None,
-        "last_at": at,
-        "pending": new_pending(),
-        "reported": {},
-        "cost": 0,
-        "charged": {},
-        "owed": None,
-    }
-
-
-def load_account(path):
-    """An account, or None when there is none that can be used."""
-    try:
-        account = read_object(path, 8 << 20)
-    except (OSError, ValueError):
-        return None
-    for key, value in new_account({}, "", 0).items():
-        given = account.get(key)
-        good = number(given) if number(value) else isinstance(given, type(value))
-        if not good and value is not None:
-            return None
-    return account
-
-
 def settle(account):
-    """Add to what is pending what the client's ledger has more; give the new cost.
-
-    Compaction and titles are API calls of no row. Sums are compared, not models: the
-    ledger may name a model otherwise than the rows do. Less than we reported: nothing.
-    """
-    ledger, models = account["pending"]["ledger"], account["pending"]["models"]
-    have = {}
-    for part in (account["reported"], models):
-        for model, counts in part.items():
-            add_counts(have, model, counts)
-    missing = [n - m for n, m in zip(totals(ledger["models"]), totals(have))]
-    for model, counts in ledger["models"].items():
-        known = have.get(model, [0] * len(COUNTS))
-        more = [max(0, min(gap, n - m)) for gap, n, m in zip(missing, counts, known)]
-        if any(more) and model_name(model):
-            add_counts(models, model, more)
-            missing = [gap - n for gap, n in zip(missing, more)]
+    """Add what the client's ledger has more (compaction and titles are calls of no
+    row); give the cost not yet reported. It is sums that are compared: the ledger may
+    name a model otherwise."""
+    ledger, models, reported = account["ledger"], account["models"], account["reported"]
+    missing = summed(ledger["models"]) - summed(models, reported)
+    for name, counts in ledger["models"].items():
+        known = counter(models.get(name)) + counter(reported.get(name))
+        more = (counter(counts) - known) & missing
+        missing = missing - more
+        add(models, name, more)
     cost, account["cost"] = ledger["cost"] - account["cost"], ledger["cost"]
     return max(0, round(cost, 10))
 
+def named(counts):
+    """Counts as a ping has them: all of COUNTS, and the total."""
+    found = {name: counts[name] for name in COUNTS}
+    return dict(found, total_tokens=sum(found.values()) - found["reasoning_tokens"])
 
-def named_counts(counts):
-    """Five counts under the ping's names, and the total of the first four."""
-    named = {names[0]: n for names, n in zip(COUNTS, counts)}
-    named["total_tokens"] = sum(counts[:4])
-    return named
-
-
-def take_pending(account):
-    """The usage fields of what is pending, which counts as reported from now on."""
-    pending, account["pending"] = account["pending"], new_pending()
-    for model, counts in pending["models"].items():
-        add_counts(account["reported"], model, counts)
-    worked = {m: named_counts(c) for m, c in pending["models"].items() if any(c)}
-    fields = named_counts(totals(pending["models"]))
-    fields.update(tool_calls=pending["calls"], tool_failures=pending["failures"])
+def take_usage(account):
+    """The usage fields of what was read since the last charge; now it is reported."""
+    models = {name: counts for name, counts in account["models"].items() if counts}
+    for name, counts in models.items():
+        add(account["reported"], name, counter(counts))
+    fields = dict(named(summed(models)), tool_calls=account["tool_calls"],
+                  tool_failures=account["tool_failures"])
+    if len(models) > 1:
+        fields["models"] = {name: named(counter(n)) for name, n in models.items()}
+    if account["tools"]:
+        used = sorted(account["tools"].items(), key=lambda pair: (-pair[1], pair[0]))
+        fields["tools"] = dict(used[:20])
     if account["model"]:
         fields["model"] = account["model"]
-    if len(worked) > 1:
-        fields["models"] = worked
-    used = sorted(pending["tools"].items(), key=lambda pair: (-pair[1], pair[0]))[:20]
-    if used:
-        fields["tools"] = dict(used)
+    account.update(copy_of(NOTHING))
+    for key in ("seen", "seen_tools"):
+        account[key] = dict(list(account[key].items())[-SEEN_MAX:])
     return fields
 
-
-def usage_fields(account, ping, local, at, ends, patient):
-    """What the session used since its last such ping; {} without a transcript.
-
-    Waits, when `patient`, until the event is LAG_S old for what the client writes after
-    it fired the event: a turn's last message, a session's ledger.
-    """
-    name, awaited = ping.get("event"), ""
-    if name == "SubagentStop":
-        top = os.path.splitext(account["transcript"])[0]
+def usage_of(account, ping, local, at, ends, patient):
+    """Usage fields since the session's last such ping; {}: no transcript can be read.
+    Waits, if `patient`, until the event is LAG_S old for what the client writes after
+    it: a turn's last message, a session's ledger."""
+    event, top, awaited = ping["event"], account["transcript"][:-6], ""
+    if event == "SubagentStop":
         awaited = os.path.relpath(local.get("agent_transcript") or top, top)
-        if not os.path.isfile(os.path.join(top, awaited)):
-            name = "no transcript of its own"  # a compaction's agent has none
-    until = at + LAG_S if name != "SessionEnd" else float("inf")
+    expects = event in ("Stop", "SessionEnd") or (
+        event == "SubagentStop" and os.path.isfile(os.path.join(top, awaited)))
+    until = float("inf") if event == "SessionEnd" else at + LAG_S
     give_up = min(time.monotonic() + min(LAG_S, at + LAG_S - time.time()), ends)
     while True:
         if not read_session(account, until, min(time.monotonic() + READ_S, ends)):
             return {}
-        complete = {
-            "Stop": awaited in account["pending"]["final"],
-            "SubagentStop": awaited in account["pending"]["final"],
-            "SessionEnd": account["pending"]["ledger"] is not None,
-        }.get(name, True)
-        if complete or not patient or time.monotonic() >= give_up:
+        came = awaited in account["final"]
+        if event == "SessionEnd":
+            came = account["ledger"]
+        if came or not (expects and patient) or time.monotonic() >= give_up:
             break
         time.sleep(POLL_S)
-    cost = None
-    if name == "SessionEnd" and complete and account["whole"]:
-        cost = settle(account)
-    fields = take_pending(account)
-    if cost is not None:
-        fields["cost_usd"] = cost
-    if not complete:
-        fields["usage_complete"] = False
+    fields = {} if came or not expects else {"usage_complete": False}
+    if event == "SessionEnd" and came and account["whole"]:
+        fields["cost_usd"] = settle(account)
+    fields.update(take_usage(account))
     begun = [prompt for prompt in account["prompts"] if 0 < prompt <= at]
-    if name == "Stop" and begun:
+    if event == "Stop" and begun:
         fields["duration_ms"] = round((at - begun[-1]) * 1000)
-    if local.get("git") is True:
+    if local.get("git"):
         fields["git_branch"] = account["branch"]
     return fields
 
+def load_account(path):
+    """An account, or None when there is none."""
+    try:
+        return read_object(path, 8 << 20)
+    except (OSError, ValueError):
+        return None
 
-def charge(base, name, record, ends, foreground):
-    """The ping of one outbox file, with its usage in it; opens the session's account.
+def charge(base, path, record, ends, foreground):
+    """The ping of an outbox file (`record` at `path`), with its usage in it.
 
-    name: the file's. record: {"ping", "local"}. ends: monotonic, no waiting after it.
-    The order is what makes it exact: the account is committed together with which ping
-    was charged what, then the ping's file is rewritten, then it may be sent. A crash in
-    between finds the same charge again, so that it is neither lost nor doubled.
+    The order makes it exact: the account is committed together with which ping was
+    charged what; then the ping's file is rewritten; then it may be sent. Whoever comes
+    after a crash finds the same charge, so that it is neither lost nor doubled.
     """
-    ping, local = record["ping"], record["local"]
-    transcript, session_id = local.get("transcript"), ping.get("session_id")
-    if not isinstance(transcript, str) or not session_id:
-        return ping
-    path, at = account_path(base, session_id), int(name[:20]) / 1e9
-    found = load_account(path)
-    account = found or new_account(ping, transcript, at)
-    account["last_at"] = max(account["last_at"], at)
+    ping, local, at = record["ping"], record["local"], ns_of(path) / 1e9
+    name = sha256_hex(ping["session_id"].encode())[:16] + ".json"
+    account_path = os.path.join(base, "accounts", name)
+    found = load_account(account_path)
+    account = found or new_account(ping, local["transcript"], at)
     if ping.get("event") not in USAGE_EVENTS:
         if found and not found["ended"]:
-            os.utime(path)  # the sweep looks at it
+            os.utime(account_path)  # not quiet, for the sweep
         else:
-            account["ended"] = False
-            write_object(path, account)
+            write_object(account_path, dict(account, ended=False))
         return ping
-    fields = account["charged"].get(ping["event_id"])
-    if fields is None:
-        clearing = foreground and ping.get("reason") == "clear"  # it waits for us to end
-        fields = usage_fields(account, ping, local, at, ends, not clearing)
-        account["charged"][ping["event_id"]] = fields
-        account["charged"] = dict(list(account["charged"].items())[-16:])
-        account["ended"] = ping["event"] == "SessionEnd"
-        write_object(path, account)
-    ping = gate(dict(ping, **fields))
-    write_object(os.path.join(base, "outbox", name), {"ping": ping, "local": {}})
+    event_id = ping["event_id"]
+    if event_id not in account["charged"]:
+        patient = not foreground or ping.get("reason") != "clear"  # it awaits our end
+        fields = usage_of(account, ping, local, at, ends, patient)
+        charged = dict(list(account["charged"].items())[-15:], **{event_id: fields})
+        account.update(charged=charged, ended=ping["event"] == "SessionEnd", last_at=at)
+        write_object(account_path, account)
+    ping = gate(dict(ping, **account["charged"][event_id]))
+    write_object(path, {"ping": ping, "local": {}})
     return ping
 
-
-def pay_owed(base, path, account):
-    """Put the SessionLost ping that the account owes into the outbox, once."""
-    if account["owed"]:
-        name, ping = account["owed"]
-        enqueue(base, name, gate(ping), {})
-        account["owed"] = None
-        write_object(path, account)
-
-
-def sweep_accounts(base, now):
-    """Once a day: report what sessions that ended without a word had used; drop old ones.
-
-    now: seconds since 1970. kill -9 and a power cut fire no SessionEnd.
-    """
-    directory = os.path.join(base, "accounts")
-    for entry in os.listdir(directory) if os.path.isdir(directory) else ():
-        path = os.path.join(directory, entry)
-        try:
-            quiet = now - os.lstat(path).st_mtime
-        except OSError:
-            continue
-        if quiet > (SWEEP_AFTER_S if entry.startswith(".") else ACCOUNT_MAX_S):
-            remove(path)
-        account = load_account(path) if quiet > QUIET_S else None
-        if account is None:
-            continue
-        pay_owed(base, path, account)
-        if account["ended"]:
-            continue
+def report_lost(base, path):
+    """One ping of what a session had used that ended without a word (kill -9, power).
+    path: its account's; committed first, so that a crash cannot make two pings."""
+    account = load_account(path) or {"ended": True, "owed": []}
+    if not account["owed"] and not account["ended"]:
         read_session(account, float("inf"), time.monotonic() + READ_S)
-        if not any(totals(account["pending"]["models"])):
-            continue
-        fields = dict(account["identity"], **take_pending(account))
-        mark = "%s %s" % (account["identity"].get("session_id"), account["reported"])
-        ns = int(account["last_at"] * 1e9)
-        fields.update(
-            provider="anthropic",
-            tool="claude-code",
-            hook_version=__version__,
-            event="SessionLost",
-            event_id=sha256_hex(mark.encode())[:32],
-            timestamp=iso_time(ns),
-            status="success",
-            usage_complete=False,
-        )
-        account["owed"] = [ping_file_name(ns, fields["event_id"]), gate(fields)]
-        write_object(path, account)
-        pay_owed(base, path, account)
+        if summed(account["models"]):
+            fields = dict(account["identity"], **take_usage(account))
+            mark = fields["session_id"] + encode_json(account["reported"])
+            ns, event_id = int(account["last_at"] * 1e9), sha256_hex(mark.encode())[:32]
+            fields.update(ORIGIN, event="SessionLost", event_id=event_id,
+                          status="success", timestamp=iso_time(ns), usage_complete=False)
+            account["owed"] = [ping_file(base, ns, event_id), gate(fields)]
+            write_object(path, account)
+    if account["owed"]:
+        write_object(account["owed"][0], {"ping": account["owed"][1], "local": {}})
+        write_object(path, dict(account, owed=[]))
 
-
-# -- Delivery: one request, one verdict --------------------------------------------------
+# -- Delivery: one request, one verdict ------------------------------------------------
 
 DELIVERED, RETRY, HOLD, REFUSED = "delivered", "retry", "hold", "refused"
-HOLD_STATUS = (401, 402, 403, 404, 405, 407, 410, 451)  # the ping is not at fault
-RETRY_STATUS = (408, 425, 429)  # the server is not either: not now
-
-
-class Answer:
-    """What came of one attempt.
-
-    verdict: what becomes of the ping. what: for a person; no URL, no text of the server.
-    retry_after: the header's text or None. maybe_ping: whether the ping itself may be
-    what the server cannot digest (5xx, or no answer although connected).
-    """
-
-    def __init__(self, verdict, what, retry_after=None, maybe_ping=False):
-        self.verdict, self.what = verdict, what
-        self.retry_after, self.maybe_ping = retry_after, maybe_ping
-
+HOLD_STATUS = (401, 402, 403, 404, 405, 407, 410, 451)  # the URL or token, not the ping
+RETRY_STATUS = (408, 425, 429)
 
 def verdict_of(status):
-    """The verdict on an HTTP status (200 to 599; anything else is no answer)."""
+    """What becomes of a ping that was answered with this HTTP status."""
     if 200 <= status < 300:
         return DELIVERED
     if 300 <= status < 400 or status in HOLD_STATUS:
         return HOLD
-    if 400 <= status < 500 and status not in RETRY_STATUS:
-        return REFUSED
-    return RETRY
-
+    return REFUSED if 400 <= status < 500 and status not in RETRY_STATUS else RETRY
 
 def retry_after_s(text, now):
-    """Seconds that a Retry-After header asks for (RFC 9110, 10.2.3), 0 when unusable."""
+    """Seconds that a Retry-After asks for (RFC 9110, 10.2.3), 0 when it is unusable."""
     from email.utils import parsedate_to_datetime
-
     text = (text or "").strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text[:20]), RETRY_AFTER_MAX_S)
     try:
-        wait = parsedate_to_datetime(text).timestamp() - now
+        wait = float(text[:20]) if text.isascii() and text.isdigit() else (
+            parsedate_to_datetime(text).timestamp() - now)
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
     return min(max(wait, 0.0), RETRY_AFTER_MAX_S)
 
-
 def backoff_s(verdict, failures, retry_after, now):
-    """Seconds to wait after the n-th failure in a row, n >= 1.
-
-    Jittered, so that a thousand machines do not come back at one moment; never before
-    what the server asked for.
-    """
+    """Seconds to wait after the n-th failure in a row: jittered, for machines must not
+    come back together, and not before the server asked for."""
     from random import uniform
-
-    power = 2.0 ** min(failures, 20)
+    power, asked = 2.0 ** min(failures, 20), retry_after_s(retry_after, now)
+    wait = uniform(2, min(BACKOFF_MAX_S, 2 * power))
     if verdict == HOLD:
         wait = min(HOLD_S[0] * power / 2, HOLD_S[1])
-    else:
-        wait = uniform(2, min(BACKOFF_MAX_S, 2 * power))
-    asked = retry_after_s(retry_after, now)
     if asked:
         wait = max(wait, min(asked + uniform(0, 1 + asked / 10), RETRY_AFTER_MAX_S))
     return wait
 
-
 def make_opener(url):
-    """An opener that does no more than it must: http, https, the environment's proxies.
-
-    No redirects (urllib would make the POST a GET without a body, and call its 200 a
-    success), no ftp, file or data, no cookies, no passwords.
-    """
+    """An opener that can do no more than it must: no redirects (urllib would turn the
+    POST into a GET without a body, and call its 200 a success), no other schemes; the
+    environment's proxies, but never for loopback; TLS verified."""
     from urllib import request
-
     opener = request.OpenerDirector()
     opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
-    if hasattr(request, "HTTPSHandler"):
+    if url.lower().startswith("https:"):
         import ssl
-
         opener.add_handler(request.HTTPSHandler(context=ssl.create_default_context()))
     if not loopback(split_url(url)[1]):
         opener.add_handler(request.ProxyHandler(request.getproxies_environment()))
     return opener
 
-
-def answer_of(error):
-    """The Answer that an exception of urllib's stands for."""
-    from urllib.error import URLError
-
-    reason = getattr(error, "reason", error) if isinstance(error, URLError) else error
-    text = getattr(reason, "strerror", None) or type(reason).__name__
-    ssl = sys.modules.get("ssl")
-    if ssl and isinstance(reason, ssl.SSLError):
-        text = "TLS: " + (getattr(reason, "reason", None) or text).replace("_", " ").lower()
-        if not isinstance(reason, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
-            return Answer(HOLD, text)
-    tunnel = str(reason).partition("Tunnel connection failed: ")[2][:3]
-    if tunnel.isdigit():  # the proxy's answer, not the tracker's: no ping is refused by it
-        verdict = verdict_of(int(tunnel))
-        return Answer(HOLD if verdict == REFUSED else verdict, "proxy: HTTP " + tunnel)
-    if isinstance(reason, TimeoutError) or "timed out" in str(reason):
-        text = "timed out"
-    # urllib wraps what fails up to the end of sending, and nothing after that.
-    return Answer(RETRY, text, maybe_ping=not isinstance(error, URLError))
-
-
 def post(opener, url, headers, body, timeout_s):
-    """POST `body` (bytes) to `url`; an Answer, whatever happens.
-
-    Of the response only the status and headers are read: at most one buffer of it.
-    """
+    """POST bytes: (verdict, what for a person, Retry-After or None, whether the ping
+    itself may be the cause). Of the response one buffer is read, at most."""
     from http.client import HTTPException
+    from urllib.error import URLError
     from urllib.request import Request
-
     try:
         request = Request(url, body, headers, method="POST")
         with opener.open(request, timeout=timeout_s) as response:
-            status, retry_after = response.status, response.headers.get("Retry-After")
+            status, asked = response.status, response.headers.get("Retry-After")
+        return verdict_of(status), "HTTP %d" % status, asked, status >= 500
     except (OSError, HTTPException, ValueError) as error:
-        return answer_of(error)
-    except AttributeError:  # no handler took the URL: this Python was built without TLS
-        return Answer(HOLD, "this Python cannot do https")
-    return Answer(verdict_of(status), "HTTP %d" % status, retry_after, status >= 500)
+        # urllib wraps what fails up to the end of sending, and nothing after that.
+        connected = not isinstance(error, URLError)
+        cause = error if connected else error.reason
+    ssl, what = sys.modules.get("ssl"), getattr(cause, "strerror", "")
+    what = str(what or type(cause).__name__)
+    if ssl and isinstance(cause, ssl.SSLError) and "EOF" not in str(cause):
+        return HOLD, "TLS: %s" % (getattr(cause, "reason", "") or what), None, False
+    proxy = str(cause).partition("Tunnel connection failed: ")[2][:3]
+    if proxy.isdigit():  # a proxy's status says nothing against the ping
+        verdict = RETRY if verdict_of(int(proxy)) == RETRY else HOLD
+        return verdict, "proxy: HTTP " + proxy, None, False
+    return RETRY, "timed out" if "timed out" in str(cause) else what, None, connected
 
-
-# -- Sender: empties one outbox ----------------------------------------------------------
-
+# -- Sender: empties one outbox --------------------------------------------------------
 
 class Sender:
-    """One life of delivering, in the detached process, or in a hook in the foreground.
-
-    destination: Destination. base: its directory. settings: Settings. ends: monotonic,
-    when this life is over. tell: a function of one line of text for a person.
-    """
+    """Delivers from one outbox, detached or inside a hook. ends: monotonic, when this
+    life is over. tell: a function of a line of text, for a person."""
 
     def __init__(self, destination, base, settings, ends, tell):
-        self.destination, self.base, self.ends, self.tell = destination, base, ends, tell
-        self.foreground = settings.foreground or settings.debug
-        self.timeout_s = settings.timeout_s
-        self.tried = set()  # names that failed since the last back-off
-        self.state = load_state(base)
-        self.opener = make_opener(destination.url)
+        self.destination, self.base, self.settings = destination, base, settings
+        self.ends, self.tell, self.tried = ends, tell, set()  # names that failed
+        self.state, self.opener = load_state(base), make_opener(destination.url)
 
-    def outbox(self, name=""):
-        """Path of the outbox, or of a file in it."""
-        return os.path.join(self.base, "outbox", name)
+    def path(self, *names):
+        """Path of something in the destination's directory."""
+        return os.path.join(self.base, *names)
 
-    def save(self):
+    def save(self, **changes):
         """Write state.json; a disk that refuses must not stop delivery."""
+        self.state.update(changes)
         try:
-            write_object(os.path.join(self.base, "state.json"), self.state)
+            write_object(self.path("state.json"), self.state)
         except OSError:
             pass
 
     def log(self, text):
-        """Append a line to sender.log: no payload, no URL, no token."""
-        path = os.path.join(self.base, "sender.log")
+        """Add a line to sender.log: no payload, no URL, no token."""
+        path, flags = self.path("sender.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
         line = "%s %d %s\n" % (iso_time(time.time_ns()), os.getpid(), text)
         try:
-            if os.path.exists(path) and os.path.getsize(path) > LOG_MAX_BYTES:
-                os.replace(path, path + ".1")
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_FOLLOW
-            fd = os.open(path, flags, 0o600)
+            fd = os.open(path, flags | NO_FOLLOW, 0o600)
             os.write(fd, line.encode("utf-8", "replace"))
+            if os.fstat(fd).st_size > LOG_MAX_BYTES:
+                os.replace(path, path + ".1")
             os.close(fd)
         except OSError:
             pass
 
     def waiting(self):
-        """Names of the pings in the outbox, oldest first."""
-        try:
-            names = os.listdir(self.outbox())
-        except OSError:
-            return []
-        return sorted(name for name in names if not name.startswith("."))
-
-    def untried(self):
-        """Whether a ping waits that was not tried in this life."""
-        return any(name not in self.tried for name in self.waiting())
-
-    def tidy(self):
-        """Sweep what was never finished, set aside what is no ping, keep the bound."""
-        names = self.waiting()
-        for name in os.listdir(self.outbox()) if os.path.isdir(self.outbox()) else ():
-            try:
-                age = time.time() - os.lstat(self.outbox(name)).st_mtime
-            except OSError:
-                continue
-            if name.startswith(".") and age > SWEEP_AFTER_S:
-                remove(self.outbox(name))
-        for name in names:
-            if not (name[:20].isdigit() and name[20:21] == "-" and name.endswith(".json")):
+        """Names of the pings in the outbox, oldest first. What is no ping goes aside,
+        what was never finished is removed."""
+        names = []
+        for name in os.listdir(self.path("outbox")):
+            if name[:20].isdigit() and name[20:21] == "-" and name.endswith(".json"):
+                names.append(name)
+            elif not name.startswith("."):
                 self.set_aside(name, "no ping")
-        names = self.waiting()
-        for name in names[: max(0, len(names) - OUTBOX_MAX_PINGS)]:
-            self.lose(name, "outbox full")
-            remove(self.outbox(name))
-        present = set(names)
-        charges = self.state["charges"]
-        self.state["charges"] = {n: c for n, c in charges.items() if n in present}
+            elif quiet_s(self.path("outbox", name)) > UNFINISHED_S:
+                remove(self.path("outbox", name))
+        return sorted(names)
 
     def lose(self, name, reason):
-        """Count a ping that will never be delivered, and the tokens charged to it."""
+        """Count a ping that will not be delivered, and the tokens charged to it."""
         losses = self.state["losses"]
         losses[reason] = losses.get(reason, 0) + 1
         try:
-            ping = read_object(self.outbox(name), PING_MAX_BYTES).get("ping")
-            tokens = ping.get("total_tokens") if isinstance(ping, dict) else None
-        except (OSError, ValueError):
-            tokens = None
-        if number(tokens) and tokens:
-            losses["tokens"] = losses.get("tokens", 0) + int(tokens)
+            ping = read_object(self.path("outbox", name), PING_MAX_BYTES)["ping"]
+            losses["tokens"] = losses.get("tokens", 0) + ping["total_tokens"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
         self.save()
 
     def set_aside(self, name, reason):
-        """Move a ping that is refused for good out of the way of the others."""
-        refused = os.path.join(self.base, "refused")
+        """Move what can never be delivered out of the others' way."""
         self.lose(name, reason)
-        self.tried.add(name)  # should the move fail, do not spin on it
+        self.tried.add(name)
         try:
-            os.makedirs(refused, 0o700, exist_ok=True)
-            os.replace(self.outbox(name), os.path.join(refused, name))
-            for old in sorted(os.listdir(refused))[:-REFUSED_MAX_PINGS]:
-                remove(os.path.join(refused, old))
+            os.makedirs(self.path("refused"), 0o700, exist_ok=True)
+            os.replace(self.path("outbox", name), self.path("refused", name))
+            for old in sorted(os.listdir(self.path("refused")))[:-REFUSED_MAX_PINGS]:
+                remove(self.path("refused", old))
         except OSError:
-            remove(self.outbox(name))
+            remove(self.path("outbox", name))
 
     def read_ping(self, name):
-        """The ping to send, with its usage; None when there is none to send under `name`."""
+        """The ping to send, its usage charged; None when there is none under `name`."""
+        path = self.path("outbox", name)
         try:
-            record = read_object(self.outbox(name), PING_MAX_BYTES)
-            if not isinstance(record.get("ping"), dict):
-                raise ValueError("no ping")
+            record = read_object(path, PING_MAX_BYTES)
             record["ping"] = gate(record["ping"])
-            if not {"event_id", "provider", "status"} <= record["ping"].keys():
+            if "event_id" not in record["ping"]:
                 raise ValueError("no ping")
-        except FileNotFoundError:
-            return None
-        except OSError:  # no descriptor free, an I/O error: perhaps another time
+        except OSError:  # gone, or an I/O error: perhaps another time
             self.tried.add(name)
             return None
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             self.set_aside(name, "no ping")
             return None
-        if not isinstance(record.get("local"), dict) or not record["local"]:
-            return record["ping"]
         try:
-            return charge(self.base, name, record, self.ends, self.foreground)
+            if record.get("local"):
+                hurry = self.settings.foreground
+                return charge(self.base, path, record, self.ends, hurry)
         except Exception as error:  # whatever a transcript holds, the ping goes
-            self.log("usage left out: " + type(error).__name__)
-            return record["ping"]
+            self.log("usage left out: %r" % error)
+        return record["ping"]
 
     def attempt(self, ping):
-        """Send one ping; an Answer. Ends the process when urllib overstays its time."""
+        """POST one ping, under a watchdog; gives what `post` gives."""
         import threading
-
-        left = self.ends - time.monotonic() if self.foreground else float("inf")
-        watchdog = threading.Timer(min(DEADLINE * self.timeout_s, left), self.overdue)
+        url, limit = self.destination.url, self.settings.timeout_s
+        if self.settings.foreground:
+            limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
+        watchdog = threading.Timer(DEADLINE * limit, self.overdue)
         watchdog.daemon = True
-        headers = dict(self.destination.headers)
-        headers["Idempotency-Key"] = ping["event_id"]
+        headers = {"Idempotency-Key": ping["event_id"], **self.destination.headers}
         begun = time.monotonic()
         watchdog.start()
-        try:
-            for body in self.destination.bodies(ping):
-                timeout_s = max(0.1, min(self.timeout_s, left))
-                answer = post(self.opener, self.destination.url, headers, body, timeout_s)
-                if answer.verdict != DELIVERED:
-                    break
-        finally:
-            watchdog.cancel()
-        self.tell(
-            "%s %s to %s: %s in %d ms, %s"
-            % (
-                ping.get("event", "ping"),
-                ping["event_id"],
-                origin(self.destination.url),
-                answer.what,
-                (time.monotonic() - begun) * 1000,
-                {RETRY: "kept", HOLD: "kept", REFUSED: "set aside"}.get(
-                    answer.verdict, answer.verdict
-                ),
-            )
-        )
+        for body in self.destination.bodies(ping):
+            answer = post(self.opener, url, headers, body, limit)
+            if answer[0] != DELIVERED:
+                break
+        watchdog.cancel()
+        took_ms, name = (time.monotonic() - begun) * 1000, ping.get("event")
+        self.tell("%s %s to %s: %s in %d ms, %s" % (
+            name, ping["event_id"], origin(url), answer[1], took_ms, answer[0]))
         return answer
 
     def overdue(self):
-        """The watchdog: count the failure, then end the process; nothing else can.
-
-        A hung resolver, a response dripped byte by byte: no timeout of urllib's ends them.
-        """
-        self.fail(Answer(RETRY, "no whole answer in time"))
-        self.tell("no whole answer in time, kept")
+        """A request overstayed (a hung resolver, a dripping response): count that and
+        end the process, for nothing else ends the request."""
+        self.fail((RETRY, "no whole answer in time", None))
+        self.tell("no whole answer in time; the ping waits")
         os._exit(0)
 
     def fail(self, answer):
-        """Count a failed pass and start a back-off."""
-        state, now = self.state, time.time()
-        before = state["problem"]["verdict"] if state["problem"] else None
-        again = state["failures"] and before == answer.verdict
-        state["failures"] = min(state["failures"] + 1, 64) if again else 1
-        wait = backoff_s(answer.verdict, state["failures"], answer.retry_after, now)
-        state.update(set_at=now, not_before=now + wait, recovering=True)
-        state["problem"] = {"verdict": answer.verdict, "what": answer.what, "at": now}
-        self.save()
-        self.log("%s: %s, next try in %d s" % (answer.verdict, answer.what, wait))
+        """Count a pass that failed, and start a back-off."""
+        (verdict, what, asked), now, state = answer[:3], time.time(), self.state
+        again = state["problem"].get("verdict") == verdict
+        failures = min(state["failures"] + 1, 64) if again else 1
+        wait = backoff_s(verdict, failures, asked, now)
+        self.save(failures=failures, set_at=now, not_before=now + wait, recovering=True,
+                  problem={"verdict": verdict, "what": what, "at": now})
+        self.log("%s: %s, next try in %d s" % (verdict, what, wait))
 
     def one_pass(self):
-        """Try every waiting ping once, oldest first, until one says that it is no time.
-
-        The lock must be held. Returns how many were delivered.
-        """
+        """Try every ping once, oldest first, until an answer says that now is no time.
+        The lock must be held."""
         self.state = state = load_state(self.base)
-        self.tidy()
-        # After an outage a thousand machines come back at once: go slowly until the
-        # backlog is gone.
-        most = PROBE_PINGS if state["recovering"] else OUTBOX_MAX_PINGS * 2
-        sent = delivered = 0
-        suspect = None  # (name, its Answer): the server's fault or the ping's?
-        for name in self.waiting():
-            if name in self.tried or time.monotonic() >= self.ends:
-                continue
-            if sent >= most:
+        names, sent, suspect = self.waiting(), 0, None
+        for name in names[:-OUTBOX_MAX_PINGS]:
+            self.lose(name, "outbox full")
+            remove(self.path("outbox", name))
+        for name in set(state["charges"]).difference(names):
+            del state["charges"][name]
+        for name in names[-OUTBOX_MAX_PINGS:]:
+            if time.monotonic() >= self.ends:
+                break
+            if state["recovering"] and sent == PROBE_PINGS:
                 self.pace()
                 break
-            ping = self.read_ping(name)
-            if ping is None:
+            ping = self.read_ping(name) if name not in self.tried else None
+            if not ping:
                 continue
-            answer = self.attempt(ping)
-            sent += 1
-            if answer.verdict == DELIVERED:
-                delivered += 1
-                self.accepted(name)
-                if suspect:
-                    self.accuse(suspect[0])
-                    suspect = None
-            elif answer.verdict == REFUSED and not suspect:
+            answer, sent = self.attempt(ping), sent + 1
+            if answer[0] == DELIVERED:
+                self.accepted(name, suspect)
+                suspect = None
+            elif answer[0] == REFUSED and not suspect:
                 state["failures"] = 0
-                state["problem"] = {
-                    "verdict": REFUSED, "what": answer.what, "at": time.time()
-                }  # fmt: skip
-                self.set_aside(name, "refused: " + answer.what)
+                self.set_aside(name, "refused: " + answer[1])
             else:
                 self.tried.add(name)
-                if suspect or not answer.maybe_ping:
+                if suspect or not answer[3]:
+                    suspect = None
                     self.fail(answer)
                     break
-                suspect = name, answer  # the next ping will tell
+                suspect = name, answer  # its fault or the server's? The next ping tells
         else:
-            if suspect:
-                self.fail(suspect[1])
-            elif sent:
-                state["recovering"] = False
+            state["recovering"] = False
+        if suspect:
+            self.fail(suspect[1])
         if sent:
-            self.log("delivered %d of %d tried" % (delivered, sent))
             self.save()
-        return delivered
+            self.log("sent %d of %d, last: %s" % (sent, len(names), answer[1]))
 
-    def accepted(self, name):
-        """The tracker has it: only now the file goes."""
-        if not remove(self.outbox(name)):
+    def accepted(self, name, suspect):
+        """The tracker has the ping: only now its file goes. A suspect is charged."""
+        if not remove(self.path("outbox", name)):
             self.tried.add(name)
         self.state.update(failures=0, not_before=0, delivered_at=time.time())
-
-    def accuse(self, name):
-        """Charge a ping that failed while the next one was accepted; poison goes aside."""
-        charges = self.state["charges"]
-        charges[name] = charges.get(name, 0) + 1
-        age_s = time.time() - int(name[:20]) / 1e9
-        if charges[name] >= POISON_CHARGES and age_s > POISON_AGE_S:
-            self.set_aside(name, "always fails")
+        if suspect:
+            name, charges = suspect[0], self.state["charges"]
+            charges[name] = charges.get(name, 0) + 1
+            age_s = time.time() - ns_of(name) / 1e9
+            if charges[name] >= POISON_CHARGES and age_s > POISON_AGE_S:
+                self.set_aside(name, "always fails")
 
     def pace(self):
-        """Let others have their turn before the rest of the backlog."""
+        """After an outage all machines come back at once: the rest of ours can wait."""
         from random import uniform
-
         now = time.time()
-        self.state.update(set_at=now, not_before=now + uniform(*PACE_S), recovering=True)
-        self.save()
-        self.tell("more wait; the next pass comes in about a minute")
+        self.state.update(set_at=now, not_before=now + uniform(*PACE_S))
 
     def live(self, lock):
-        """Pass after pass until the outbox is empty or this life is over.
-
-        lock: descriptor of the held lock. It is given back between the passes, and the
-        outbox is listed once more after that: a hook that found it busy counts on us.
-        """
+        """Pass after pass. In between the lock is given back, and then the outbox
+        listed once more: a hook that found the lock busy counts on that."""
         while lock is not None:
             if not backoff_left_s(load_state(self.base), time.time()):
                 self.sweep()
                 self.one_pass()
             drop_lock(lock)
             wait = backoff_left_s(load_state(self.base), time.time())
+            if time.monotonic() + wait >= self.ends:
+                return
             if wait:
-                if time.monotonic() + wait >= self.ends:
-                    return
                 time.sleep(wait)
                 self.tried.clear()
-            elif time.monotonic() >= self.ends or not self.untried():
+            elif self.tried.issuperset(self.waiting()):
                 return
             lock = take_lock(self.base)
 
     def sweep(self):
-        """Once a day, look for sessions that ended without a word."""
-        state, now = load_state(self.base), time.time()
-        if 0 <= now - state["swept_at"] < QUIET_S:
+        """Once a day: report sessions that were lost, drop accounts long unused."""
+        self.state, now = load_state(self.base), time.time()
+        if 0 <= now - self.state["swept_at"] < QUIET_S:
             return
         try:
-            sweep_accounts(self.base, now)
+            for name in os.listdir(self.path("accounts")):
+                path = self.path("accounts", name)
+                if quiet_s(path) > (UNFINISHED_S if name[0] == "." else ACCOUNT_MAX_S):
+                    remove(path)
+                elif quiet_s(path) > QUIET_S:
+                    report_lost(self.base, path)
+        except FileNotFoundError:
+            pass  # there are no accounts
         except Exception as error:  # a broken account must not stop delivery
-            self.log("sweep: " + type(error).__name__)
-        self.state = state
-        state["swept_at"] = now
-        self.save()
-
+            self.log("sweep: %r" % error)
+        self.save(swept_at=now)
 
 def run_sender(lock, environ):
-    """The detached process. lock: descriptor of the held lock, as inherited, or -1."""
+    """The detached process. lock: the inherited descriptor, -1 when there is none."""
     os.umask(0o077)
     if os.name == "posix":
-        os.nice(10)  # a session's own work comes first
+        os.nice(10)  # the session's own work comes first
         if os.getsid(0) != os.getpid():
-            os.setsid()  # where posix_spawn could not
+            os.setsid()
     settings = Settings(environ)
     destination = find_destination(settings)
     base = destination.directory(settings.state_dir)
     need_sound(settings.state_dir, base)
     try:
-        ours = os.path.samestat(os.fstat(lock), os.stat(os.path.join(base, "lock")))
-    except (OSError, ValueError, OverflowError):
+        ours = os.path.samestat(os.fstat(lock), os.lstat(os.path.join(base, "lock")))
+    except OSError:
         ours = False
-    if not ours:  # Windows, or started by hand
-        lock = take_lock(base)
-    sender = Sender(destination, base, settings, time.monotonic() + LIFE_S, lambda _: None)
+    ends = time.monotonic() + LIFE_S
+    sender = Sender(destination, base, settings, ends, lambda _: None)
     try:
-        sender.live(lock)
+        sender.live(lock if ours else take_lock(base))
     except Exception as error:  # back off, or every hook would start one that fails
-        sender.fail(Answer(RETRY, "internal error: " + type(error).__name__))
-
+        sender.fail((RETRY, "internal error: " + type(error).__name__, None))
 
 def start_sender(lock, environ):
-    """Start the detached sender and hand it the lock; it outlives the hook.
-
-    A fresh interpreter: forking and then using urllib crashes on macOS. It keeps no
-    descriptor of ours but the lock (Claude Code waits for the end of an inherited pipe),
-    and is in no group and, once we have ended, in no family that Claude Code kills.
-    """
-    command = [sys.executable, "-I", "-S", os.path.abspath(__file__), "--sender", str(lock)]
-    if os.name == "nt":
-        start_sender_on_windows(command, lock, environ)
+    """Start the detached sender and hand it the lock; it outlives the hook. A fresh
+    interpreter, for urllib crashes in a forked process on macOS. In its own session and
+    with no descriptor but the lock: Claude Code kills groups and families, and waits
+    for the end of its pipes."""
+    script = os.path.abspath(__file__)
+    command = [sys.executable, "-I", "-S", script, "--sender", str(lock)]
+    if os.name == "nt":  # unrun; descriptors are not inherited there
+        import subprocess
+        drop_lock(lock)
+        flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        null = subprocess.DEVNULL
+        subprocess.Popen(command[:-1] + ["-1"], stdin=null, stdout=null, stderr=null,
+                         creationflags=flags, cwd=os.path.dirname(script), env=environ)
         return
-    os.chdir("/")  # do not keep a project's directory busy
-    for name in os.listdir("/dev/fd"):
-        fd = int(name)
-        if fd > 2:
-            try:
-                os.set_inheritable(fd, fd == lock)
-            except OSError:
-                pass  # the descriptor of the listing itself
+    os.chdir("/")  # keep no project's directory busy
+    for fd in map(int, os.listdir("/dev/fd")):
+        try:
+            os.set_inheritable(fd, fd in (0, 1, 2, lock))
+        except OSError:
+            pass  # the listing's own
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
     try:
         os.posix_spawn(command[0], command, environ, file_actions=null, setsid=True)
-    except NotImplementedError:
+    except NotImplementedError:  # the sender calls setsid() itself
         os.posix_spawn(command[0], command, environ, file_actions=null)
 
-
-def start_sender_on_windows(command, lock, environ):
-    """The same without descriptors to inherit: the sender takes the lock itself. (Unrun.)"""
-    import subprocess
-
-    drop_lock(lock)
-    flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
-    subprocess.Popen(
-        command[:-1] + ["-1"],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        close_fds=True,
-        creationflags=flags | subprocess.CREATE_NO_WINDOW,
-        cwd=os.path.dirname(command[3]),
-        env=environ,
-    )
-
-
-# -- Hook: what Claude Code runs ---------------------------------------------------------
-
+# -- Hook: what Claude Code runs -------------------------------------------------------
 
 def read_stdin(keep):
-    """All bytes of stdin (b"" unless `keep`), to its end: an early close is an error that
-    Claude Code shows. A stdin that is never closed counts as it is after STDIN_WAIT_S."""
+    """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
+    when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S."""
     import select
-
     parts, ends = [], time.monotonic() + STDIN_WAIT_S
     try:
-        while True:
-            if os.name == "posix":  # select() on Windows knows sockets only
-                left = max(0.0, ends - time.monotonic())
-                if not select.select([0], [], [], left)[0]:
-                    break
+        # select() on Windows knows sockets only.
+        while os.name == "nt" or select.select(
+                [0], [], [], max(0.0, ends - time.monotonic()))[0]:
             part = os.read(0, 1 << 20)
             if not part:
                 break
-            if keep:
-                parts.append(part)
+            parts += [part] if keep else []
     except OSError:
         pass
     return b"".join(parts)
 
-
 def inside(path, directory):
     """Whether `path` is `directory` or below it."""
     for resolve in (os.path.normpath, os.path.realpath):  # /tmp is a link on macOS
-        top = resolve(directory)
-        if (resolve(path) + os.sep).startswith(top.rstrip(os.sep) + os.sep):
+        top = resolve(directory).rstrip(os.sep) + os.sep
+        if (resolve(path) + os.sep).startswith(top):
             return True
     return False
 
-
 def main_repository(directory):
-    """Of a git worktree, its repository's name; "" for anything else (gitrepository-layout).
-
-    A worktree's .git is a file: `gitdir: <repository>/.git/worktrees/<name>`.
-    """
+    """Of a git worktree its repository's name, else "". A worktree's .git is a file:
+    `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
     try:
-        text = read_file(os.path.join(directory, ".git"), 4096).decode("utf-8", "replace")
+        text = read_file(os.path.join(directory, ".git"), 4096).decode()
     except (OSError, ValueError):
         return ""
-    if not text.startswith("gitdir:"):
+    worktrees = os.path.dirname(os.path.join(directory, text[7:].strip()))
+    if not text.startswith("gitdir:") or os.path.basename(worktrees) != "worktrees":
         return ""
-    found = os.path.normpath(os.path.join(directory, text[7:].strip()))
-    worktrees = os.path.dirname(found)
-    top, name = os.path.split(os.path.dirname(worktrees))
-    if os.path.basename(worktrees) != "worktrees":
-        return ""
+    top, name = os.path.split(os.path.dirname(os.path.normpath(worktrees)))
     if name.startswith("."):  # .git, or .bare by a common habit
         return os.path.basename(top)
     return name[:-4] if name.endswith(".git") else name
 
-
 def project_of(event, settings):
-    """The project's name: a `cd src` or a worktree must not make another project."""
+    """The project's name; neither a `cd src` nor a worktree makes another project."""
     cwd = event.get("cwd") if isinstance(event.get("cwd"), str) else ""
-    directory = settings.environ.get("CLAUDE_PROJECT_DIR") or ""
+    top, name = settings.environ.get("CLAUDE_PROJECT_DIR"), ""
     try:
-        if not (cwd and directory and inside(cwd, directory)):
-            directory = cwd
-        name = main_repository(directory) if directory else ""
-        name = name or os.path.basename(os.path.normpath(directory))
-    except (OSError, ValueError):  # a NUL or a lone surrogate in it
-        name = ""
-    return settings.project or (clean(name).strip(" .") and clean(name)) or "unknown"
-
+        directory = top if cwd and top and inside(cwd, top) else cwd
+        if directory and not settings.project:
+            name = os.path.basename(os.path.normpath(directory))
+            name = main_repository(directory) or name
+    except (OSError, ValueError):
+        pass  # a NUL in it
+    return settings.project or clean(name) or "unknown"
 
 def local_of(event, settings, ping):
-    """What the sender needs for the ping's usage and never sends; {} when that is off."""
-    transcript = event.get("transcript_path")
-    if not (settings.usage and "session_id" in ping and transcript):
+    """What the sender needs for the ping's usage and never sends; {}: no usage."""
+    transcript, agent = event.get("transcript_path"), event.get("agent_transcript_path")
+    if not (settings.usage and "session_id" in ping and isinstance(transcript, str)
+            and transcript.endswith(".jsonl")):
         return {}
     local = {"transcript": transcript, "git": settings.git}
-    if ping.get("event") == "SubagentStop":
-        local["agent_transcript"] = event.get("agent_transcript_path")
-    return {key: v for key, v in local.items() if isinstance(v, (str, bool))}
+    return dict(local, agent_transcript=agent) if isinstance(agent, str) else local
 
-
-def deliver_here(destination, base, settings, name, started, tell):
-    """One pass inside the hook: FOREGROUND_S at most since `started`, waits included."""
-    left = backoff_left_s(load_state(base), time.time())
+def deliver_here(destination, base, settings, ends, tell):
+    """One pass inside the hook, over by `ends` (monotonic), the wait for the lock too."""
+    state, lock = load_state(base), None
+    left = backoff_left_s(state, time.time())
     if left:
-        problem = (load_state(base)["problem"] or {}).get("what", "pacing after an outage")
+        tell("a back-off lasts %d s more (%s); this attempt ignores it" % (
+            left, state["problem"].get("what", "after an outage")))
         if not settings.debug:
             return
-        tell("a back-off lasts %d s more (%s); this attempt ignores it" % (left, problem))
-    ends, lock = started + FOREGROUND_S, take_lock(base)
     while lock is None:
-        if time.monotonic() >= ends:
-            raise Skipped("a sender is at work and has the ping; see sender.log in " + base)
-        time.sleep(POLL_S)
         lock = take_lock(base)
+        if lock is None and time.monotonic() >= ends:
+            raise Skipped("a sender is at work and has the ping; see sender.log")
+        time.sleep(POLL_S if lock is None else 0)
     Sender(destination, base, settings, ends, tell).one_pass()
     drop_lock(lock)
-    if os.path.exists(os.path.join(base, "outbox", name)):
-        tell("the ping waits in the outbox; a later hook delivers it")
-
 
 def hook(settings, tell):
-    """One event on stdin becomes one ping in the outbox; Skipped says why it did not."""
-    started, ns = time.monotonic(), time.time_ns()
+    """The event on stdin becomes a ping in the outbox; Skipped says why it did not."""
+    ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
     os.umask(0o077)
     for text in settings.ignored:
         tell(text)
@@ -1754,74 +1283,66 @@ def hook(settings, tell):
         read_stdin(keep=False)
         raise
     raw = read_stdin(keep=True)
-    size, text = len(raw), raw.decode("utf-8", "replace").lstrip("\ufeff")
-    del raw
     try:
-        event = decode_json(text)
-    except (ValueError, RecursionError):
+        event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
+    except ValueError:
         event = None
     if not isinstance(event, dict):
-        raise Skipped("stdin held no JSON object (%d bytes); Claude Code sends one" % size)
-    ping = make_ping(event, settings, project_of(event, settings), ns, size)
+        raise Skipped("stdin held no JSON object, which Claude Code would send")
+    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
     base = destination.directory(settings.state_dir)
     need_sound(settings.state_dir, base)
-    name = ping_file_name(ns, ping["event_id"])
+    path = ping_file(base, ns, ping["event_id"])
     try:
-        enqueue(base, name, ping, local_of(event, settings, ping))
+        write_object(path, {"ping": ping, "local": local_of(event, settings, ping)})
     except OSError as error:
         raise Skipped("cannot write to %s: %s" % (base, error.strerror)) from None
-    tell("%s %s is in the outbox" % (ping.get("event", "ping"), ping["event_id"]))
-    if settings.debug or settings.foreground:
-        deliver_here(destination, base, settings, name, started, tell)
+    tell("%s %s is in the outbox" % (ping.get("event"), ping["event_id"]))
+    if settings.foreground:
+        deliver_here(destination, base, settings, ends, tell)
+        if os.path.exists(path):
+            tell("the ping waits in the outbox; a later hook delivers it")
     elif not backoff_left_s(load_state(base), time.time()):
         lock = take_lock(base)
         if lock is not None:  # busy: a sender runs, and will see the file
             start_sender(lock, settings.environ)
 
-
 def run_for_claude_code(arguments):
-    """Hook or sender; never returns, never fails, prints nothing (but in debug mode)."""
-    debug = os.environ.get("TELEMHQ_HOOK_DEBUG", "") not in ("", "0")
+    """Hook or sender; never fails, never returns, prints only in debug mode."""
+    environ = dict(os.environ)
 
     def tell(text, label="TelemHQ hook: "):
-        if debug:
-            os.write(2, (label + text + "\n").encode("utf-8", "backslashreplace"))
+        if environ.get("TELEMHQ_HOOK_DEBUG", "") not in ("", "0"):
+            try:
+                os.write(2, (label + text + "\n").encode("utf-8", "backslashreplace"))
+            except OSError:
+                pass
 
     try:
         for fd in (0, 1, 2):
             try:
                 os.fstat(fd)
-            except OSError:  # closed: or the next file we open would be our stdin
+            except OSError:  # closed: or the next file that we open would be our stdin
                 os.open(os.devnull, os.O_RDWR)
-        if not sys.flags.isolated:  # TelemHQ's own block: a json.py beside us is not json
-            sys.path[:] = [p for p in sys.path if p.startswith(sys.base_prefix + os.sep)]
         if sys.version_info < (3, 8):
             raise Skipped("it needs Python 3.8 or newer")
         if arguments:
-            run_sender(int(arguments[1]), dict(os.environ))
+            run_sender(int(arguments[1]), environ)
         else:
-            hook(Settings(dict(os.environ)), tell)
+            hook(Settings(environ), tell)
     except Skipped as reason:
-        try:
-            tell(str(reason), "TelemHQ hook skipped: ")
-        except OSError:
-            pass
+        tell(str(reason), "TelemHQ hook skipped: ")
     except BaseException as error:  # the promise: Claude Code never notices
-        try:
-            tell("%s: %s" % (type(error).__name__, error), "TelemHQ hook skipped: ")
-        except OSError:
-            pass
+        tell(repr(error), "TelemHQ hook skipped: ")
     os._exit(0)
 
-
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--sender"] or not (sys.argv[1:] or (sys.stdin and os.isatty(0))):
+    if sys.argv[1:2] == ["--sender"] or not (sys.argv[1:] or os.isatty(0)):
         run_for_claude_code(sys.argv[1:])
 
-# ========================================================================================
+# ======================================================================================
 # Nothing below this line runs inside Claude Code: the commands, run by a person.
-# ========================================================================================
-
+# ======================================================================================
 
 def main(arguments):
     """Run a command; the exit status."""
@@ -1830,7 +1351,7 @@ def main(arguments):
         return 0
     print(__doc__)
     if arguments and arguments not in (["--help"], ["-h"]):
-        print("telemhq_ping: unknown arguments: " + " ".join(arguments), file=sys.stderr)
+        print("telemhq_ping: unknown: " + " ".join(arguments), file=sys.stderr)
         return 2
     return 0
 
