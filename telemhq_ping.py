@@ -536,8 +536,7 @@ COUNTS = {  # the ping's name: the transcript's, the ledger's
         ("cache_creation_input_tokens", "cacheCreationInputTokens"),
     "reasoning_tokens": ("thinking_tokens", "thinkingTokens")}
 NOTHING = {  # read and not yet charged
-    "models": {}, "tools": {}, "tool_calls": 0, "tool_failures": 0, "ledger": {},
-    "final": []}
+    "models": {}, "tools": {}, "tool_calls": 0, "tool_failures": 0, "final": []}
 NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"promptId"')
 
 def lines_that_matter(fd, offset):
@@ -604,7 +603,7 @@ def new_account(ping, transcript, at):
             "prompt_by": 0 if new else at, "ended": False, "last_at": at, "cost": 0,
             "owed": [],
             "transcript": transcript, "files": {}, "seen": {}, "seen_tools": {},
-            "model": "", "branch": "", "prompts": [], "reported": {}, "charged": {},
+            "model": "", "branch": "", "prompts": [], "reported": {}, "charged": {}, "ledger": {},
             "identity": {name: ping[name] for name in names if name in ping},
             **copy_of(NOTHING)}
 
@@ -726,6 +725,7 @@ def settle(account):
         missing = missing - more
         add(models, name, more)
     cost, account["cost"] = ledger["cost"] - account["cost"], ledger["cost"]
+    account["ledger"] = {}
     return max(0, round(cost, 10))
 
 def named(counts):
