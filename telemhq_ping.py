@@ -242,7 +242,8 @@ class Settings:
 
     def __init__(self, environ):
         self.environ, self.ignored = environ, []
-        self.url = environ.get("TELEMHQ_PING_URL", "")
+        option = environ.get("CLAUDE_PLUGIN_OPTION_PING_URL", "")  # as a plugin's
+        self.url = environ.get("TELEMHQ_PING_URL") or option
         self.hash_key = environ.get("TELEMHQ_HASH_KEY", "")
         self.debug = environ.get("TELEMHQ_HOOK_DEBUG", "") not in ("", "0")
         self.foreground = self.switch("TELEMHQ_FOREGROUND") or self.debug
@@ -251,7 +252,7 @@ class Settings:
         # For privacy's sake, what is not understood here means off.
         self.usage = not environ.get("TELEMHQ_USAGE") or self.switch("TELEMHQ_USAGE")
         self.project = self.choice(
-            "TELEMHQ_PROJECT", "it has no character to show", lambda v: clean(v).strip())
+            "TELEMHQ_PROJECT", "it has nothing to show", lambda v: clean(v).strip())
         self.machine = self.choice(
             "TELEMHQ_MACHINE", "only letters, digits and _ . : - may be in it",
             lambda v: v if identifier(v) else None)
@@ -260,7 +261,7 @@ class Settings:
         self.state_dir = self.directory()
 
     def choice(self, name, problem, accept):
-        """What `accept` makes of a variable; None when that is nothing, or it is unset."""
+        """What `accept` makes of a variable; None when that is nothing."""
         value = self.environ.get(name)
         found = accept(value) if value else None
         if value and found is None or found == "":
@@ -603,7 +604,8 @@ def new_account(ping, transcript, at):
             "prompt_by": 0 if new else at, "ended": False, "last_at": at, "cost": 0,
             "owed": [],
             "transcript": transcript, "files": {}, "seen": {}, "seen_tools": {},
-            "model": "", "branch": "", "prompts": [], "reported": {}, "charged": {}, "ledger": {},
+            "model": "", "branch": "", "prompts": [], "reported": {}, "charged": {},
+            "ledger": {},
             "identity": {name: ping[name] for name in names if name in ping},
             **copy_of(NOTHING)}
 
@@ -725,7 +727,6 @@ def settle(account):
         missing = missing - more
         add(models, name, more)
     cost, account["cost"] = ledger["cost"] - account["cost"], ledger["cost"]
-    account["ledger"] = {}
     return max(0, round(cost, 10))
 
 def named(counts):
@@ -773,8 +774,10 @@ def usage_of(account, ping, local, at, ends, patient):
             break
         time.sleep(POLL_S)
     fields = {} if came or not expects else {"usage_complete": False}
-    if event == "SessionEnd" and came and account["whole"]:
-        fields["cost_usd"] = settle(account)
+    if event == "SessionEnd":
+        if came and account["whole"]:
+            fields["cost_usd"] = settle(account)
+        account["ledger"] = {}
     fields.update(take_usage(account))
     begun = [prompt for prompt in account["prompts"] if 0 < prompt <= at]
     if event == "Stop" and begun:
@@ -830,7 +833,8 @@ def report_lost(base, path):
             mark = fields["session_id"] + encode_json(account["reported"])
             ns, event_id = int(account["last_at"] * 1e9), sha256_hex(mark.encode())[:32]
             fields.update(ORIGIN, event="SessionLost", event_id=event_id,
-                          status="success", timestamp=iso_time(ns), usage_complete=False)
+                          timestamp=iso_time(ns), status="success",
+                          usage_complete=False)
             account["owed"] = [ping_file(base, ns, event_id), gate(fields)]
             write_object(path, account)
     if account["owed"]:
@@ -919,6 +923,8 @@ def post(opener, url, headers, body, timeout_s):
 class Sender:
     """Delivers from one outbox, detached or inside a hook. ends: monotonic, when this
     life is over. tell: a function of a line of text, for a person."""
+
+    status = 0  # the exit status when the watchdog ends the process
 
     def __init__(self, destination, base, settings, ends, tell):
         self.destination, self.base, self.settings = destination, base, settings
@@ -1034,7 +1040,7 @@ class Sender:
         end the process, for nothing else ends the request."""
         self.fail((RETRY, "no whole answer in time", None))
         self.tell("no whole answer in time; the ping waits")
-        os._exit(0)
+        os._exit(self.status)
 
     def fail(self, answer):
         """Count a pass that failed, and start a back-off."""
@@ -1254,8 +1260,25 @@ def local_of(event, settings, ping):
     local = {"transcript": transcript, "git": settings.git}
     return dict(local, agent_transcript=agent) if isinstance(agent, str) else local
 
+def registered_elsewhere(event, environ):
+    """Whether, run as a plugin, a settings file runs this script for the same event."""
+    config = absolute(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
+    project = os.path.join(environ.get("CLAUDE_PROJECT_DIR") or config, ".claude")
+    if not (environ.get("CLAUDE_PLUGIN_ROOT") and environ.get("TELEMHQ_PING_URL")):
+        return False  # without that variable, the settings' one would send nothing
+    for path in (os.path.join(config, "settings.json"),
+                 os.path.join(project, "settings.json"),
+                 os.path.join(project, "settings.local.json")):
+        try:
+            groups = read_object(path, 1 << 20)["hooks"][event["hook_event_name"]]
+            if "telemhq_ping.py" in encode_json(groups):
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return False
+
 def deliver_here(destination, base, settings, ends, tell):
-    """One pass inside the hook, over by `ends` (monotonic), the wait for the lock too."""
+    """One pass inside the hook, over by `ends` (monotonic), waits included."""
     state, lock = load_state(base), None
     left = backoff_left_s(state, time.time())
     if left:
@@ -1289,6 +1312,8 @@ def hook(settings, tell):
         event = None
     if not isinstance(event, dict):
         raise Skipped("stdin held no JSON object, which Claude Code would send")
+    if registered_elsewhere(event, settings.environ):
+        raise Skipped("a settings file runs this script for the event, and sends the ping")
     ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
     base = destination.directory(settings.state_dir)
     need_sound(settings.state_dir, base)
@@ -1341,20 +1366,602 @@ if __name__ == "__main__":
         run_for_claude_code(sys.argv[1:])
 
 # ======================================================================================
-# Nothing below this line runs inside Claude Code: the commands, run by a person.
+# Nothing below this line runs inside Claude Code: the commands, run by a person. They
+# are a text, compiled when a person asks for one: Python compiles a script at every run,
+# and with them each hook would take half as long again.
 # ======================================================================================
+
+COMMANDS = r'''
+SCRIPT = "telemhq_ping.py"
+EVENTS = {"Stop": None, "StopFailure": None, "SessionEnd": None}  # event: matcher
+TOOL_EVENTS = {"PostToolUse": "Bash|Edit|MultiEdit|Write", "PostToolUseFailure": None}
+REASONS = {  # what a back-off's problem means to a person
+    "HTTP 401": "the tracker wants other credentials: is TELEMHQ_PING_URL complete?",
+    "HTTP 403": "the tracker refuses this token: make a new ping URL",
+    "HTTP 404": "the token in TELEMHQ_PING_URL is wrong or was revoked",
+    "HTTP 407": "the proxy wants a password: see HTTPS_PROXY",
+    "HTTP 410": "the tracker was deleted: make a new one",
+    "HTTP 429": "too many pings at once; they are sent later",
+    "Connection refused": "nothing listens there: is the host in TELEMHQ_PING_URL right?",
+}
+WAIT_OLD_S = 300.0  # doctor: a ping that waits for longer than this is a problem
+
+
+class Failed(Exception):
+    """Why a command failed, for a person: printed on stderr, exit 1."""
+
+def config_dir():
+    """Claude Code's own directory."""
+    return absolute(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or "~/.claude"
+
+def installed_script():
+    """Where `install` puts this file."""
+    return os.path.join(config_dir(), "hooks", SCRIPT)
+
+def settings_file(project):
+    """The settings file of the user, or of a project (a directory)."""
+    if project:
+        return os.path.join(os.path.abspath(project), ".claude", "settings.local.json")
+    return os.path.join(config_dir(), "settings.json")
+
+def read_settings(path):
+    """(bytes, dict) of a settings file, (None, {}) when there is none; Failed if broken."""
+    import json
+
+    def unique(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return dict(pairs)
+
+    try:
+        with open(path, "rb") as file:
+            raw = file.read()
+        text = raw.decode("utf-8-sig")
+        found = json.loads(text, object_pairs_hook=unique) if text.strip() else {}
+    except FileNotFoundError:
+        return None, {}
+    except (OSError, ValueError) as error:
+        raise Failed("%s: %s; nothing was changed" % (path, error)) from None
+    hooks = found.get("hooks", {}) if isinstance(found, dict) else None
+    if not isinstance(hooks, dict) or not isinstance(found.get("env", {}), dict):
+        raise Failed("%s: not of the form of settings; nothing was changed" % path)
+    return raw, found
+
+def our_hooks(found):
+    """(event, group, hook) for each of our commands in settings (dict)."""
+    import re
+    ours = re.compile(r"(^|[\s/\\'\"])telemhq_ping\.py($|[\s'\"])")
+    return [(event, group, hook)
+            for event, groups in found.get("hooks", {}).items() if isinstance(groups, list)
+            for group in groups if isinstance(group, dict)
+            for hook in group.get("hooks") or () if isinstance(hook, dict)
+            and ours.search(str(hook.get("command")))]
+
+def hook_command():
+    """The command for settings: an interpreter that works from any shell, our script."""
+    import shlex
+    python = sys.executable
+    if sys.prefix != sys.base_prefix:  # a virtual environment comes and goes
+        bin_dir = os.path.join(sys.base_prefix, "Scripts" if os.name == "nt" else "bin")
+        for name in ("python%d.%d" % sys.version_info[:2], "python3", "python"):
+            if os.path.exists(os.path.join(bin_dir, name)):
+                python = os.path.join(bin_dir, name)
+                break
+    script = shlex.quote(installed_script())
+    if installed_script() == absolute("~/.claude/hooks/" + SCRIPT):
+        script = "~/.claude/hooks/" + SCRIPT
+    return "%s -I -S %s || true" % (shlex.quote(python), script)
+
+def masked(text):
+    """`text` with the path of every ping URL in it blotted out."""
+    import re
+    return re.sub(r"(TELEMHQ_PING_URL[\"']?\s*[:=]\s*[\"']?\w+://[^/\s\"']+)[^\s\"',]*",
+                  r"\1/...", text)
+
+def as_text(raw, found):
+    """Settings (dict) as bytes, in the indent and line ends of `raw` (bytes or None)."""
+    import json
+    import re
+    old = (raw or b"").decode("utf-8-sig")
+    indent = re.search(r"\n([ \t]+)\"", old)
+    try:
+        text = json.dumps(found, indent=indent.group(1) if indent else 2,
+                          ensure_ascii=False) + "\n"
+        text.encode()
+    except UnicodeEncodeError:  # half of a character, as an escape
+        text = json.dumps(found, indent=2) + "\n"
+    text = text.replace("\n", "\r\n") if "\r\n" in old else text
+    return (b"\xef\xbb\xbf" if (raw or b"").startswith(b"\xef\xbb\xbf") else b"") + text.encode()
+
+def show_diff(path, old, new):
+    """Print what will change, without secrets."""
+    from difflib import unified_diff
+    old, new = (text.decode("utf-8-sig", "replace").splitlines() for text in (old or b"", new))
+    for line in unified_diff(old, new, path, path, lineterm=""):
+        print(masked(line))
+
+def replace_settings(path, raw, new):
+    """Write a settings file, atomically, through symbolic links, keeping its mode; the
+    old one stays beside it under a timestamp. Failed when it is read-only."""
+    real = os.path.realpath(path)
+    try:
+        mode = 0o600
+        if raw is not None:
+            mode = stat.S_IMODE(os.stat(real).st_mode)
+            if not mode & 0o200:
+                raise PermissionError(13, "it is read-only")
+            backup = time.strftime(real + ".%Y%m%d-%H%M%S.bak")
+            write_file(backup, raw)
+        write_file(real, new)
+        os.chmod(real, mode)
+    except OSError as error:
+        raise Failed("%s: %s; nothing was changed" % (path, error.strerror)) from None
+
+def install(options):
+    """Copy this file to ~/.claude/hooks and register it in settings.json."""
+    path = settings_file(options.project)
+    raw, found = read_settings(path)
+    if options.url:
+        try:
+            find_destination(Settings(dict(os.environ, TELEMHQ_PING_URL=options.url)))
+        except Skipped as error:
+            raise Failed(str(error)) from None
+        found.setdefault("env", {})["TELEMHQ_PING_URL"] = options.url
+    hooks, command = found.setdefault("hooks", {}), hook_command()
+    for event, matcher in {**EVENTS, **(TOOL_EVENTS if options.tools else {})}.items():
+        if event not in [event for event, _, _ in our_hooks(found)]:
+            group = {"hooks": [{"type": "command", "command": SCRIPT, "timeout": 10}]}
+            group = {"matcher": matcher, **group} if matcher else group
+            if not isinstance(hooks.setdefault(event, []), list):
+                raise Failed("%s: hooks.%s is no list; nothing was changed" % (path, event))
+            hooks[event].append(group)
+    for _, _, hook in our_hooks(found):
+        hook.update(command=command, timeout=10)
+    new = as_text(raw, found)
+    changed = read_settings(path)[1] != found
+    if changed:
+        show_diff(path, raw, new)
+    with open(__file__, "rb") as file:
+        script = file.read()
+    if options.dry_run:
+        print("Nothing was changed.")
+        return 0
+    if changed:
+        replace_settings(path, raw, new)
+    target = os.path.realpath(installed_script())
+    try:
+        if not os.path.exists(target) or open(target, "rb").read() != script:
+            write_file(target, script)
+        os.chmod(target, 0o700)
+    except OSError as error:
+        raise Failed("%s: %s" % (target, error.strerror)) from None
+    print("%s is installed; %s %s." % (
+        installed_script(), path, "names it" if changed else "named it already"))
+    if not effective_environ().get("TELEMHQ_PING_URL"):
+        print("Now export TELEMHQ_PING_URL, or run install again with --url.")
+    return 0
+
+def destination_dirs(state_dir):
+    """Paths of the destinations' directories."""
+    import re
+    names = os.listdir(state_dir) if state_dir and os.path.isdir(state_dir) else ()
+    return sorted(os.path.join(state_dir, name) for name in names
+                  if re.fullmatch("[a-z]+-[0-9a-f]{12}", name))
+
+def pings_in(base):
+    """Names of the pings that wait in a destination's outbox, oldest first."""
+    outbox = os.path.join(base, "outbox")
+    names = os.listdir(outbox) if os.path.isdir(outbox) else ()
+    return sorted(name for name in names if name[:20].isdigit())
+
+def without_ours(found):
+    """Settings (dict) without our commands, and without what that leaves empty."""
+    for event, group, hook in our_hooks(found):
+        group["hooks"].remove(hook)
+        if not group["hooks"]:
+            found["hooks"][event].remove(group)
+        if not found["hooks"][event]:
+            del found["hooks"][event]
+    found.get("env", {}).pop("TELEMHQ_PING_URL", None)
+    for key in ("hooks", "env"):
+        if found.get(key) == {}:
+            del found[key]
+    return found
+
+def uninstall(options):
+    """Take our commands out of settings.json; remove the script and the state."""
+    import glob
+    import shutil
+    path, state_dir = settings_file(options.project), Settings(effective_environ()).state_dir
+    raw, before = read_settings(path)
+    waiting = sum(len(pings_in(base)) for base in destination_dirs(state_dir))
+    if waiting and not options.yes:
+        print("%d pings wait; they would be lost. `flush` sends them." % waiting)
+        if not sys.stdin.isatty() or input("Remove them? [y/N] ").lower() != "y":
+            raise Failed("nothing was changed; --yes removes them")
+    found = without_ours(read_settings(path)[1])
+    if found != before:
+        real, new, backup = os.path.realpath(path), as_text(raw, found), None
+        for name in sorted(glob.glob(glob.escape(real) + ".*.bak")):
+            if read_settings(name)[1] == found:
+                new, backup = read_settings(name)[0], name  # to the letter
+        show_diff(path, raw, new)
+        replace_settings(path, raw, new)
+        for name in glob.glob(glob.escape(real) + ".*.bak"):
+            if read_settings(name)[0] in (raw, new):
+                os.unlink(name)
+        if not found and not backup:
+            os.unlink(real)  # it was made by install
+    if our_hooks(read_settings(settings_file(None))[1]):
+        print("The user's settings still name the script: it stays, with its state.")
+        return 0
+    for target in [installed_script()] + destination_dirs(state_dir):
+        shutil.rmtree(target) if os.path.isdir(target) else remove(target)
+    for directory in (state_dir, os.path.dirname(installed_script())):
+        if directory and os.path.isdir(directory) and not os.listdir(directory):
+            os.rmdir(directory)
+    print("Removed.")
+    return 0
+
+def effective_environ():
+    """The environment as a hook would have it here: with the env blocks of settings."""
+    environ = dict(os.environ)
+    local = os.path.join(os.getcwd(), ".claude")
+    for path in (settings_file(None), os.path.join(local, "settings.json"),
+                 os.path.join(local, "settings.local.json")):
+        try:
+            block = read_settings(path)[1].get("env", {})
+        except Failed:
+            continue
+        environ.update({name: str(value) for name, value in block.items()})
+    return environ
+
+def preview(options):
+    """Print the ping that an event would make; send nothing."""
+    import json
+    if options.event:
+        if options.event not in SAMPLES:
+            raise Failed("no such sample; there are " + ", ".join(SAMPLES))
+        event = sample(options.event, "/home/you/acme", "/home/you/.claude/x.jsonl")
+        raw = json.dumps(event).encode()
+    else:
+        raw = sys.stdin.buffer.read()
+    try:
+        event = json.loads(raw)
+    except ValueError as error:
+        raise Failed("stdin holds no JSON: %s" % error) from None
+    if not isinstance(event, dict):
+        raise Failed("stdin holds no JSON object")
+    settings = Settings(effective_environ())
+    ping = make_ping(event, settings, project_of(event, settings), time.time_ns(), len(raw))
+    print(json.dumps(ping, indent=2, ensure_ascii=False))
+    if settings.usage and ping.get("event") in USAGE_EVENTS:
+        print("The sender adds the session's token counts from its transcript.", file=sys.stderr)
+    return 0
+
+def flush(options):
+    """One pass of a sender now, whatever the back-off; --adopt: former URLs' pings too."""
+    environ = effective_environ()
+    settings = Settings(environ)
+    try:
+        destination = find_destination(settings)
+        base = destination.directory(settings.state_dir)
+        need_sound(settings.state_dir, base)
+    except Skipped as error:
+        raise Failed(str(error)) from None
+    os.umask(0o077)
+    if options.adopt:
+        adopt(settings.state_dir, base)
+    before = len(pings_in(base))
+    lock, ends = None, time.monotonic() + LIFE_S
+    while before and lock is None:
+        lock = take_lock(base)
+        if lock is None and time.monotonic() > ends:
+            raise Failed("a sender has been at work for a minute; see sender.log in " + base)
+        time.sleep(POLL_S if lock is None else 0)
+    if before:
+        sender = Sender(destination, base, settings, time.monotonic() + LIFE_S, print)
+        sender.status = 1
+        sender.sweep()
+        sender.one_pass()
+        drop_lock(lock)
+    left = len(pings_in(base))
+    print("%d of %d waiting pings are gone from the outbox, %d are left." % (
+        before - left, before, left))
+    return 1 if left else 0
+
+def adopt(state_dir, base):
+    """Move what waits for former URLs, and their accounts, to the present one's."""
+    for former in destination_dirs(state_dir):
+        for part in ("accounts", "outbox"):
+            names = os.listdir(os.path.join(former, part)) if former != base and (
+                os.path.isdir(os.path.join(former, part))) else ()
+            os.makedirs(os.path.join(base, part), 0o700, exist_ok=True)
+            for name in names:
+                target = os.path.join(base, part, name)
+                if name[0] != "." and not os.path.exists(target):
+                    os.rename(os.path.join(former, part, name), target)
+
+def doctor(options):
+    """Check everything between an event and the tracker; say what to do."""
+    well = []
+
+    def check(good, text, remedy=""):
+        well.append(bool(good))
+        print("%s %s%s" % ("✓" if good else "✗", text, "" if good else ": " + remedy))
+
+    for find in (check_script, check_hooks, check_url, check_state):
+        find(check)
+    return 0 if all(well) else 1
+
+def check_script(check):
+    """The installed file, and its version."""
+    path, version = installed_script(), "none"
+    try:
+        for line in read_file(path, 1 << 20).decode("utf-8", "replace").splitlines():
+            if line.startswith("__version__"):
+                version = line.split('"')[1]
+    except (OSError, ValueError, IndexError):
+        pass
+    plugin = os.environ.get("CLAUDE_PLUGIN_ROOT")
+    check(version == __version__ or plugin, "script %s, version %s" % (path, version),
+          "run `install` to put version %s there" % __version__)
+
+def check_hooks(check):
+    """Which events our commands are registered for, and the interpreters they name."""
+    import shlex
+    import subprocess
+    seen, commands, local = set(), set(), os.path.join(os.getcwd(), ".claude")
+    for path in (settings_file(None), os.path.join(local, "settings.json"),
+                 os.path.join(local, "settings.local.json")):
+        try:
+            ours = our_hooks(read_settings(path)[1])
+        except Failed as error:
+            check(False, "settings", str(error))
+            continue
+        for event, _, hook in ours:
+            seen.add(event)
+            commands.add(hook["command"])
+            print("✓ hook for %s in %s" % (event, path))
+    for event in sorted(set(EVENTS) - seen):
+        check(False, "hook for " + event, "no settings file names the script; run `install`")
+    for command in sorted(commands):
+        words = shlex.split(command)
+        script = [os.path.expanduser(word) for word in words if word.endswith(SCRIPT)][0]
+        check(os.path.isfile(script), "script that settings name: " + script,
+              "it is not there; run `install`")
+        try:
+            version = subprocess.run(
+                [words[0], "-I", "-S", "-c", "import sys; print(sys.version_info >= (3, 8))"],
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20).stdout
+        except (OSError, subprocess.TimeoutExpired):
+            version = b""
+        check(version.strip() == b"True", "interpreter " + words[0],
+              "it is missing or older than Python 3.8; run `install` with another python3")
+
+def check_url(check):
+    """The destination, and whether its host answers. A GET records no run."""
+    settings = Settings(effective_environ())
+    for problem in settings.ignored:
+        check(False, "settings", problem)
+    try:
+        destination = find_destination(settings)
+    except Skipped as error:
+        check(False, "ping URL", str(error))
+        return
+    check(True, "ping URL at " + origin(destination.url))
+    from urllib.request import Request
+    request = Request(destination.url, headers=destination.headers)
+    try:
+        with make_opener(destination.url).open(request, timeout=settings.timeout_s) as answer:
+            status = answer.status
+        good = status < 500 and verdict_of(status) != HOLD or status == 405
+        check(good, "it answers: HTTP %d" % status, REASONS.get(
+            "HTTP %d" % status, "is TELEMHQ_PING_URL right?"))
+    except Exception as error:
+        reason = getattr(error, "reason", error)
+        check(False, "it does not answer", "%s; is the host right, is there a network or a "
+              "proxy to name in HTTPS_PROXY?" % (getattr(reason, "strerror", "") or type(
+                  reason).__name__))
+
+def ago(seconds):
+    """A time span for a person."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return "%d %s" % (seconds // size, unit)
+    return "%d s" % max(0, seconds)
+
+def check_state(check):
+    """What waits, what failed, what was lost."""
+    settings, now = Settings(effective_environ()), time.time()
+    try:
+        base = find_destination(settings).directory(settings.state_dir)
+    except Skipped:
+        base = ""
+    try:
+        need_sound(settings.state_dir, base or settings.state_dir)
+        check(True, "state directory " + settings.state_dir)
+    except Skipped as error:
+        check(False, "state directory", str(error))
+        return
+    names, state = pings_in(base) if base else [], load_state(base)
+    age = now - ns_of(names[0]) / 1e9 if names else 0
+    left, what = backoff_left_s(state, now), state["problem"].get("what", "")
+    check(not names or not left and age < WAIT_OLD_S, "%d pings wait%s" % (
+        len(names), ", the oldest for " + ago(age) if names else ""),
+        "they are sent with the next event, or by `flush`")
+    check(not left, "no back-off" if not left else "a back-off lasts %s more" % ago(left),
+          "the tracker's last answer was %s: %s" % (what or "late", REASONS.get(
+              what, "they are kept, and sent when it is over; `flush` tries now")))
+    if state["delivered_at"]:
+        check(True, "last delivery %s ago" % ago(now - state["delivered_at"]))
+    for reason, count in sorted(state["losses"].items()):
+        check(False, "lost: %s, %d" % (reason, count), "see %s; deleting state.json "
+              "forgets the count" % os.path.join(base, "refused"))
+    for former in destination_dirs(settings.state_dir):
+        if former != base and pings_in(former):
+            check(False, "%d pings wait for a URL no longer configured" % len(
+                pings_in(former)), "`flush --adopt` sends them to the present one")
+
+SAMPLES = {  # what Claude Code sends with these events, beside the fields of every event
+    "SessionStart": {"source": "startup", "model": "claude-opus-5-5"},
+    "PostToolUse": {
+        "tool_name": "Bash", "tool_use_id": "toolu_01", "duration_ms": 25,
+        "tool_input": {"command": "cat secret.txt"}, "tool_response": {"stdout": "hunter2"}},
+    "PostToolUseFailure": {
+        "tool_name": "Bash", "tool_use_id": "toolu_02", "duration_ms": 8,
+        "tool_input": {"command": "./deploy prod"}, "is_interrupt": False,
+        "error": "Exit code 3\ncannot open /home/you/acme/secret.txt"},
+    "Stop": {"stop_hook_active": False, "last_assistant_message": "The password is hunter2.",
+             "background_tasks": [], "permission_mode": "default"},
+    "StopFailure": {"error": "rate_limit", "last_assistant_message": "API Error: 429"},
+    "SessionEnd": {"reason": "prompt_input_exit"},
+}
+
+def sample(name, cwd, transcript):
+    """A sample event (dict)."""
+    return {"session_id": "5e551011-0000-4000-8000-000000000000", "cwd": cwd,
+            "transcript_path": transcript, "hook_event_name": name, **SAMPLES[name]}
+
+def demo_transcript(path):
+    """Write a transcript of one turn: a prompt, one message in two rows, the ledger."""
+    now = time.time_ns()
+    usage = {"input_tokens": 1200, "output_tokens": 350, "cache_read_input_tokens": 8000,
+             "cache_creation_input_tokens": 400}
+    ledger = {"inputTokens": 1200, "outputTokens": 350, "cacheReadInputTokens": 8000,
+              "cacheCreationInputTokens": 400}
+    rows = [{"type": "user", "promptId": "p", "timestamp": iso_time(now - 4 * 10**9),
+             "message": {"role": "user", "content": "What is the password?"}}]
+    rows += [{"type": "assistant", "timestamp": iso_time(now), "message": {
+        "id": "msg_01", "model": "claude-opus-5-5", "stop_reason": "end_turn", "usage": usage,
+        "content": [{"type": "text", "text": text}]}} for text in ("The", "password")]
+    rows += [{"type": "cost-state", "totalCostUSD": 0.0213,
+              "modelUsage": {"claude-opus-5-5": ledger}}]
+    write_file(path, "".join(encode_json(row) + "\n" for row in rows).encode())
+
+class Demo:
+    """A receiver on loopback, and hooks that send to it."""
+
+    def __init__(self, directory):
+        self.directory, self.arrived, self.sent, self.port = directory, {}, [], 0
+        self.environ = {
+            "TELEMHQ_STATE_DIR": os.path.join(directory, "state"), "HOME": directory,
+            "PATH": os.environ.get("PATH", os.defpath),
+            "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}
+
+    def receive(self):
+        """Start the receiver, on the port it had."""
+        import json
+        import threading
+        from http.server import BaseHTTPRequestHandler, HTTPServer
+        demo = self
+
+        class Handler(BaseHTTPRequestHandler):
+            """Takes a ping and says 200."""
+
+            def do_POST(self):
+                """One ping."""
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                demo.arrived[json.loads(body)["event_id"]] = time.monotonic(), body
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_):
+                """Nothing."""
+
+        self.server = HTTPServer(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_address[1]
+        self.environ["TELEMHQ_PING_URL"] = "http://127.0.0.1:%d/ping/demo" % self.port
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def fire(self, name, transcript):
+        """Run the hook as Claude Code does: (event, its start, seconds in the hook)."""
+        import subprocess
+        event = sample(name, self.directory, transcript)
+        begun = time.monotonic()
+        subprocess.run([sys.executable, "-I", "-S", os.path.abspath(__file__)],
+                       input=encode_json(event).encode(), env=self.environ, check=True)
+        return event, begun, time.monotonic() - begun
+
+    def next_ping(self, known, wait_s=20):
+        """(arrival, body) of a ping not in `known` (a set of ids, which gains it)."""
+        ends = time.monotonic() + wait_s
+        while time.monotonic() < ends:
+            for event_id in set(self.arrived) - known:
+                known.add(event_id)
+                return self.arrived[event_id]
+            time.sleep(0.01)
+        raise Failed("a ping did not arrive within %d s" % wait_s)
+
+def demo(options):
+    """Show each event's ping on its way to a receiver on this machine; then an outage."""
+    import json
+    import tempfile
+    with tempfile.TemporaryDirectory() as directory:
+        show, known = Demo(directory), set()
+        transcript = os.path.join(directory, "session.jsonl")
+        show.receive()
+        for name in SAMPLES:
+            if name == "Stop":
+                demo_transcript(transcript)
+            event, begun, took = show.fire(name, transcript)
+            at, body = show.next_ping(known)
+            ping = json.loads(body)
+            home = [key + (" (its hash went)" if key + "_hash" in ping else
+                           " (its length went)" if key + "_chars" in ping else "")
+                    for key in event if key != "hook_event_name" and key not in ping]
+            print("\n%s: %d ms in the hook, delivered after %d ms" % (
+                name, took * 1000, (at - begun) * 1000))
+            print("  stayed home: " + ", ".join(home))
+            print("  left: " + json.dumps(ping, indent=2).replace("\n", "\n  "))
+        print("\nNow the receiver goes away, a Stop happens, and the receiver comes back.")
+        show.server.shutdown()
+        show.server.server_close()
+        _, begun, took = show.fire("Stop", transcript)
+        print("Stop: %d ms in the hook; the ping waits on disk." % (took * 1000))
+        time.sleep(1)
+        show.receive()
+        at, _ = show.next_ping(known)
+        print("The receiver is back; the ping arrived %.1f s after the event. Nothing was "
+              "lost: %d of %d pings arrived." % (at - begun, len(known), len(known)))
+        base = destination_dirs(show.environ["TELEMHQ_STATE_DIR"])[0]
+        while pings_in(base) or take_lock(base) is None:
+            time.sleep(0.05)  # the sender is about to end
+    return 0
 
 def main(arguments):
     """Run a command; the exit status."""
-    if arguments == ["--version"]:
-        print("telemhq_ping " + __version__)
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog=SCRIPT, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--version", action="version", version="telemhq_ping " + __version__)
+    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
+    for run, arguments_of in (
+            (demo, ""), (preview, "event?"), (install, "--url= --tools --project= --dry-run"),
+            (uninstall, "--project= --yes"), (doctor, ""), (flush, "--adopt")):
+        help_text = " ".join(run.__doc__.split("\n\n")[0].split())
+        command = commands.add_parser(run.__name__, help=help_text, description=help_text)
+        command.set_defaults(run=run)
+        for name in arguments_of.split():
+            if name.endswith("?"):
+                command.add_argument(name[:-1], nargs="?")
+            elif name.endswith("="):
+                command.add_argument(name[:-1], metavar=name[2:-1].upper())
+            else:
+                command.add_argument(name, action="store_true")
+    options = parser.parse_args(arguments)
+    if not options.command:
+        parser.print_help()
         return 0
-    print(__doc__)
-    if arguments and arguments not in (["--help"], ["-h"]):
-        print("telemhq_ping: unknown: " + " ".join(arguments), file=sys.stderr)
-        return 2
-    return 0
-
+    try:
+        return options.run(options)
+    except Failed as error:
+        print("%s: %s" % (SCRIPT, error), file=sys.stderr)
+        return 1
+'''
 
 if __name__ == "__main__":
+    with open(__file__, encoding="utf-8") as file:
+        before = file.read().partition("COMMANDS = r" + "''" + "'")[0].count("\n")
+    exec(compile("\n" * before + COMMANDS, __file__, "exec"))
     sys.exit(main(sys.argv[1:]))
