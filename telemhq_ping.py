@@ -88,7 +88,8 @@ def decode_json(text):
     """The JSON value that `text` (str) begins with; ValueError when there is none."""
     try:
         return make_scanner(Scanner)(text.strip(), 0)[0]
-    except (StopIteration, RecursionError):
+    except (StopIteration, RecursionError, SystemError):
+        # SystemError: 3.10 and 3.11 find no JSONDecodeError while json is not imported.
         raise ValueError("not JSON, or nested too deeply") from None
 
 def encode_json(value):
@@ -204,7 +205,7 @@ def error_fields(event):
     fields = {"error": "tool_error"}
     if isinstance(error, str):
         fields["error_chars"] = len(error)
-        code = "".join(error[10:21].split()[:1])
+        code = "".join(error[10:31].split()[:1])
         if error.startswith("Exit code ") and code.isascii() and code.isdigit():
             fields["exit_code"] = int(code)
     return fields
@@ -242,10 +243,10 @@ class Settings:
 
     def __init__(self, environ):
         self.environ, self.ignored = environ, []
-        option = environ.get("CLAUDE_PLUGIN_OPTION_PING_URL", "")  # as a plugin's
-        self.url = environ.get("TELEMHQ_PING_URL") or option
+        option = environ.get("CLAUDE_PLUGIN_OPTION_PING_URL", "")
+        self.url = environ.get("TELEMHQ_PING_URL", option)
         self.hash_key = environ.get("TELEMHQ_HASH_KEY", "")
-        self.debug = environ.get("TELEMHQ_HOOK_DEBUG", "") not in ("", "0")
+        self.debug = self.switch("TELEMHQ_HOOK_DEBUG")
         self.foreground = self.switch("TELEMHQ_FOREGROUND") or self.debug
         self.allow_http = self.switch("TELEMHQ_ALLOW_HTTP")
         self.git = self.switch("TELEMHQ_GIT")
@@ -338,7 +339,8 @@ def loopback(host):
     """Whether `host` is this machine, by name or plain address."""
     parts = host.split(".")
     return host in ("localhost", "::1") or (
-        parts[0] == "127" and len(parts) == 4 and all(map(str.isdigit, parts)))
+        parts[0] == "127" and len(parts) == 4
+        and all(part.isdigit() and int(part) < 256 for part in parts))
 
 def origin(url):
     """Scheme, host and port: what may be shown of a valid URL."""
@@ -1147,14 +1149,13 @@ class Sender:
             self.log("sweep: %r" % error)
         self.save(swept_at=now)
 
-def run_sender(lock, environ):
+def run_sender(lock, settings):
     """The detached process. lock: the inherited descriptor, -1 when there is none."""
     os.umask(0o077)
     if os.name == "posix":
         os.nice(10)  # the session's own work comes first
         if os.getsid(0) != os.getpid():
             os.setsid()
-    settings = Settings(environ)
     destination = find_destination(settings)
     base = destination.directory(settings.state_dir)
     need_sound(settings.state_dir, base)
@@ -1245,7 +1246,7 @@ def project_of(event, settings):
     try:
         directory = top if cwd and top and inside(cwd, top) else cwd
         if directory and not settings.project:
-            name = os.path.basename(os.path.normpath(directory))
+            name = os.path.normpath(directory).replace("\\", "/").split("/")[-1]
             name = main_repository(directory) or name
     except (OSError, ValueError):
         pass  # a NUL in it
@@ -1335,9 +1336,10 @@ def hook(settings, tell):
 def run_for_claude_code(arguments):
     """Hook or sender; never fails, never returns, prints only in debug mode."""
     environ = dict(os.environ)
+    settings = Settings(environ)
 
     def tell(text, label="TelemHQ hook: "):
-        if environ.get("TELEMHQ_HOOK_DEBUG", "") not in ("", "0"):
+        if settings.debug:
             try:
                 os.write(2, (label + text + "\n").encode("utf-8", "backslashreplace"))
             except OSError:
@@ -1352,9 +1354,9 @@ def run_for_claude_code(arguments):
         if sys.version_info < (3, 8):
             raise Skipped("it needs Python 3.8 or newer")
         if arguments:
-            run_sender(int(arguments[1]), environ)
+            run_sender(int(arguments[1]), settings)
         else:
-            hook(Settings(environ), tell)
+            hook(settings, tell)
     except Skipped as reason:
         tell(str(reason), "TelemHQ hook skipped: ")
     except BaseException as error:  # the promise: Claude Code never notices
