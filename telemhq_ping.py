@@ -104,8 +104,11 @@ def encode_json(value):
     return {None: "null", True: "true", False: "false"}[value] if (
         value is None or isinstance(value, bool)) else repr(value)
 
-def sha256_hex(raw):
-    """SHA-256 of bytes, 64 hex digits."""
+def sha256_hex(raw, key=b""):
+    """SHA-256 of bytes, 64 hex digits; HMAC-SHA-256 when there is a key (bytes)."""
+    if key:
+        import hmac
+        return hmac.new(key, raw, "sha256").hexdigest()
     try:
         from _sha2 import sha256  # CPython from 3.12 on
     except ImportError:
@@ -116,13 +119,9 @@ def sha256_hex(raw):
     return sha256(raw).hexdigest()
 
 def path_hash(path, key):
-    """First 12 hex of the path's SHA-256; of its HMAC-SHA-256 when there is a key."""
-    raw = path.encode("utf-8", "surrogatepass")
-    if not key:
-        return sha256_hex(raw)[:12]
-    import hmac
+    """First 12 hex of the hash of a path; `key` (str) may be empty."""
     key = key.encode("utf-8", "surrogateescape")
-    return hmac.new(key, raw, "sha256").hexdigest()[:12]
+    return sha256_hex(path.encode("utf-8", "surrogatepass"), key)[:12]
 
 # -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
 
@@ -235,8 +234,7 @@ def make_ping(event, settings, project, ns, event_bytes):
 
 # -- Settings and destination ----------------------------------------------------------
 
-SWITCH = {"1": True, "yes": True, "on": True, "true": True,
-          "0": False, "no": False, "off": False, "false": False}
+SWITCH = {"1": 1, "yes": 1, "on": 1, "true": 1, "0": 0, "no": 0, "off": 0, "false": 0}
 
 class Settings:
     """The TELEMHQ_ variables. `ignored`: those that make no sense, and why."""
@@ -259,7 +257,10 @@ class Settings:
             lambda v: v if identifier(v) else None)
         seconds = self.choice("TELEMHQ_TIMEOUT", "it is no number of seconds", positive)
         self.timeout_s = min(max(seconds or TIMEOUT_S[0], TIMEOUT_S[1]), TIMEOUT_S[2])
-        self.state_dir = self.directory()
+        config = environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
+        self.state_dir = (  # None: nothing tells where home is
+            self.choice("TELEMHQ_STATE_DIR", "it must be absolute", absolute)
+            or absolute(os.path.join(config, "telemhq")) or absolute("~/.claude/telemhq"))
 
     def choice(self, name, problem, accept):
         """What `accept` makes of a variable; None when that is nothing."""
@@ -272,13 +273,6 @@ class Settings:
     def switch(self, name):
         """A variable that is 1 or 0; what is neither counts as 0."""
         return self.choice(name, "it must be 1 or 0", lambda v: SWITCH.get(v.lower()))
-
-    def directory(self):
-        """The state directory, absolute; None when nothing tells where home is."""
-        config = self.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
-        return (self.choice("TELEMHQ_STATE_DIR", "it must be absolute", absolute)
-                or absolute(os.path.join(config, "telemhq"))
-                or absolute("~/.claude/telemhq"))
 
 def positive(text):
     """A finite number above 0, or None."""
@@ -367,19 +361,14 @@ def unsound(directory):
     """Why `directory` must not be used, or "" (also when it is not there yet)."""
     try:
         found = os.lstat(directory)
-    except FileNotFoundError:
-        return ""
     except OSError as error:
-        return error.strerror
-    if stat.S_ISLNK(found.st_mode):
-        return "is a symbolic link"
+        return "" if isinstance(error, FileNotFoundError) else error.strerror
     if not stat.S_ISDIR(found.st_mode):
-        return "is no directory"
+        return "is a symbolic link" if stat.S_ISLNK(found.st_mode) else "is no directory"
     if os.name == "posix" and found.st_uid != os.geteuid():
         return "belongs to someone else"
-    if os.name == "posix" and found.st_mode & 0o022:
-        return "can be written by others"
-    return ""
+    writable = os.name == "posix" and found.st_mode & 0o022
+    return "can be written by others" if writable else ""
 
 def need_sound(state_dir, base):
     """Raise Skipped when others may have a hand in anything from telemhq/ down."""
@@ -423,16 +412,11 @@ def open_regular(path):
 
 def read_file(path, most):
     """A regular file's bytes; ValueError when it is none, or has more than `most`."""
-    fd, content = open_regular(path), b""
-    try:
-        while len(content) <= most:
-            part = os.read(fd, most + 1 - len(content))
-            if not part:
-                return content
-            content += part
-    finally:
-        os.close(fd)
-    raise ValueError("too large")
+    with open(open_regular(path), "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError("too large")
+    return content
 
 def read_object(path, most):
     """A file's JSON object; ValueError when it holds none, OSError as it comes."""
@@ -513,14 +497,13 @@ def take_lock(base):
 
 def drop_lock(fd):
     """Give the lock back, also from a hook just ending that still shares it."""
-    if fd >= 0 and os.name == "posix":
-        import fcntl
-        try:
+    try:
+        if os.name == "posix":
+            import fcntl
             fcntl.flock(fd, fcntl.LOCK_UN)
-        except OSError:
-            pass
-    if fd >= 0:
         os.close(fd)
+    except (OSError, ValueError):
+        pass  # there was none
 
 # -- Usage: tokens from the transcript, charged once (by the sender only) --------------
 
@@ -1335,11 +1318,10 @@ def hook(settings, tell):
 
 def run_for_claude_code(arguments):
     """Hook or sender; never fails, never returns, prints only in debug mode."""
-    environ = dict(os.environ)
-    settings = Settings(environ)
+    settings = None
 
     def tell(text, label="TelemHQ hook: "):
-        if settings.debug:
+        if settings and settings.debug:
             try:
                 os.write(2, (label + text + "\n").encode("utf-8", "backslashreplace"))
             except OSError:
@@ -1351,6 +1333,7 @@ def run_for_claude_code(arguments):
                 os.fstat(fd)
             except OSError:  # closed: or the next file that we open would be our stdin
                 os.open(os.devnull, os.O_RDWR)
+        settings = Settings(dict(os.environ))
         if sys.version_info < (3, 8):
             raise Skipped("it needs Python 3.8 or newer")
         if arguments:
