@@ -464,7 +464,8 @@ def load_state(base):
         state[key] = found[key] if isinstance(found.get(key), dict) else {}
     for key in ("charges", "losses"):
         state[key] = {k: int(n) for k, n in state[key].items() if number(n)}
-    return state
+    good = {k: v for k, v in state["problem"].items() if isinstance(v, str) or number(v)}
+    return dict(state, problem=good)
 
 def backoff_left_s(state, now):
     """Seconds until the back-off ends, 0 when none stands. One that was set in what is
@@ -842,11 +843,12 @@ def verdict_of(status):
 
 def retry_after_s(text, now):
     """Seconds that a Retry-After asks for (RFC 9110, 10.2.3), 0 when it is unusable."""
-    from email.utils import parsedate_to_datetime
+    from calendar import timegm
+    from email.utils import parsedate
     text = (text or "").strip()
     try:
-        wait = float(text[:20]) if text.isascii() and text.isdigit() else (
-            parsedate_to_datetime(text).timestamp() - now)
+        digits = text.isascii() and text.isdigit()
+        wait = float(text[:20]) if digits else timegm(parsedate(text)) - now
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
     return min(max(wait, 0.0), RETRY_AFTER_MAX_S)
@@ -871,9 +873,9 @@ def make_opener(url):
     opener = request.OpenerDirector()
     opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
-    if url.lower().startswith("https:"):
-        import ssl
-        opener.add_handler(request.HTTPSHandler(context=ssl.create_default_context()))
+    if url.lower().startswith("https") and hasattr(request, "HTTPSHandler"):
+        from ssl import create_default_context
+        opener.add_handler(request.HTTPSHandler(context=create_default_context()))
     if not loopback(split_url(url)[1]):
         opener.add_handler(request.ProxyHandler(request.getproxies_environment()))
     return opener
@@ -889,6 +891,8 @@ def post(opener, url, headers, body, timeout_s):
         with opener.open(request, timeout=timeout_s) as response:
             status, asked = response.status, response.headers.get("Retry-After")
         return verdict_of(status), "HTTP %d" % status, asked, status >= 500
+    except (AttributeError, TypeError):  # no response: no handler took an https URL
+        return HOLD, "this Python was built without TLS", None, False
     except (OSError, HTTPException, ValueError) as error:
         # urllib wraps what fails up to the end of sending, and nothing after that.
         connected = not isinstance(error, URLError)
@@ -959,8 +963,8 @@ class Sender:
         losses = self.state["losses"]
         losses[reason] = losses.get(reason, 0) + 1
         try:
-            ping = read_object(self.path("outbox", name), PING_MAX_BYTES)["ping"]
-            losses["tokens"] = losses.get("tokens", 0) + ping["total_tokens"]
+            ping = gate(read_object(self.path("outbox", name), PING_MAX_BYTES)["ping"])
+            losses["tokens"] = losses.get("tokens", 0) + int(ping["total_tokens"])
         except (OSError, ValueError, KeyError, TypeError):
             pass
         self.save()
@@ -1060,7 +1064,7 @@ class Sender:
             if answer[0] == DELIVERED:
                 self.accepted(name, suspect)
                 suspect = None
-            elif answer[0] == REFUSED and not suspect:
+            elif answer[0] == REFUSED:
                 state["failures"] = 0
                 self.set_aside(name, "refused: " + answer[1])
             else:
