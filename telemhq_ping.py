@@ -260,7 +260,8 @@ class Settings:
         config = environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
         self.state_dir = (  # None: nothing tells where home is
             self.choice("TELEMHQ_STATE_DIR", "it must be absolute", absolute)
-            or absolute(os.path.join(config, "telemhq")) or absolute("~/.claude/telemhq"))
+            or absolute(os.path.join(config, "telemhq"))
+            or absolute("~/.claude/telemhq"))
 
     def choice(self, name, problem, accept):
         """What `accept` makes of a variable; None when that is nothing."""
@@ -364,7 +365,8 @@ def unsound(directory):
     except OSError as error:
         return "" if isinstance(error, FileNotFoundError) else error.strerror
     if not stat.S_ISDIR(found.st_mode):
-        return "is a symbolic link" if stat.S_ISLNK(found.st_mode) else "is no directory"
+        link = stat.S_ISLNK(found.st_mode)
+        return "is a symbolic link" if link else "is no directory"
     if os.name == "posix" and found.st_uid != os.geteuid():
         return "belongs to someone else"
     writable = os.name == "posix" and found.st_mode & 0o022
@@ -464,7 +466,8 @@ def load_state(base):
         state[key] = found[key] if isinstance(found.get(key), dict) else {}
     for key in ("charges", "losses"):
         state[key] = {k: int(n) for k, n in state[key].items() if number(n)}
-    good = {k: v for k, v in state["problem"].items() if isinstance(v, str) or number(v)}
+    problem = state["problem"].items()
+    good = {k: v for k, v in problem if isinstance(v, str) or number(v)}
     return dict(state, problem=good)
 
 def backoff_left_s(state, now):
@@ -576,58 +579,71 @@ def summed(*parts):
     """The sum over all models of all `parts` (model -> counts)."""
     return sum((counter(n) for part in parts for n in part.values()), counter())
 
-def new_account(ping, transcript, at):
-    """An account as its first event opens it. Rows older than `since` are history, and
-    so is what stands before the last prompt up to `prompt_by`: neither is ever billed.
+def new_account(ping, local, at):
+    """An account as its first event opens it. Rows older than `since` are history; so
+    is what stands before the last prompt up to `prompt_by`, and, where a session's end
+    is all we are told, what stands before an earlier end: none of it is ever billed.
 
     models: model -> counts, read and not yet charged; reported: charged. charged:
     event_id -> its usage fields. owed: path and ping of a SessionLost not yet queued.
+    files: transcript -> [inode, offset, {message's id: counts}, {tool call's id: 1}].
     """
-    source = ping.get("source") if ping.get("event") == "SessionStart" else None
+    first = ping.get("event")
+    start = ping.get("source") if first == "SessionStart" else None
+    known = start in ("startup", "clear", "resume", "fork") or first == "SessionEnd"
     names = ("project", "machine", "session_id", "cwd_hash", "transcript_path_hash")
-    new = source in ("startup", "clear", "resume", "fork")
-    return {"since": at if source in ("resume", "fork") else 0, "whole": True,
-            "prompt_by": 0 if new else at, "ended": False, "last_at": at, "cost": 0,
-            "owed": [],
-            "transcript": transcript, "files": {}, "seen": {}, "seen_tools": {},
+    return {"since": at if start in ("resume", "fork") else 0, "first": first,
+            "prompt_by": 0 if known else at, "whole": True, "ended": False,
+            "last_at": at, "transcript": local["transcript"], "files": {}, "owed": [],
             "model": "", "branch": "", "prompts": [], "reported": {}, "charged": {},
-            "ledger": {},
-            "identity": {name: ping[name] for name in names if name in ping},
-            **copy_of(NOTHING)}
+            "ledger": {}, "cost": 0, **copy_of(NOTHING),
+            "identity": {name: ping[name] for name in names if name in ping}}
 
-def count_message(account, row, message, relative, at):
+def make_history(account, at):
+    """Forget what was counted: it stands before the account's beginning, `at`."""
+    account["whole"] = account["whole"] and not account["models"]
+    account.update(copy_of(NOTHING), since=at)
+
+def count_message(account, row, relative, at):
     """Count an assistant row: its message's tokens, once, and its tool calls."""
-    key, model, session = str(message.get("id")), message["model"], row.get("sessionId")
-    if not GATE["model"](model) or row.get("isApiErrorMessage"):
+    message, session = row["message"], row.get("sessionId")
+    key, model = message["id"], message["model"]
+    if not identifier(key) or not GATE["model"](model) or row.get("isApiErrorMessage"):
         return  # <synthetic>: the client's own words
     if row.get("requestSessionId", session) != session or 0 < at < account["since"]:
         account["whole"] = False  # copied from another session, or history
         return
+    main = not relative and not row.get("isSidechain")
+    if main and account["ledger"]:  # it is older than this message: not the last word
+        if account["first"] == "SessionEnd" and not account["charged"]:
+            make_history(account, at)
+        account["ledger"] = {}
     # Every content block of a message has a row, each with the message's whole usage;
     # in older ones the output may be partial.
-    seen, after = account["seen"], counts_of(message["usage"], 0)
-    before = counter(seen.get(key))
+    seen, calls = account["files"][relative][2:]
+    before, after = counter(seen.get(key)), counts_of(message["usage"], 0)
     if key not in seen or after["output_tokens"] > before["output_tokens"]:
-        seen[key] = after | before
-        add(account["models"], model, seen[key] - before)
+        seen[key] = after
+        counts = account["models"][model] = counter(account["models"].get(model))
+        counts.update(after)
+        counts.subtract(before)
     content = message.get("content")
     for block in content if isinstance(content, list) else ():
-        call, name = str(block.get("id")), block.get("name")
-        if block.get("type") == "tool_use" and call not in account["seen_tools"]:
-            account["seen_tools"][call] = 1
+        call, name = block.get("id"), block.get("name")
+        if block.get("type") == "tool_use" and identifier(call) and call not in calls:
+            calls[call] = 1
             account["tool_calls"] += 1
             if identifier(name):
                 account["tools"][name] = account["tools"].get(name, 0) + 1
-    account["ledger"] = {}  # older than this message: not the last word
-    if not relative and not row.get("isSidechain"):
-        account.update(model=model, branch=str(row.get("gitBranch")))
-    if message.get("stop_reason") not in (None, "tool_use"):
-        if relative or not row.get("isSidechain"):
-            account["final"].append(relative)
+    if main:
+        branch = row.get("gitBranch") if account.get("git") else ""
+        account.update(model=model, branch=branch if GATE["git_branch"](branch) else "")
+    if message.get("stop_reason") not in (None, "tool_use") and (main or relative):
+        account["final"].append(relative)
 
-def count_user(account, row, message, relative, at):
+def count_user(account, row, relative, at):
     """Count a user row: failed tools; or note that a prompt begins a turn."""
-    content = message.get("content")
+    content = row["message"].get("content")
     blocks = content if isinstance(content, list) else ()
     if any(block.get("type") == "tool_result" for block in blocks):
         if not 0 < at < account["since"]:
@@ -635,9 +651,8 @@ def count_user(account, row, message, relative, at):
             account["tool_failures"] += len(failed)
     elif not (relative or row.get("isSidechain") or row.get("isMeta")
               or row.get("isCompactSummary")):
-        if at <= account["prompt_by"]:
-            account["whole"] = account["whole"] and not account["models"]
-            account.update(copy_of(NOTHING), since=at)
+        if 0 < at <= account["prompt_by"]:
+            make_history(account, at)
         account["prompts"] = account["prompts"][-7:] + [at]
 
 def count_line(account, line, relative, until):
@@ -651,12 +666,12 @@ def count_line(account, line, relative, until):
         if at > until:
             return False
         if row["type"] == "assistant":
-            count_message(account, row, row["message"], relative, at)
+            count_message(account, row, relative, at)
         elif row["type"] == "user":
-            count_user(account, row, row["message"], relative, at)
+            count_user(account, row, relative, at)
         elif row["type"] == "cost-state" and not relative:
             used = row["modelUsage"].items()
-            models = {name: counts_of(found, 1) for name, found in used}
+            models = {name: counts_of(n, 1) for name, n in used if GATE["model"](name)}
             cost = row["totalCostUSD"] if number(row["totalCostUSD"]) else 0
             account["ledger"] = {"models": models, "cost": cost}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
@@ -670,8 +685,10 @@ def read_transcript(account, relative, until, ends):
     fd = open_regular(os.path.join(path[:-6], relative) if relative else path)
     try:
         found = os.fstat(fd)
-        inode, offset = account["files"].get(relative, (found.st_ino, 0))
-        account["files"][relative] = position = [found.st_ino, found.st_size]
+        new = [found.st_ino, 0, {}, {}]
+        position = account["files"].setdefault(relative, new)
+        inode, offset = position[:2]
+        position[:2] = found.st_ino, found.st_size
         if inode != found.st_ino or offset > found.st_size:
             return  # replaced or shrunk: the ledger may settle it, nothing counts twice
         if found.st_size - offset > UNREAD_MAX_BYTES:
@@ -712,8 +729,9 @@ def settle(account):
         more = (counter(counts) - known) & missing
         missing = missing - more
         add(models, name, more)
-    cost, account["cost"] = ledger["cost"] - account["cost"], ledger["cost"]
-    return max(0, round(cost, 10))
+    cost = max(0, round(ledger["cost"] - account["cost"], 10))
+    account["cost"] = max(ledger["cost"], account["cost"])
+    return cost
 
 def named(counts):
     """Counts as a ping has them: all of COUNTS, and the total."""
@@ -722,21 +740,22 @@ def named(counts):
 
 def take_usage(account):
     """The usage fields of what was read since the last charge; now it is reported."""
-    models = {name: counts for name, counts in account["models"].items() if counts}
+    models = {name: +counter(counts) for name, counts in account["models"].items()}
+    models = {name: counts for name, counts in models.items() if counts}
     for name, counts in models.items():
-        add(account["reported"], name, counter(counts))
+        add(account["reported"], name, counts)
     fields = dict(named(summed(models)), tool_calls=account["tool_calls"],
                   tool_failures=account["tool_failures"])
     if len(models) > 1:
-        fields["models"] = {name: named(counter(n)) for name, n in models.items()}
+        fields["models"] = {name: named(counts) for name, counts in models.items()}
     if account["tools"]:
         used = sorted(account["tools"].items(), key=lambda pair: (-pair[1], pair[0]))
         fields["tools"] = dict(used[:20])
     if account["model"]:
         fields["model"] = account["model"]
     account.update(copy_of(NOTHING))
-    for key in ("seen", "seen_tools"):
-        account[key] = dict(list(account[key].items())[-SEEN_MAX:])
+    for position in account["files"].values():
+        position[2:] = [dict(list(ids.items())[-SEEN_MAX:]) for ids in position[2:]]
     return fields
 
 def usage_of(account, ping, local, at, ends, patient):
@@ -744,6 +763,7 @@ def usage_of(account, ping, local, at, ends, patient):
     Waits, if `patient`, until the event is LAG_S old for what the client writes after
     it: a turn's last message, a session's ledger."""
     event, top, awaited = ping["event"], account["transcript"][:-6], ""
+    account["git"] = local.get("git")
     if event == "SubagentStop":
         awaited = os.path.relpath(local.get("agent_transcript") or top, top)
     expects = event in ("Stop", "SessionEnd") or (
@@ -790,7 +810,7 @@ def charge(base, path, record, ends, foreground):
     name = sha256_hex(ping["session_id"].encode())[:16] + ".json"
     account_path = os.path.join(base, "accounts", name)
     found = load_account(account_path)
-    account = found or new_account(ping, local["transcript"], at)
+    account = found or new_account(ping, local, at)
     if ping.get("event") not in USAGE_EVENTS:
         if found and not found["ended"]:
             os.utime(account_path)  # not quiet, for the sweep
@@ -805,7 +825,10 @@ def charge(base, path, record, ends, foreground):
         account.update(charged=charged, ended=ping["event"] == "SessionEnd", last_at=at)
         write_object(account_path, account)
     ping = gate(dict(ping, **account["charged"][event_id]))
-    write_object(path, {"ping": ping, "local": {}})
+    try:
+        write_object(path, {"ping": ping, "local": {}})
+    except OSError:
+        pass  # a full disk: a repeat finds the same charge in the account
     return ping
 
 def report_lost(base, path):
@@ -1105,8 +1128,8 @@ class Sender:
         listed once more: a hook that found the lock busy counts on that."""
         while lock is not None:
             if not backoff_left_s(load_state(self.base), time.time()):
-                self.sweep()
                 self.one_pass()
+                self.sweep()
             drop_lock(lock)
             wait = backoff_left_s(load_state(self.base), time.time())
             if time.monotonic() + wait >= self.ends:
@@ -1119,21 +1142,20 @@ class Sender:
             lock = take_lock(self.base)
 
     def sweep(self):
-        """Once a day: report sessions that were lost, drop accounts long unused."""
-        self.state, now = load_state(self.base), time.time()
-        if 0 <= now - self.state["swept_at"] < QUIET_S:
+        """Once a day: report sessions that were lost, drop accounts long unused. While
+        pings wait, a session is not lost."""
+        now, accounts = time.time(), self.path("accounts")
+        if 0 <= now - self.state["swept_at"] < QUIET_S or self.waiting():
             return
-        try:
-            for name in os.listdir(self.path("accounts")):
-                path = self.path("accounts", name)
+        for name in os.listdir(accounts) if os.path.isdir(accounts) else ():
+            path = os.path.join(accounts, name)
+            try:
                 if quiet_s(path) > (UNFINISHED_S if name[0] == "." else ACCOUNT_MAX_S):
                     remove(path)
                 elif quiet_s(path) > QUIET_S:
                     report_lost(self.base, path)
-        except FileNotFoundError:
-            pass  # there are no accounts
-        except Exception as error:  # a broken account must not stop delivery
-            self.log("sweep: %r" % error)
+            except Exception as error:  # a broken account must not hide the others
+                self.log("an account is broken: %r" % error)
         self.save(swept_at=now)
 
 def run_sender(lock, settings):
@@ -1301,7 +1323,7 @@ def hook(settings, tell):
     if not isinstance(event, dict):
         raise Skipped("stdin held no JSON object, which Claude Code would send")
     if registered_elsewhere(event, settings.environ):
-        raise Skipped("a settings file runs this script for the event, and sends the ping")
+        raise Skipped("a settings file runs this script for the event, too")
     ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
     base = destination.directory(settings.state_dir)
     need_sound(settings.state_dir, base)
@@ -1356,8 +1378,8 @@ if __name__ == "__main__":
 
 # ======================================================================================
 # Nothing below this line runs inside Claude Code: the commands, run by a person. They
-# are a text, compiled when a person asks for one: Python compiles a script at every run,
-# and with them each hook would take half as long again.
+# are a text, compiled when a person asks for one: Python compiles a script at every
+# run, and with them each hook would take a third longer.
 # ======================================================================================
 
 COMMANDS = r'''
