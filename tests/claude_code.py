@@ -14,6 +14,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -24,10 +25,11 @@ import time
 import pytest
 from support import ROOT, SCRIPT, Home, Receiver, wait_until
 
-RUN_S = 90  # one run of the client: the longest takes 10 s on an idle machine
-SCENARIO_S = 240  # one scenario: several runs of the client
+SCENARIO_S = 180  # one scenario; on an idle machine the longest takes 30 s
 NAMESPACE = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
-TRUE_NAMES = {  # a ping's name of a count: the API's, the client's ledger's
+EXAMPLE = ROOT / "settings.example.json"
+PARENT = "PRIVATE_HOME"  # a directory above the project: its name must not leave
+COUNTS = {  # a ping's name of a count: the API's name, the client's ledger's
     "input_tokens": ("input_tokens", "inputTokens"),
     "output_tokens": ("output_tokens", "outputTokens"),
     "cached_input_tokens": ("cache_read_input_tokens", "cacheReadInputTokens"),
@@ -72,11 +74,11 @@ class Messages:
 
     `script` maps a word of a prompt to the answers of that turn, in order. An answer is
     a list of blocks, an HTTP status, or a function that gives one of these. `bill` has
-    one entry per message that was sent to its end: session_id, id and its counts.
+    one entry per whole message: session_id, id, model and the API's names of COUNTS.
     """
 
-    def __init__(self, script):
-        self.script, self.bill, self.asked = script, [], []
+    def __init__(self):
+        self.script, self.bill, self.asked = {}, [], []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -126,9 +128,10 @@ class Messages:
                 reason = "tool_use" if used_tool else "end_turn"
                 delta = {"stop_reason": reason, "stop_sequence": None}
                 self.tell("message_delta", delta=delta, usage=counts)
+                entry = dict(counts.pop("output_tokens_details"), **counts)
+                entry.update(session_id=session_id, id=message["id"], model=model)
+                outer.bill.append(entry)
                 self.tell("message_stop")
-                entry = {"session_id": session_id, "id": message["id"], "model": model}
-                outer.bill.append(dict(entry, **_flat(counts)))
 
             def block(self, index, block):
                 if block["type"] == "text":
@@ -163,10 +166,12 @@ class Messages:
                 said += 1
             elif message["role"] == "user":
                 words = _words(message["content"])
-                for word, answers in self.script.items():
-                    if word in words:
-                        found = answers[min(said, len(answers) - 1)]
-                        return found() if callable(found) else found
+                # A turn that failed and its successor come as one message.
+                last = max(self.script, key=words.rfind)
+                if last in words:
+                    answers = self.script[last]
+                    found = answers[min(said, len(answers) - 1)]
+                    return found() if callable(found) else found
         return [text("CANARY_ASSISTANT has nothing to add")]
 
 
@@ -188,11 +193,15 @@ def _counts():
     }
 
 
-def _flat(counts):
-    return dict(counts, **counts["output_tokens_details"])
-
-
 # -- The world the client lives in ------------------------------------------------
+
+
+def hooks(*events, matcher=None):
+    """A settings block: the example's command for other events."""
+    group = dict(json.loads(EXAMPLE.read_text("utf-8"))["hooks"]["Stop"][0])
+    if matcher:
+        group["matcher"] = matcher
+    return {"hooks": {event: [group] for event in events}}
 
 
 class World:
@@ -201,76 +210,80 @@ class World:
     def __init__(self, path):
         self.home = Home(path)
         self.receiver = Receiver()
-        self.messages = Messages({})
+        self.messages = Messages()
         self.runs, self.children = [], []
+        (self.home.path / ".claude" / "hooks").mkdir(parents=True)
 
     def install(self, *blocks):
-        """Copy the script, and write settings.json: these blocks' hooks, in order."""
+        """Copy the script, and paste these blocks into the user's settings.json."""
         folder = self.home.path / ".claude" / "hooks"
-        folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(str(SCRIPT), str(folder / SCRIPT.name))
-        hooks = {}
+        found = {}
         for block in blocks:
             for event, groups in block["hooks"].items():
-                hooks.setdefault(event, []).extend(groups)
-        settings = self.home.path / ".claude" / "settings.json"
-        settings.write_text(json.dumps({"hooks": hooks}))
+                found.setdefault(event, []).extend(groups)
+        settings = folder.parent / "settings.json"
+        settings.write_text(json.dumps({"hooks": found}))
 
-    def env(self, **more):
+    def env(self):
         """The client's environment: clean, offline, the tracker's URL exported."""
         found = self.home.env(
             self.receiver.url,
             ANTHROPIC_BASE_URL=self.messages.url, ANTHROPIC_API_KEY="dummy",
             DISABLE_TELEMETRY=1, DISABLE_AUTOUPDATER=1, DISABLE_ERROR_REPORTING=1,
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1, CLAUDE_CODE_MAX_RETRIES=0,
-            IS_SANDBOX=1, **more
+            IS_SANDBOX=1,
         )  # fmt: skip
         found["PATH"] = os.path.dirname(sys.executable) + ":" + found["PATH"]
         return found
 
-    def start(self, prompts, *options, **env):
-        """Start the client on one prompt, or on a list of them in one session."""
-        many = not isinstance(prompts, str)
-        form = "stream-json" if many else "json"
-        command = [str(client()), "-p", "--output-format", form, *options,
-                   "--dangerously-skip-permissions"]  # fmt: skip
-        command += ["--input-format", form, "--verbose"] if many else [prompts]
+    def start(self, form, *options):
+        """Start the client; `form` is that of its output."""
+        command = [client(), "-p", "--dangerously-skip-permissions"]
+        command += ["--output-format", form, *options]
         child = subprocess.Popen(
-            command, env=self.env(**env), cwd=str(self.home.project),
+            command, env=self.env(), cwd=str(self.home.project),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self.children.append(child)
-        for prompt in prompts if many else ():
-            message = {"role": "user", "content": prompt}
-            row = json.dumps({"type": "user", "message": message}).encode()
-            child.stdin.write(row + b"\n")
-            child.stdin.flush()
         return child
 
-    def claude(self, prompts, *options, **env):
-        """Run the client to its end; give its result and the seconds it took."""
+    def claude(self, prompt, *options):
+        """One session of one prompt, `claude -p`; gives the client's own result."""
         begun = time.monotonic()
-        child = self.start(prompts, *options, **env)
-        stdout, stderr = child.communicate(timeout=RUN_S)
-        seconds = time.monotonic() - begun
-        results = [json.loads(line) for line in stdout.splitlines() if line.strip()]
-        results = [found for found in results if found.get("type") == "result"]
+        child = self.start("json", *options, prompt)
+        stdout, stderr = child.communicate()
+        return self.ended(json.loads(stdout), stderr, time.monotonic() - begun)
+
+    def talk(self, *prompts):
+        """One session of several turns; gives the client's own last result."""
+        talk = Talk(self)
+        for prompt in prompts:
+            result = talk.say(prompt)
+        talk.end()
+        return result
+
+    def ended(self, result, stderr, seconds):
+        """Keep what the client said about one run."""
         stderr = stderr.decode("utf-8", "replace")
-        assert results, "the client gave no result: %s" % stderr
-        found = {"result": results[-1], "seconds": seconds, "stderr": stderr}
-        self.runs.append(found)
-        return found
+        self.runs.append({"result": result, "stderr": stderr, "seconds": seconds})
+        return result
+
+    def transcript(self, session_id):
+        """The path of a session's transcript."""
+        projects = self.home.path / ".claude" / "projects"
+        return next(projects.glob("*/%s.jsonl" % session_id))
 
     def settle(self):
-        """Wait until every ping made so far has been delivered, and the sender ended."""
+        """Wait until every ping has been delivered, and the sender has ended."""
         wait_until(lambda: not self.home.waiting(), 30)
         self.home.quiet(30)
 
     def close(self):
         """End what runs, by id."""
         for child in self.children:
-            with contextlib.suppress(OSError):
-                child.kill()
+            child.kill()
+            child.wait()
         self.home.end()
         self.receiver.close()
 
@@ -284,6 +297,38 @@ class World:
         return {"requests": requests, "runs": self.runs, "bill": self.messages.bill}
 
 
+class Talk:
+    """A session that goes on: the client on its stream-json input."""
+
+    def __init__(self, world, *options):
+        options += ("--verbose", "--input-format", "stream-json")
+        self.world, self.begun, self.result = world, time.monotonic(), None
+        self.child = world.start("stream-json", *options)
+
+    def say(self, prompt, answered=True):
+        """Give one prompt; wait for the turn's result, unless told not to."""
+        row = {"type": "user", "message": {"role": "user", "content": prompt}}
+        self.child.stdin.write(json.dumps(row).encode() + b"\n")
+        self.child.stdin.flush()
+        while answered:
+            line = self.child.stdout.readline()
+            assert line, "the client ended: %s" % self.child.stderr.read()
+            told = json.loads(line)
+            if told["type"] == "result":
+                self.result = told
+                return told
+
+    def end(self):
+        """End of input: the client ends the session by itself."""
+        _, stderr = self.child.communicate()
+        self.world.ended(self.result, stderr, time.monotonic() - self.begun)
+
+    def kill(self):
+        """kill -9."""
+        self.child.kill()
+        self.child.communicate()
+
+
 class Seen:
     """What became of a scenario."""
 
@@ -295,39 +340,67 @@ class Seen:
             json.loads(request["body"].encode("latin-1")) for request in self.requests
         ]
 
-    def transcripts(self):
-        """Every transcript's bytes, by path: subagents' too."""
-        found = (self.home / ".claude" / "projects").rglob("*.jsonl")
-        return {path: path.read_bytes() for path in found}
+    def of(self, session_id):
+        """The pings of one session."""
+        return [ping for ping in self.pings if ping["session_id"] == session_id]
+
+    def rows(self):
+        """Every row of every transcript, the subagents' among them."""
+        for path in (self.home / ".claude" / "projects").rglob("*.jsonl"):
+            for line in path.read_bytes().splitlines():
+                yield json.loads(line)
+
+    def noticed(self):
+        """The rows in which the client tells of a hook's error or output."""
+        found = []
+        for row in self.rows():
+            kind = (row.get("attachment") or {}).get("type", "")
+            told = row.get("hookErrors") or row.get("hasOutput")
+            if told or kind.startswith("hook_"):
+                found.append(row)
+        return found
+
+    def state(self):
+        """What every file that the script keeps holds, by path."""
+        found = (self.home / ".claude" / "telemhq").rglob("*")
+        return {str(p): p.read_bytes().decode("latin-1") for p in found if p.is_file()}
 
 
 # -- The namespace ---------------------------------------------------------------
 
 
 def client():
-    """The client's path; skips the test where there is none."""
-    default = str(ROOT / ".cache" / "claude" / "package" / "claude")
-    found = pathlib.Path(os.environ.get("TELEMHQ_TEST_CLAUDE") or default)
-    if not os.access(str(found), os.X_OK):
-        pytest.skip("no Claude Code: set TELEMHQ_TEST_CLAUDE to its program")
-    return found
+    """The client's path."""
+    default = ROOT / ".cache" / "claude" / "package" / "claude"
+    return os.environ.get("TELEMHQ_TEST_CLAUDE") or str(default)
+
+
+def need(command, why):
+    """Skip the test, saying why, where a command does not work."""
+    try:
+        tried = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, timeout=60,
+        )  # fmt: skip
+        if tried.returncode == 0:
+            return
+        found = tried.stderr.decode("utf-8", "replace").strip()
+    except OSError as error:
+        found = error.strerror
+    needed = os.environ.get("TELEMHQ_TEST_NEED_CLAUDE")  # .ci/run: no test is left out
+    (pytest.fail if needed else pytest.skip)("%s (%s)" % (why, found))
 
 
 def run(scenario, path, **arguments):
     """Run `scenario(world, **arguments)` where only loopback exists; what was Seen."""
-    client()
-    try:
-        tried = subprocess.run(NAMESPACE + ["true"], stderr=subprocess.PIPE, timeout=10)
-    except OSError as error:
-        pytest.skip("no network namespace: %s" % error)
-    if tried.returncode:
-        pytest.skip("no network namespace: %s" % tried.stderr.decode().strip())
-    home = pathlib.Path(path) / "home"
+    need([client(), "--version"], "no Claude Code: set TELEMHQ_TEST_CLAUDE to its path")
+    need(NAMESPACE + ["true"], "no network namespace")
+    home = pathlib.Path(path) / PARENT
     asked = [scenario.__module__, scenario.__name__, str(home), json.dumps(arguments)]
     ended = subprocess.run(
         NAMESPACE + [sys.executable, "-B", __file__] + asked,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        timeout=SCENARIO_S,
+        timeout=SCENARIO_S + 30,
     )  # fmt: skip
     assert ended.returncode == 0, ended.stderr.decode("utf-8", "replace")
     return Seen(home, json.loads(ended.stdout))
@@ -341,7 +414,13 @@ def _loopback_up():
 
 def main(module, scenario, home, arguments):
     """Inside the namespace: play the scenario, print what was seen."""
+
+    def too_long(*_):
+        raise TimeoutError("the scenario took too long")
+
     _loopback_up()
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(SCENARIO_S)
     world = World(home)
     try:
         play = getattr(importlib.import_module(module), scenario)

@@ -1,11 +1,14 @@
 """What the tests share: the script as Claude Code runs it, and a real receiver."""
 
 import contextlib
+import functools
 import http.server
 import json
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -238,3 +241,172 @@ def load_script():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# Run before the script in `patched`: wrap a function of a module, kill the process.
+PRELUDE = """
+import fcntl, os, signal, sys, time
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def wrap(module, name, before=None, after=None):
+    real = getattr(module, name)
+    def wrapped(*args, **kwargs):
+        if before:
+            before(*args)
+        found = real(*args, **kwargs)
+        if after:
+            after(*args)
+        return found
+    setattr(module, name, wrapped)
+"""
+RUNNER = """
+import runpy, sys
+script, patch = sys.argv[1:3]
+sys.argv[:] = [script] + sys.argv[3:]
+exec(patch)
+runpy.run_path(script, run_name="__main__")
+"""
+ONE_LIFE = "time.sleep = lambda s: os._exit(0)\n"  # a sender that sleeps has ended
+
+
+def start_patched(home, patch, *arguments, url=None, **env):
+    """Start the script with the Python source `patch` run before it, in its process.
+
+    That is how the tests fake the clock, the resolver and the disk, and how they kill
+    at a named point: nothing in the script knows of it. `patch` may use PRELUDE.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", RUNNER, str(SCRIPT), PRELUDE + patch]
+        + list(arguments),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=home.env(url, **env), cwd=str(home.project), start_new_session=True,
+    )  # fmt: skip
+
+
+def patched(home, patch, *arguments, url=None, sent=b"", timeout=60, **env):
+    """`start_patched` to its end; gives a CompletedProcess (bytes)."""
+    process = start_patched(home, patch, *arguments, url=url, **env)
+    raw = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+    out, err = process.communicate(raw, timeout)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_sender(home, url, patch=ONE_LIFE, **env):
+    """Run a sender as `--sender -1` (it takes the lock itself) until it first sleeps."""
+    return patched(home, patch, "--sender", "-1", url=url, **env)
+
+
+def only_enqueue(home, url, sent=None, **env):
+    """Run a hook that starts no sender; the path of the ping it has put into the outbox."""
+    before = set(home.waiting())
+    patched(
+        home, "os.posix_spawn = lambda *a, **k: 0", url=url,
+        sent=event("Stop") if sent is None else sent, **env
+    )  # fmt: skip
+    (found,) = set(home.waiting()) - before
+    return found
+
+
+def place(home, url, count=1, age_s=0.0):
+    """Put pings into the outbox by hand, as hooks would have `age_s` ago, oldest first.
+
+    Gives their event_ids. They are copies of one that a hook made.
+    """
+    made = home.__dict__.setdefault("made", {})
+    if url not in made:
+        path = only_enqueue(home, url)
+        made[url] = path.parent, json.loads(path.read_text("utf-8"))["ping"]
+        path.unlink()
+    outbox, ping = made[url]
+    found, ns = [], time.time_ns() - int(age_s * 1e9) - count
+    for n in range(count):
+        ping = dict(ping, event_id=os.urandom(16).hex())
+        path = outbox / ("%020d-%s.json" % (ns + n, ping["event_id"]))
+        path.write_text(json.dumps({"ping": ping, "local": {}}))
+        found.append(ping["event_id"])
+    return found
+
+
+class Wire:
+    """A TCP server on 127.0.0.1 that speaks no HTTP by itself.
+
+    `talk(connection)` runs in a thread for each connection, which is closed after it.
+    `connections` counts them; `over` is set when the test is.
+    """
+
+    def __init__(self, talk):
+        self.talk, self.connections, self.over = talk, 0, threading.Event()
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.url = "http://127.0.0.1:%d/ping/%s" % (self.port, TOKEN)
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self):
+        while True:
+            try:
+                connection = self.socket.accept()[0]
+            except OSError:
+                return
+            self.connections += 1
+            threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+
+    def serve(self, connection):
+        with connection, contextlib.suppress(OSError):
+            self.talk(connection)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.socket.close()
+
+
+def read_request(connection):
+    """Read one POST off a connection; its bytes."""
+    raw = b""
+    while b"\r\n\r\n" not in raw:
+        raw += connection.recv(65536) or b"\r\n\r\n"
+    head, _, body = raw.partition(b"\r\n\r\n")
+    length = [line for line in head.lower().split(b"\r\n") if b"content-length" in line]
+    while length and len(body) < int(length[0].split(b":")[1]):
+        part = connection.recv(65536)
+        if not part:
+            break
+        body += part
+    return head + b"\r\n\r\n" + body
+
+
+@functools.lru_cache()
+def all_pythons():
+    """{(3, minor): path} of the CPythons found: this one, those of pyenv and the PATH."""
+    found = {sys.version_info[:2]: sys.executable}
+    ask = "import sys; print(sys.implementation.name, sys.version_info[1])"
+
+    def try_one(path):
+        done = subprocess.run(
+            [path, "-I", "-S", "-c", ask],
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        name, _, minor = done.stdout.decode().strip().partition(" ")
+        if done.returncode == 0 and name == "cpython":
+            found.setdefault((3, int(minor)), path)
+
+    if shutil.which("pyenv"):
+        root = subprocess.run(["pyenv", "root"], stdout=subprocess.PIPE).stdout
+        versions = pathlib.Path(os.fsdecode(root.strip()), "versions")
+        for path in sorted(versions.glob("3.*/bin/python3")):
+            try_one(str(path))
+    for minor in range(6, 20):
+        path = shutil.which("python3.%d" % minor)
+        if path and (3, minor) not in found:
+            try_one(path)
+    return found
+
+
+def pythons(least=8, below=100):
+    """Paths of the CPython 3.N found, `least` <= N < `below`, one of each, oldest first."""
+    found = all_pythons()
+    return [found[key] for key in sorted(found) if least <= key[1] < below]

@@ -1,0 +1,275 @@
+"""JSON and hashes without their cost: the same results as the public modules'."""
+
+import ast
+import hashlib
+import hmac
+import json
+import random
+import subprocess
+
+import pytest
+
+from support import SCRIPT, pythons
+
+GOOD = (
+    "{}",
+    "[]",
+    '""',
+    "0",
+    "-1",
+    "1.5e3",
+    "-0.0",
+    "true",
+    "false",
+    "null",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e400",
+    "9007199254740993",
+    "9999999999999999999",
+    '{"a":{"b":[1,2.5,"x",null,true,{}]},"c":"d"}',
+    ' \t\r\n{"a": 1}\r\n',
+    '{"a":1,"a":2}',
+    '"\\u00e9 \\ud83d\\ude00 \\ud800 \\" \\\\ \\/ \\b\\f\\n\\r\\t"',
+    '"é 😀 \x7f \u2028"',
+    '"a raw \t tab and \n newline"',
+    "[" * 50 + "]" * 50,
+    "[1] and what follows",
+)
+BAD = (
+    "",
+    " ",
+    "nope",
+    "{",
+    "[1,",
+    '{"a"}',
+    '{"a":}',
+    '{"a":1,}',
+    "{1:2}",
+    '"open',
+    '"\\x"',
+    '"\\u12"',
+    "'a'",
+    "-",
+    "+1",
+    "nul",
+    "\x00",
+    "\ufeff{}",
+    "<html>",
+)
+VALUES = (
+    {},
+    [],
+    "",
+    0,
+    -1,
+    1.5,
+    1e-7,
+    1e22,
+    2**60,
+    True,
+    False,
+    None,
+    {"a": {"b": [1, 2.5, "x", None, True, {}]}, "c": "d"},
+    (1, (2, "3")),
+    "é 😀 \ud800 \" \\ / \b\f\n\r\t\x00\x1f\x7f\u2028",
+    {"ключ": ["значение"]},
+)
+
+
+def public_decode(text):
+    """What the public module makes of the value that `text` begins with."""
+    return json.JSONDecoder(strict=False).raw_decode(text.strip())[0]
+
+
+def outcome(decode, text):
+    """The value (as repr: NaN is not equal to itself), or that there is none."""
+    try:
+        return repr(decode(text))
+    except ValueError:
+        return "ValueError"
+    except RecursionError:
+        return "RecursionError"
+
+
+def random_value(dice, depth=0):
+    """A random JSON value of every type, strings of every plane and lone surrogates."""
+    kind = dice.randrange(9 if depth < 4 else 7)
+    if kind < 3:
+        letters = '"\\/\b\n\t\x00\x1f\x7faZ09 é€\u2028\ud800\udfff😀'
+        return "".join(dice.choice(letters) for _ in range(dice.randrange(12)))
+    if kind < 5:
+        return dice.choice(
+            (0, -1, dice.randrange(10**18), dice.uniform(-1e9, 1e9), 1e-300)
+        )
+    if kind < 7:
+        return dice.choice((True, False, None))
+    count = dice.randrange(5)
+    if kind == 7:
+        return [random_value(dice, depth + 1) for _ in range(count)]
+    return {"k%d é" % i: random_value(dice, depth + 1) for i in range(count)}
+
+
+def spoilt(dice, text):
+    """`text` with one character dropped, doubled or exchanged."""
+    if not text:
+        return text
+    at = dice.randrange(len(text))
+    middle = dice.choice(("", text[at] * 2, dice.choice('{}[]",:\\0u-.e \x00')))
+    return text[:at] + middle + text[at + 1 :]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_a_good_text_gives_what_the_json_module_gives(script, text):
+    """Every kind of JSON value is read as json reads it, lone surrogates included."""
+    assert outcome(script.decode_json, text) == repr(public_decode(text))
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_what_is_not_json_is_a_value_error(script, text):
+    """Text that begins with no JSON value raises ValueError, as in the json module."""
+    with pytest.raises(ValueError):
+        public_decode(text)
+    with pytest.raises(ValueError):
+        script.decode_json(text)
+
+
+def test_thousands_of_random_texts_are_read_alike(script):
+    """Random values and spoilt texts of them read exactly as the json module reads."""
+    dice = random.Random(20)
+    for _ in range(3000):
+        text = json.dumps(
+            random_value(dice),
+            ensure_ascii=dice.random() < 0.5,
+            indent=dice.choice((None, 1)),
+        )
+        for candidate in (text, spoilt(dice, text)):
+            expected = outcome(public_decode, candidate)
+            assert outcome(script.decode_json, candidate) == expected, candidate
+
+
+@pytest.mark.parametrize("digits", (20, 400, 5000, 100000))
+def test_an_integer_beyond_every_count_is_no_number(script, digits):
+    """An absurdly long integer costs no time and no error: it counts as null."""
+    text = '{"a": %s, "b": 1}' % ("9" * digits)
+    assert script.decode_json(text) == {"a": None, "b": 1}
+
+
+@pytest.mark.parametrize("text", ("[" * 300000, '{"a":' * 300000), ids=("list", "dict"))
+def test_absurd_nesting_is_an_error_that_can_be_caught(script, text):
+    """Nesting beyond the interpreter's depth raises, it does not crash."""
+    with pytest.raises((RecursionError, ValueError)):
+        script.decode_json(text)
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_value_is_written_as_the_json_module_writes_it(script, value):
+    """Every kind of value becomes the bytes of json.dumps, compact and ASCII."""
+    written = script.encode_json(value)
+    assert written == json.dumps(value, separators=(",", ":"))
+    assert written.isascii()
+
+
+def test_thousands_of_random_values_are_written_alike(script):
+    """Random values are written byte for byte as the json module writes them."""
+    dice = random.Random(21)
+    for _ in range(3000):
+        value = random_value(dice)
+        expected = json.dumps(value, separators=(",", ":"))
+        assert script.encode_json(value) == expected
+
+
+@pytest.mark.parametrize("size", (0, 1, 55, 56, 63, 64, 65, 119, 1000, 1 << 20))
+def test_sha256_is_hashlibs(script, size):
+    """The hash is SHA-256, at every length at which its padding changes."""
+    raw = random.Random(size).getrandbits(8 * size + 1).to_bytes(size + 1, "big")[:size]
+    assert script.sha256_hex(raw) == hashlib.sha256(raw).hexdigest()
+
+
+PATHS = ("/home/dev/acme/api", "", "/é/😀", "/bad\udcff", "/lone\ud800", "C:\\x", "/\x00")
+
+
+@pytest.mark.parametrize("path", PATHS, ids=ascii)
+def test_a_path_hash_is_the_first_12_hex_of_its_sha256(script, path):
+    """Without a key a path's hash can be reproduced by anyone who knows the path."""
+    raw = path.encode("utf-8", "surrogatepass")
+    assert script.path_hash(path, "") == hashlib.sha256(raw).hexdigest()[:12]
+
+
+@pytest.mark.parametrize("key", (b"k", b"x" * 200, "ключ".encode(), b"\xff\xfe"), ids=repr)
+@pytest.mark.parametrize("path", PATHS, ids=ascii)
+def test_a_path_hash_under_a_key_is_an_hmac(script, path, key):
+    """Under a key the hash is HMAC-SHA-256 with the variable's own bytes as the key."""
+    raw = path.encode("utf-8", "surrogatepass")
+    expected = hmac.new(key, raw, "sha256").hexdigest()[:12]
+    assert script.path_hash(path, key.decode("utf-8", "surrogateescape")) == expected
+
+
+FRESH = r"""
+import sys
+for name in %(without)r:
+    sys.modules[name] = None
+with open(%(script)r, encoding="utf-8") as file:
+    script = {"__name__": "telemhq_ping", "__file__": %(script)r}
+    exec(compile(file.read(), %(script)r, "exec"), script)
+
+def outcome(text):
+    try:
+        return repr(script["decode_json"](text))
+    except ValueError:
+        return "ValueError"
+    except RecursionError:
+        return "RecursionError"
+
+values, good, bad = eval(sys.stdin.read())
+found = [
+    [script["encode_json"](value) for value in values],
+    [script["sha256_hex"](b"x" * size) for size in (0, 64, 1000)],
+    [outcome(text) for text in good],
+]
+loaded = sorted({"json", "re", "hashlib"} & set(sys.modules))
+found += [[outcome(text) for text in bad], outcome("[" * 300000), loaded]
+print(ascii(found))
+"""
+ACCELERATORS = ("_json", "_sha2", "_sha256")
+
+
+def in_a_fresh_interpreter(python, without=()):
+    """What a hook's own interpreter makes of the tables: json was never imported."""
+    done = subprocess.run(
+        [python, "-I", "-S", "-c", FRESH % {"without": without, "script": str(SCRIPT)}],
+        input=ascii([VALUES, GOOD, BAD]).encode(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    written, hashes, good, bad, deep, loaded = ast.literal_eval(done.stdout.decode())
+    assert written == [json.dumps(value, separators=(",", ":")) for value in VALUES]
+    assert hashes == [hashlib.sha256(b"x" * n).hexdigest() for n in (0, 64, 1000)]
+    assert good == [outcome(public_decode, text) for text in GOOD]
+    assert dict(zip(BAD, bad)) == dict.fromkeys(BAD, "ValueError")
+    assert deep in ("RecursionError", "ValueError")
+    return loaded
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_every_python_reads_and_writes_alike(python):
+    """Each CPython, in a process where nobody imported json before us, agrees with it.
+
+    CPython's accelerator finds its own error class only where json is loaded already.
+    """
+    assert in_a_fresh_interpreter(python) == []
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_an_interpreter_without_the_accelerators_gives_the_same(python):
+    """Where CPython's private modules are missing, the public ones give the same."""
+    assert in_a_fresh_interpreter(python, ACCELERATORS)
+
+
+@pytest.mark.parametrize("text", ("", "nope", "{", '{"a":1,}', '"open', '"\\x"'))
+def test_a_hook_tells_bad_json_from_an_error_of_its_own(home, text):
+    """What is no JSON is named as that in debug mode, in a real hook's process."""
+    done = home.hook(text.encode(), "http://127.0.0.1:9/ping/x", TELEMHQ_HOOK_DEBUG="1")
+    assert b"TelemHQ hook skipped: stdin" in done.stderr
+    assert b"Error" not in done.stderr
