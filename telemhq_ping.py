@@ -746,7 +746,7 @@ def take_usage(account):
         add(account["reported"], name, counts)
     fields = dict(named(summed(models)), tool_calls=account["tool_calls"],
                   tool_failures=account["tool_failures"])
-    if len(models) > 1:
+    if models and list(models) != [account["model"]]:
         fields["models"] = {name: named(counts) for name, counts in models.items()}
     if account["tools"]:
         used = sorted(account["tools"].items(), key=lambda pair: (-pair[1], pair[0]))
@@ -1383,591 +1383,422 @@ if __name__ == "__main__":
 # ======================================================================================
 
 COMMANDS = r'''
-SCRIPT = "telemhq_ping.py"
+import argparse, contextlib, copy, difflib, glob, http.server, json, queue, re, shlex
+import shutil, subprocess, tempfile, threading, urllib.request
+
+SCRIPT, SELF = "telemhq_ping.py", os.path.realpath(__file__)
+CONFIG = absolute(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
+INSTALLED = os.path.join(CONFIG, "hooks", SCRIPT)
 EVENTS = {"Stop": None, "StopFailure": None, "SessionEnd": None}  # event: matcher
 TOOL_EVENTS = {"PostToolUse": "Bash|Edit|MultiEdit|Write", "PostToolUseFailure": None}
-REASONS = {  # what a back-off's problem means to a person
-    "HTTP 401": "the tracker wants other credentials: is TELEMHQ_PING_URL complete?",
-    "HTTP 403": "the tracker refuses this token: make a new ping URL",
-    "HTTP 404": "the token in TELEMHQ_PING_URL is wrong or was revoked",
-    "HTTP 407": "the proxy wants a password: see HTTPS_PROXY",
-    "HTTP 410": "the tracker was deleted: make a new one",
-    "HTTP 429": "too many pings at once; they are sent later",
-    "Connection refused": "nothing listens there: is the host in TELEMHQ_PING_URL right?",
-}
-WAIT_OLD_S = 300.0  # doctor: a ping that waits for longer than this is a problem
-
-
-class Failed(Exception):
-    """Why a command failed, for a person: printed on stderr, exit 1."""
-
-def config_dir():
-    """Claude Code's own directory."""
-    return absolute(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or "~/.claude"
-
-def installed_script():
-    """Where `install` puts this file."""
-    return os.path.join(config_dir(), "hooks", SCRIPT)
+NAMED = re.compile(r"(.*[\s/\\'\"])?telemhq_ping\.py([\s'\"]|$)")  # in a command
+ALONE = re.compile(  # a command that is: [PYTHON [-OPTION ...]] SCRIPT [|| true]
+    r"({0}\bpy[\w.-]*['\"]?(\s+-\w+)*\s+)?{0}\btelemhq_ping\.py['\"]?(\s*\|\|\s*true)?$"
+    .format(r"('[^']*|\"[^\"]*|[^\s;&|='\"]*)"))
+WAIT_OLD_S, ARRIVES_S = 300.0, 30.0  # doctor: a ping waits too long; demo: it is lost
+REASONS = {  # what an answer means, by what it begins with
+    "HTTP 40": "the token in TELEMHQ_PING_URL is wrong or was revoked",
+    "HTTP 41": "the tracker was deleted",
+    "HTTP 3": "it has moved; put its new address into TELEMHQ_PING_URL",
+    "HTTP": "it has a problem of its own; pings are kept and sent later",
+    "TLS": "the certificate is not trusted; SSL_CERT_FILE can name a company's own",
+    "": "is TELEMHQ_PING_URL right, is there a network, or a proxy for HTTPS_PROXY?"}
 
 def settings_file(project):
-    """The settings file of the user, or of a project (a directory)."""
-    if project:
-        return os.path.join(os.path.abspath(project), ".claude", "settings.local.json")
-    return os.path.join(config_dir(), "settings.json")
+    """The settings file of the user, or of a project (a directory, OSError if not)."""
+    if not project:
+        return os.path.join(CONFIG, "settings.json")
+    os.listdir(project)
+    return os.path.join(os.path.abspath(project), ".claude", "settings.local.json")
 
 def read_settings(path):
-    """(bytes, dict) of a settings file, (None, {}) when there is none; Failed if broken."""
-    import json
-
-    def unique(pairs):
-        if len(dict(pairs)) < len(pairs):
-            raise ValueError("a key stands twice in one object")
-        return dict(pairs)
-
+    """(bytes, dict) of a settings file, (None, {}) when there is none."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read()
+        raw = read_file(os.path.realpath(path), 1 << 24)
         text = raw.decode("utf-8-sig")
-        found = json.loads(text, object_pairs_hook=unique) if text.strip() else {}
+        found = json.loads(text) if text.strip() else {}
+        hooks_in(found, NAMED), found.get("env", {}).items()  # of the form we rely on
+        return raw, found
     except FileNotFoundError:
         return None, {}
-    except (OSError, ValueError) as error:
-        raise Failed("%s: %s; nothing was changed" % (path, error)) from None
-    hooks = found.get("hooks", {}) if isinstance(found, dict) else None
-    if not isinstance(hooks, dict) or not isinstance(found.get("env", {}), dict):
-        raise Failed("%s: not of the form of settings; nothing was changed" % path)
-    return raw, found
+    except Exception as error:
+        reason = getattr(error, "strerror", "") or "no valid settings: %r" % error
+        raise Skipped("%s is left as it is: %s" % (path, reason)) from None
 
-def our_hooks(found):
-    """(event, group, hook) for each of our commands in settings (dict)."""
-    import re
-    ours = re.compile(r"(^|[\s/\\'\"])telemhq_ping\.py($|[\s'\"])")
-    return [(event, group, hook)
-            for event, groups in found.get("hooks", {}).items() if isinstance(groups, list)
-            for group in groups if isinstance(group, dict)
-            for hook in group.get("hooks") or () if isinstance(hook, dict)
-            and ours.search(str(hook.get("command")))]
+def effective_settings():
+    """Settings as a hook has them here; `files`: {path: dict} of the settings files."""
+    environ, files, problems = dict(os.environ), {}, []
+    here = os.path.join(os.getcwd(), ".claude", "settings")
+    for path in (settings_file(None), here + ".json", here + ".local.json",
+                 "/Library/Application Support/ClaudeCode/managed-settings.json",
+                 "/etc/claude-code/managed-settings.json"):
+        try:
+            files[path] = read_settings(path)[1]
+            environ.update((k, str(v)) for k, v in files[path].get("env", {}).items())
+        except Skipped as error:
+            problems.append(str(error))
+    settings = Settings(environ)
+    settings.files, settings.ignored = files, problems + settings.ignored
+    return settings
+
+def hooks_in(found, pattern):
+    """[(event, group, hook)] of settings (dict) whose commands match."""
+    return [(event, group, hook) for event, groups in found.get("hooks", {}).items()
+            for group in groups[:] for hook in group["hooks"]
+            if pattern.match(hook.get("command", ""))]
+
+def with_ours(found, url, tools):
+    """Settings (dict) with our hooks, and with the ping URL unless it is None."""
+    found = copy.deepcopy(found)
+    if url is not None:
+        found.setdefault("env", {})["TELEMHQ_PING_URL"] = url
+    for event, matcher in dict(EVENTS, **(TOOL_EVENTS if tools else {})).items():
+        if event not in [event for event, _, _ in hooks_in(found, NAMED)]:
+            group = {"matcher": matcher} if matcher else {}
+            group["hooks"] = [{"type": "command", "command": SCRIPT, "timeout": 10}]
+            found.setdefault("hooks", {}).setdefault(event, []).append(group)
+    for _, _, hook in hooks_in(found, ALONE):
+        hook.update(command=hook_command(), timeout=10)
+    return found
+
+def without_ours(found):
+    """Settings (dict) without our hooks, the ping URL, and hooks and env left empty."""
+    found = copy.deepcopy(found)
+    found.get("env", {}).pop("TELEMHQ_PING_URL", None)
+    for event, group, hook in hooks_in(found, ALONE):
+        group["hooks"].remove(hook)
+    hooks = {event: [group for group in groups if group["hooks"]]
+             for event, groups in found.get("hooks", {}).items()}
+    found = dict(found, hooks={event: hooks[event] for event in hooks if hooks[event]})
+    return {k: v for k, v in found.items() if v or k not in ("hooks", "env")}
 
 def hook_command():
-    """The command for settings: an interpreter that works from any shell, our script."""
-    import shlex
-    python = sys.executable
-    if sys.prefix != sys.base_prefix:  # a virtual environment comes and goes
-        bin_dir = os.path.join(sys.base_prefix, "Scripts" if os.name == "nt" else "bin")
-        for name in ("python%d.%d" % sys.version_info[:2], "python3", "python"):
-            if os.path.exists(os.path.join(bin_dir, name)):
-                python = os.path.join(bin_dir, name)
-                break
-    script = shlex.quote(installed_script())
-    if installed_script() == absolute("~/.claude/hooks/" + SCRIPT):
-        script = "~/.claude/hooks/" + SCRIPT
-    return "%s -I -S %s || true" % (shlex.quote(python), script)
+    """The command for settings, with an interpreter that works from any shell."""
+    python = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+    if sys.prefix == sys.base_prefix or not os.path.exists(python):
+        python = sys.executable  # no virtual environment, which comes and goes
+    return "%s -I -S %s || true" % (shlex.quote(python), shlex.quote(INSTALLED))
 
-def masked(text):
-    """`text` with the path of every ping URL in it blotted out."""
-    import re
-    return re.sub(r"(TELEMHQ_PING_URL[\"']?\s*[:=]\s*[\"']?\w+://[^/\s\"']+)[^\s\"',]*",
-                  r"\1/...", text)
+def as_bytes(raw, found):
+    """Settings (dict) as a file, in the indent and line ends of `raw` (bytes)."""
+    indent = (re.findall(rb"\n([ \t]+)\"", raw) or [b"  "])[0].decode()
+    text = json.dumps(found, indent=indent, ensure_ascii=False) + "\n"
+    text = text.replace("\n", "\r\n") if b"\r\n" in raw else text
+    return text.encode("utf-8", "backslashreplace")  # half of a character: "\ud83d"
 
-def as_text(raw, found):
-    """Settings (dict) as bytes, in the indent and line ends of `raw` (bytes or None)."""
-    import json
-    import re
-    old = (raw or b"").decode("utf-8-sig")
-    indent = re.search(r"\n([ \t]+)\"", old)
-    try:
-        text = json.dumps(found, indent=indent.group(1) if indent else 2,
-                          ensure_ascii=False) + "\n"
-        text.encode()
-    except UnicodeEncodeError:  # half of a character, as an escape
-        text = json.dumps(found, indent=2) + "\n"
-    text = text.replace("\n", "\r\n") if "\r\n" in old else text
-    return (b"\xef\xbb\xbf" if (raw or b"").startswith(b"\xef\xbb\xbf") else b"") + text.encode()
+def show_diff(path, *settings):
+    """Print how settings (two dicts) will change, hiding the path of every URL."""
+    texts = [re.sub(
+        r"(TELEMHQ_PING_URL\W+|\b(?=\w+://))(\w+://[\w.:\[\]-]+(?=[/?#\"']))?[^\"'\n]*",
+        r"\1\2/...", as_bytes(b"", found).decode()).splitlines() for found in settings]
+    print("\n".join(difflib.unified_diff(*texts, path, path, lineterm="")))
 
-def show_diff(path, old, new):
-    """Print what will change, without secrets."""
-    from difflib import unified_diff
-    old, new = (text.decode("utf-8-sig", "replace").splitlines() for text in (old or b"", new))
-    for line in unified_diff(old, new, path, path, lineterm=""):
-        print(masked(line))
-
-def replace_settings(path, raw, new):
-    """Write a settings file, atomically, through symbolic links, keeping its mode; the
-    old one stays beside it under a timestamp. Failed when it is read-only."""
+def write_settings(path, new, old):
+    """Write a settings file (bytes), and `old` (bytes, or None) into a backup."""
     real = os.path.realpath(path)
-    try:
-        mode = 0o600
-        if raw is not None:
-            mode = stat.S_IMODE(os.stat(real).st_mode)
-            if not mode & 0o200:
-                raise PermissionError(13, "it is read-only")
-            backup = time.strftime(real + ".%Y%m%d-%H%M%S.bak")
-            write_file(backup, raw)
-        write_file(real, new)
-        os.chmod(real, mode)
-    except OSError as error:
-        raise Failed("%s: %s; nothing was changed" % (path, error.strerror)) from None
+    mode = stat.S_IMODE(os.stat(real).st_mode) if os.path.exists(real) else 0o600
+    if not mode & 0o200:
+        raise Skipped("%s is left as it is: it is read-only" % path)
+    backup = real + time.strftime(".%Y%m%d-%H%M%S.bak")
+    if old is not None and not os.path.exists(backup):
+        write_file(backup, old)
+    write_file(real, new)
+    os.chmod(real, mode)
 
 def install(options):
-    """Copy this file to ~/.claude/hooks and register it in settings.json."""
-    path = settings_file(options.project)
-    raw, found = read_settings(path)
-    if options.url:
-        try:
-            find_destination(Settings(dict(os.environ, TELEMHQ_PING_URL=options.url)))
-        except Skipped as error:
-            raise Failed(str(error)) from None
-        found.setdefault("env", {})["TELEMHQ_PING_URL"] = options.url
-    hooks, command = found.setdefault("hooks", {}), hook_command()
-    for event, matcher in {**EVENTS, **(TOOL_EVENTS if options.tools else {})}.items():
-        if event not in [event for event, _, _ in our_hooks(found)]:
-            group = {"hooks": [{"type": "command", "command": SCRIPT, "timeout": 10}]}
-            group = {"matcher": matcher, **group} if matcher else group
-            if not isinstance(hooks.setdefault(event, []), list):
-                raise Failed("%s: hooks.%s is no list; nothing was changed" % (path, event))
-            hooks[event].append(group)
-    for _, _, hook in our_hooks(found):
-        hook.update(command=command, timeout=10)
-    new = as_text(raw, found)
-    changed = read_settings(path)[1] != found
-    if changed:
-        show_diff(path, raw, new)
-    with open(__file__, "rb") as file:
-        script = file.read()
-    if options.dry_run:
-        print("Nothing was changed.")
-        return 0
-    if changed:
-        replace_settings(path, raw, new)
-    target = os.path.realpath(installed_script())
-    try:
-        if not os.path.exists(target) or open(target, "rb").read() != script:
+    """Copy this file to ~/.claude/hooks, register it in settings.json."""
+    path, settings = settings_file(options.project), effective_settings()
+    raw, before = read_settings(path)
+    if options.url is not None:
+        settings = Settings(dict(settings.environ, TELEMHQ_PING_URL=options.url))
+        find_destination(settings)
+    after = with_ours(before, options.url, options.tools)
+    show_diff(path, before, after)
+    if not options.dry_run:
+        if before != after:
+            write_settings(path, as_bytes(raw or b"", after), raw)
+        target, script = os.path.realpath(INSTALLED), read_file(SELF, 1 << 24)
+        if not os.path.exists(target) or read_file(target, 1 << 24) != script:
             write_file(target, script)
         os.chmod(target, 0o700)
-    except OSError as error:
-        raise Failed("%s: %s" % (target, error.strerror)) from None
-    print("%s is installed; %s %s." % (
-        installed_script(), path, "names it" if changed else "named it already"))
-    if not effective_environ().get("TELEMHQ_PING_URL"):
+        print("Installed: %s names %s." % (path, INSTALLED))
+    if not settings.url:
         print("Now export TELEMHQ_PING_URL, or run install again with --url.")
     return 0
 
-def destination_dirs(state_dir):
-    """Paths of the destinations' directories."""
-    import re
-    names = os.listdir(state_dir) if state_dir and os.path.isdir(state_dir) else ()
-    return sorted(os.path.join(state_dir, name) for name in names
-                  if re.fullmatch("[a-z]+-[0-9a-f]{12}", name))
-
-def pings_in(base):
-    """Names of the pings that wait in a destination's outbox, oldest first."""
-    outbox = os.path.join(base, "outbox")
-    names = os.listdir(outbox) if os.path.isdir(outbox) else ()
-    return sorted(name for name in names if name[:20].isdigit())
-
-def without_ours(found):
-    """Settings (dict) without our commands, and without what that leaves empty."""
-    for event, group, hook in our_hooks(found):
-        group["hooks"].remove(hook)
-        if not group["hooks"]:
-            found["hooks"][event].remove(group)
-        if not found["hooks"][event]:
-            del found["hooks"][event]
-    found.get("env", {}).pop("TELEMHQ_PING_URL", None)
-    for key in ("hooks", "env"):
-        if found.get(key) == {}:
-            del found[key]
-    return found
+def restore(path):
+    """Take ours out of a settings file; the backups go: they may hold ping URLs."""
+    raw, before = read_settings(path)
+    after, real = without_ours(before), os.path.realpath(path)
+    if not hooks_in(before, ALONE) and "TELEMHQ_PING_URL" not in before.get("env", {}):
+        return
+    new = as_bytes(raw, after) if after else None  # None: install has made it
+    backups = sorted(glob.glob(glob.escape(real) + ".[0-9]*-[0-9]*.bak"))
+    for backup in backups:
+        old, found = read_settings(backup)
+        if not hooks_in(found, ALONE) and without_ours(found) == without_ours(before):
+            new, after = old, found  # nothing else has changed: to the byte as it was
+    show_diff(path, before, after)
+    write_settings(path, new or b"", None)
+    for name in backups + [real] * (new is None):
+        os.unlink(name)
 
 def uninstall(options):
-    """Take our commands out of settings.json; remove the script and the state."""
-    import glob
-    import shutil
-    path, state_dir = settings_file(options.project), Settings(effective_environ()).state_dir
-    raw, before = read_settings(path)
-    waiting = sum(len(pings_in(base)) for base in destination_dirs(state_dir))
+    """The inverse of install: settings as before, script and state removed."""
+    path, state_dir = settings_file(options.project), effective_settings().state_dir
+    waiting = sum(map(len, outboxes(state_dir).values()))
     if waiting and not options.yes:
-        print("%d pings wait; they would be lost. `flush` sends them." % waiting)
+        print("%d pings wait and would be lost; `flush` sends them." % waiting)
         if not sys.stdin.isatty() or input("Remove them? [y/N] ").lower() != "y":
-            raise Failed("nothing was changed; --yes removes them")
-    found = without_ours(read_settings(path)[1])
-    if found != before:
-        real, new, backup = os.path.realpath(path), as_text(raw, found), None
-        for name in sorted(glob.glob(glob.escape(real) + ".*.bak")):
-            if read_settings(name)[1] == found:
-                new, backup = read_settings(name)[0], name  # to the letter
-        show_diff(path, raw, new)
-        replace_settings(path, raw, new)
-        for name in glob.glob(glob.escape(real) + ".*.bak"):
-            if read_settings(name)[0] in (raw, new):
-                os.unlink(name)
-        if not found and not backup:
-            os.unlink(real)  # it was made by install
-    if our_hooks(read_settings(settings_file(None))[1]):
-        print("The user's settings still name the script: it stays, with its state.")
-        return 0
-    for target in [installed_script()] + destination_dirs(state_dir):
-        shutil.rmtree(target) if os.path.isdir(target) else remove(target)
-    for directory in (state_dir, os.path.dirname(installed_script())):
-        if directory and os.path.isdir(directory) and not os.listdir(directory):
-            os.rmdir(directory)
+            raise Skipped("nothing was changed; with --yes they are removed")
+    restore(path)
+    for name in (path, settings_file(None)):
+        if hooks_in(read_settings(name)[1], NAMED):
+            print("%s still names the script: it stays, with its state." % name)
+            return 0
+    for base in outboxes(state_dir):
+        shutil.rmtree(base)
+    remove(INSTALLED)
+    for directory in (state_dir or CONFIG, CONFIG + "/hooks", CONFIG, path + "/.."):
+        with contextlib.suppress(OSError):  # not empty
+            os.rmdir(os.path.normpath(directory))
     print("Removed.")
     return 0
 
-def effective_environ():
-    """The environment as a hook would have it here: with the env blocks of settings."""
-    environ = dict(os.environ)
-    local = os.path.join(os.getcwd(), ".claude")
-    for path in (settings_file(None), os.path.join(local, "settings.json"),
-                 os.path.join(local, "settings.local.json")):
-        try:
-            block = read_settings(path)[1].get("env", {})
-        except Failed:
-            continue
-        environ.update({name: str(value) for name, value in block.items()})
-    return environ
-
-def preview(options):
-    """Print the ping that an event would make; send nothing."""
-    import json
-    if options.event:
-        if options.event not in SAMPLES:
-            raise Failed("no such sample; there are " + ", ".join(SAMPLES))
-        event = sample(options.event, "/home/you/acme", "/home/you/.claude/x.jsonl")
-        raw = json.dumps(event).encode()
-    else:
-        raw = sys.stdin.buffer.read()
-    try:
-        event = json.loads(raw)
-    except ValueError as error:
-        raise Failed("stdin holds no JSON: %s" % error) from None
-    if not isinstance(event, dict):
-        raise Failed("stdin holds no JSON object")
-    settings = Settings(effective_environ())
-    ping = make_ping(event, settings, project_of(event, settings), time.time_ns(), len(raw))
-    print(json.dumps(ping, indent=2, ensure_ascii=False))
-    if settings.usage and ping.get("event") in USAGE_EVENTS:
-        print("The sender adds the session's token counts from its transcript.", file=sys.stderr)
-    return 0
+def outboxes(state_dir):
+    """{a destination's directory: names of the pings that wait there, oldest first}."""
+    ping, found = "/outbox/" + "[0-9]" * 20 + "-*.json", glob.escape(state_dir or "")
+    return {base: sorted(map(os.path.basename, glob.glob(glob.escape(base) + ping)))
+            for base in sorted(glob.glob(found + "/*-" + "[0-9a-f]" * 12))}
 
 def flush(options):
-    """One pass of a sender now, whatever the back-off; --adopt: former URLs' pings too."""
-    environ = effective_environ()
-    settings = Settings(environ)
-    try:
-        destination = find_destination(settings)
-        base = destination.directory(settings.state_dir)
-        need_sound(settings.state_dir, base)
-    except Skipped as error:
-        raise Failed(str(error)) from None
-    os.umask(0o077)
+    """One pass of a sender now, in spite of a back-off."""
+    settings, told = effective_settings(), []
+    destination, Sender.status = find_destination(settings), 1
+    base = destination.directory(settings.state_dir or "")
+    need_sound(settings.state_dir, base)
     if options.adopt:
         adopt(settings.state_dir, base)
-    before = len(pings_in(base))
-    lock, ends = None, time.monotonic() + LIFE_S
-    while before and lock is None:
-        lock = take_lock(base)
-        if lock is None and time.monotonic() > ends:
-            raise Failed("a sender has been at work for a minute; see sender.log in " + base)
-        time.sleep(POLL_S if lock is None else 0)
-    if before:
-        sender = Sender(destination, base, settings, time.monotonic() + LIFE_S, print)
-        sender.status = 1
-        sender.sweep()
-        sender.one_pass()
-        drop_lock(lock)
-    left = len(pings_in(base))
-    print("%d of %d waiting pings are gone from the outbox, %d are left." % (
-        before - left, before, left))
+    if outboxes(settings.state_dir).get(base):
+        settings.debug = True  # ignores the back-off
+        deliver_here(destination, base, settings, time.monotonic() + LIFE_S,
+                     lambda text: told.append(text) or print(text, flush=True))
+    left = len(outboxes(settings.state_dir).get(base, ()))
+    print("%d delivered, %d left." % (sum(t.endswith(DELIVERED) for t in told), left))
     return 1 if left else 0
 
 def adopt(state_dir, base):
     """Move what waits for former URLs, and their accounts, to the present one's."""
-    for former in destination_dirs(state_dir):
-        for part in ("accounts", "outbox"):
-            names = os.listdir(os.path.join(former, part)) if former != base and (
-                os.path.isdir(os.path.join(former, part))) else ()
-            os.makedirs(os.path.join(base, part), 0o700, exist_ok=True)
-            for name in names:
-                target = os.path.join(base, part, name)
-                if name[0] != "." and not os.path.exists(target):
-                    os.rename(os.path.join(former, part, name), target)
+    for former in set(outboxes(state_dir)) - {base}:
+        need_sound(state_dir, former)
+        lock = take_lock(former)
+        if lock is None:
+            raise Skipped("a sender is at work in %s; try again in a minute" % former)
+        for path in glob.glob(glob.escape(former) + "/[ao]*/*.json"):
+            target = path.replace(former, base, 1)
+            if not os.path.exists(target):
+                os.renames(path, target)
+        drop_lock(lock)
 
 def doctor(options):
-    """Check everything between an event and the tracker; say what to do."""
-    well = []
+    """Check all that lies between an event and the tracker; say what to do."""
+    settings, well = effective_settings(), True
+    for good, text, remedy in (
+            *check_hooks(settings), *check_url(settings), *check_state(settings)):
+        well = well and good
+        print("✓ " + text if good else "✗ %s: %s" % (text, remedy))
+    return 0 if well else 1
 
-    def check(good, text, remedy=""):
-        well.append(bool(good))
-        print("%s %s%s" % ("✓" if good else "✗", text, "" if good else ": " + remedy))
-
-    for find in (check_script, check_hooks, check_url, check_state):
-        find(check)
-    return 0 if all(well) else 1
-
-def check_script(check):
-    """The installed file, and its version."""
-    path, version = installed_script(), "none"
-    try:
-        for line in read_file(path, 1 << 20).decode("utf-8", "replace").splitlines():
-            if line.startswith("__version__"):
-                version = line.split('"')[1]
-    except (OSError, ValueError, IndexError):
-        pass
-    plugin = os.environ.get("CLAUDE_PLUGIN_ROOT")
-    check(version == __version__ or plugin, "script %s, version %s" % (path, version),
-          "run `install` to put version %s there" % __version__)
-
-def check_hooks(check):
-    """Which events our commands are registered for, and the interpreters they name."""
-    import shlex
-    import subprocess
-    seen, commands, local = set(), set(), os.path.join(os.getcwd(), ".claude")
-    for path in (settings_file(None), os.path.join(local, "settings.json"),
-                 os.path.join(local, "settings.local.json")):
-        try:
-            ours = our_hooks(read_settings(path)[1])
-        except Failed as error:
-            check(False, "settings", str(error))
-            continue
-        for event, _, hook in ours:
-            seen.add(event)
-            commands.add(hook["command"])
-            print("✓ hook for %s in %s" % (event, path))
-    for event in sorted(set(EVENTS) - seen):
-        check(False, "hook for " + event, "no settings file names the script; run `install`")
+def check_hooks(settings):
+    """Yields whether each event runs the script, and whether that works."""
+    where, commands = {}, set()
+    for path, found in settings.files.items():
+        if found.get("disableAllHooks"):
+            yield False, "settings", "disableAllHooks in %s turns them off" % path
+        if any(found["enabledPlugins"][name] for name in found.get("enabledPlugins", ())
+               if name.startswith("telemhq-ping@")):
+            where.update(dict.fromkeys(EVENTS, "the plugin"))
+        where.update((event, path) for event, _, _ in hooks_in(found, NAMED))
+        commands.update(hook["command"] for _, _, hook in hooks_in(found, ALONE))
+    for event in dict.fromkeys((*EVENTS, *where)):
+        yield event in where, "hook for %s, in %s" % (
+            event, where.get(event, "no settings file")), "run `install`"
     for command in sorted(commands):
-        words = shlex.split(command)
-        script = [os.path.expanduser(word) for word in words if word.endswith(SCRIPT)][0]
-        check(os.path.isfile(script), "script that settings name: " + script,
-              "it is not there; run `install`")
-        try:
-            version = subprocess.run(
-                [words[0], "-I", "-S", "-c", "import sys; print(sys.version_info >= (3, 8))"],
-                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=20).stdout
-        except (OSError, subprocess.TimeoutExpired):
-            version = b""
-        check(version.strip() == b"True", "interpreter " + words[0],
-              "it is missing or older than Python 3.8; run `install` with another python3")
+        plain = command.replace("|| true", "").strip()
+        status, said = subprocess.getstatusoutput(plain + " --version </dev/null")
+        problem = {127: "the interpreter is missing", 2: "the script is missing"}.get(
+            status, "it is not version %s, or not Python 3.8" % __version__)
+        yield (said.endswith(" " + __version__), "script and interpreter: " + plain,
+               problem + "; run `install`")
 
-def check_url(check):
-    """The destination, and whether its host answers. A GET records no run."""
-    settings = Settings(effective_environ())
-    for problem in settings.ignored:
-        check(False, "settings", problem)
+def in_words(what):
+    """What an answer of `post` means, and what to do."""
+    said = "the tracker answered " + what[5:] if what[:5] == "HTTP " else what
+    return "%s: %s" % (said, next(REASONS[r] for r in REASONS if what.startswith(r)))
+
+def check_url(settings):
+    """Yields whether the ping URL is usable and answers; a GET records no run."""
+    yield from ((False, "settings", problem) for problem in settings.ignored)
     try:
-        destination = find_destination(settings)
+        url = find_destination(settings).url
     except Skipped as error:
-        check(False, "ping URL", str(error))
+        yield False, "ping URL", str(error)
         return
-    check(True, "ping URL at " + origin(destination.url))
-    from urllib.request import Request
-    request = Request(destination.url, headers=destination.headers)
-    try:
-        with make_opener(destination.url).open(request, timeout=settings.timeout_s) as answer:
-            status = answer.status
-        good = status < 500 and verdict_of(status) != HOLD or status == 405
-        check(good, "it answers: HTTP %d" % status, REASONS.get(
-            "HTTP %d" % status, "is TELEMHQ_PING_URL right?"))
-    except Exception as error:
-        reason = getattr(error, "reason", error)
-        check(False, "it does not answer", "%s; is the host right, is there a network or a "
-              "proxy to name in HTTPS_PROXY?" % (getattr(reason, "strerror", "") or type(
-                  reason).__name__))
+    yield True, "ping URL at " + origin(url), ""
+    get = argparse.Namespace(open=lambda request, timeout: make_opener(url).open(
+        urllib.request.Request(url, headers=request.headers), timeout=timeout))
+    verdict, what, _, _ = post(get, url, telemhq(url).headers, None, settings.timeout_s)
+    good = verdict in (DELIVERED, REFUSED) or what == "HTTP 405"  # 405: it takes POSTs
+    yield good, "tracker answers a GET", in_words(what)
 
-def ago(seconds):
-    """A time span for a person."""
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return "%d %s" % (seconds // size, unit)
-    return "%d s" % max(0, seconds)
-
-def check_state(check):
-    """What waits, what failed, what was lost."""
-    settings, now = Settings(effective_environ()), time.time()
+def check_state(settings):
+    """Yields whether all is well on disk: what waits, what failed, what was lost."""
+    state_dir, now = settings.state_dir or "", time.time()
+    base = os.path.join(state_dir, "none")
     try:
-        base = find_destination(settings).directory(settings.state_dir)
-    except Skipped:
-        base = ""
-    try:
-        need_sound(settings.state_dir, base or settings.state_dir)
-        check(True, "state directory " + settings.state_dir)
+        with contextlib.suppress(Skipped):
+            base = find_destination(settings).directory(state_dir)
+        need_sound(state_dir, base)
     except Skipped as error:
-        check(False, "state directory", str(error))
+        yield False, "state directory", str(error)
         return
-    names, state = pings_in(base) if base else [], load_state(base)
-    age = now - ns_of(names[0]) / 1e9 if names else 0
-    left, what = backoff_left_s(state, now), state["problem"].get("what", "")
-    check(not names or not left and age < WAIT_OLD_S, "%d pings wait%s" % (
-        len(names), ", the oldest for " + ago(age) if names else ""),
-        "they are sent with the next event, or by `flush`")
-    check(not left, "no back-off" if not left else "a back-off lasts %s more" % ago(left),
-          "the tracker's last answer was %s: %s" % (what or "late", REASONS.get(
-              what, "they are kept, and sent when it is over; `flush` tries now")))
-    if state["delivered_at"]:
-        check(True, "last delivery %s ago" % ago(now - state["delivered_at"]))
+    yield True, "state directory " + state_dir, ""
+    waiting, state = outboxes(state_dir), load_state(base)
+    names = waiting.pop(base, ())
+    age, left = now - ns_of(names[0]) / 1e9 if names else 0, backoff_left_s(state, now)
+    waits = "%d pings wait, the oldest for %d min" % (len(names), age / 60)
+    yield not names or not left and age < WAIT_OLD_S, waits, "`flush` sends them now"
+    why = in_words(str(state["problem"].get("what", ""))) if state["failures"] else (
+        "after an outage the pings are sent bit by bit")
+    yield not left, "back-off: %s" % ("%d s more" % left if left else "none"), why
+    yield True, "last delivery: " + (iso_time(int(state["delivered_at"] * 1e9)) if (
+        state["delivered_at"]) else "none"), ""
     for reason, count in sorted(state["losses"].items()):
-        check(False, "lost: %s, %d" % (reason, count), "see %s; deleting state.json "
-              "forgets the count" % os.path.join(base, "refused"))
-    for former in destination_dirs(settings.state_dir):
-        if former != base and pings_in(former):
-            check(False, "%d pings wait for a URL no longer configured" % len(
-                pings_in(former)), "`flush --adopt` sends them to the present one")
+        yield False, "lost: %d, %s" % (count, reason), "see refused/ in " + base
+    for names in filter(None, waiting.values()):
+        yield False, "%d pings wait for a URL no longer configured" % len(names), (
+            "`flush --adopt` sends them to the present one")
 
-SAMPLES = {  # what Claude Code sends with these events, beside the fields of every event
+SAMPLES = {  # what Claude Code sends with some events, beside what it always sends
     "SessionStart": {"source": "startup", "model": "claude-opus-5-5"},
     "PostToolUse": {
         "tool_name": "Bash", "tool_use_id": "toolu_01", "duration_ms": 25,
-        "tool_input": {"command": "cat secret.txt"}, "tool_response": {"stdout": "hunter2"}},
+        "tool_input": {"command": "cat notes"}, "tool_response": {"stdout": "hunter2"}},
     "PostToolUseFailure": {
-        "tool_name": "Bash", "tool_use_id": "toolu_02", "duration_ms": 8,
-        "tool_input": {"command": "./deploy prod"}, "is_interrupt": False,
-        "error": "Exit code 3\ncannot open /home/you/acme/secret.txt"},
-    "Stop": {"stop_hook_active": False, "last_assistant_message": "The password is hunter2.",
-             "background_tasks": [], "permission_mode": "default"},
+        "tool_name": "Bash", "tool_use_id": "toolu_02", "is_interrupt": False,
+        "tool_input": {"command": "./deploy"}, "error": "Exit code 3\nno /home/you/a"},
+    "Stop": {"last_assistant_message": "It is hunter2.", "stop_hook_active": False},
     "StopFailure": {"error": "rate_limit", "last_assistant_message": "API Error: 429"},
-    "SessionEnd": {"reason": "prompt_input_exit"},
-}
+    "SessionEnd": {"reason": "prompt_input_exit"}}
 
-def sample(name, cwd, transcript):
+def sample(name, transcript):
     """A sample event (dict)."""
-    return {"session_id": "5e551011-0000-4000-8000-000000000000", "cwd": cwd,
-            "transcript_path": transcript, "hook_event_name": name, **SAMPLES[name]}
+    return dict(SAMPLES[name], hook_event_name=name, transcript_path=transcript,
+                session_id="5e551011-0000-4000-8000-0000000000", cwd="/home/you/acme")
 
-def demo_transcript(path):
-    """Write a transcript of one turn: a prompt, one message in two rows, the ledger."""
-    now = time.time_ns()
-    usage = {"input_tokens": 1200, "output_tokens": 350, "cache_read_input_tokens": 8000,
-             "cache_creation_input_tokens": 400}
-    ledger = {"inputTokens": 1200, "outputTokens": 350, "cacheReadInputTokens": 8000,
-              "cacheCreationInputTokens": 400}
-    rows = [{"type": "user", "promptId": "p", "timestamp": iso_time(now - 4 * 10**9),
-             "message": {"role": "user", "content": "What is the password?"}}]
-    rows += [{"type": "assistant", "timestamp": iso_time(now), "message": {
-        "id": "msg_01", "model": "claude-opus-5-5", "stop_reason": "end_turn", "usage": usage,
-        "content": [{"type": "text", "text": text}]}} for text in ("The", "password")]
-    rows += [{"type": "cost-state", "totalCostUSD": 0.0213,
-              "modelUsage": {"claude-opus-5-5": ledger}}]
-    write_file(path, "".join(encode_json(row) + "\n" for row in rows).encode())
+def preview(options):
+    """Print the ping that an event (on stdin, or a sample) would make; send nothing."""
+    sampled = options.event and encode_json(sample(options.event, "/x.jsonl")).encode()
+    raw, settings = sampled or sys.stdin.buffer.read(), effective_settings()
+    event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
+    if not isinstance(event, dict):
+        raise Skipped("that is no event")
+    ping = make_ping(
+        event, settings, project_of(event, settings), time.time_ns(), len(raw))
+    print(json.dumps(ping, indent=2))
+    if local_of(event, settings, ping) and ping.get("event") in USAGE_EVENTS:
+        print("The sender adds token counts from the transcript.", file=sys.stderr)
+    return 0
 
-class Demo:
-    """A receiver on loopback, and hooks that send to it."""
+class Receiver(http.server.BaseHTTPRequestHandler):
+    """Takes pings and says 200. arrived: (when, ping)s."""
 
-    def __init__(self, directory):
-        self.directory, self.arrived, self.sent, self.port = directory, {}, [], 0
-        self.environ = {
-            "TELEMHQ_STATE_DIR": os.path.join(directory, "state"), "HOME": directory,
-            "PATH": os.environ.get("PATH", os.defpath),
-            "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}
+    arrived, log_message = queue.Queue(), lambda *_: None
 
-    def receive(self):
-        """Start the receiver, on the port it had."""
-        import json
-        import threading
-        from http.server import BaseHTTPRequestHandler, HTTPServer
-        demo = self
+    def do_POST(self):
+        """One ping."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(200)
+        self.end_headers()
+        self.arrived.put((time.monotonic(), json.loads(body)))
 
-        class Handler(BaseHTTPRequestHandler):
-            """Takes a ping and says 200."""
+def receive(port):
+    """Start a receiver on loopback; its server."""
+    server = http.server.HTTPServer(("127.0.0.1", port), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
 
-            def do_POST(self):
-                """One ping."""
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                demo.arrived[json.loads(body)["event_id"]] = time.monotonic(), body
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_):
-                """Nothing."""
-
-        self.server = HTTPServer(("127.0.0.1", self.port), Handler)
-        self.port = self.server.server_address[1]
-        self.environ["TELEMHQ_PING_URL"] = "http://127.0.0.1:%d/ping/demo" % self.port
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def fire(self, name, transcript):
-        """Run the hook as Claude Code does: (event, its start, seconds in the hook)."""
-        import subprocess
-        event = sample(name, self.directory, transcript)
-        begun = time.monotonic()
-        subprocess.run([sys.executable, "-I", "-S", os.path.abspath(__file__)],
-                       input=encode_json(event).encode(), env=self.environ, check=True)
-        return event, begun, time.monotonic() - begun
-
-    def next_ping(self, known, wait_s=20):
-        """(arrival, body) of a ping not in `known` (a set of ids, which gains it)."""
-        ends = time.monotonic() + wait_s
-        while time.monotonic() < ends:
-            for event_id in set(self.arrived) - known:
-                known.add(event_id)
-                return self.arrived[event_id]
-            time.sleep(0.01)
-        raise Failed("a ping did not arrive within %d s" % wait_s)
+def show(name, transcript, environ):
+    """Run the hook as Claude Code does; what stays home, what arrives, and when."""
+    event, begun = sample(name, transcript), time.monotonic()
+    subprocess.run([sys.executable, "-I", "-S", SELF],
+                   input=encode_json(event).encode(), env=environ, check=True)
+    took = time.monotonic() - begun
+    at, ping = Receiver.arrived.get(timeout=ARRIVES_S)
+    home = [key + (" (its hash went)" if key + "_hash" in ping else
+                   " (its length went)" if key + "_chars" in ping else "")
+            for key in event if event[key] not in (name, ping.get(key))]
+    print("%s: %d ms in the hook, delivered after %d ms" % (
+        name, took * 1000, (at - begun) * 1000))
+    print("  stayed home: " + ", ".join(home))
+    print("  left: " + json.dumps(ping, indent=2).replace("\n", "\n  ") + "\n")
 
 def demo(options):
-    """Show each event's ping on its way to a receiver on this machine; then an outage."""
-    import json
-    import tempfile
+    """Show, on this machine only, what leaves of each event; then an outage."""
     with tempfile.TemporaryDirectory() as directory:
-        show, known = Demo(directory), set()
-        transcript = os.path.join(directory, "session.jsonl")
-        show.receive()
+        server, state_dir = receive(0), os.path.join(directory, "state")
+        port, transcript = server.server_address[1], os.path.join(directory, "x.jsonl")
+        environ = {"HOME": directory, "TELEMHQ_STATE_DIR": state_dir,
+                   "TELEMHQ_PING_URL": "http://127.0.0.1:%d/ping/demo" % port,
+                   "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}
+        usage, ledger = (dict.fromkeys(names, 400) for names in zip(*COUNTS.values()))
+        write_file(transcript, "\n".join(map(encode_json, (
+            {"type": "assistant", "timestamp": iso_time(time.time_ns()), "message": {
+                "id": "m", "model": "claude", "stop_reason": "end_turn", "usage": usage}},
+            {"type": "cost-state", "totalCostUSD": 0.02, "modelUsage": {"claude": ledger}},
+            []))).encode())
         for name in SAMPLES:
-            if name == "Stop":
-                demo_transcript(transcript)
-            event, begun, took = show.fire(name, transcript)
-            at, body = show.next_ping(known)
-            ping = json.loads(body)
-            home = [key + (" (its hash went)" if key + "_hash" in ping else
-                           " (its length went)" if key + "_chars" in ping else "")
-                    for key in event if key != "hook_event_name" and key not in ping]
-            print("\n%s: %d ms in the hook, delivered after %d ms" % (
-                name, took * 1000, (at - begun) * 1000))
-            print("  stayed home: " + ", ".join(home))
-            print("  left: " + json.dumps(ping, indent=2).replace("\n", "\n  "))
-        print("\nNow the receiver goes away, a Stop happens, and the receiver comes back.")
-        show.server.shutdown()
-        show.server.server_close()
-        _, begun, took = show.fire("Stop", transcript)
-        print("Stop: %d ms in the hook; the ping waits on disk." % (took * 1000))
-        time.sleep(1)
-        show.receive()
-        at, _ = show.next_ping(known)
-        print("The receiver is back; the ping arrived %.1f s after the event. Nothing was "
-              "lost: %d of %d pings arrived." % (at - begun, len(known), len(known)))
-        base = destination_dirs(show.environ["TELEMHQ_STATE_DIR"])[0]
-        while pings_in(base) or take_lock(base) is None:
-            time.sleep(0.05)  # the sender is about to end
+            show(name, transcript, environ)
+        print("Now the receiver goes away; a second after the next event it is back.\n")
+        server.shutdown()
+        server.server_close()
+        threading.Timer(1, receive, [port]).start()
+        show("Stop", transcript, environ)
+        print("Nothing was lost.")
+        while take_lock(list(outboxes(state_dir))[0]) is None:
+            time.sleep(POLL_S)
+        time.sleep(0.2)  # the sender ends after it has given the lock back
     return 0
+
+ARGUMENTS = {"event": {"nargs": "?", "choices": list(SAMPLES)}, "--url": {},
+             "--project": {"metavar": "DIR"}}
 
 def main(arguments):
     """Run a command; the exit status."""
-    import argparse
+    if sys.version_info < (3, 8):
+        sys.exit(SCRIPT + " needs Python 3.8 or newer")
+    os.umask(0o077)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows no ✓
     parser = argparse.ArgumentParser(
         prog=SCRIPT, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--version", action="version", version="telemhq_ping " + __version__)
-    commands = parser.add_subparsers(metavar="COMMAND", dest="command")
-    for run, arguments_of in (
-            (demo, ""), (preview, "event?"), (install, "--url= --tools --project= --dry-run"),
-            (uninstall, "--project= --yes"), (doctor, ""), (flush, "--adopt")):
-        help_text = " ".join(run.__doc__.split("\n\n")[0].split())
-        command = commands.add_parser(run.__name__, help=help_text, description=help_text)
+    parser.add_argument(
+        "--version", action="version", version=SCRIPT[:-3] + " " + __version__)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    for run, names in (
+            (demo, ""), (preview, "event"), (doctor, ""), (flush, "--adopt"),
+            (uninstall, "--project --yes"),
+            (install, "--url --tools --project --dry-run")):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
-        for name in arguments_of.split():
-            if name.endswith("?"):
-                command.add_argument(name[:-1], nargs="?")
-            elif name.endswith("="):
-                command.add_argument(name[:-1], metavar=name[2:-1].upper())
-            else:
-                command.add_argument(name, action="store_true")
-    options = parser.parse_args(arguments)
-    if not options.command:
-        parser.print_help()
-        return 0
+        for name in names.split():
+            command.add_argument(name, **ARGUMENTS.get(name, {"action": "store_true"}))
+    options = parser.parse_args(arguments or ["--help"])
     try:
+        if not CONFIG:
+            raise Skipped("there is no home directory; set HOME")
         return options.run(options)
-    except Failed as error:
-        print("%s: %s" % (SCRIPT, error), file=sys.stderr)
+    except (Skipped, OSError, EOFError, ValueError, queue.Empty) as error:
+        print("%s: %s" % (SCRIPT, error or "a ping did not arrive"), file=sys.stderr)
         return 1
 '''
 

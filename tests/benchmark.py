@@ -59,8 +59,8 @@ for line in open(sys.argv[1], "rb"):
     with urllib.request.urlopen(request, timeout=10) as response:
         response.read()
 """
-# Runs a command and tells its wall time, CPU time and peak memory. A process of its own:
-# on Linux a child's peak counts from its parent's size.
+# Runs a command; tells its wall time, CPU time and peak memory. A process of its own,
+# for on Linux a child's peak counts from its parent's size.
 LAUNCHER = """
 import os, sys, time
 begun = time.perf_counter()
@@ -225,7 +225,8 @@ def measure_hook(table, top, runs):
     fast, slow, hanging = Server(0), Server(0.2), Server(10)
     small = json.dumps(event("Stop")).encode()
     large = json.dumps(event("Stop", last_assistant_message="x" * (1 << 20))).encode()
-    homes = {name: Home(top / name) for name in "one slow hang dead full big eight".split()}
+    names = "one slow hang dead full big eight".split()
+    homes = {name: Home(top / name) for name in names}
 
     def hook(name, url, stdin=small, **more):
         return Variant(HOOK, homes[name].env(url), stdin, homes[name], **more)
@@ -260,16 +261,17 @@ def measure_hook(table, top, runs):
     table.section("The hook's wall time (medians of %d interleaved runs)" % runs)
     table.row("python3 -I -S -c pass, ms", one["bare"] * 1e3, "%.1f")
     table.row("the hook, ms", one["hook"] * 1e3, "%.1f")
-    table.most("hook / python3 -I -S -c pass", one["hook"] / one["bare"], "%.2f", 3, "2.3")
-    table.most("hook / the same job done synchronously", one["hook"] / one["sync"], "%.2f",
-               0.5, "0.35")  # fmt: skip
+    hook_s = one["hook"]
+    table.most("hook / python3 -I -S -c pass", hook_s / one["bare"], "%.2f", 3, "2.3")
+    what = "hook / the same job done synchronously"
+    table.most(what, hook_s / one["sync"], "%.2f", 0.5, "0.35")
     for name, what in (
         ("200 ms", "a server that takes 200 ms"),
         ("10 s", "a server that takes 10 s"),
         ("dead", "a dead server"),
         ("5,000", "5,000 pings in the outbox"),
     ):
-        table.most("with %s / without" % what, one[name] / one["hook"], "%.2f", 1.15)
+        table.most("with %s / without" % what, one[name] / hook_s, "%.2f", 1.15)
     table.most("with a 1 MB event / without", one["1 MB"] / one["hook"], "%.2f", 2)
     table.most("eight hooks at once / eight bare interpreters at once",
                one["8 hooks"] / one["8 bare"], "%.2f", 3)  # fmt: skip
@@ -329,8 +331,9 @@ class Transcript:
             content = self.text[start : start + result_chars]
             block = dict(self.result["message"]["content"][0], content=content)
             block["is_error"] = False
-            rows.append(dict(self.result, message={"role": "user", "content": [block]},
-                             toolUseResult={"stdout": content, "stderr": ""}))  # fmt: skip
+            message = {"role": "user", "content": [block]}
+            shown = {"stdout": content, "stderr": ""}
+            rows.append(dict(self.result, message=message, toolUseResult=shown))
         self.messages += 1
         rows.append(self.message(self.last))
         lines = (
@@ -401,7 +404,7 @@ def measure_usage(table, top, runs, large_mb):
             place_event(home, url, "Stop", transcript.session_id, transcript.path, 3)
             cpus[size_mb].append(measured(SENDER, env)[1])
     agree = sums_agree(top / "received", growing)
-    table.section("Usage (%d MB of typical rows; first reads: medians of %d, turns: of %d)"
+    table.section("Usage, %d MB of typical rows (medians of %d first reads, %d turns)"
                   % (large_mb, min(runs, 7), runs))  # fmt: skip
     table.most("one more turn, CPU: after %d MB / after 1 MB" % large_mb,
                median(cpus[large_mb]) / median(cpus[1]), "%.2f", 1.2)  # fmt: skip
@@ -413,8 +416,8 @@ def measure_usage(table, top, runs, large_mb):
     table.row("the pings' tokens are those of the transcripts", agree, "%s")
     jq = shutil.which("jq")
     if jq:
-        naive = '[.[] | select(.type == "assistant") | .message.usage.output_tokens] | add'
-        wall, _, peak = measured([jq, "-s", naive, str(paths[large_mb])], dict(os.environ))
+        naive = '[.[] | select(.type == "assistant").message.usage.output_tokens] | add'
+        wall, _, peak = measured([jq, "-s", naive, str(paths[large_mb])], env)
         size = paths[large_mb].stat().st_size
         table.row("beside it: jq -s, the naive sum, MB/s", size / wall / 1e6, "%.0f")
         table.row("its peak memory, MB", peak / 1e6, "%.0f")
@@ -445,7 +448,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few runs, short files")
     parser.add_argument("--runs", type=int, help="of each figure (25; quick: 5)")
-    parser.add_argument("--only", default="hook,drain,usage", help="some of the sections")
+    parser.add_argument("--only", default="hook,drain,usage", help="some sections")
     parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--keep", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -340,10 +340,6 @@ class Seen:
             json.loads(request["body"].encode("latin-1")) for request in self.requests
         ]
 
-    def of(self, session_id):
-        """The pings of one session."""
-        return [ping for ping in self.pings if ping["session_id"] == session_id]
-
     def rows(self):
         """Every row of every transcript, the subagents' among them."""
         for path in (self.home / ".claude" / "projects").rglob("*.jsonl"):

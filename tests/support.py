@@ -1,5 +1,6 @@
 """What the tests share: the script as Claude Code runs it, and a real receiver."""
 
+import atexit
 import contextlib
 import functools
 import http.server
@@ -12,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -262,13 +264,28 @@ def wrap(module, name, before=None, after=None):
     setattr(module, name, wrapped)
 """
 RUNNER = """
-import runpy, sys
-script, patch = sys.argv[1:3]
-sys.argv[:] = [script] + sys.argv[3:]
+import marshal, sys
+script, compiled, patch = sys.argv[1:4]
+sys.argv[:] = [script] + sys.argv[4:]
 exec(patch)
-runpy.run_path(script, run_name="__main__")
+with open(compiled, "rb") as file:
+    code = marshal.load(file)
+exec(code, {"__name__": "__main__", "__file__": script})
 """
 ONE_LIFE = "time.sleep = lambda s: os._exit(0)\n"  # a sender that sleeps has ended
+
+
+@functools.lru_cache(maxsize=None)
+def compiled():
+    """A file of the script's code: compiling it for every run costs a test 15 ms."""
+    fd, path = tempfile.mkstemp(".code")
+    atexit.register(os.unlink, path)
+    source = "import marshal, sys; path = sys.argv[1]; file = sys.stdout.buffer\n"
+    source += "marshal.dump(compile(open(path, 'rb').read(), path, 'exec'), file)"
+    with open(fd, "wb") as file:
+        command = [sys.executable, "-I", "-S", "-c", source, str(SCRIPT)]
+        subprocess.run(command, stdout=file, check=True)
+    return path
 
 
 def start_patched(home, patch, *arguments, url=None, **env):
@@ -278,8 +295,8 @@ def start_patched(home, patch, *arguments, url=None, **env):
     at a named point: nothing in the script knows of it. `patch` may use PRELUDE.
     """
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", RUNNER, str(SCRIPT), PRELUDE + patch]
-        + list(arguments),
+        [sys.executable, "-I", "-S", "-c", RUNNER, str(SCRIPT), compiled()]
+        + [PRELUDE + patch] + list(arguments),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env=home.env(url, **env), cwd=str(home.project), start_new_session=True,
     )  # fmt: skip
@@ -294,12 +311,12 @@ def patched(home, patch, *arguments, url=None, sent=b"", timeout=60, **env):
 
 
 def run_sender(home, url, patch=ONE_LIFE, **env):
-    """Run a sender as `--sender -1` (it takes the lock itself) until it first sleeps."""
+    """Run a sender as `--sender -1` (it takes the lock itself) till it first sleeps."""
     return patched(home, patch, "--sender", "-1", url=url, **env)
 
 
 def only_enqueue(home, url, sent=None, **env):
-    """Run a hook that starts no sender; the path of the ping it has put into the outbox."""
+    """Run a hook that starts no sender; the path of the ping it put into the outbox."""
     before = set(home.waiting())
     patched(
         home, "os.posix_spawn = lambda *a, **k: 0", url=url,

@@ -60,6 +60,7 @@ def play_all(world, more):
 
     first = world.claude("TOOLS")
     results["resumed"] = world.claude("PLAIN", "--resume", first["session_id"])
+    Talk(world, "--resume", first["session_id"]).end()  # left at once
     fork = "--resume", first["session_id"], "--fork-session"
     results["forked"] = world.claude("PARALLEL", *fork)
     results["met later"] = world.claude("PLAIN", "--resume", met)
@@ -127,9 +128,15 @@ def seen_at_the_end(tmp_path_factory):
     return claude_code.run(play_session_end_alone, path)
 
 
+def pings_of(seen, name):
+    """The pings of one session."""
+    session_id = seen.told[name]["session_id"]
+    return [ping for ping in seen.pings if ping["session_id"] == session_id]
+
+
 def charged(seen, name, *events):
     """The counts of a session's pings (of these events), added up."""
-    pings = seen.of(seen.told[name]["session_id"])
+    pings = pings_of(seen, name)
     pings = [ping for ping in pings if not events or ping["event"] in events]
     return {count: sum(ping.get(count, 0) for ping in pings) for count in COUNTS}
 
@@ -164,7 +171,7 @@ def test_tokens_are_those_of_the_clients_ledger(seen, name):
 @pytest.mark.parametrize("name", WHOLE)
 def test_cost_is_that_of_the_clients_ledger(seen, name):
     """A whole session's pings add up to the client's own total cost."""
-    pings = seen.of(seen.told[name]["session_id"])
+    pings = pings_of(seen, name)
     cost = sum(ping.get("cost_usd", 0) for ping in pings)
     assert cost == pytest.approx(seen.told[name]["total_cost_usd"], abs=1e-9)
 
@@ -172,7 +179,7 @@ def test_cost_is_that_of_the_clients_ledger(seen, name):
 @pytest.mark.parametrize("name", ["forked", "met later"])
 def test_no_cost_of_a_session_with_a_history(seen, name):
     """The ledger holds what was before the hook: its cost is never billed again."""
-    pings = seen.of(seen.told[name]["session_id"])
+    pings = pings_of(seen, name)
     assert pings and not any("cost_usd" in ping for ping in pings)
 
 
@@ -180,14 +187,22 @@ def test_no_cost_of_a_session_with_a_history(seen, name):
 def test_a_stop_carries_its_whole_turn(seen, name):
     """The last message too, although the client writes it after it fired Stop."""
     assert charged(seen, name, "Stop") == billed(seen, name)
-    pings = seen.of(seen.told[name]["session_id"])
-    assert not any("usage_complete" in ping for ping in pings)
+    (stop,) = [ping for ping in pings_of(seen, name) if ping["event"] == "Stop"]
+    assert "usage_complete" not in stop
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_session_end_waits_for_the_ledger(seen, name):
+    """Written after /clear, before any other end; not at all when no turn was made."""
+    ends = [ping for ping in pings_of(seen, name) if ping["event"] == "SessionEnd"]
+    assert len(ends) == (3 if name == "resumed" else 1)
+    assert not any("usage_complete" in ping for ping in ends)
 
 
 def test_a_session_that_was_killed_is_reported(seen):
     """A day after kill -9, one SessionLost ping carries what no event reported."""
     for name in ("killed", "killed and resumed"):
-        pings = seen.of(seen.told[name]["session_id"])
+        pings = pings_of(seen, name)
         (lost,) = [ping for ping in pings if ping["event"] == "SessionLost"]
         assert (lost["status"], lost["usage_complete"]) == ("success", False)
         assert lost["project"] == "api" and lost["total_tokens"] > 0
@@ -202,15 +217,11 @@ def test_tools_are_counted(seen):
     """Calls and failures, by tool, of all turns and subagents."""
     found = {}
     for name in ("tools", "parallel", "agent"):
-        stops = seen.of(seen.told[name]["session_id"])
-        calls = sum(ping.get("tool_calls", 0) for ping in stops)
-        found[name] = calls, sum(ping.get("tool_failures", 0) for ping in stops)
+        pings = pings_of(seen, name)
+        calls = sum(ping.get("tool_calls", 0) for ping in pings)
+        found[name] = calls, sum(ping.get("tool_failures", 0) for ping in pings)
     assert found == {"tools": (3, 2), "parallel": (4, 0), "agent": (2, 0)}
-    (stop,) = [
-        ping
-        for ping in seen.of(seen.told["tools"]["session_id"])
-        if ping["event"] == "Stop"
-    ]
+    (stop,) = [ping for ping in pings_of(seen, "tools") if ping["event"] == "Stop"]
     assert stop["tools"] == {"Bash": 2, "Read": 1}
 
 
@@ -219,7 +230,7 @@ def test_models_are_named(seen):
     usage = seen.told["agent"]["modelUsage"]
     assert len(usage) == 2
     found = {}
-    for ping in seen.of(seen.told["agent"]["session_id"]):
+    for ping in pings_of(seen, "agent"):
         parts = ping.get("models", {ping.get("model"): ping})
         for model, counts in parts.items():
             found[model] = found.get(model, 0) + counts.get("output_tokens", 0)
@@ -230,11 +241,7 @@ def test_models_are_named(seen):
 
 def test_a_stop_says_how_long_the_turn_took(seen):
     """From the prompt to Stop, within what the client's run took."""
-    (stop,) = [
-        ping
-        for ping in seen.of(seen.told["tools"]["session_id"])
-        if ping["event"] == "Stop"
-    ]
+    (stop,) = [ping for ping in pings_of(seen, "tools") if ping["event"] == "Stop"]
     assert 100 < stop["duration_ms"] < 1000 * seen.runs[2]["seconds"]
 
 

@@ -28,7 +28,7 @@ from support import (
 KILLED = -signal.SIGKILL
 
 
-def at(call, when, where="", nth=1, extra=""):
+def at(call, when, where="", nth=1, extra="pass"):
     """A patch that kills the process before or after its nth such call.
 
     where: what the call's path (or the flock's operation) must contain.
@@ -44,7 +44,7 @@ def point(*args, **kwargs):
             %s
             die()
 wrap(%s, %r, %s=point)
-""" % (call, where, nth, extra or "pass", "fcntl" if call == "flock" else "os", call, when)
+""" % (call, where, nth, extra, "fcntl" if call == "flock" else "os", call, when)
 
 
 HALF_WRITTEN = """
@@ -91,7 +91,7 @@ def assert_all_delivered(home, receiver, wanted, repeats):
     ids=["opened", "half-written", "before the rename"],
 )
 def test_a_hook_killed_before_the_rename(home, receiver, patch):
-    """Nothing is visible in the outbox; the leftover is swept an hour later, not sooner."""
+    """Nothing is visible in the outbox; an hour later the leftover is swept."""
     place(home, receiver.url)
     run_sender(home, receiver.url)
     killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
@@ -153,7 +153,7 @@ wrap(fcntl, "flock", before=count)
 
 
 def test_a_hook_killed_at_each_of_its_steps(home, receiver):
-    """Wherever a hook is killed, its ping is whole in the outbox or not there at all."""
+    """Wherever a hook is killed, its ping is whole in the outbox or not there."""
     step, survived, whole = 0, False, set()
     while not survived:
         step += 1
@@ -197,7 +197,7 @@ def test_a_sender_killed_while_it_waits_for_the_answer(home):
 
 
 def test_a_sender_killed_after_the_2xx(home, receiver):
-    """Killed before the file is deleted: exactly one repeat, under the same event_id."""
+    """Killed before the file is deleted: exactly one repeat, the same event_id."""
     wanted = place(home, receiver.url, 3)
     killed = run_sender(home, receiver.url, at("unlink", "before", "/outbox/", nth=2))
     assert killed.returncode == KILLED
@@ -257,15 +257,22 @@ def test_a_sender_killed_while_it_sets_aside_or_backs_off(home, status):
 def sender_steps(home, url):
     """How many of the counted calls a sender makes with two pings waiting."""
     path = home.path / "steps"
-    note = "real_exit = os._exit\ndef leave(status):\n    open(%r, 'w').write(" % str(path)
-    note += "str(len(seen)))\n    real_exit(status)\nos._exit = leave\n"
-    place(home, url, 2)
-    run_sender(home, url, COUNTED % -1 + note)
+    note = """
+real_exit = os._exit
+def leave(status):
+    with open(%r, "w") as file:
+        file.write(str(len(seen)))
+    real_exit(status)
+os._exit = leave
+""" % str(path)
+    for _ in range(2):  # the first has more to do: it makes files
+        place(home, url, 2)
+        run_sender(home, url, COUNTED % -1 + note)
     return int(path.read_text())
 
 
 def test_a_sender_killed_at_any_of_its_steps(home):
-    """Wherever a sender is killed, the next one delivers all, at most one ping twice."""
+    """Wherever a sender is killed, the next delivers all, at most one ping twice."""
     with Receiver() as receiver:
         steps = sender_steps(home, receiver.url)
         assert steps > 10
@@ -273,7 +280,8 @@ def test_a_sender_killed_at_any_of_its_steps(home):
         for step in sorted(chosen):
             receiver.requests.clear()
             wanted = place(home, receiver.url, 2)
-            assert run_sender(home, receiver.url, COUNTED % step).returncode == KILLED
+            run = run_sender(home, receiver.url, COUNTED % step)
+            assert run.returncode == KILLED
             run_sender(home, receiver.url)
             repeats = len(receiver.requests) - len(set(wanted))
             assert 0 <= repeats <= 1, step
@@ -301,10 +309,12 @@ def kill_senders(home, over, rng):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_random_kills_over_five_hundred_events(home):
-    """500 hooks and their senders under random SIGKILLs: every ping whose hook returned,
-    or whose file was seen, is delivered; no body is torn; an event has one event_id."""
+    """500 hooks and senders under random SIGKILLs: every ping whose hook returned, or
+    whose file was seen, is delivered; no body is torn; an event has one event_id."""
     hooks, rng = 500, random.Random(6)
-    delays = [rng.uniform(0, 0.06) if rng.random() < 0.4 else None for _ in range(hooks)]
+    delays = [
+        rng.uniform(0, 0.06) if rng.random() < 0.4 else None for _ in range(hooks)
+    ]
 
     def answer(_):
         time.sleep(0.01)  # so that a kill may fall between request and answer

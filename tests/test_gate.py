@@ -746,8 +746,8 @@ def repositories(tmp_path_factory):
     git(top, "clone", "-q", "--bare", "shop", "market/.bare")
     git(top / "market/.bare", "worktree", "add", "-q", "-b", "fix3", "../main-tree")
     git(top, "init", "-q", "mall")
-    git(top / "mall", "submodule", "add", "-q", str(top / "shop"), "libs/stall")
-    git(top / "mall/libs/stall", "worktree", "add", "-q", "-b", "fix4", "../../stall-fix")
+    git(top / "mall", "submodule", "add", "-q", str(top / "shop"), "stall")
+    git(top / "mall/stall", "worktree", "add", "-q", "-b", "fix4", "../stall-fix")
     git(top, "init", "-q", "--separate-git-dir", "elsewhere.git", "kiosk")
     return top
 
@@ -764,8 +764,8 @@ def repositories(tmp_path_factory):
         ("shop-fix", "shop", "shop"),
         ("depot-fix", None, "depot"),
         ("market/main-tree", None, "market"),
-        ("mall/libs/stall", None, "stall"),
-        ("mall/libs/stall", "mall", "mall"),
+        ("mall/stall", None, "stall"),
+        ("mall/stall", "mall", "mall"),
         ("mall/stall-fix", None, "stall"),
         ("kiosk", None, "kiosk"),
     ),

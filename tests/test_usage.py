@@ -507,7 +507,7 @@ def test_resumed_or_forked_session_has_a_history(session, source, late):
     never billed, nor is its ledger, which has them in it; the copy of a fork may come
     late.
     """
-    history = [*turn(0, 1), *turn(10, 2)]
+    history = [*turn(0, 1, tools=["Bash"]), result(5, error=True), *turn(10, 2)]
     session.add(*([] if late else history))
     session.hold("SessionStart", 100, source=source, then=history if late else ())
     session.hold("Notification", 101, then=turn(102, 4))
@@ -515,7 +515,9 @@ def test_resumed_or_forked_session_has_a_history(session, source, late):
     session.hold("Stop", 112, then=[ledger({OPUS: 99}, 9.0)])
     session.hold("SessionEnd", 120)
     assert session.send()[2:] == [("Stop", 4), ("Stop", 8), ("SessionEnd", 0)]
-    assert "cost_usd" not in session.usage()[-1]
+    assert summed(session.usage(), "tool_calls", "tool_failures", "cost_usd") == {
+        "tool_calls": 0, "tool_failures": 0, "cost_usd": 0
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -569,16 +571,15 @@ def test_session_met_in_the_middle_is_charged_from_its_last_prompt(session, firs
     before it is history; a tool's result is no prompt. Such an account has no cost to
     tell.
     """
-    session.add(
-        *turn(0, 1), prompt(10), message(11, 2, stop="tool_use", tools=["Read"])
-    )
-    session.add(result(12), message(13, 4))
+    session.add(*turn(0, 1, tools=["Bash"]), result(2, error=True), prompt(10))
+    session.add(message(11, 2, stop="tool_use", tools=["Read"]))
+    session.add(result(12, error=True), message(13, 4))
     session.hold(first, 14, then=[*turn(20, 8), ledger({OPUS: 15}, 1.5)])
     session.hold("SessionEnd", 30)
     session.send()
     assert sum(size_of(ping) for ping in session.usage()) == 2 + 4 + 8
-    assert summed(session.usage(), "tool_calls", "cost_usd") == {
-        "tool_calls": 1, "cost_usd": 0
+    assert summed(session.usage(), "tool_calls", "tool_failures", "cost_usd") == {
+        "tool_calls": 1, "tool_failures": 1, "cost_usd": 0
     }  # fmt: skip
 
 
@@ -1306,6 +1307,7 @@ def test_stop_tells_how_long_the_turn_took(session):
     session.add(*turn(0, 1), prompt(10.5), message(11, 2, stop="tool_use"))
     session.add(result(15), prompt(16, isMeta=True), prompt(17, isSidechain=True))
     session.add(prompt(18, isCompactSummary=True), message(19, 4), prompt(21))
+    session.add(prompt(19.5), to=session.agent())
     session.hold("Stop", 1.25)
     session.hold("Stop", 20.125)
     session.hold("SubagentStop", 20.5)
@@ -1330,9 +1332,10 @@ BRANCHES = {  # the newest row's: the ping's
 def prepare_branch(session, branch, _):
     """Pings that ask for the branch and others."""
     session.add(prompt(0), message(1, 1, gitBranch="older"))
-    session.add(message(2, 1, gitBranch=branch))
-    for at, git in enumerate((False, True, False), 3):
-        session.hold("Stop", at, git=git)
+    newest = message(6, 1, gitBranch=branch)
+    session.hold("Stop", 2, git=False, then=[message(5, 1, gitBranch="old"), newest])
+    session.hold("Stop", 7, git=True)
+    session.hold("Stop", 8, git=False)
 
 
 branches = together(BRANCHES, prepare_branch)
@@ -1340,8 +1343,8 @@ branches = together(BRANCHES, prepare_branch)
 
 @pytest.mark.parametrize("case", BRANCHES)
 def test_branch_is_told_only_when_asked_for(branches, case):
-    """TELEMHQ_GIT=1 adds the branch as the newest row names it, when it is shaped like
-    one; without it no ping has it.
+    """TELEMHQ_GIT=1 adds the branch as the ping's newest row names it, when it is shaped
+    like one; without it no ping has it.
     """
     found = [ping.get("git_branch") for ping in branches[case].usage()]
     assert found == [None, BRANCHES[case][1], None]
@@ -1457,6 +1460,23 @@ def test_lost_sessions_are_told_apart(home, receiver):
     pings = [session.usage()[-1] for session in sessions]
     assert [size_of(ping) for ping in pings] == [1, 1]
     assert pings[0]["event_id"] != pings[1]["event_id"]
+
+
+def test_lost_session_has_one_id_even_after_a_power_cut(session):
+    """The id of a SessionLost ping follows from the session and what is charged: an
+    account that is as it was before makes the same ping again, to the byte.
+    """
+    session.add(*turn(0, 1))
+    session.hold("Notification", 2)
+    session.send()
+    (path,) = session.accounts()
+    before = path.read_bytes()
+    for _ in range(2):
+        path.write_bytes(before)
+        session.later_by(DAY_S + 60)
+        assert session.send() == [("SessionLost", 1)]
+    bodies = [request.body for request in session.receiver.requests[-2:]]
+    assert bodies[0] == bodies[1]
 
 
 def test_sweep_takes_place_once_a_day(session):

@@ -1,0 +1,1259 @@
+"""The commands, as a person runs them, each in a fresh HOME."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from support import (
+    ROOT,
+    SCRIPT,
+    TOKEN,
+    Home,
+    Receiver,
+    dead_url,
+    event,
+    place,
+    pythons,
+    wait_until,
+)
+
+URL = "https://tracker.invalid/ping/" + TOKEN
+OTHER_HOOK = {"hooks": [{"type": "command", "command": "~/bin/notify 'done' | cat"}]}
+EVENTS = ["Stop", "StopFailure", "SessionEnd"]
+
+
+class Ended:
+    """How a command ended: `code`, `out`, `err`."""
+
+    def __init__(self, code, out, err=b""):
+        self.code, self.out, self.err = code, out.decode("utf-8"), err.decode("utf-8")
+
+
+def run(home, *arguments, sent=b"", script=SCRIPT, python=sys.executable, **env):
+    """Run a command; its output never holds the token."""
+    url = env.pop("url", None)
+    done = subprocess.run(
+        [str(python), str(script)] + [str(argument) for argument in arguments],
+        input=sent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=home.env(url, **env), cwd=str(home.project), timeout=120,
+    )  # fmt: skip
+    assert TOKEN.encode() not in done.stdout + done.stderr
+    assert b"Traceback" not in done.stderr
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def settings_path(home):
+    """The user's settings file."""
+    return home.path / ".claude" / "settings.json"
+
+
+def write_settings(home, content):
+    """Give the user's settings file these bytes, or this value as JSON."""
+    path = settings_path(home)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(content, bytes):
+        content = json.dumps(content, indent=2).encode()
+    path.write_bytes(content)
+    return path
+
+
+def read(path):
+    """The JSON in a file."""
+    return json.loads(path.read_text("utf-8-sig"))
+
+
+def commands_in(settings):
+    """[(event, matcher, command)] in settings, in order."""
+    return [
+        (name, group.get("matcher"), hook["command"])
+        for name, groups in settings.get("hooks", {}).items()
+        for group in groups
+        for hook in group["hooks"]
+    ]
+
+
+def installed(home):
+    """Where install puts the script."""
+    return home.path / ".claude" / "hooks" / SCRIPT.name
+
+
+def tree(path):
+    """{relative path: (mode, content or link)} of everything below a directory."""
+    found = {}
+    for top, directories, files in os.walk(str(path)):
+        for name in directories + files:
+            full = os.path.join(top, name)
+            mode, content = os.lstat(full).st_mode, None
+            if stat.S_ISLNK(mode):
+                content = os.readlink(full)
+            elif stat.S_ISREG(mode):
+                with open(full, "rb") as file:
+                    content = file.read()
+            found[os.path.relpath(full, str(path))] = stat.S_IMODE(mode), content
+    return found
+
+
+def on_a_terminal(home, typed, *arguments):
+    """Run a command on a terminal, type something; (exit status, output)."""
+    pid, fd = pty.fork()
+    if not pid:
+        os.chdir(str(home.project))
+        os.execve(
+            sys.executable, [sys.executable, str(SCRIPT)] + list(arguments), home.env()
+        )
+    os.write(fd, typed)
+    out = b""
+    while True:
+        try:
+            part = os.read(fd, 65536)
+        except OSError:
+            part = b""
+        if not part:
+            break
+        out += part
+    code = os.waitpid(pid, 0)[1] >> 8
+    os.close(fd)
+    assert TOKEN.encode() not in out and b"Traceback" not in out
+    return code, out.decode("utf-8")
+
+
+# -- The command line ------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frobnicate"],
+        ["--frobnicate"],
+        ["install", "--url"],
+        ["doctor", "extra"],
+        ["preview", "NoSuchEvent"],
+        ["flush", "--yes"],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_exits_2_with_a_message(home, arguments):
+    """Bad usage gets argparse's message on stderr and exit status 2."""
+    ended = run(home, *arguments)
+    assert ended.code == 2
+    assert ended.err.startswith("usage: telemhq_ping.py")
+    assert ended.out == ""
+
+
+def test_help_names_each_command(home):
+    """--help tells of every command, and of every variable."""
+    ended = run(home, "--help")
+    assert ended.code == 0
+    for word in "demo preview install uninstall doctor flush TELEMHQ_PING_URL".split():
+        assert word in ended.out
+
+
+def test_on_a_terminal_without_arguments_it_helps(home):
+    """A person who runs the file without arguments gets the help."""
+    code, out = on_a_terminal(home, b"")
+    assert code == 0
+    assert "install" in out and "TELEMHQ_PING_URL" in out
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_every_python_runs_the_commands(home, python):
+    """The commands compile and run on every supported Python."""
+    assert run(home, "--version", python=python).out.strip() == "telemhq_ping 1.0.0"
+    ended = run(home, "install", "--url", URL, python=python)
+    assert ended.code == 0, ended.err
+    assert run(home, "preview", "Stop", python=python).code == 0
+    assert run(home, "uninstall", python=python).code == 0
+    assert list(home.path.rglob("settings.json*")) == []
+
+
+def test_it_says_that_an_old_python_will_not_do(home):
+    """A Python older than 3.8 ends a command with status 1 and a reason."""
+    old = pythons(7, 8)
+    if not old:
+        pytest.skip("no Python 3.7 here")
+    ended = run(home, "doctor", python=old[0])
+    assert ended.code == 1
+    assert "3.8" in ended.err
+
+
+def test_a_terminal_without_unicode_is_no_reason_to_fail(home, receiver):
+    """Where a check mark cannot be printed, doctor still reports and exits by result."""
+    run(home, "install", "--url", receiver.url)
+    ended = run(home, "doctor", PYTHONIOENCODING="ascii")
+    assert ended.code == 0, ended.out + ended.err
+    assert "? hook for Stop" in ended.out
+
+
+def test_without_a_home_it_says_so(home):
+    """Where nothing tells the home directory, install refuses and writes nothing."""
+    if os.geteuid():
+        pytest.skip("only root can become an unknown user")
+    script = "import os, sys; os.setuid(54321); os.execv(sys.executable, sys.argv[1:])"
+    shutil.copy(str(SCRIPT), "/tmp/telemhq_ping_nobody.py")
+    if not os.access(os.path.dirname(sys.executable), os.X_OK):
+        pytest.skip("no interpreter for others")
+    done = subprocess.run(
+        [sys.executable, "-c", script, sys.executable, "/tmp/telemhq_ping_nobody.py",
+         "install"],
+        env={"PATH": "/usr/bin:/bin"}, cwd="/", stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+    )  # fmt: skip
+    os.unlink("/tmp/telemhq_ping_nobody.py")
+    if b"Permission denied" in done.stderr:
+        pytest.skip("the interpreter is not for others")
+    assert done.returncode == 1
+    assert b"home directory" in done.stderr
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"Stop"', b"\xff\xfe{}"])
+def test_hook_mode_never_exits_2(home, raw):
+    """Without arguments it is the hook: whatever stands on stdin, exit 0 and silence."""
+    done = home.hook(raw)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+# -- demo ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demonstration(tmp_path_factory):
+    """One demo in a fresh HOME, with a TMPDIR of its own: (home, before, ended)."""
+    home = Home(tmp_path_factory.mktemp("demo") / "home")
+    temporary = home.path / "tmp"
+    temporary.mkdir()
+    before = tree(home.path)
+    ended = run(home, "demo", TMPDIR=temporary, url=URL, TELEMHQ_TIMEOUT="nonsense")
+    return home, before, ended
+
+
+def shown(ended):
+    """{event: ping} of the first ping of each event in a demo's output."""
+    found = {}
+    for name, body in re.findall(r"(?m)^(\w+): .*\n.*\n  left: ((?:.|\n)*?\n  \})", ended.out):
+        found.setdefault(name, json.loads(body))
+    return found
+
+
+def test_demo_shows_the_ping_of_each_event(demonstration):
+    """The demo shows the exact JSON that left for each of six events, and exits 0."""
+    _, _, ended = demonstration
+    assert ended.code == 0, ended.err
+    pings = shown(ended)
+    assert list(pings) == [
+        "SessionStart", "PostToolUse", "PostToolUseFailure", "Stop", "StopFailure",
+        "SessionEnd",
+    ]  # fmt: skip
+    for name, ping in pings.items():
+        assert ping["event"] == name
+        assert ping["status"] == ("failed" if "Failure" in name else "success")
+    assert '"event": "Stop"' in ended.out
+
+
+def test_demo_shows_tokens_and_cost(demonstration):
+    """The demo's Stop has the tokens of a transcript, its SessionEnd the cost."""
+    pings = shown(demonstration[2])
+    assert pings["Stop"]["total_tokens"] > 0
+    assert pings["SessionEnd"]["cost_usd"] > 0
+
+
+def test_demo_shows_what_stays_home(demonstration):
+    """The demo names the fields that stay home, and prints none of their content."""
+    _, _, ended = demonstration
+    home = re.findall(r"stayed home: (.*)", ended.out)
+    assert len(home) == 7
+    assert all("transcript_path (its hash went)" in line for line in home)
+    assert "tool_input" in home[1] and "tool_response" in home[1]
+    assert "error" in home[2] and "tool_name" not in home[2]
+    assert "last_assistant_message (its length went)" in home[3]
+    assert "hook_event_name" not in ended.out.replace("hook_event_name:", "")
+    for content in "hunter2", "deploy", "/home/you":
+        assert content not in ended.out
+
+
+def test_demo_shows_times_and_survives_an_outage(demonstration):
+    """The demo gives the milliseconds of each event; one is delivered after an outage."""
+    _, _, ended = demonstration
+    times = re.findall(r"(\d+) ms in the hook, delivered after (\d+) ms", ended.out)
+    assert len(times) == 7
+    assert all(0 < int(hook) < int(delivered) for hook, delivered in times)
+    assert int(times[-1][1]) >= 1000
+    assert "receiver goes away" in ended.out
+
+
+def test_demo_leaves_nothing_behind(demonstration):
+    """After the demo HOME is as before, the temporary directory empty, no sender alive."""
+    home, before, _ = demonstration
+    assert tree(home.path) == before
+    assert home.processes() == []
+
+
+# -- preview ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["Stop", "PostToolUseFailure-Bash", "SessionEnd-other"]
+)
+def test_preview_prints_the_ping_that_the_hook_sends(home, receiver, name):
+    """preview prints what the hook sends for the same event, but for id and time."""
+    env = {"TELEMHQ_PROJECT": "acme", "TELEMHQ_HASH_KEY": "k", "TELEMHQ_USAGE": 0}
+    sent = json.dumps(event(name)).encode()
+    ended = run(home, "preview", sent=sent, url=receiver.url, **env)
+    assert ended.code == 0
+    assert receiver.requests == [] and home.waiting() == []
+    home.hook(sent, receiver.url, **env)
+    shown, ping = json.loads(ended.out), receiver.wait_for(1)[0]
+    for ping_or_shown in shown, ping:
+        del ping_or_shown["event_id"], ping_or_shown["timestamp"]
+    assert shown == ping
+
+
+def test_preview_has_samples(home):
+    """`preview Stop` shows the ping of a built-in sample, without any URL set."""
+    ended = run(home, "preview", "Stop")
+    assert ended.code == 0
+    assert json.loads(ended.out)["event"] == "Stop"
+    assert "token counts" in ended.err
+    assert not (home.path / ".claude").exists()
+
+
+def test_preview_uses_the_settings_env_block(home):
+    """Variables of the settings' env block shape a preview, as they do a hook."""
+    write_settings(home, {"env": {"TELEMHQ_PROJECT": "from-settings"}})
+    assert json.loads(run(home, "preview", "Stop").out)["project"] == "from-settings"
+
+
+@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"12"])
+def test_preview_of_no_event_fails(home, raw):
+    """What is no event gets a message and exit status 1."""
+    ended = run(home, "preview", sent=raw)
+    assert ended.code == 1
+    assert ended.out == ""
+    assert "event" in ended.err
+
+
+# -- install ---------------------------------------------------------------------
+
+USERS = {  # what a person's settings may hold: all of it stays
+    "model": "opus",
+    "größe": "日本語 \U0001f600 naïve",
+    "permissions": {"allow": ["Bash(ls:*)"], "deny": []},
+    "numbers": [1, 2.5, 1e-7, True, None, 12345678901234567890],
+    "env": {"OTHER": "x"},
+}
+TABS = '{\n\t"a": "é",\n\t"hooks": {\n\t\t"Stop": []\n\t}\n}\n'.encode()
+CRLF = b'{\r\n    "a": 1,\r\n    "b": {\r\n        "c": []\r\n    }\r\n}\r\n'
+SHAPES = {
+    "empty": b"",
+    "blank": b" \n",
+    "an empty object": b"{}",
+    "present": json.dumps(USERS, indent=2, ensure_ascii=False).encode() + b"\n",
+    "present, escaped": json.dumps(USERS, indent=4).encode(),
+    "one line": json.dumps(USERS).encode(),
+    "CRLF": CRLF,
+    "tabs": TABS,
+    "byte order mark": b"\xef\xbb\xbf" + TABS,
+    "half a character": b'{\n  "a": "\\ud83d",\n  "b": "\\u00e9"\n}\n',
+    "someone else's hook": json.dumps({"hooks": {"Stop": [OTHER_HOOK]}}).encode(),
+    "empty hooks": b'{"hooks": {}, "env": {}}',
+    "the URL by hand": json.dumps({"env": {"TELEMHQ_PING_URL": URL}}).encode(),
+}
+
+
+def check_command(home, command):
+    """The command runs the installed script with an interpreter that is there."""
+    python, _, rest = command.partition(" ")
+    assert os.path.isabs(python) and os.access(python, os.X_OK)
+    assert rest.startswith("-I -S ") and rest.endswith(" || true")
+    assert rest[6:-8].replace("~", str(home.path)) == str(installed(home))
+
+
+def test_install_into_an_empty_home(home):
+    """Without settings: they are made, 0600; the script is copied, 0700."""
+    ended = run(home, "install", "--url", URL)
+    assert ended.code == 0
+    found = read(settings_path(home))
+    assert found["env"] == {"TELEMHQ_PING_URL": URL}
+    assert [(e, m) for e, m, _ in commands_in(found)] == [(e, None) for e in EVENTS]
+    for _, _, command in commands_in(found):
+        check_command(home, command)
+    for groups in found["hooks"].values():
+        assert groups[0]["hooks"][0]["timeout"] == 10
+        assert groups[0]["hooks"][0]["type"] == "command"
+    assert stat.S_IMODE(settings_path(home).stat().st_mode) == 0o600
+    assert stat.S_IMODE(installed(home).stat().st_mode) == 0o700
+    assert stat.S_IMODE(installed(home).parent.stat().st_mode) == 0o700
+    assert installed(home).read_bytes() == SCRIPT.read_bytes()
+    assert list(settings_path(home).parent.glob("*.bak")) == []
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_install_does_not_depend_on_the_umask(home, umask):
+    """Whatever the umask, what install makes is for its user only."""
+    before = os.umask(umask)
+    try:
+        run(home, "install", "--url", URL)
+    finally:
+        os.umask(before)
+    for name, (mode, _) in tree(home.path / ".claude").items():
+        assert mode & 0o077 == 0, name
+
+
+@pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
+def test_install_keeps_everything_else(home, raw):
+    """Order, meaning, unicode, indent, line ends and mode of the settings stay."""
+    path = write_settings(home, raw)
+    path.chmod(0o640)
+    before = json.loads(raw.decode("utf-8-sig")) if raw.strip() else {}
+    ended = run(home, "install", "--url", URL)
+    assert ended.code == 0, ended.err
+    new = path.read_bytes()
+    found = json.loads(new.decode("utf-8-sig"))
+    assert [k for k in found if k in before] == list(before)
+    for key, value in before.items():
+        if key not in ("hooks", "env"):
+            assert json.dumps(found[key]) == json.dumps(value)
+    assert dict(found["env"], **before.get("env", {})) == found["env"]
+    assert found["hooks"]["Stop"][: len(before.get("hooks", {}).get("Stop", []))] == (
+        before.get("hooks", {}).get("Stop", [])
+    )
+    assert {e for e, _, c in commands_in(found) if SCRIPT.name in c} == set(EVENTS)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert (b"\r\n" in new) == (b"\r\n" in raw)
+    assert new.count(b"\r\n") in (0, new.count(b"\n"))
+    indent = re.search(rb"\n([ \t]+)\"", raw)
+    assert re.search(rb"\n([ \t]+)\"", new).group(1) == (
+        indent.group(1) if indent else b"  "
+    )
+    if "日本".encode() in raw:
+        assert "日本語 \U0001f600 naïve".encode() in new
+
+
+@pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
+def test_a_second_install_changes_nothing(home, raw):
+    """The second run leaves every file alone, and prints no diff."""
+    write_settings(home, raw)
+    run(home, "install", "--url", URL, "--tools")
+    before = tree(home.path)
+    times = settings_path(home).stat().st_mtime_ns, installed(home).stat().st_mtime_ns
+    ended = run(home, "install", "--url", URL, "--tools")
+    assert ended.code == 0
+    assert "+++" not in ended.out
+    assert tree(home.path) == before
+    assert times == (
+        settings_path(home).stat().st_mtime_ns, installed(home).stat().st_mtime_ns
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
+def test_uninstall_is_the_inverse(home, raw):
+    """install and uninstall leave a HOME as it was, byte for byte and mode for mode."""
+    write_settings(home, raw).chmod(0o644)
+    settings_path(home).parent.chmod(0o755)
+    before = tree(home.path)
+    for url in URL, URL + "X":
+        assert run(home, "install", "--url", url, "--tools").code == 0
+    ended = run(home, "uninstall")
+    assert ended.code == 0, ended.err
+    assert tree(home.path) == before
+
+
+def test_install_makes_a_backup(home):
+    """The settings as they were stay beside the new ones, under a timestamp, 0600."""
+    raw = SHAPES["present"]
+    path = write_settings(home, raw)
+    run(home, "install")
+    (backup,) = path.parent.glob("settings.json.*")
+    assert re.match(r"settings\.json\.\d{8}-\d{6}.*\.bak$", backup.name)
+    assert backup.read_bytes() == raw
+    assert stat.S_IMODE(backup.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_install_follows_symlinks(home, dangling):
+    """A settings file that is a link stays one; what it names is changed."""
+    real = home.path / "dotfiles" / "claude.json"
+    real.parent.mkdir()
+    path = settings_path(home)
+    path.parent.mkdir()
+    path.symlink_to(os.path.join("..", "dotfiles", "claude.json"))
+    if not dangling:
+        real.write_bytes(SHAPES["present"])
+    before = tree(home.path)
+    assert run(home, "install").code == 0
+    assert path.is_symlink()
+    assert {e for e, _, _ in commands_in(read(real))} == set(EVENTS)
+    assert run(home, "uninstall").code == 0
+    assert tree(home.path) == before
+
+
+MALFORMED = {
+    "a comment": b'{\n  // mine\n  "a": 1\n}\n',
+    "a trailing comma": b'{"a": 1,}',
+    "cut off": b'{"hooks": {"Stop": [',
+    "a list": b"[]",
+    "no UTF-8": b'{"a": "\xff"}',
+    "hooks is a list": b'{"hooks": []}',
+    "hooks is null": b'{"hooks": null}',
+    "Stop is an object": b'{"hooks": {"Stop": {}}}',
+    "env is a text": b'{"env": "x"}',
+    "deep": b"[" * 100000,
+}
+
+
+@pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED.keys())
+@pytest.mark.parametrize("command", ["install", "uninstall"])
+def test_malformed_settings_are_refused(home, raw, command):
+    """What is no valid settings file is left alone: exit 1, and its name is told."""
+    path = write_settings(home, raw)
+    before = tree(home.path)
+    ended = run(home, command)
+    assert ended.code == 1
+    assert str(path) in ended.err
+    assert tree(home.path) == before
+
+
+def test_read_only_settings_are_refused(home):
+    """A read-only settings file is left alone by install and uninstall: exit 1."""
+    path = write_settings(home, SHAPES["present"])
+    path.chmod(0o444)
+    before = tree(home.path)
+    ended = run(home, "install")
+    assert (ended.code, tree(home.path)) == (1, before)
+    assert str(path) in ended.err and "read-only" in ended.err
+    path.chmod(0o644)
+    run(home, "install")
+    path.chmod(0o444)
+    before = tree(home.path)
+    ended = run(home, "uninstall")
+    assert (ended.code, tree(home.path)) == (1, before)
+    assert "read-only" in ended.err
+
+
+def test_settings_that_are_a_directory_are_refused(home):
+    """Where settings.json is a directory, install says so and exits 1."""
+    settings_path(home).mkdir(parents=True)
+    ended = run(home, "install")
+    assert ended.code == 1
+    assert str(settings_path(home)) in ended.err
+
+
+THEIRS = [
+    "~/bin/notify",
+    "python3 ~/.claude/hooks/my_telemhq_ping.py",
+    "python3 ~/.claude/hooks/telemhq_ping.pyc",
+    "~/bin/guard ~/.claude/hooks/telemhq_ping.py",
+    "cd /tmp; python3 ~/.claude/hooks/telemhq_ping.py",
+    "python3 ~/.claude/hooks/telemhq_ping.py | tee log",
+    "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py",
+]
+
+
+@pytest.mark.parametrize("command", THEIRS)
+def test_other_peoples_hooks_are_never_touched(home, command):
+    """Neither install, nor an upgrade, nor uninstall changes a hook that is not ours."""
+    hook = {"type": "command", "command": command, "timeout": 3, "extra": [1]}
+    theirs = {"Stop": [{"hooks": [hook]}], "PreToolUse": [{"hooks": [hook]}]}
+    write_settings(home, {"hooks": theirs})
+    for _ in range(2):
+        run(home, "install")
+        found = read(settings_path(home))["hooks"]
+        assert found["Stop"][0] == theirs["Stop"][0]
+        assert found["PreToolUse"] == theirs["PreToolUse"]
+    run(home, "uninstall")
+    assert read(settings_path(home)) == {"hooks": theirs}
+
+
+def test_a_hook_that_runs_the_script_its_own_way_is_enough(home):
+    """Where a person's command runs the script, none is added: one ping, not two. With
+    it there, uninstall leaves the script, and says so."""
+    command = "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py"
+    hooks = {"Stop": [{"hooks": [{"type": "command", "command": command}]}]}
+    write_settings(home, {"hooks": hooks})
+    run(home, "install")
+    assert read(settings_path(home))["hooks"]["Stop"] == hooks["Stop"]
+    ended = run(home, "uninstall")
+    assert ended.code == 0
+    assert "still names the script" in ended.out
+    assert installed(home).exists()
+
+
+OURS = [
+    "python3 ~/.claude/hooks/telemhq_ping.py",
+    "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true",
+    "/usr/bin/python3.8 '/old place/telemhq_ping.py'",
+    '"/opt/my python/bin/python3" -I "$HOME/.claude/hooks/telemhq_ping.py" || true',
+    "~/.claude/hooks/telemhq_ping.py",
+]
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_an_upgrade_replaces_only_our_commands(home, command):
+    """An old command of ours is replaced where it stands; its neighbours stay."""
+    mine = {"type": "command", "command": command, "note": "kept"}
+    neighbour = {"type": "command", "command": "~/bin/notify"}
+    group = {"matcher": "*", "hooks": [neighbour, mine, neighbour]}
+    write_settings(home, {"hooks": {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}})
+    installed(home).parent.mkdir()
+    installed(home).write_text("old")
+    assert run(home, "install").code == 0
+    found = read(settings_path(home))["hooks"]
+    assert list(found) == ["Stop", "PreCompact", "StopFailure", "SessionEnd"]
+    assert len(found["Stop"]) == 2 and found["Stop"][0] == OTHER_HOOK
+    for name in "Stop", "PreCompact":
+        new = found[name][-1]
+        assert new["matcher"] == "*"
+        assert new["hooks"][0] == new["hooks"][2] == neighbour
+        assert new["hooks"][1].pop("note") == "kept"
+        check_command(home, new["hooks"][1]["command"])
+    assert installed(home).read_bytes() == SCRIPT.read_bytes()
+    run(home, "uninstall")
+    left = {"matcher": "*", "hooks": [neighbour, neighbour]}
+    assert read(settings_path(home)) == {
+        "hooks": {"Stop": [OTHER_HOOK, left], "PreCompact": [left]}
+    }
+
+
+def test_dry_run_changes_nothing(home):
+    """--dry-run shows the diff, and leaves every file alone."""
+    write_settings(home, SHAPES["present"])
+    before = tree(home.path)
+    ended = run(home, "install", "--url", URL, "--dry-run")
+    assert ended.code == 0
+    assert re.search(r"(?m)^\+.*TELEMHQ_PING_URL.*https://tracker\.invalid", ended.out)
+    assert re.search(r"(?m)^\+.*telemhq_ping\.py", ended.out)
+    assert tree(home.path) == before
+
+
+OLD_URLS = [
+    '"https://old.invalid/ping/%s"' % TOKEN,
+    '"https:\\/\\/old.invalid\\/ping\\/%s"' % TOKEN,
+    '\n  "https://old.invalid/ping/%s"' % TOKEN,
+    '"https://old.invalid?token=%s"' % TOKEN,
+    '"https://user:%s@old.invalid/ping/x"' % TOKEN,
+    '"old.invalid/ping/%s"' % TOKEN,
+    '"%s"' % TOKEN,
+]
+
+
+@pytest.mark.parametrize("old", OLD_URLS)
+def test_the_diff_masks_the_urls(home, old):
+    """The diff shows no more of the old URL, and of the new one, than the host."""
+    command = "TELEMHQ_PING_URL='https://h.invalid/ping/%s' python3 x" % TOKEN
+    raw = '{"env": {"A": "1", "TELEMHQ_PING_URL": %s, "Z": "2"}, "hooks": {"Stop": [' % old
+    raw += '{"hooks": [{"type": "command", "command": %s}]}]}}' % json.dumps(command)
+    write_settings(home, raw.encode())
+    ended = run(home, "install", "--url", URL)  # `run` looks for the token
+    assert ended.code == 0
+    assert re.search(r"(?m)^-.*TELEMHQ_PING_URL", ended.out)
+    assert "https://tracker.invalid" in ended.out
+    assert read(settings_path(home))["env"]["TELEMHQ_PING_URL"] == URL
+    assert run(home, "uninstall").code == 0
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "telemhq.com/ping/" + TOKEN, "http://telemhq.com/ping/" + TOKEN,
+     "https://u:p@telemhq.com/" + TOKEN, "https://telemhq.com/ping/ " + TOKEN],
+)  # fmt: skip
+def test_install_refuses_an_unusable_url(home, url):
+    """A URL that the hook would ignore is refused, with the reason, and without it."""
+    ended = run(home, "install", "--url", url)
+    assert ended.code == 1
+    assert "TELEMHQ_PING_URL" in ended.err
+    assert not (home.path / ".claude").exists()
+
+
+def test_tools_registers_tool_activity(home):
+    """--tools adds PostToolUse, for four tools, and PostToolUseFailure, for all."""
+    run(home, "install", "--tools")
+    found = commands_in(read(settings_path(home)))
+    assert [(name, matcher) for name, matcher, _ in found] == [
+        ("Stop", None), ("StopFailure", None), ("SessionEnd", None),
+        ("PostToolUse", "Bash|Edit|MultiEdit|Write"), ("PostToolUseFailure", None),
+    ]  # fmt: skip
+
+
+def test_project_writes_its_local_settings(home):
+    """--project DIR writes DIR/.claude/settings.local.json, and no user settings; its
+    uninstall is the inverse."""
+    before = tree(home.path)
+    assert run(home, "install", "--url", URL, "--project", ".").code == 0
+    path = home.project / ".claude" / "settings.local.json"
+    assert {e for e, _, _ in commands_in(read(path))} == set(EVENTS)
+    assert not settings_path(home).exists()
+    assert installed(home).exists()
+    assert run(home, "uninstall", "--project", home.project).code == 0
+    assert tree(home.path) == before
+
+
+def test_a_projects_uninstall_leaves_the_users_alone(home):
+    """While the user's settings name the script, a project's uninstall leaves it."""
+    run(home, "install", "--url", URL)
+    before = tree(home.path)
+    run(home, "install", "--project", home.project)
+    ended = run(home, "uninstall", "--project", home.project)
+    assert ended.code == 0
+    assert "still names the script" in ended.out
+    after = tree(home.path)
+    assert after.pop(os.path.join("acme", "api", ".claude"), None) in (
+        None, (0o700, None)
+    )  # fmt: skip
+    assert after == before
+
+
+def test_a_project_that_is_not_there_is_refused(home):
+    """A directory that is not there is not made."""
+    ended = run(home, "install", "--project", home.path / "typo")
+    assert ended.code == 1
+    assert "typo" in ended.err
+    assert sorted(os.listdir(str(home.path))) == ["acme"]
+
+
+def test_claude_config_dir_is_honoured(home):
+    """With CLAUDE_CONFIG_DIR, settings and script are there, and ~/.claude is not made;
+    a space in the path is no problem."""
+    config = home.path / "my config"
+    env = {"CLAUDE_CONFIG_DIR": config}
+    with Receiver() as receiver:
+        assert run(home, "install", "--url", receiver.url, **env).code == 0
+        assert not (home.path / ".claude").exists()
+        command = commands_in(read(config / "settings.json"))[0][2]
+        subprocess.run(
+            ["/bin/sh", "-c", command], input=json.dumps(event("Stop")).encode(),
+            env=home.env(receiver.url, **env), check=True,
+        )  # fmt: skip
+        assert receiver.wait_for(1)[0]["event"] == "Stop"
+        home.quiet()
+        assert run(home, "doctor", **env).code == 0
+    assert run(home, "uninstall", **env).code == 0
+    assert not config.exists()
+
+
+def test_the_command_avoids_a_virtual_environment(home, tmp_path):
+    """Run by a virtual environment's Python, install names the Python behind it."""
+    made = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made)], check=True)
+    ended = run(home, "install", python=made / "bin" / "python")
+    assert ended.code == 0, ended.err
+    command = commands_in(read(settings_path(home)))[0][2]
+    assert str(made) not in command
+    shutil.rmtree(str(made))
+    check_command(home, command)
+
+
+def test_the_command_is_no_shim(home):
+    """Run through pyenv's shim, install names the interpreter itself."""
+    shim = shutil.which("python3", path=os.path.expanduser("~/.pyenv/shims"))
+    if not shim:
+        pytest.skip("no pyenv here")
+    more = {"PYENV_ROOT": os.path.expanduser("~/.pyenv")}
+    ended = run(home, "install", python=shim, **more)
+    assert ended.code == 0, ended.err
+    assert "shims" not in commands_in(read(settings_path(home)))[0][2]
+
+
+def test_the_installed_command_sends_pings(home, receiver):
+    """The command that install writes, with the env block's URL, delivers a ping from a
+    shell with a minimal environment."""
+    run(home, "install", "--url", receiver.url)
+    found = read(settings_path(home))
+    done = subprocess.run(
+        ["/bin/sh", "-c", commands_in(found)[0][2]],
+        input=json.dumps(event("Stop")).encode(),
+        env={"HOME": str(home.path), "PATH": "/nonexistent", **found["env"]},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert receiver.wait_for(1)[0]["event"] == "Stop"
+    home.quiet()
+
+
+def test_the_installed_command_never_blocks(home):
+    """With the script gone, the command still exits 0: exit 2 would block Claude Code."""
+    run(home, "install")
+    command = commands_in(read(settings_path(home)))[0][2]
+    installed(home).unlink()
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], input=b"{}", env=home.env(), stderr=subprocess.PIPE
+    )
+    assert done.returncode == 0
+
+
+def test_install_says_what_is_missing(home):
+    """Without any URL, install says what to do next; with one in the environment not."""
+    assert "export TELEMHQ_PING_URL" in run(home, "install").out
+    assert "export TELEMHQ_PING_URL" not in run(home, "install", url=URL).out
+
+
+def test_the_installed_script_can_install(home):
+    """The installed copy runs the commands, itself too; then nothing changes."""
+    run(home, "install", "--url", URL)
+    before = tree(home.path)
+    assert run(home, "install", "--url", URL, script=installed(home)).code == 0
+    assert tree(home.path) == before
+
+
+# -- uninstall -------------------------------------------------------------------
+
+
+def test_uninstall_removes_script_and_state(home, receiver):
+    """Nothing of ours stays, neither the state nor the directories."""
+    run(home, "install", "--url", receiver.url)
+    home.hook(event("Stop"), receiver.url)
+    receiver.wait_for(1)
+    home.quiet()
+    assert home.state.exists()
+    assert run(home, "uninstall").code == 0
+    assert sorted(os.listdir(str(home.path))) == ["acme"]
+
+
+def test_uninstall_leaves_what_others_put_there(home):
+    """Other files in Claude Code's directory, and in the state directory, stay."""
+    run(home, "install")
+    theirs = [home.path / ".claude" / "hooks" / "mine.py", home.state / "notes.txt"]
+    for path in theirs:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    assert run(home, "uninstall").code == 0
+    assert all(path.exists() for path in theirs)
+    assert not installed(home).exists()
+
+
+def test_uninstall_after_other_changes_takes_only_ours(home):
+    """What a person has changed since the install stays changed; no backup remains."""
+    write_settings(home, {"a": 1, "hooks": {"Stop": [OTHER_HOOK]}})
+    run(home, "install", "--url", URL)
+    found = read(settings_path(home))
+    found["b"] = 2
+    write_settings(home, found)
+    assert run(home, "uninstall").code == 0
+    assert read(settings_path(home)) == {
+        "a": 1, "hooks": {"Stop": [OTHER_HOOK]}, "b": 2
+    }  # fmt: skip
+    assert os.listdir(str(settings_path(home).parent)) == ["settings.json"]
+
+
+def test_a_second_uninstall_changes_nothing(home):
+    """Where nothing is installed, uninstall leaves all as it is, and exits 0."""
+    write_settings(home, SHAPES["empty hooks"])
+    before = tree(home.path)
+    assert run(home, "uninstall").code == 0
+    assert tree(home.path) == before
+
+
+def test_uninstall_refuses_while_pings_wait(home):
+    """Off a terminal, pings that wait are removed only with --yes."""
+    url = dead_url()
+    run(home, "install", "--url", url)
+    place(home, url, 3)
+    before = tree(home.path)
+    ended = run(home, "uninstall")
+    assert ended.code == 1
+    assert "3 pings wait" in ended.out and "--yes" in ended.err
+    assert tree(home.path) == before
+    assert run(home, "uninstall", "--yes").code == 0
+    assert sorted(os.listdir(str(home.path))) == ["acme"]
+
+
+@pytest.mark.parametrize(
+    "typed, code", [(b"y\n", 0), (b"n\n", 1), (b"\n", 1), (b"\x04", 1)]
+)
+def test_uninstall_asks_on_a_terminal(home, typed, code):
+    """On a terminal uninstall asks; only a yes removes pings that wait."""
+    url = dead_url()
+    run(home, "install", "--url", url)
+    place(home, url, 2)
+    ended, out = on_a_terminal(home, typed, "uninstall")
+    assert "2 pings wait" in out and "[y/N]" in out
+    assert ended == code
+    assert installed(home).exists() == home.state.exists() == bool(code)
+
+
+def test_what_was_removed_stays_removed(home):
+    """A sender that slept through uninstall does not bring the state back."""
+    url = dead_url()
+    run(home, "install", "--url", url)
+    home.hook(event("Stop"), url)
+    wait_until(lambda: home.state_json().get("failures"))
+    assert home.processes()
+    assert run(home, "uninstall", "--yes").code == 0
+    home.quiet(30)
+    assert sorted(os.listdir(str(home.path))) == ["acme"]
+
+
+# -- doctor ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def well(home, receiver):
+    """A HOME where all is well: installed for `receiver`, one ping delivered."""
+    run(home, "install", "--url", receiver.url)
+    home.hook(event("Stop"), receiver.url)
+    receiver.wait_for(1)
+    home.quiet()
+    return home
+
+
+def diagnosis(home, **env):
+    """doctor's exit status, its good lines and its bad ones, as two texts."""
+    ended = run(home, "doctor", **env)
+    lines = ended.out.splitlines()
+    good = [line[2:] for line in lines if line.startswith("✓ ")]
+    bad = [line[2:] for line in lines if line.startswith("✗ ")]
+    assert len(good) + len(bad) == len(lines)
+    assert ended.code == (1 if bad else 0)
+    assert ended.err == ""
+    return ended.code, "\n".join(good), "\n".join(bad)
+
+
+def test_doctor_is_content(well, receiver):
+    """All is well: a good line per check, exit 0; the host was asked by GET, once."""
+    code, good, bad = diagnosis(well)
+    assert (code, bad) == (0, "")
+    for words in (
+        *("hook for " + name for name in EVENTS), str(settings_path(well)),
+        SCRIPT.name, sys.executable, "interpreter", "http://127.0.0.1:%d" % receiver.port,
+        "tracker answers a GET", "state directory " + str(well.state), "0 pings wait",
+        "back-off: none", "last delivery: 2",
+    ):  # fmt: skip
+        assert words in good
+    assert [request.method for request in receiver.requests] == ["POST", "GET"]
+    assert receiver.requests[1].body == b""
+
+
+def test_doctor_changes_nothing(well):
+    """doctor writes no file."""
+    before = tree(well.path)
+    diagnosis(well)
+    assert tree(well.path) == before
+
+
+def test_doctor_in_an_empty_home(home):
+    """With nothing installed doctor names each missing hook and the URL, exit 1."""
+    code, _, bad = diagnosis(home)
+    assert code == 1
+    for name in EVENTS:
+        assert "hook for " + name in bad
+    assert "run `install`" in bad
+    assert "TELEMHQ_PING_URL is not set" in bad
+
+
+def test_doctor_names_one_missing_hook(well):
+    """Where one event's hook is gone, that one is named."""
+    found = read(settings_path(well))
+    del found["hooks"]["SessionEnd"]
+    write_settings(well, found)
+    _, good, bad = diagnosis(well)
+    assert "hook for SessionEnd" in bad and "hook for Stop" not in bad
+
+
+def test_doctor_sees_disabled_hooks(well):
+    """disableAllHooks is named as a cause."""
+    write_settings(well, dict(read(settings_path(well)), disableAllHooks=True))
+    assert "disableAllHooks" in diagnosis(well)[2]
+
+
+def test_doctor_sees_a_projects_hooks(home, receiver):
+    """Hooks and URL in the project's settings count, where doctor runs in it."""
+    run(home, "install", "--url", receiver.url, "--project", home.project)
+    code, good, bad = diagnosis(home)
+    assert (code, bad) == (0, "")
+    assert "settings.local.json" in good
+
+
+def test_doctor_sees_malformed_settings(well):
+    """A settings file that is not valid is named."""
+    path = well.project / ".claude" / "settings.json"
+    path.parent.mkdir()
+    path.write_text("{,}")
+    assert str(path) in diagnosis(well)[2]
+
+
+def test_doctor_misses_the_script(well):
+    """Where the script that settings name is gone, doctor says so."""
+    installed(well).unlink()
+    bad = diagnosis(well)[2]
+    assert "the script is missing" in bad and "run `install`" in bad
+
+
+@pytest.mark.parametrize("python", ["/nonexistent/python3", "python2-of-old"])
+def test_doctor_misses_the_interpreter(well, python):
+    """Where the interpreter that settings name is gone, doctor says so."""
+    text = settings_path(well).read_text("utf-8")
+    settings_path(well).write_text(text.replace(sys.executable, python), "utf-8")
+    bad = diagnosis(well)[2]
+    assert "interpreter is missing" in bad and python in bad
+
+
+def test_doctor_sees_an_old_interpreter(well):
+    """An interpreter older than Python 3.8 will not do."""
+    old = pythons(6, 8)
+    if not old:
+        pytest.skip("no old Python here")
+    text = settings_path(well).read_text("utf-8")
+    settings_path(well).write_text(text.replace(sys.executable, old[-1]), "utf-8")
+    assert "Python 3.8" in diagnosis(well)[2]
+
+
+def test_doctor_sees_another_version(well):
+    """Where the installed script is of another version, doctor says to install."""
+    text = installed(well).read_text("utf-8")
+    installed(well).write_text(text.replace('"1.0.0"', '"0.9.0"', 1), "utf-8")
+    bad = diagnosis(well)[2]
+    assert "version 1.0.0" in bad and "run `install`" in bad
+
+
+@pytest.mark.parametrize(
+    "url, words",
+    [
+        ("telemhq.com/ping/" + TOKEN, "https://"),
+        ("http://tracker.invalid/ping/" + TOKEN, "use https://"),
+        ("https://u:p@tracker.invalid/" + TOKEN, "user:password"),
+        ("https://tracker.invalid/ping/" + TOKEN, "network"),
+    ],
+)
+def test_doctor_sees_a_wrong_url(well, url, words):
+    """An unusable URL, and a host that is not there, are named, without the token."""
+    write_settings(well, dict(read(settings_path(well)), env={"TELEMHQ_PING_URL": url}))
+    assert words in diagnosis(well)[2]
+
+
+def test_doctor_sees_ignored_variables(well):
+    """A variable that makes no sense is named."""
+    assert "TELEMHQ_TIMEOUT is ignored" in diagnosis(well, TELEMHQ_TIMEOUT="soon")[2]
+
+
+ANSWERS = {
+    404: "the tracker answered 404: the token in TELEMHQ_PING_URL is wrong or was revoked",
+    401: "the tracker answered 401",
+    410: "the tracker answered 410: the tracker was deleted",
+    301: "the tracker answered 301: it has moved",
+    500: "the tracker answered 500: it has a problem of its own",
+}
+
+
+@pytest.mark.parametrize("status", ANSWERS)
+def test_doctor_tells_what_an_answer_means(well, receiver, status):
+    """A tracker that does not take pings is named, with the reason in words."""
+    receiver.answer = status, {"Location": "/" + TOKEN}, b""
+    assert ANSWERS[status] in diagnosis(well)[2]
+
+
+@pytest.mark.parametrize("status", [200, 204, 405])
+def test_doctor_takes_any_good_answer(well, receiver, status):
+    """An answer to GET is good; 405, too: not every tracker knows GET."""
+    receiver.answer = status
+    assert diagnosis(well)[0] == 0
+
+
+def test_doctor_sees_a_dead_host(home):
+    """Where nothing listens, doctor says so."""
+    run(home, "install", "--url", dead_url())
+    _, good, bad = diagnosis(home)
+    assert "Connection refused" in bad
+    assert "ping URL at http://127.0.0.1" in good
+
+
+@pytest.mark.parametrize("age_s, fine", [(10, True), (400, False)])
+def test_doctor_minds_only_old_pings(well, receiver, age_s, fine):
+    """Pings that wait are a problem only when they are older than five minutes."""
+    place(well, receiver.url, 2, age_s)
+    code, good, bad = diagnosis(well)
+    assert code == (0 if fine else 1)
+    assert "2 pings wait, the oldest for %d min" % (age_s // 60) in (good if fine else bad)
+
+
+def test_doctor_tells_of_a_back_off(well, receiver):
+    """Under a back-off doctor says how long, and why, in words."""
+    place(well, receiver.url, 1)
+    now = time.time()
+    well.set_state(
+        failures=1, set_at=now, not_before=now + 840,
+        problem={"verdict": "hold", "what": "HTTP 404", "at": now},
+    )  # fmt: skip
+    bad = diagnosis(well)[2]
+    assert "1 pings wait" in bad
+    assert ANSWERS[404] in bad
+    assert re.search(r"back-off: 8[34]\d s more", bad)
+
+
+def test_doctor_tells_a_pause_from_a_failure(well):
+    """The pause after an outage is not blamed on the tracker."""
+    now = time.time()
+    well.set_state(
+        failures=0, set_at=now, not_before=now + 60, recovering=True,
+        problem={"what": "HTTP 404"},
+    )  # fmt: skip
+    bad = diagnosis(well)[2]
+    assert "outage" in bad and "404" not in bad
+
+
+def test_doctor_lists_refused_and_lost(home):
+    """Refused and lost pings are listed by reason, with their tokens."""
+    with Receiver(answer=422) as receiver:
+        run(home, "install", "--url", receiver.url)
+        home.hook(event("Stop"), receiver.url)
+        wait_until(lambda: home.state_json().get("losses"))
+        home.quiet()
+        receiver.answer = 200
+        home.set_state(losses=dict(home.state_json()["losses"], tokens=77))
+        bad = diagnosis(home)[2]
+    assert "lost: 1, refused: HTTP 422" in bad
+    assert "lost: 77, tokens" in bad
+    assert "refused" in bad and str(home.destination()) in bad
+
+
+def test_doctor_sees_pings_of_a_former_url(well):
+    """Pings that wait for a URL no longer configured are counted, with the remedy."""
+    place(well, dead_url(), 2)
+    bad = diagnosis(well)[2]
+    assert "2 pings wait for a URL no longer configured" in bad
+    assert "flush --adopt" in bad
+
+
+@pytest.mark.parametrize("what", ["link", "mode", "file"])
+def test_doctor_sees_an_unsound_state_directory(well, what):
+    """A state directory that others could change is named."""
+    if what == "mode":
+        well.state.chmod(0o777)
+    else:
+        shutil.move(str(well.state), str(well.path / "elsewhere"))
+        if what == "link":
+            well.state.symlink_to(well.path / "elsewhere")
+        else:
+            well.state.write_text("")
+    assert "state directory: " + str(well.state) in diagnosis(well)[2]
+
+
+# -- flush -----------------------------------------------------------------------
+
+
+def backed_off(home, url):
+    """A back-off of an hour for the one destination."""
+    now = time.time()
+    home.set_state(failures=3, set_at=now, not_before=now + 3600)
+
+
+def test_flush_delivers_what_waits(home, receiver):
+    """flush sends everything, oldest first, in spite of a back-off, and says so."""
+    sent = place(home, receiver.url, 5, 100)
+    backed_off(home, receiver.url)
+    ended = run(home, "flush", url=receiver.url)
+    assert ended.code == 0, ended.err
+    assert [ping["event_id"] for ping in receiver.pings] == sent
+    assert "5 delivered, 0 left" in ended.out
+    assert home.waiting() == []
+
+
+def test_flush_reads_the_url_from_settings(home, receiver):
+    """flush works from the URL that install has put into the settings."""
+    run(home, "install", "--url", receiver.url)
+    place(home, receiver.url, 1)
+    assert run(home, "flush").code == 0
+    assert len(receiver.pings) == 1
+
+
+def test_flush_with_nothing_to_do(home, receiver):
+    """An empty outbox is fine: exit 0, no request, no file written."""
+    ended = run(home, "flush", url=receiver.url)
+    assert ended.code == 0
+    assert "0 left" in ended.out
+    assert receiver.requests == []
+    assert not home.state.exists()
+
+
+def test_flush_keeps_what_cannot_be_sent(home):
+    """With the server down nothing is lost: exit 1, and what is left is told."""
+    url = dead_url()
+    place(home, url, 3)
+    ended = run(home, "flush", url=url)
+    assert ended.code == 1
+    assert "0 delivered, 3 left" in ended.out
+    assert len(home.waiting()) == 3
+
+
+def test_flush_without_a_url_fails(home):
+    """Without a URL flush says what is missing, and exits 1."""
+    ended = run(home, "flush")
+    assert ended.code == 1
+    assert "TELEMHQ_PING_URL is not set" in ended.err
+
+
+def test_flush_counts_refused_pings_apart(home):
+    """A ping that the tracker refuses is not called delivered."""
+    with Receiver(answer=lambda r: 422 if len(receiver.requests) == 1 else 200) as receiver:
+        place(home, receiver.url, 2)
+        ended = run(home, "flush", url=receiver.url)
+    assert ended.code == 0
+    assert "1 delivered, 0 left" in ended.out
+    assert "refused" in ended.out
+
+
+def test_a_flush_that_hangs_says_so(home):
+    """When the watchdog ends a flush, what it said is printed, and it exits 1."""
+    with Receiver(answer=lambda r: time.sleep(20) or 200) as receiver:
+        place(home, receiver.url, 1)
+        ended = run(home, "flush", url=receiver.url, TELEMHQ_TIMEOUT=1)
+    assert ended.code == 1
+    assert len(home.waiting()) == 1
+    assert ended.out
+
+
+def test_flush_leaves_former_urls_alone(home, receiver):
+    """Pings for a former URL never go to the new one by themselves."""
+    place(home, dead_url(), 2)
+    assert run(home, "flush", url=receiver.url).code == 0
+    assert receiver.requests == []
+    assert len(home.waiting()) == 2
+
+
+def test_flush_adopt_moves_former_pings(home, receiver):
+    """--adopt sends what waits for former URLs to the present one, accounts included."""
+    former = [place(home, dead_url(), 2, 50), place(home, dead_url(), 1, 20)]
+    accounts = home.waiting()[0].parent.parent / "accounts"
+    accounts.mkdir(mode=0o700)
+    (accounts / "0123456789abcdef.json").write_text("{}")
+    sent = former[0] + former[1] + place(home, receiver.url, 1)
+    ended = run(home, "flush", "--adopt", url=receiver.url)
+    assert ended.code == 0, ended.err
+    assert [ping["event_id"] for ping in receiver.pings] == sent
+    assert home.waiting() == []
+    (moved,) = home.state.glob("*/accounts/*.json")
+    assert moved.parent.parent != accounts.parent
+    assert stat.S_IMODE(moved.parent.stat().st_mode) == 0o700
+
+
+def test_flush_adopt_with_the_server_down(home):
+    """--adopt with the server down moves the pings and loses none."""
+    place(home, dead_url(), 2)
+    ended = run(home, "flush", "--adopt", url=dead_url())
+    assert ended.code == 1
+    assert "2 left" in ended.out
+    assert len(home.waiting()) == 2
+
+
+def test_flush_waits_for_a_sender(home):
+    """While a sender is at work flush waits; the ping is sent once."""
+    with Receiver(answer=lambda r: time.sleep(1) or 200) as receiver:
+        home.hook(event("Stop"), receiver.url)
+        receiver.wait_for(1)
+        ended = run(home, "flush", url=receiver.url)
+        home.quiet()
+        assert ended.code == 0
+        assert len(receiver.requests) == 1
+
+
+def test_the_repository_holds_the_installed_form(home):
+    """settings.example.json registers the same events as install does."""
+    run(home, "install")
+    example = commands_in(read(ROOT / "settings.example.json"))
+    assert [row[:2] for row in example] == [
+        row[:2] for row in commands_in(read(settings_path(home)))
+    ]

@@ -1,0 +1,235 @@
+"""The real Claude Code, set up by `install` and as a plugin: one ping per event."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import claude_code
+import pytest
+from claude_code import client, need, text, tool
+from support import ROOT, SCRIPT, TOKEN
+
+PLUGIN = "telemhq-ping@telemhq-ping"
+SAY = {
+    "WORK": [
+        [tool("Bash", command="echo CANARY_OUT")],
+        [tool("Bash", command="echo CANARY_ERR >&2; exit 3")],
+        [text("CANARY_DONE")],
+    ]
+}
+
+
+def without_url(world):
+    """Take the ping URL out of the client's environment."""
+    env = world.env()
+    del env["TELEMHQ_PING_URL"]
+    world.env = lambda: env
+
+
+def run_client(world, *arguments):
+    """Run a command of the client's; its output."""
+    ended = subprocess.run(
+        [client(), *arguments], env=world.env(), cwd=str(world.home.project),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=150,
+    )  # fmt: skip
+    said = ended.stdout.decode("utf-8", "replace")
+    assert ended.returncode == 0, said
+    return said
+
+
+def run_ours(world, *arguments):
+    """Run one of our commands; its output."""
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=world.env(), cwd=str(world.home.project), stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100,
+    )  # fmt: skip
+    return ended.returncode, ended.stdout.decode("utf-8")
+
+
+def doctor(world):
+    """doctor's status and output; its GET is no ping."""
+    told = run_ours(world, "doctor")
+    assert world.receiver.requests.pop().method == "GET"
+    return told
+
+
+def checkout(world):
+    """A checkout: the files that the repository keeps for a plugin."""
+    found = world.home.path / "checkout"
+    shutil.copytree(str(ROOT / ".claude-plugin"), str(found / ".claude-plugin"))
+    shutil.copy(str(SCRIPT), str(found))
+    return found
+
+
+# -- Set up by `install` ---------------------------------------------------------
+
+
+def play_installed(world):
+    """`install --url URL --tools`, a session, `doctor`, `uninstall`."""
+    without_url(world)
+    world.messages.script = SAY
+    told = {"install": run_ours(world, "install", "--url", world.receiver.url, "--tools")}
+    world.claude("WORK")
+    world.settle()
+    told["doctor"] = doctor(world)
+    told["uninstall"] = run_ours(world, "uninstall")
+    told["left"] = os.path.exists(str(world.home.path / ".claude" / "settings.json"))
+    return told
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What became of a session set up by `install`."""
+    return claude_code.run(play_installed, tmp_path_factory.mktemp("installed"))
+
+
+def test_what_install_writes_works(installed):
+    """With the settings that `install` writes, the real client's session sends its
+    pings, tool activity included; the URL comes from the settings' env block."""
+    assert installed.told["install"][0] == 0
+    assert [ping["event"] for ping in installed.pings] == [
+        "PostToolUse", "PostToolUseFailure", "Stop", "SessionEnd",
+    ]  # fmt: skip
+
+
+def test_the_client_notices_nothing_of_the_installed_hooks(installed):
+    """No hook of ours shows in a transcript as an error or with output."""
+    assert installed.noticed() == []
+
+
+def test_doctor_is_content_after_a_session(installed):
+    """After the session doctor finds nothing wrong, and prints no secret."""
+    code, said = installed.told["doctor"]
+    assert code == 0, said
+    assert TOKEN not in said
+
+
+def test_uninstall_after_a_session(installed):
+    """After the session uninstall removes settings and script."""
+    assert installed.told["uninstall"][0] == 0
+    assert installed.told["left"] is False
+
+
+# -- As a plugin -----------------------------------------------------------------
+
+
+def play_plugin(world, settings_too):
+    """The plugin, installed from a checkout; a session; a settings file beside it."""
+    without_url(world)
+    world.messages.script = SAY
+    run_client(world, "plugin", "marketplace", "add", str(checkout(world)))
+    run_client(
+        world, "plugin", "install", PLUGIN, "--config", "ping_url=" + world.receiver.url
+    )
+    told = {"first": world.claude("WORK")["session_id"]}
+    world.settle()
+    if settings_too:
+        run_ours(world, "install", "--url", world.receiver.url)
+        told["second"] = world.claude("WORK")["session_id"]
+        world.settle()
+        told["doctor"] = doctor(world)
+    return told
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory):
+    """What became of a session with the plugin, and of one with settings beside it."""
+    path = tmp_path_factory.mktemp("plugin")
+    return claude_code.run(play_plugin, path, settings_too=True)
+
+
+def test_the_plugin_sends_pings(plugin):
+    """Installed from a checkout, with the URL as its option, the plugin sends a ping
+    for each of its events; nothing else needs to be set up."""
+    pings = plugin.of(plugin.told["first"])
+    assert [ping["event"] for ping in pings] == ["Stop", "SessionEnd"]
+    assert pings[0]["total_tokens"] > 0
+    assert plugin.requests[0]["path"] == "/ping/" + TOKEN
+
+
+def test_with_settings_beside_the_plugin_each_event_is_one_ping(plugin):
+    """Where a settings file names the script as well, there is one ping per event."""
+    pings = plugin.of(plugin.told["second"])
+    assert [ping["event"] for ping in pings] == ["Stop", "SessionEnd"]
+
+
+def test_the_client_notices_nothing_of_the_plugin(plugin):
+    """No hook of the plugin shows in a transcript as an error or with output."""
+    assert plugin.noticed() == []
+
+
+def test_the_url_is_in_no_command_and_no_transcript(plugin):
+    """The URL's token is kept as a secret: in no command, no transcript, no settings
+    but the env block that `install --url` was told to write."""
+    rows = json.dumps(list(plugin.rows()))
+    assert "telemhq_ping.py" in rows  # a Stop's commands are in the transcript
+    assert TOKEN not in rows
+    for found in plugin.state().values():
+        assert TOKEN not in found
+    config = plugin.home / ".claude"
+    cached = [path for path in (config / "plugins").rglob("*.json")]
+    assert cached
+    assert not [path for path in cached if TOKEN in path.read_text("utf-8")]
+    hooks = json.loads((config / "settings.json").read_text("utf-8"))["hooks"]
+    assert TOKEN not in json.dumps(hooks)
+
+
+def test_doctor_knows_the_plugin(plugin):
+    """With settings beside the plugin doctor is content."""
+    code, said = plugin.told["doctor"]
+    assert code == 0, said
+
+
+# -- The plugin's files ----------------------------------------------------------
+
+
+def manifest(name):
+    """A file of .claude-plugin."""
+    return json.loads((ROOT / ".claude-plugin" / name).read_text("utf-8"))
+
+
+def test_the_client_finds_the_plugins_files_valid(tmp_path):
+    """`claude plugin validate` passes, for the marketplace and for the plugin."""
+    need([client(), "--version"], "no Claude Code: set TELEMHQ_TEST_CLAUDE to its path")
+    ended = subprocess.run(
+        [client(), "plugin", "validate", str(ROOT)],
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"], "DISABLE_TELEMETRY": "1",
+             "DISABLE_AUTOUPDATER": "1", "DISABLE_ERROR_REPORTING": "1",
+             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=100,
+    )  # fmt: skip
+    said = ended.stdout.decode("utf-8", "replace")
+    assert ended.returncode == 0, said
+    for event in manifest("plugin.json")["hooks"]:
+        assert "hooks: %s command" % event in said
+
+
+def test_the_plugin_registers_the_examples_events():
+    """The plugin's hooks are those of settings.example.json, from its own directory."""
+    example = json.loads((ROOT / "settings.example.json").read_text("utf-8"))["hooks"]
+    text = json.dumps(example).replace(
+        "~/.claude/hooks/telemhq_ping.py",
+        '\\"${CLAUDE_PLUGIN_ROOT}/telemhq_ping.py\\"',
+    )
+    assert manifest("plugin.json")["hooks"] == json.loads(text)
+
+
+def test_the_plugins_url_is_a_secret():
+    """The ping URL is a sensitive option, which the client keeps apart."""
+    option = manifest("plugin.json")["userConfig"]["ping_url"]
+    assert option["sensitive"] is True
+    assert {"type", "title", "description"} <= set(option)
+
+
+def test_the_versions_agree(script):
+    """Plugin and script are of one version; the marketplace names the plugin."""
+    found = manifest("plugin.json")
+    assert found["version"] == script.__version__
+    market = manifest("marketplace.json")
+    assert found["name"] + "@" + market["name"] == PLUGIN
+    assert [plugin["name"] for plugin in market["plugins"]] == [found["name"]]
