@@ -641,8 +641,9 @@ def count_message(account, row, relative, at):
     if message.get("stop_reason") not in (None, "tool_use") and (main or relative):
         account["final"].append(relative)
 
-def count_user(account, row, relative, at):
-    """Count a user row: failed tools; or note that a prompt begins a turn."""
+def count_user(account, row, relative, at, until):
+    """Count a user row: failed tools; or note that a prompt begins a turn. False when
+    that turn is a later event's."""
     content = row["message"].get("content")
     blocks = content if isinstance(content, list) else ()
     if any(block.get("type") == "tool_result" for block in blocks):
@@ -651,9 +652,12 @@ def count_user(account, row, relative, at):
             account["tool_failures"] += len(failed)
     elif not (relative or row.get("isSidechain") or row.get("isMeta")
               or row.get("isCompactSummary")):
+        if at > until - LAG_S:
+            return False
         if 0 < at <= account["prompt_by"]:
             make_history(account, at)
         account["prompts"] = account["prompts"][-7:] + [at]
+    return True
 
 def count_line(account, line, relative, until):
     """Count one line; False when it was stamped after `until`, seconds since 1970."""
@@ -668,7 +672,7 @@ def count_line(account, line, relative, until):
         if row["type"] == "assistant":
             count_message(account, row, relative, at)
         elif row["type"] == "user":
-            count_user(account, row, relative, at)
+            return count_user(account, row, relative, at, until)
         elif row["type"] == "cost-state" and not relative:
             used = row["modelUsage"].items()
             models = {name: counts_of(n, 1) for name, n in used if GATE["model"](name)}
@@ -831,12 +835,12 @@ def charge(base, path, record, ends, foreground):
         pass  # a full disk: a repeat finds the same charge in the account
     return ping
 
-def report_lost(base, path):
+def report_lost(base, path, ends):
     """One ping of what a session had used that ended without a word (kill -9, power).
     path: its account's; committed first, so that a crash cannot make two pings."""
     account = load_account(path) or {"ended": True, "owed": []}
     if not account["owed"] and not account["ended"]:
-        read_session(account, float("inf"), time.monotonic() + READ_S)
+        read_session(account, float("inf"), min(time.monotonic() + READ_S, ends))
         if summed(account["models"]):
             fields = dict(account["identity"], **take_usage(account))
             mark = fields["session_id"] + encode_json(account["reported"])
@@ -1153,7 +1157,7 @@ class Sender:
                 if quiet_s(path) > (UNFINISHED_S if name[0] == "." else ACCOUNT_MAX_S):
                     remove(path)
                 elif quiet_s(path) > QUIET_S:
-                    report_lost(self.base, path)
+                    report_lost(self.base, path, self.ends)
             except Exception as error:  # a broken account must not hide the others
                 self.log("an account is broken: %r" % error)
         self.save(swept_at=now)
@@ -1201,10 +1205,11 @@ def start_sender(lock, environ):
         except OSError:
             pass  # the listing's own
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+    how = {"file_actions": null, "setsigdef": [15]}  # SIGTERM, if our shell ignored it
     try:
-        os.posix_spawn(command[0], command, environ, file_actions=null, setsid=True)
+        os.posix_spawn(command[0], command, environ, setsid=True, **how)
     except NotImplementedError:  # the sender calls setsid() itself
-        os.posix_spawn(command[0], command, environ, file_actions=null)
+        os.posix_spawn(command[0], command, environ, **how)
 
 # -- Hook: what Claude Code runs -------------------------------------------------------
 
@@ -1301,7 +1306,9 @@ def deliver_here(destination, base, settings, ends, tell):
         if lock is None and time.monotonic() >= ends:
             raise Skipped("a sender is at work and has the ping; see sender.log")
         time.sleep(POLL_S if lock is None else 0)
-    Sender(destination, base, settings, ends, tell).one_pass()
+    sender = Sender(destination, base, settings, ends, tell)
+    sender.one_pass()
+    sender.sweep()
     drop_lock(lock)
 
 def hook(settings, tell):
@@ -1391,7 +1398,7 @@ CONFIG = absolute(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
 INSTALLED = os.path.join(CONFIG, "hooks", SCRIPT)
 EVENTS = {"Stop": None, "StopFailure": None, "SessionEnd": None}  # event: matcher
 TOOL_EVENTS = {"PostToolUse": "Bash|Edit|MultiEdit|Write", "PostToolUseFailure": None}
-NAMED = re.compile(r"(.*[\s/\\'\"])?telemhq_ping\.py([\s'\"]|$)")  # in a command
+NAMED = re.compile(r"(?s)(.*[\s/\\'\"])?telemhq_ping\.py([\s'\"]|$)")  # in a command
 ALONE = re.compile(  # a command that is: [PYTHON [-OPTION ...]] SCRIPT [|| true]
     r"({0}\bpy[\w.-]*['\"]?(\s+-\w+)*\s+)?{0}\btelemhq_ping\.py['\"]?(\s*\|\|\s*true)?$"
     .format(r"('[^']*|\"[^\"]*|[^\s;&|='\"]*)"))
@@ -1422,8 +1429,7 @@ def read_settings(path):
     except FileNotFoundError:
         return None, {}
     except Exception as error:
-        reason = getattr(error, "strerror", "") or "no valid settings: %r" % error
-        raise Skipped("%s is left as it is: %s" % (path, reason)) from None
+        raise Skipped("%s is left as it is, no settings: %r" % (path, error)) from None
 
 def effective_settings():
     """Settings as a hook has them here; `files`: {path: dict} of the settings files."""
@@ -1510,8 +1516,7 @@ def install(options):
     path, settings = settings_file(options.project), effective_settings()
     raw, before = read_settings(path)
     if options.url is not None:
-        settings = Settings(dict(settings.environ, TELEMHQ_PING_URL=options.url))
-        find_destination(settings)
+        find_destination(Settings(dict(settings.environ, TELEMHQ_PING_URL=options.url)))
     after = with_ours(before, options.url, options.tools)
     show_diff(path, before, after)
     if not options.dry_run:
@@ -1522,9 +1527,8 @@ def install(options):
             write_file(target, script)
         os.chmod(target, 0o700)
         print("Installed: %s names %s." % (path, INSTALLED))
-    if not settings.url:
+    if not (options.url or settings.url):
         print("Now export TELEMHQ_PING_URL, or run install again with --url.")
-    return 0
 
 def restore(path):
     """Take ours out of a settings file; the backups go: they may hold ping URLs."""
@@ -1555,7 +1559,7 @@ def uninstall(options):
     for name in (path, settings_file(None)):
         if hooks_in(read_settings(name)[1], NAMED):
             print("%s still names the script: it stays, with its state." % name)
-            return 0
+            return
     for base in outboxes(state_dir):
         shutil.rmtree(base)
     remove(INSTALLED)
@@ -1563,7 +1567,6 @@ def uninstall(options):
         with contextlib.suppress(OSError):  # not empty
             os.rmdir(os.path.normpath(directory))
     print("Removed.")
-    return 0
 
 def outboxes(state_dir):
     """{a destination's directory: names of the pings that wait there, oldest first}."""
@@ -1602,12 +1605,11 @@ def adopt(state_dir, base):
 
 def doctor(options):
     """Check all that lies between an event and the tracker; say what to do."""
-    settings, well = effective_settings(), True
-    for good, text, remedy in (
-            *check_hooks(settings), *check_url(settings), *check_state(settings)):
-        well = well and good
+    settings = effective_settings()
+    lines = *check_hooks(settings), *check_url(settings), *check_state(settings)
+    for good, text, remedy in lines:
         print("✓ " + text if good else "✗ %s: %s" % (text, remedy))
-    return 0 if well else 1
+    return 0 if all(good for good, _, _ in lines) else 1
 
 def check_hooks(settings):
     """Yields whether each event runs the script, and whether that works."""
@@ -1644,12 +1646,11 @@ def check_url(settings):
     except Skipped as error:
         yield False, "ping URL", str(error)
         return
-    yield True, "ping URL at " + origin(url), ""
     get = argparse.Namespace(open=lambda request, timeout: make_opener(url).open(
         urllib.request.Request(url, headers=request.headers), timeout=timeout))
     verdict, what, _, _ = post(get, url, telemhq(url).headers, None, settings.timeout_s)
     good = verdict in (DELIVERED, REFUSED) or what == "HTTP 405"  # 405: it takes POSTs
-    yield good, "tracker answers a GET", in_words(what)
+    yield good, "tracker at %s answers a GET" % origin(url), in_words(what)
 
 def check_state(settings):
     """Yields whether all is well on disk: what waits, what failed, what was lost."""
@@ -1681,12 +1682,10 @@ def check_state(settings):
 
 SAMPLES = {  # what Claude Code sends with some events, beside what it always sends
     "SessionStart": {"source": "startup", "model": "claude-opus-5-5"},
-    "PostToolUse": {
-        "tool_name": "Bash", "tool_use_id": "toolu_01", "duration_ms": 25,
-        "tool_input": {"command": "cat notes"}, "tool_response": {"stdout": "hunter2"}},
-    "PostToolUseFailure": {
-        "tool_name": "Bash", "tool_use_id": "toolu_02", "is_interrupt": False,
-        "tool_input": {"command": "./deploy"}, "error": "Exit code 3\nno /home/you/a"},
+    "PostToolUse": {"tool_name": "Bash", "tool_input": {"command": "cat notes"},
+                    "tool_response": {"stdout": "hunter2"}, "duration_ms": 25},
+    "PostToolUseFailure": {"tool_name": "Bash", "tool_input": {"command": "./deploy"},
+                           "error": "Exit code 3\nno /home/you/acme/key"},
     "Stop": {"last_assistant_message": "It is hunter2.", "stop_hook_active": False},
     "StopFailure": {"error": "rate_limit", "last_assistant_message": "API Error: 429"},
     "SessionEnd": {"reason": "prompt_input_exit"}}
@@ -1697,7 +1696,7 @@ def sample(name, transcript):
                 session_id="5e551011-0000-4000-8000-0000000000", cwd="/home/you/acme")
 
 def preview(options):
-    """Print the ping that an event (on stdin, or a sample) would make; send nothing."""
+    """Print the ping that an event (stdin, or a sample) makes, without its tokens."""
     sampled = options.event and encode_json(sample(options.event, "/x.jsonl")).encode()
     raw, settings = sampled or sys.stdin.buffer.read(), effective_settings()
     event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
@@ -1706,13 +1705,9 @@ def preview(options):
     ping = make_ping(
         event, settings, project_of(event, settings), time.time_ns(), len(raw))
     print(json.dumps(ping, indent=2))
-    if local_of(event, settings, ping) and ping.get("event") in USAGE_EVENTS:
-        print("The sender adds token counts from the transcript.", file=sys.stderr)
-    return 0
 
 class Receiver(http.server.BaseHTTPRequestHandler):
     """Takes pings and says 200. arrived: (when, ping)s."""
-
     arrived, log_message = queue.Queue(), lambda *_: None
 
     def do_POST(self):
@@ -1749,14 +1744,13 @@ def demo(options):
         server, state_dir = receive(0), os.path.join(directory, "state")
         port, transcript = server.server_address[1], os.path.join(directory, "x.jsonl")
         environ = {"HOME": directory, "TELEMHQ_STATE_DIR": state_dir,
-                   "TELEMHQ_PING_URL": "http://127.0.0.1:%d/ping/demo" % port,
-                   "SYSTEMROOT": os.environ.get("SYSTEMROOT", "")}
+                   "TELEMHQ_PING_URL": "http://127.0.0.1:%d/ping/demo" % port}
+        model, now = SAMPLES["SessionStart"]["model"], iso_time(time.time_ns())
         usage, ledger = (dict.fromkeys(names, 400) for names in zip(*COUNTS.values()))
-        write_file(transcript, "\n".join(map(encode_json, (
-            {"type": "assistant", "timestamp": iso_time(time.time_ns()), "message": {
-                "id": "m", "model": "claude", "stop_reason": "end_turn", "usage": usage}},
-            {"type": "cost-state", "totalCostUSD": 0.02, "modelUsage": {"claude": ledger}},
-            []))).encode())
+        rows = ({"type": "assistant", "timestamp": now, "message": {
+            "id": "msg_01", "model": model, "stop_reason": "end_turn", "usage": usage}},
+            {"type": "cost-state", "totalCostUSD": 0.02, "modelUsage": {model: ledger}})
+        write_file(transcript, "".join(encode_json(r) + "\n" for r in rows).encode())
         for name in SAMPLES:
             show(name, transcript, environ)
         print("Now the receiver goes away; a second after the next event it is back.\n")
@@ -1768,15 +1762,11 @@ def demo(options):
         while take_lock(list(outboxes(state_dir))[0]) is None:
             time.sleep(POLL_S)
         time.sleep(0.2)  # the sender ends after it has given the lock back
-    return 0
-
-ARGUMENTS = {"event": {"nargs": "?", "choices": list(SAMPLES)}, "--url": {},
-             "--project": {"metavar": "DIR"}}
 
 def main(arguments):
     """Run a command; the exit status."""
-    if sys.version_info < (3, 8):
-        sys.exit(SCRIPT + " needs Python 3.8 or newer")
+    if sys.version_info < (3, 8) or not CONFIG:
+        sys.exit(SCRIPT + " needs Python 3.8 or newer, and a home directory")
     os.umask(0o077)
     sys.stdout.reconfigure(errors="replace")  # a terminal that knows no ✓
     parser = argparse.ArgumentParser(
@@ -1791,12 +1781,12 @@ def main(arguments):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
         for name in names.split():
-            command.add_argument(name, **ARGUMENTS.get(name, {"action": "store_true"}))
+            command.add_argument(name, **{
+                "event": {"nargs": "?", "choices": list(SAMPLES)}, "--url": {},
+                "--project": {"metavar": "DIR"}}.get(name, {"action": "store_true"}))
     options = parser.parse_args(arguments or ["--help"])
     try:
-        if not CONFIG:
-            raise Skipped("there is no home directory; set HOME")
-        return options.run(options)
+        return options.run(options) or 0
     except (Skipped, OSError, EOFError, ValueError, queue.Empty) as error:
         print("%s: %s" % (SCRIPT, error or "a ping did not arrive"), file=sys.stderr)
         return 1

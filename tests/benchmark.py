@@ -143,8 +143,9 @@ def spawn(command, env):
     return pid, write
 
 
-def wall_s(command, env, stdin, at_once=1):
-    """Seconds from the start of `at_once` such commands to the end of the last."""
+def wall_and_cpu_s(command, env, stdin, at_once=1):
+    """Seconds from the start of `at_once` such commands to the end of the last, and
+    what they took of the CPU."""
     begun = time.perf_counter()
     started = [spawn(command, env) for _ in range(at_once)]
     for _, write in started:
@@ -152,9 +153,12 @@ def wall_s(command, env, stdin, at_once=1):
         while left:
             left = left[os.write(write, left) :]
         os.close(write)
+    cpu = 0
     for pid, _ in started:
-        assert os.waitpid(pid, 0)[1] == 0, command
-    return time.perf_counter() - begun
+        _, status, used = os.wait4(pid, 0)
+        assert status == 0, command
+        cpu += used.ru_utime + used.ru_stime
+    return time.perf_counter() - begun, cpu
 
 
 def measured(command, env):
@@ -195,15 +199,17 @@ class Table:
 
 
 class Variant:
-    """One thing to measure again and again; `walls` are its times."""
+    """One thing to measure again and again; `walls`, `cpus` its times."""
 
     def __init__(self, command, env, stdin, home=None, at_once=1, keep=0):
         self.command, self.env, self.stdin, self.home = command, env, stdin, home
-        self.at_once, self.keep, self.walls = at_once, keep, []
+        self.at_once, self.keep, self.walls, self.cpus = at_once, keep, [], []
 
     def run(self):
         """Measure once, then put everything back, outside of the measured time."""
-        self.walls.append(wall_s(self.command, self.env, self.stdin, self.at_once))
+        wall, cpu = wall_and_cpu_s(self.command, self.env, self.stdin, self.at_once)
+        self.walls.append(wall)
+        self.cpus.append(cpu)
         if not self.home:
             return
         if self.keep is None:  # a server that answers: the sender ends by itself
@@ -249,6 +255,7 @@ def measure_hook(table, top, runs):
     for variant in order:  # once to warm up: makes directories, fills caches
         variant.run()
         variant.walls.clear()
+        variant.cpus.clear()
     for _ in range(runs):
         random.shuffle(order)
         for variant in order:
@@ -263,6 +270,8 @@ def measure_hook(table, top, runs):
     table.row("the hook, ms", one["hook"] * 1e3, "%.1f")
     hook_s = one["hook"]
     table.most("hook / python3 -I -S -c pass", hook_s / one["bare"], "%.2f", 3, "2.3")
+    cpu = median(variants["hook"].cpus) / median(variants["bare"].cpus)
+    table.row("the same in CPU time, which a busy machine blurs less", cpu, "%.2f")
     what = "hook / the same job done synchronously"
     table.most(what, hook_s / one["sync"], "%.2f", 0.5, "0.35")
     for name, what in (
@@ -412,6 +421,11 @@ def measure_usage(table, top, runs, large_mb):
                 rate / 1e6, "%.0f", 300)  # fmt: skip
     peak = max(peak for _, _, peak in firsts[large_mb])
     table.most("its peak memory, MB", peak / 1e6, "%.1f", 60)
+    small_cpu, large_cpu = (
+        median(cpu for _, cpu, _ in firsts[size_mb]) for size_mb in (1, large_mb)
+    )
+    rate = rate * (large - small) / (large_cpu - small_cpu)
+    table.row("the same per second of CPU time, MB/s", rate / 1e6, "%.0f")
     table.row("the whole sender over 1 MB, ms", small * 1e3, "%.0f")
     table.row("the pings' tokens are those of the transcripts", agree, "%s")
     jq = shutil.which("jq")

@@ -39,7 +39,7 @@ PARTS = ["forked", "met later", "killed", "killed and resumed"]
 
 
 def play_all(world, more):
-    """Every kind of session, one after the other; their ids, by name."""
+    """Every kind of session, one after the other; their results, by name."""
     example = json.loads(claude_code.EXAMPLE.read_text("utf-8"))
     world.messages.script = SCRIPT
     met = world.claude("TOOLS")["session_id"]
@@ -109,7 +109,6 @@ def seen(request, tmp_path_factory):
 def play_session_end_alone(world):
     """Sessions of people who want one ping each; their results, by name."""
     world.messages.script = SCRIPT
-    world.install()
     met = world.claude("TOOLS")["session_id"]
     world.messages.bill.clear()
     world.install(hooks("SessionEnd"))

@@ -1,5 +1,6 @@
 """The commands, as a person runs them, each in a fresh HOME."""
 
+import fcntl
 import json
 import os
 import pty
@@ -17,10 +18,12 @@ from support import (
     TOKEN,
     Home,
     Receiver,
+    Wire,
     dead_url,
     event,
     place,
     pythons,
+    read_request,
     wait_until,
 )
 
@@ -184,7 +187,7 @@ def test_it_says_that_an_old_python_will_not_do(home):
 
 
 def test_a_terminal_without_unicode_is_no_reason_to_fail(home, receiver):
-    """Where a check mark cannot be printed, doctor still reports and exits by result."""
+    """Where a check mark cannot be printed, doctor still reports."""
     run(home, "install", "--url", receiver.url)
     ended = run(home, "doctor", PYTHONIOENCODING="ascii")
     assert ended.code == 0, ended.out + ended.err
@@ -214,7 +217,7 @@ def test_without_a_home_it_says_so(home):
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"Stop"', b"\xff\xfe{}"])
 def test_hook_mode_never_exits_2(home, raw):
-    """Without arguments it is the hook: whatever stands on stdin, exit 0 and silence."""
+    """Without arguments it is the hook: whatever comes on stdin, exit 0 and silence."""
     done = home.hook(raw)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
@@ -236,7 +239,8 @@ def demonstration(tmp_path_factory):
 def shown(ended):
     """{event: ping} of the first ping of each event in a demo's output."""
     found = {}
-    for name, body in re.findall(r"(?m)^(\w+): .*\n.*\n  left: ((?:.|\n)*?\n  \})", ended.out):
+    ping = r"(?m)^(\w+): .*\n.*\n  left: ((?:.|\n)*?\n  \})"
+    for name, body in re.findall(ping, ended.out):
         found.setdefault(name, json.loads(body))
     return found
 
@@ -278,7 +282,7 @@ def test_demo_shows_what_stays_home(demonstration):
 
 
 def test_demo_shows_times_and_survives_an_outage(demonstration):
-    """The demo gives the milliseconds of each event; one is delivered after an outage."""
+    """The demo gives the times of each event; one is delivered after an outage."""
     _, _, ended = demonstration
     times = re.findall(r"(\d+) ms in the hook, delivered after (\d+) ms", ended.out)
     assert len(times) == 7
@@ -288,7 +292,7 @@ def test_demo_shows_times_and_survives_an_outage(demonstration):
 
 
 def test_demo_leaves_nothing_behind(demonstration):
-    """After the demo HOME is as before, the temporary directory empty, no sender alive."""
+    """After the demo HOME and TMPDIR are as before, and no sender is alive."""
     home, before, _ = demonstration
     assert tree(home.path) == before
     assert home.processes() == []
@@ -319,7 +323,7 @@ def test_preview_has_samples(home):
     ended = run(home, "preview", "Stop")
     assert ended.code == 0
     assert json.loads(ended.out)["event"] == "Stop"
-    assert "token counts" in ended.err
+    assert ended.err == ""
     assert not (home.path / ".claude").exists()
 
 
@@ -335,7 +339,7 @@ def test_preview_of_no_event_fails(home, raw):
     ended = run(home, "preview", sent=raw)
     assert ended.code == 1
     assert ended.out == ""
-    assert "event" in ended.err
+    assert ended.err.startswith("telemhq_ping.py: ")
 
 
 # -- install ---------------------------------------------------------------------
@@ -398,18 +402,26 @@ def test_install_does_not_depend_on_the_umask(home, umask):
     """Whatever the umask, what install makes is for its user only."""
     before = os.umask(umask)
     try:
-        run(home, "install", "--url", URL)
+        config = home.path / "new" / "config"
+        run(home, "install", "--url", URL, CLAUDE_CONFIG_DIR=config)
     finally:
         os.umask(before)
-    for name, (mode, _) in tree(home.path / ".claude").items():
+    assert (config / "settings.json").exists()
+    for name, (mode, _) in tree(home.path).items():
+        if name.startswith("acme"):
+            continue
         assert mode & 0o077 == 0, name
 
 
 @pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
 def test_install_keeps_everything_else(home, raw):
-    """Order, meaning, unicode, indent, line ends and mode of the settings stay."""
+    """Order, meaning, unicode, indent, line ends and mode of the settings stay. A
+    second run changes nothing. After a third with another URL, and uninstall, HOME is
+    as it was, byte for byte and mode for mode."""
     path = write_settings(home, raw)
     path.chmod(0o640)
+    path.parent.chmod(0o755)
+    at_first = tree(home.path)
     before = json.loads(raw.decode("utf-8-sig")) if raw.strip() else {}
     ended = run(home, "install", "--url", URL)
     assert ended.code == 0, ended.err
@@ -433,35 +445,15 @@ def test_install_keeps_everything_else(home, raw):
     )
     if "日本".encode() in raw:
         assert "日本語 \U0001f600 naïve".encode() in new
-
-
-@pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
-def test_a_second_install_changes_nothing(home, raw):
-    """The second run leaves every file alone, and prints no diff."""
-    write_settings(home, raw)
-    run(home, "install", "--url", URL, "--tools")
-    before = tree(home.path)
-    times = settings_path(home).stat().st_mtime_ns, installed(home).stat().st_mtime_ns
-    ended = run(home, "install", "--url", URL, "--tools")
-    assert ended.code == 0
-    assert "+++" not in ended.out
-    assert tree(home.path) == before
-    assert times == (
-        settings_path(home).stat().st_mtime_ns, installed(home).stat().st_mtime_ns
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
-def test_uninstall_is_the_inverse(home, raw):
-    """install and uninstall leave a HOME as it was, byte for byte and mode for mode."""
-    write_settings(home, raw).chmod(0o644)
-    settings_path(home).parent.chmod(0o755)
-    before = tree(home.path)
-    for url in URL, URL + "X":
-        assert run(home, "install", "--url", url, "--tools").code == 0
-    ended = run(home, "uninstall")
-    assert ended.code == 0, ended.err
-    assert tree(home.path) == before
+    after, files = tree(home.path), (path, installed(home))
+    times = [file.stat().st_mtime_ns for file in files]
+    ended = run(home, "install", "--url", URL)
+    assert ended.code == 0 and "+++" not in ended.out
+    assert tree(home.path) == after
+    assert times == [file.stat().st_mtime_ns for file in files]
+    assert run(home, "install", "--url", URL + "X", "--tools").code == 0
+    assert run(home, "uninstall").code == 0
+    assert tree(home.path) == at_first
 
 
 def test_install_makes_a_backup(home):
@@ -508,15 +500,15 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED.keys())
-@pytest.mark.parametrize("command", ["install", "uninstall"])
-def test_malformed_settings_are_refused(home, raw, command):
+def test_malformed_settings_are_refused(home, raw):
     """What is no valid settings file is left alone: exit 1, and its name is told."""
     path = write_settings(home, raw)
     before = tree(home.path)
-    ended = run(home, command)
-    assert ended.code == 1
-    assert str(path) in ended.err
-    assert tree(home.path) == before
+    for command in "install", "uninstall":
+        ended = run(home, command)
+        assert ended.code == 1
+        assert str(path) in ended.err
+        assert tree(home.path) == before
 
 
 def test_read_only_settings_are_refused(home):
@@ -552,12 +544,13 @@ THEIRS = [
     "cd /tmp; python3 ~/.claude/hooks/telemhq_ping.py",
     "python3 ~/.claude/hooks/telemhq_ping.py | tee log",
     "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py",
+    "cd /tmp\npython3 ~/.claude/hooks/telemhq_ping.py",
 ]
 
 
-@pytest.mark.parametrize("command", THEIRS)
+@pytest.mark.parametrize("command", THEIRS[:4])
 def test_other_peoples_hooks_are_never_touched(home, command):
-    """Neither install, nor an upgrade, nor uninstall changes a hook that is not ours."""
+    """Neither install nor uninstall changes a hook that is not ours."""
     hook = {"type": "command", "command": command, "timeout": 3, "extra": [1]}
     theirs = {"Stop": [{"hooks": [hook]}], "PreToolUse": [{"hooks": [hook]}]}
     write_settings(home, {"hooks": theirs})
@@ -570,10 +563,10 @@ def test_other_peoples_hooks_are_never_touched(home, command):
     assert read(settings_path(home)) == {"hooks": theirs}
 
 
-def test_a_hook_that_runs_the_script_its_own_way_is_enough(home):
+@pytest.mark.parametrize("command", THEIRS[-4:])
+def test_a_hook_that_runs_the_script_its_own_way_is_enough(home, command):
     """Where a person's command runs the script, none is added: one ping, not two. With
     it there, uninstall leaves the script, and says so."""
-    command = "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py"
     hooks = {"Stop": [{"hooks": [{"type": "command", "command": command}]}]}
     write_settings(home, {"hooks": hooks})
     run(home, "install")
@@ -599,7 +592,8 @@ def test_an_upgrade_replaces_only_our_commands(home, command):
     mine = {"type": "command", "command": command, "note": "kept"}
     neighbour = {"type": "command", "command": "~/bin/notify"}
     group = {"matcher": "*", "hooks": [neighbour, mine, neighbour]}
-    write_settings(home, {"hooks": {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}})
+    hooks = {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}
+    write_settings(home, {"hooks": hooks})
     installed(home).parent.mkdir()
     installed(home).write_text("old")
     assert run(home, "install").code == 0
@@ -646,7 +640,8 @@ OLD_URLS = [
 def test_the_diff_masks_the_urls(home, old):
     """The diff shows no more of the old URL, and of the new one, than the host."""
     command = "TELEMHQ_PING_URL='https://h.invalid/ping/%s' python3 x" % TOKEN
-    raw = '{"env": {"A": "1", "TELEMHQ_PING_URL": %s, "Z": "2"}, "hooks": {"Stop": [' % old
+    raw = '{"env": {"A": "1", "TELEMHQ_PING_URL": %s, "Z": "2"}, ' % old
+    raw += '"hooks": {"Stop": ['
     raw += '{"hooks": [{"type": "command", "command": %s}]}]}}' % json.dumps(command)
     write_settings(home, raw.encode())
     ended = run(home, "install", "--url", URL)  # `run` looks for the token
@@ -654,7 +649,6 @@ def test_the_diff_masks_the_urls(home, old):
     assert re.search(r"(?m)^-.*TELEMHQ_PING_URL", ended.out)
     assert "https://tracker.invalid" in ended.out
     assert read(settings_path(home))["env"]["TELEMHQ_PING_URL"] == URL
-    assert run(home, "uninstall").code == 0
 
 
 @pytest.mark.parametrize(
@@ -739,7 +733,8 @@ def test_claude_config_dir_is_honoured(home):
 def test_the_command_avoids_a_virtual_environment(home, tmp_path):
     """Run by a virtual environment's Python, install names the Python behind it."""
     made = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(made)], check=True)
+    make = [sys.executable, "-m", "venv", "--without-pip", str(made)]
+    subprocess.run(make, check=True)
     ended = run(home, "install", python=made / "bin" / "python")
     assert ended.code == 0, ended.err
     command = commands_in(read(settings_path(home)))[0][2]
@@ -776,7 +771,7 @@ def test_the_installed_command_sends_pings(home, receiver):
 
 
 def test_the_installed_command_never_blocks(home):
-    """With the script gone, the command still exits 0: exit 2 would block Claude Code."""
+    """With the script gone, the command exits 0: 2 would block Claude Code."""
     run(home, "install")
     command = commands_in(read(settings_path(home)))[0][2]
     installed(home).unlink()
@@ -787,7 +782,7 @@ def test_the_installed_command_never_blocks(home):
 
 
 def test_install_says_what_is_missing(home):
-    """Without any URL, install says what to do next; with one in the environment not."""
+    """Without any URL, install says what to do next."""
     assert "export TELEMHQ_PING_URL" in run(home, "install").out
     assert "export TELEMHQ_PING_URL" not in run(home, "install", url=URL).out
 
@@ -919,9 +914,10 @@ def test_doctor_is_content(well, receiver):
     assert (code, bad) == (0, "")
     for words in (
         *("hook for " + name for name in EVENTS), str(settings_path(well)),
-        SCRIPT.name, sys.executable, "interpreter", "http://127.0.0.1:%d" % receiver.port,
-        "tracker answers a GET", "state directory " + str(well.state), "0 pings wait",
-        "back-off: none", "last delivery: 2",
+        SCRIPT.name, sys.executable, "interpreter",
+        "tracker at http://127.0.0.1:%d answers a GET" % receiver.port,
+        "state directory " + str(well.state), "0 pings wait", "back-off: none",
+        "last delivery: 2",
     ):  # fmt: skip
         assert words in good
     assert [request.method for request in receiver.requests] == ["POST", "GET"]
@@ -1031,7 +1027,8 @@ def test_doctor_sees_ignored_variables(well):
 
 
 ANSWERS = {
-    404: "the tracker answered 404: the token in TELEMHQ_PING_URL is wrong or was revoked",
+    404: "the tracker answered 404: the token in TELEMHQ_PING_URL is wrong or was "
+    "revoked",
     401: "the tracker answered 401",
     410: "the tracker answered 410: the tracker was deleted",
     301: "the tracker answered 301: it has moved",
@@ -1056,9 +1053,8 @@ def test_doctor_takes_any_good_answer(well, receiver, status):
 def test_doctor_sees_a_dead_host(home):
     """Where nothing listens, doctor says so."""
     run(home, "install", "--url", dead_url())
-    _, good, bad = diagnosis(home)
-    assert "Connection refused" in bad
-    assert "ping URL at http://127.0.0.1" in good
+    bad = diagnosis(home)[2]
+    assert "tracker at http://127.0.0.1" in bad and "Connection refused" in bad
 
 
 @pytest.mark.parametrize("age_s, fine", [(10, True), (400, False)])
@@ -1067,7 +1063,8 @@ def test_doctor_minds_only_old_pings(well, receiver, age_s, fine):
     place(well, receiver.url, 2, age_s)
     code, good, bad = diagnosis(well)
     assert code == (0 if fine else 1)
-    assert "2 pings wait, the oldest for %d min" % (age_s // 60) in (good if fine else bad)
+    told = "2 pings wait, the oldest for %d min" % (age_s // 60)
+    assert told in (good if fine else bad)
 
 
 def test_doctor_tells_of_a_back_off(well, receiver):
@@ -1188,7 +1185,7 @@ def test_flush_without_a_url_fails(home):
 
 def test_flush_counts_refused_pings_apart(home):
     """A ping that the tracker refuses is not called delivered."""
-    with Receiver(answer=lambda r: 422 if len(receiver.requests) == 1 else 200) as receiver:
+    with Receiver(lambda _: 422 if len(receiver.requests) == 1 else 200) as receiver:
         place(home, receiver.url, 2)
         ended = run(home, "flush", url=receiver.url)
     assert ended.code == 0
@@ -1198,9 +1195,16 @@ def test_flush_counts_refused_pings_apart(home):
 
 def test_a_flush_that_hangs_says_so(home):
     """When the watchdog ends a flush, what it said is printed, and it exits 1."""
-    with Receiver(answer=lambda r: time.sleep(20) or 200) as receiver:
-        place(home, receiver.url, 1)
-        ended = run(home, "flush", url=receiver.url, TELEMHQ_TIMEOUT=1)
+
+    def drip(connection):
+        read_request(connection)
+        for _ in range(100):
+            connection.sendall(b"H")
+            time.sleep(0.2)
+
+    with Wire(drip) as wire:
+        place(home, wire.url, 1)
+        ended = run(home, "flush", url=wire.url, TELEMHQ_TIMEOUT=1)
     assert ended.code == 1
     assert len(home.waiting()) == 1
     assert ended.out
@@ -1215,7 +1219,7 @@ def test_flush_leaves_former_urls_alone(home, receiver):
 
 
 def test_flush_adopt_moves_former_pings(home, receiver):
-    """--adopt sends what waits for former URLs to the present one, accounts included."""
+    """--adopt sends what waits for former URLs to the present one, with accounts."""
     former = [place(home, dead_url(), 2, 50), place(home, dead_url(), 1, 20)]
     accounts = home.waiting()[0].parent.parent / "accounts"
     accounts.mkdir(mode=0o700)
@@ -1237,6 +1241,17 @@ def test_flush_adopt_with_the_server_down(home):
     assert ended.code == 1
     assert "2 left" in ended.out
     assert len(home.waiting()) == 2
+
+
+def test_flush_adopt_leaves_a_sender_at_work_alone(home, receiver):
+    """While a sender of the former URL is at work, --adopt moves nothing: exit 1."""
+    place(home, dead_url(), 1)
+    with open(str(home.waiting()[0].parent.parent / "lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = run(home, "flush", "--adopt", url=receiver.url)
+    assert ended.code == 1
+    assert "a sender is at work" in ended.err
+    assert receiver.requests == [] and len(home.waiting()) == 1
 
 
 def test_flush_waits_for_a_sender(home):

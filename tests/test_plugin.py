@@ -72,7 +72,8 @@ def play_installed(world):
     """`install --url URL --tools`, a session, `doctor`, `uninstall`."""
     without_url(world)
     world.messages.script = SAY
-    told = {"install": run_ours(world, "install", "--url", world.receiver.url, "--tools")}
+    asked = "install", "--url", world.receiver.url, "--tools"
+    told = {"install": run_ours(world, *asked)}
     world.claude("WORK")
     world.settle()
     told["doctor"] = doctor(world)
@@ -142,10 +143,15 @@ def plugin(tmp_path_factory):
     return claude_code.run(play_plugin, path, settings_too=True)
 
 
+def of(plugin, which):
+    """The pings of one of the two sessions."""
+    return [p for p in plugin.pings if p["session_id"] == plugin.told[which]]
+
+
 def test_the_plugin_sends_pings(plugin):
     """Installed from a checkout, with the URL as its option, the plugin sends a ping
     for each of its events; nothing else needs to be set up."""
-    pings = plugin.of(plugin.told["first"])
+    pings = of(plugin, "first")
     assert [ping["event"] for ping in pings] == ["Stop", "SessionEnd"]
     assert pings[0]["total_tokens"] > 0
     assert plugin.requests[0]["path"] == "/ping/" + TOKEN
@@ -153,7 +159,7 @@ def test_the_plugin_sends_pings(plugin):
 
 def test_with_settings_beside_the_plugin_each_event_is_one_ping(plugin):
     """Where a settings file names the script as well, there is one ping per event."""
-    pings = plugin.of(plugin.told["second"])
+    pings = of(plugin, "second")
     assert [ping["event"] for ping in pings] == ["Stop", "SessionEnd"]
 
 
@@ -197,8 +203,9 @@ def test_the_client_finds_the_plugins_files_valid(tmp_path):
     need([client(), "--version"], "no Claude Code: set TELEMHQ_TEST_CLAUDE to its path")
     ended = subprocess.run(
         [client(), "plugin", "validate", str(ROOT)],
-        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"], "DISABLE_TELEMETRY": "1",
-             "DISABLE_AUTOUPDATER": "1", "DISABLE_ERROR_REPORTING": "1",
+        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"],
+             "DISABLE_TELEMETRY": "1", "DISABLE_AUTOUPDATER": "1",
+             "DISABLE_ERROR_REPORTING": "1",
              "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         timeout=100,

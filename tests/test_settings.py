@@ -295,6 +295,26 @@ def test_a_bad_url_is_no_destination(script, url):
             script.find_destination(script.Settings(environ))
 
 
+@pytest.mark.parametrize(
+    "url, word",
+    (
+        ("https://user:password@telemhq.com/", "user:password@"),
+        ("https://user@telemhq.com/", "user:password@"),
+        ("ftp://telemhq.com/", "https://"),
+        ("telemhq.com/ping/x", "https://"),
+        ("https:///ping/x", "host"),
+        ("https://telemhq.com:0/", "port"),
+        ("https://telemhq.com/a b", "space"),
+        ("https://telemhq.com/\r\nX: y", "space"),
+        ("http://telemhq.com/", "TELEMHQ_ALLOW_HTTP=1"),
+    ),
+)
+def test_a_bad_url_is_refused_with_a_clear_reason(script, url, word):
+    """Debug mode and doctor say what is wrong with the URL."""
+    with pytest.raises(script.Skipped, match=re.escape(word)):
+        script.find_destination(script.Settings({"TELEMHQ_PING_URL": url}))
+
+
 @pytest.mark.parametrize("url", HTTP_ELSEWHERE)
 def test_http_elsewhere_needs_to_be_allowed(script, url):
     """A token never travels in the clear, unless TELEMHQ_ALLOW_HTTP=1 says it may."""
