@@ -299,8 +299,8 @@ class Destination:
 
     def directory(self, state_dir):
         """Its own directory; the name does not tell the URL."""
-        short = sha256_hex(self.url.encode("utf-8", "surrogateescape"))[:12]
-        return os.path.join(state_dir, self.kind + "-" + short)
+        short = sha256_hex(self.url.encode())[:12]
+        return os.path.join(state_dir or "", self.kind + "-" + short)
 
 def telemhq(url):
     """TelemHQ: the body is the ping, the token is in the URL's path (public docs)."""
@@ -1180,6 +1180,8 @@ def run_sender(lock, settings):
     sender = Sender(destination, base, settings, ends, lambda _: None)
     try:
         sender.live(lock if ours else take_lock(base))
+    except FileNotFoundError:
+        pass  # the state was removed meanwhile
     except Exception as error:  # back off, or every hook would start one that fails
         sender.fail((RETRY, "internal error: " + type(error).__name__, None))
 
@@ -1399,9 +1401,9 @@ INSTALLED = os.path.join(CONFIG, "hooks", SCRIPT)
 EVENTS = {"Stop": None, "StopFailure": None, "SessionEnd": None}  # event: matcher
 TOOL_EVENTS = {"PostToolUse": "Bash|Edit|MultiEdit|Write", "PostToolUseFailure": None}
 NAMED = re.compile(r"(?s)(.*[\s/\\'\"])?telemhq_ping\.py([\s'\"]|$)")  # in a command
-ALONE = re.compile(  # a command that is: [PYTHON [-OPTION ...]] SCRIPT [|| true]
-    r"({0}\bpy[\w.-]*['\"]?(\s+-\w+)*\s+)?{0}\btelemhq_ping\.py['\"]?(\s*\|\|\s*true)?$"
-    .format(r"('[^']*|\"[^\"]*|[^\s;&|='\"]*)"))
+ALONE = re.compile(  # [trap '' TERM;] [PYTHON [-OPTION ...]] SCRIPT [|| true]
+    r"(trap '' TERM; )?({0}\bpy[\w.-]*['\"]?(\s+-\w+)*\s+)?{0}\btelemhq_ping\.py"
+    r"['\"]?(\s*\|\|\s*true)?$".format(r"('[^']*|\"[^\"]*|[^\s;&|='\"]*)"))
 WAIT_OLD_S, ARRIVES_S = 300.0, 30.0  # doctor: a ping waits too long; demo: it is lost
 REASONS = {  # what an answer means, by what it begins with
     "HTTP 40": "the token in TELEMHQ_PING_URL is wrong or was revoked",
@@ -1463,8 +1465,8 @@ def with_ours(found, url, tools):
             group = {"matcher": matcher} if matcher else {}
             group["hooks"] = [{"type": "command", "command": SCRIPT, "timeout": 10}]
             found.setdefault("hooks", {}).setdefault(event, []).append(group)
-    for _, _, hook in hooks_in(found, ALONE):
-        hook.update(command=hook_command(), timeout=10)
+    for event, _, hook in hooks_in(found, ALONE):
+        hook.update(command=hook_command(event), timeout=10)
     return found
 
 def without_ours(found):
@@ -1478,12 +1480,14 @@ def without_ours(found):
     found = dict(found, hooks={event: hooks[event] for event in hooks if hooks[event]})
     return {k: v for k, v in found.items() if v or k not in ("hooks", "env")}
 
-def hook_command():
+def hook_command(event):
     """The command for settings, with an interpreter that works from any shell."""
     python = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
     if sys.prefix == sys.base_prefix or not os.path.exists(python):
         python = sys.executable  # no virtual environment, which comes and goes
-    return "%s -I -S %s || true" % (shlex.quote(python), shlex.quote(INSTALLED))
+    # A failing `claude -p` sends its StopFailure hook a SIGTERM before Python is up.
+    trap = "trap '' TERM; " if event == "StopFailure" else ""
+    return trap + "%s -I -S %s || true" % (shlex.quote(python), shlex.quote(INSTALLED))
 
 def as_bytes(raw, found):
     """Settings (dict) as a file, in the indent and line ends of `raw` (bytes)."""

@@ -52,7 +52,8 @@ with urllib.request.urlopen(request, timeout=10) as response:
     response.read()
 """
 BARE_LOOP = """
-import sys, urllib.request
+import os, sys, urllib.request
+os.nice(10)  # as the sender is
 for line in open(sys.argv[1], "rb"):
     request = urllib.request.Request(
         sys.argv[2], line.strip(), {"Content-Type": "application/json"})
@@ -325,9 +326,7 @@ class Transcript:
         assistants = [row for row in rows if row["type"] == "assistant"]
         self.prompt, self.result, self.work = users[0], users[1], assistants[:2]
         self.last = assistants[-1]
-        self.text = "".join(
-            random.Random(1).choice("abcdefgh \n\"{}[]:,0123") for _ in range(64 << 10)
-        )
+        self.text = SCRIPT.read_text("utf-8")  # what tools mostly show: source code
 
     def turn(self, at, calls=6, result_chars=24000):
         """One turn's lines: a prompt, some tool calls with long results, an answer."""

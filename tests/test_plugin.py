@@ -217,13 +217,17 @@ def test_the_client_finds_the_plugins_files_valid(tmp_path):
 
 
 def test_the_plugin_registers_the_examples_events():
-    """The plugin's hooks are those of settings.example.json, from its own directory."""
+    """The plugin's hooks are those of settings.example.json, from its own directory, and
+    with the README's `trap` for a failing `claude -p`."""
     example = json.loads((ROOT / "settings.example.json").read_text("utf-8"))["hooks"]
     text = json.dumps(example).replace(
         "~/.claude/hooks/telemhq_ping.py",
         '\\"${CLAUDE_PLUGIN_ROOT}/telemhq_ping.py\\"',
     )
-    assert manifest("plugin.json")["hooks"] == json.loads(text)
+    expected = json.loads(text)
+    failure = expected["StopFailure"][0]["hooks"][0]
+    failure["command"] = "trap '' TERM; " + failure["command"]
+    assert manifest("plugin.json")["hooks"] == expected
 
 
 def test_the_plugins_url_is_a_secret():

@@ -262,7 +262,10 @@ def together(table, prepare):
             for case, arguments in table.items():
                 found[case] = Session(home, receiver)
                 prepare(found[case], *arguments)
+            begun = time.monotonic()
             send(home, receiver.url)
+        for session in found.values():
+            session.took = time.monotonic() - begun
         return found
 
     return sessions
@@ -490,23 +493,25 @@ def test_new_session_is_charged_from_the_start_of_its_file(session, source):
     """A session met at its startup or after /clear has no history: every row counts,
     also one that is older than the SessionStart event.
     """
-    session.add(*turn(0, 1))
+    session.add(*turn(0, 4), *turn(2, 1))
     session.hold("SessionStart", 5, source=source)
     session.add(*turn(10, 2))
-    session.hold("Stop", 12, then=[ledger({OPUS: 3}, 0.5)])
+    session.hold("Stop", 12, then=[ledger({OPUS: 7}, 0.5)])
     session.hold("SessionEnd", 20)
     sent = session.send()
-    assert sent == [("SessionStart", None), ("Stop", 3), ("SessionEnd", 0)]
+    assert sent == [("SessionStart", None), ("Stop", 7), ("SessionEnd", 0)]
     assert summed(session.usage(), "cost_usd") == {"cost_usd": 0.5}
 
 
-@pytest.mark.parametrize("source", ["resume", "fork"])
-@pytest.mark.parametrize("late", [False, True], ids=["", "history is written late"])
-def test_resumed_or_forked_session_has_a_history(session, source, late):
-    """Of a session first met when it is resumed or forked, rows older than that are
-    never billed, nor is its ledger, which has them in it; the copy of a fork may come
-    late.
-    """
+MET_LATE = {
+    "resume": ("resume", False),
+    "fork": ("fork", False),
+    "fork, its copy written late": ("fork", True),
+}
+
+
+def prepare_met_late(session, source, late):
+    """A session with a history, failed tools in it, that goes on."""
     history = [*turn(0, 1, tools=["Bash"]), result(5, error=True), *turn(10, 2)]
     session.add(*([] if late else history))
     session.hold("SessionStart", 100, source=source, then=history if late else ())
@@ -514,31 +519,51 @@ def test_resumed_or_forked_session_has_a_history(session, source, late):
     session.hold("Stop", 104, then=turn(110, 8))
     session.hold("Stop", 112, then=[ledger({OPUS: 99}, 9.0)])
     session.hold("SessionEnd", 120)
-    assert session.send()[2:] == [("Stop", 4), ("Stop", 8), ("SessionEnd", 0)]
-    assert summed(session.usage(), "tool_calls", "tool_failures", "cost_usd") == {
+
+
+met_late = together(MET_LATE, prepare_met_late)
+
+
+@pytest.mark.parametrize("case", MET_LATE)
+def test_resumed_or_forked_session_has_a_history(met_late, case):
+    """Of a session first met when it is resumed or forked, rows older than that are
+    never billed, nor is its ledger, which has them in it; the copy of a fork may come
+    late.
+    """
+    pings = met_late[case].usage()
+    assert [size_of(ping) for ping in pings] == [4, 8, 0]
+    assert summed(pings, "tool_calls", "tool_failures", "cost_usd") == {
         "tool_calls": 0, "tool_failures": 0, "cost_usd": 0
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "first", ["SessionStart startup", "SessionStart fork", "Stop", "SessionEnd"]
-)
-def test_rows_copied_from_another_session_never_count(session, first):
-    """A row whose requestSessionId is another session's is that session's bill, however
-    young it is and whatever event the session was met at.
-    """
-    name, _, source = first.partition(" ")
+COPIED = {first: [first] for first in ("startup", "fork", "Stop", "SessionEnd")}
+
+
+def prepare_copied(session, first):
+    """A session with another's turn and one of its own, as young as that."""
     copied = dict(requestSessionId=str(uuid.uuid4()))
     own = dict(requestSessionId=session.id)
     session.add(*turn(0, 1, tools=["Bash"], stop="tool_use", **copied), result(2))
     session.add(message(3, 2, **copied), *turn(10, 4, **own), ledger({OPUS: 7}, 7.0))
-    session.hold(name, 9 if source else 12, **({"source": source} if source else {}))
+    if first in ("startup", "fork"):
+        session.hold("SessionStart", 9, source=first)
+    else:
+        session.hold(first, 12)
     session.hold("SessionEnd", 20)
-    session.send()
-    assert sum(size_of(ping) for ping in session.usage()) == 4
-    assert summed(session.usage(), "cost_usd", "tool_calls") == {
-        "cost_usd": 0, "tool_calls": 0
-    }  # fmt: skip
+
+
+copied = together(COPIED, prepare_copied)
+
+
+@pytest.mark.parametrize("case", COPIED)
+def test_rows_copied_from_another_session_never_count(copied, case):
+    """A row whose requestSessionId is another session's is that session's bill, however
+    young it is and whatever event the session was met at.
+    """
+    pings = copied[case].usage()
+    assert sum(size_of(ping) for ping in pings) == 4
+    assert summed(pings, "cost_usd", "tool_calls") == {"cost_usd": 0, "tool_calls": 0}
 
 
 def test_fork_of_a_real_session_is_charged_for_its_own_turn_only(home, receiver):
@@ -563,22 +588,35 @@ def test_fork_of_a_real_session_is_charged_for_its_own_turn_only(home, receiver)
     assert "cost_usd" not in ping
 
 
-@pytest.mark.parametrize(
-    "first", ["Stop", "StopFailure", "SubagentStop", "PostToolUse", "Notification"]
-)
-def test_session_met_in_the_middle_is_charged_from_its_last_prompt(session, first):
+MIDDLE = {
+    first: [first]
+    for first in ("Stop", "StopFailure", "SubagentStop", "PostToolUse", "Notification",
+                  "SessionStart")
+}  # fmt: skip
+
+
+def prepare_middle(session, first):
+    """A session of three turns, met at the end of the second."""
+    session.add(*turn(0, 1, tools=["Bash"]), result(2, error=True), prompt(10))
+    session.add(message(11, 2, stop="tool_use", tools=["Read"]))
+    session.add(result(12, error=True), message(13, 4))
+    then = [*turn(20, 8), ledger({OPUS: 15}, 1.5)]
+    session.hold(first, 14, then=then, source="compact")
+    session.hold("SessionEnd", 30)
+
+
+middle = together(MIDDLE, prepare_middle)
+
+
+@pytest.mark.parametrize("case", MIDDLE)
+def test_session_met_in_the_middle_is_charged_from_its_last_prompt(middle, case):
     """When the first event met is another one, what is older than the last prompt
     before it is history; a tool's result is no prompt. Such an account has no cost to
     tell.
     """
-    session.add(*turn(0, 1, tools=["Bash"]), result(2, error=True), prompt(10))
-    session.add(message(11, 2, stop="tool_use", tools=["Read"]))
-    session.add(result(12, error=True), message(13, 4))
-    session.hold(first, 14, then=[*turn(20, 8), ledger({OPUS: 15}, 1.5)])
-    session.hold("SessionEnd", 30)
-    session.send()
-    assert sum(size_of(ping) for ping in session.usage()) == 2 + 4 + 8
-    assert summed(session.usage(), "tool_calls", "tool_failures", "cost_usd") == {
+    pings = middle[case].usage()
+    assert sum(size_of(ping) for ping in pings) == 2 + 4 + 8
+    assert summed(pings, "tool_calls", "tool_failures", "cost_usd") == {
         "tool_calls": 1, "tool_failures": 1, "cost_usd": 0
     }  # fmt: skip
 
@@ -606,11 +644,11 @@ def test_session_end_alone_has_it_all(session):
     assert "usage_complete" not in ping
 
 
-@pytest.mark.parametrize("source", ["startup", "clear", "resume", "fork", "compact"])
-def test_account_is_never_reopened(session, source):
-    """A session that goes on goes on being charged: no later SessionStart makes history
-    of what was not billed yet, or bills again what was.
-    """
+AGAIN = {name: [name] for name in ("startup", "clear", "resume", "fork", "compact")}
+
+
+def prepare_again(session, source):
+    """A session that ended, used more without a word, and began again."""
     session.add(*turn(0, 1))
     session.hold("SessionStart", -1, source="startup")
     session.hold("Stop", 2, then=[*turn(10, 2), ledger({OPUS: 3}, 0.25)])
@@ -618,8 +656,19 @@ def test_account_is_never_reopened(session, source):
     session.hold("SessionStart", 40, source=source)
     session.hold("Stop", 45, then=[*turn(50, 8), ledger({OPUS: 15}, 1.0)])
     session.hold("SessionEnd", 60)
-    assert [size for _, size in session.send() if size is not None] == [1, 2, 4, 8]
-    assert [p.get("cost_usd") for p in session.usage()] == [None, 0.25, None, 0.75]
+
+
+again = together(AGAIN, prepare_again)
+
+
+@pytest.mark.parametrize("case", AGAIN)
+def test_account_is_never_reopened(again, case):
+    """A session that goes on goes on being charged: no later SessionStart makes history
+    of what was not billed yet, or bills again what was.
+    """
+    pings = again[case].usage()
+    assert [size_of(ping) for ping in pings] == [1, 2, 4, 8]
+    assert [ping.get("cost_usd") for ping in pings] == [None, 0.25, None, 0.75]
 
 
 def test_each_destination_has_accounts_of_its_own(session, home):
@@ -1060,19 +1109,30 @@ def test_old_events_are_not_waited_for(session):
 # -- Which ping a row belongs to -------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["Stop", "StopFailure", "SubagentStop"])
-@pytest.mark.parametrize("in_agent", [False, True], ids=["", "in a sub-agent's file"])
-def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(
-    session, name, in_agent
-):
-    """What was written more than 2 s after an event is not poured into its ping."""
-    to = session.agent() if in_agent else None
+WINDOW = {
+    name + (", an agent's row" if of_agent else ""): (name, of_agent)
+    for name in ("Stop", "StopFailure", "SubagentStop")
+    for of_agent in (False, True)
+}
+
+
+def prepare_window(session, name, of_agent):
+    """Rows up to 1.9 s after an event, and one 2.1 s after it."""
+    to = session.agent() if of_agent else None
     session.add(*turn(0, 1))
     session.add(message(3.9, 2), message(4.1, 4), message(3.9, 8), to=to)
     session.hold("SessionStart", -1, source="startup")
     session.hold(name, 2)
     session.hold("Stop", 10)
-    assert session.send()[1:] == [(name, 3), ("Stop", 12)]
+
+
+window = together(WINDOW, prepare_window)
+
+
+@pytest.mark.parametrize("case", WINDOW)
+def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(window, case):
+    """What was written more than 2 s after an event is not poured into its ping."""
+    assert [size_of(ping) for ping in window[case].usage()] == [3, 12]
 
 
 def test_outage_does_not_pour_a_day_into_its_first_stop(session):
@@ -1263,7 +1323,8 @@ def test_models_are_told_apart_when_there_are_several(session):
     }  # fmt: skip
     assert (first["model"], size_of(first)) == (OPUS, 15)
     assert (second["model"], size_of(second), "models" in second) == (HAIKU, 16, False)
-    assert (third["model"], size_of(third), "models" in third) == (HAIKU, 32, False)
+    assert (third["model"], size_of(third)) == (HAIKU, 32)
+    assert third["models"] == {OPUS: used(32)}  # not the main chain's last
 
 
 def test_tools_are_counted(session):
@@ -1273,7 +1334,9 @@ def test_tools_are_counted(session):
     tools = ["Bash", "Bash", "Read", "mcp__acme__look-up", "CANARY a name", "../x"]
     rows = [message(1, 1, "m", "tool_use", tools=[name]) for name in tools]
     session.add(prompt(0), *rows, *rows)
-    session.add(result(2), result(2, error=True), result(2, error=True))
+    both = result(2, error=True)
+    both["message"]["content"] += result(2)["message"]["content"]
+    session.add(result(2), both, result(2, error=True))
     session.add(
         message(2, 2, tools=["Grep"]), result(2, error=True), to=session.agent()
     )
@@ -1343,8 +1406,8 @@ branches = together(BRANCHES, prepare_branch)
 
 @pytest.mark.parametrize("case", BRANCHES)
 def test_branch_is_told_only_when_asked_for(branches, case):
-    """TELEMHQ_GIT=1 adds the branch as the ping's newest row names it, when it is shaped
-    like one; without it no ping has it.
+    """TELEMHQ_GIT=1 adds the branch as the ping's newest row names it, when it is
+    shaped like one; without it no ping has it.
     """
     found = [ping.get("git_branch") for ping in branches[case].usage()]
     assert found == [None, BRANCHES[case][1], None]
@@ -1717,42 +1780,52 @@ def make_link(path):
     os.symlink("/dev/zero", str(path))
 
 
-@pytest.mark.parametrize(
-    "make",
-    [None, pathlib.Path.touch, pathlib.Path.mkdir, make_fifo, make_gigabyte,
-     make_no_line, make_long_line, make_not_utf8, make_link],
-    ids=lambda make: getattr(make, "__name__", "missing"),
-)  # fmt: skip
-@pytest.mark.parametrize("of_agent", [False, True], ids=["", "of a sub-agent"])
-def test_broken_transcript_costs_the_ping_its_usage_only(session, make, of_agent):
-    """Missing, empty, a directory, a FIFO, 1 GB, not UTF-8, a line of 50 MB: the ping
-    goes, in time, and bounded memory is used for it.
-    """
-    path, own = session.path, 0
+MAKERS = (None, pathlib.Path.touch, pathlib.Path.mkdir, make_fifo, make_gigabyte,
+          make_no_line, make_long_line, make_not_utf8, make_link)  # fmt: skip
+BROKEN = {
+    getattr(make, "__name__", "missing") + (", an agent's" if of_agent else ""): (
+        make, of_agent
+    )
+    for make in MAKERS for of_agent in (False, True)
+}  # fmt: skip
+
+
+def prepare_broken(session, make, of_agent):
+    """A session whose own transcript, or an agent's, is none."""
+    path = session.agent() if of_agent else session.path
     session.add(*turn(0, 1))
-    if of_agent:
-        path, own = session.agent(), 1
-        session.add(message(1, 2), to=path)
-    if make is make_long_line:
-        own += 2 + 4 if of_agent else 1 + 4
-    else:
+    session.add(message(1, 2), to=path)
+    if make is not make_long_line:
         path.unlink()
     if make:
         make(path)
     if make is make_long_line:
         session.add(message(1.5, 4), to=path)
-    peaks, begun = [], time.monotonic()
-    look = lambda: peaks.extend(map(peak_kb, session.home.processes()))  # noqa: E731
+    session.peaks = []
+    look = lambda: session.peaks.extend(map(peak_kb, session.home.processes()))  # noqa
     session.hold("Stop", 2, then=look)
     session.hold("Stop", 3)
-    session.send()
-    assert time.monotonic() - begun < 20
-    assert len(peaks) == sys.platform.startswith("linux")
-    assert max(peaks, default=0) < 80 << 10  # 30 MB without any transcript
-    first, second = session.usage()
+
+
+broken = together(BROKEN, prepare_broken)
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_transcript_costs_the_ping_its_usage_only(broken, case):
+    """Missing, empty, a directory, a FIFO, 1 GB, not UTF-8, a line of 50 MB: the ping
+    goes, in time, and bounded memory is used for it.
+    """
+    make, of_agent = BROKEN[case]
+    own = 1 if of_agent else 0
+    if make is make_long_line:
+        own = 1 + 2 + 4
+    first, second = broken[case].usage()
     assert (size_of(first) or 0, size_of(second) or 0) == (own, 0)
     if make in (None, make_fifo, pathlib.Path.mkdir, make_link) and not of_agent:
         assert not USAGE_FIELDS & set(first)
+    assert len(broken[case].peaks) == sys.platform.startswith("linux")
+    assert max(broken[case].peaks, default=0) < 80 << 10  # 30 MB without any of them
+    assert broken[case].took < 30  # for all of them
 
 
 def test_long_line_is_passed_over_in_any_two_reads(session):
@@ -1770,12 +1843,15 @@ def test_long_line_is_passed_over_in_any_two_reads(session):
     assert session.send() == [("Stop", 1), ("Stop", 2)]
 
 
-@pytest.mark.parametrize("how", ["truncated", "replaced", "grown anew", "emptied"])
-@pytest.mark.parametrize("of_agent", [False, True], ids=["", "a sub-agent's"])
-def test_replaced_transcript_counts_nothing_twice(session, how, of_agent):
-    """A transcript that shrank or was replaced is skipped to its end; what comes behind
-    is counted, and the client's ledger settles the rest.
-    """
+REPLACED = {
+    how + (", an agent's" if of_agent else ""): (how, of_agent)
+    for how in ("truncated", "replaced", "grown anew", "emptied")
+    for of_agent in (False, True)
+}
+
+
+def prepare_replaced(session, how, of_agent):
+    """A session whose transcript, or an agent's, is replaced after its first Stop."""
     path = session.agent() if of_agent else session.path
     session.add(*turn(0, 1))
     rows = [prompt(3), message(4, 2, "msg_2", "tool_use"), message(5, 4, "msg_4")]
@@ -1783,27 +1859,34 @@ def test_replaced_transcript_counts_nothing_twice(session, how, of_agent):
     session.hold("SessionStart", -1, source="startup")
 
     def then():
-        raw, fresh = path.read_bytes(), [message(5, 1024)]
+        raw, other = path.read_bytes(), path.with_suffix(".new")
         if how == "emptied":
             os.truncate(str(path), 0)
         elif how == "truncated":
             os.truncate(str(path), raw.rindex(b"\n", 0, -1) + 1)
         else:
-            other = path.with_suffix(".new")
             other.write_bytes(raw)
-            session.add(*(fresh if how == "grown anew" else []), to=other)
+            session.add(*([message(5, 1024)] if how == "grown anew" else []), to=other)
             os.replace(str(other), str(path))
 
     session.hold("Stop", 6, then=then)
-    again = [*rows, message(11, 8)]
-    session.hold("Stop", 7, then=lambda: session.add(*again, to=path))
-    ends = [*turn(20, 16), ledger({OPUS: 31 + 1024}, 2.0)]
-    session.hold("Stop", 12, then=ends)
+    more = [*rows, message(11, 8)]
+    session.hold("Stop", 7, then=lambda: session.add(*more, to=path))
+    session.hold("Stop", 12, then=[*turn(20, 16), ledger({OPUS: 31 + 1024}, 2.0)])
     session.hold("SessionEnd", 30)
-    assert session.send()[1:] == [
-        ("Stop", 7), ("Stop", 0), ("Stop", 8), ("SessionEnd", 16 + 1024)
-    ]  # fmt: skip
-    assert session.usage()[-1]["cost_usd"] == 2.0
+
+
+replaced = together(REPLACED, prepare_replaced)
+
+
+@pytest.mark.parametrize("case", REPLACED)
+def test_replaced_transcript_counts_nothing_twice(replaced, case):
+    """A transcript that shrank or was replaced is skipped to its end; what comes behind
+    is counted, and the client's ledger settles the rest.
+    """
+    pings = replaced[case].usage()
+    assert [size_of(ping) for ping in pings] == [7, 0, 8, 16 + 1024]
+    assert pings[-1]["cost_usd"] == 2.0
 
 
 # -- What stays on the machine ---------------------------------------------------------
