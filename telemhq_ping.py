@@ -1394,7 +1394,6 @@ if __name__ == "__main__":
 COMMANDS = r'''
 import argparse, contextlib, copy, difflib, glob, http.server, json, queue, re, shlex
 import shutil, subprocess, tempfile, threading, urllib.request
-
 SCRIPT, SELF = "telemhq_ping.py", os.path.realpath(__file__)
 CONFIG = absolute(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
 INSTALLED = os.path.join(CONFIG, "hooks", SCRIPT)
@@ -1485,8 +1484,7 @@ def hook_command(event):
     python = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
     if sys.prefix == sys.base_prefix or not os.path.exists(python):
         python = sys.executable  # no virtual environment, which comes and goes
-    # A failing `claude -p` sends its StopFailure hook a SIGTERM before Python is up.
-    trap = "trap '' TERM; " if event == "StopFailure" else ""
+    trap = "trap '' TERM; " if event == "StopFailure" else ""  # README, More events
     return trap + "%s -I -S %s || true" % (shlex.quote(python), shlex.quote(INSTALLED))
 
 def as_bytes(raw, found):
@@ -1778,10 +1776,9 @@ def main(arguments):
     parser.add_argument(
         "--version", action="version", version=SCRIPT[:-3] + " " + __version__)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for run, names in (
-            (demo, ""), (preview, "event"), (doctor, ""), (flush, "--adopt"),
-            (uninstall, "--project --yes"),
-            (install, "--url --tools --project --dry-run")):
+    for run, names in ((demo, ""), (preview, "event"), (doctor, ""),
+                       (flush, "--adopt"), (uninstall, "--project --yes"),
+                       (install, "--url --tools --project --dry-run")):
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
         for name in names.split():

@@ -644,6 +644,18 @@ def test_session_end_alone_has_it_all(session):
     assert "usage_complete" not in ping
 
 
+def test_session_end_alone_leaves_an_earlier_run_alone(session):
+    """A session whose first run ended before the hook was there has that as history:
+    its end alone tells of the run that it ends.
+    """
+    session.add(*turn(0, 1), ledger({OPUS: 1}, 0.25))
+    session.add(*turn(10, 2), *turn(20, 4), ledger({OPUS: 7}, 0.75))
+    session.hold("SessionEnd", 30, then=[*turn(40, 8), ledger({OPUS: 15}, 1.0)])
+    session.hold("SessionEnd", 50)
+    assert session.send() == [("SessionEnd", 6), ("SessionEnd", 8)]
+    assert summed(session.usage(), "cost_usd") == {"cost_usd": 0}
+
+
 AGAIN = {name: [name] for name in ("startup", "clear", "resume", "fork", "compact")}
 
 
@@ -1135,6 +1147,16 @@ def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(window, case)
     assert [size_of(ping) for ping in window[case].usage()] == [3, 12]
 
 
+def test_next_turn_is_for_the_next_ping_however_soon_it_begins(session):
+    """A prompt that follows a Stop at once, and what it leads to, is not that Stop's."""
+    session.add(*turn(0, 1), prompt(1.3), message(1.9, 2, stop="tool_use"))
+    session.add(message(2.5, 4))
+    session.hold("Stop", 1.2)
+    session.hold("Stop", 2.6)
+    assert session.send() == [("Stop", 1), ("Stop", 6)]
+    assert [ping["duration_ms"] for ping in session.usage()] == [1200, 1300]
+
+
 def test_outage_does_not_pour_a_day_into_its_first_stop(session):
     """After an outage every turn's ping has that turn's usage."""
     for i in range(6):
@@ -1509,6 +1531,22 @@ def test_lost_session_that_goes_on_after_all_is_exact(session):
     pings = session.usage()
     assert pings[-1]["cost_usd"] == 2.0
     assert len({ping["event_id"] for ping in pings}) == 4
+
+
+@pytest.mark.parametrize("foreground", [0, 1])
+def test_lost_session_is_found_by_any_hook(home, receiver, foreground):
+    """Whatever session's hook comes first after a day, it has the lost one told; one
+    that delivers itself leaves that to the next at most.
+    """
+    lost, other = Session(home, receiver), Session(home, receiver)
+    lost.hold("Notification", 0)
+    lost.send()
+    lost.add(*turn(0, 1))
+    lost.later_by(DAY_S + 60)
+    for _ in range(1 + foreground):
+        other.hook("Notification", env={"TELEMHQ_FOREGROUND": foreground})
+    wait_until(lost.usage, 30)
+    assert [size_of(ping) for ping in lost.usage()] == [1]
 
 
 def test_lost_sessions_are_told_apart(home, receiver):
