@@ -1027,7 +1027,7 @@ class Sender:
                 hurry = self.settings.foreground
                 return charge(self.base, path, record, self.ends, hurry)
         except Exception as error:  # whatever a transcript holds, the ping goes
-            self.log("usage left out: %r" % error)
+            self.log("usage left out: " + type(error).__name__)
         return record["ping"]
 
     def attempt(self, ping):
@@ -1154,19 +1154,19 @@ class Sender:
         for name in os.listdir(accounts) if os.path.isdir(accounts) else ():
             path = os.path.join(accounts, name)
             try:
+                if quiet_s(path) > QUIET_S and name[0] != ".":
+                    report_lost(self.base, path, self.ends)
                 if quiet_s(path) > (UNFINISHED_S if name[0] == "." else ACCOUNT_MAX_S):
                     remove(path)
-                elif quiet_s(path) > QUIET_S:
-                    report_lost(self.base, path, self.ends)
             except Exception as error:  # a broken account must not hide the others
-                self.log("an account is broken: %r" % error)
+                self.log("an account is broken: " + type(error).__name__)
         self.save(swept_at=now)
 
 def run_sender(lock, settings):
     """The detached process. lock: the inherited descriptor, -1 when there is none."""
     os.umask(0o077)
     if os.name == "posix":
-        os.nice(10)  # the session's own work comes first
+        os.nice(5)  # the session's own work comes first
         if os.getsid(0) != os.getpid():
             os.setsid()
     destination = find_destination(settings)

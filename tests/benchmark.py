@@ -53,7 +53,7 @@ with urllib.request.urlopen(request, timeout=10) as response:
 """
 BARE_LOOP = """
 import os, sys, urllib.request
-os.nice(10)  # as the sender is
+os.nice(5)  # as the sender is
 for line in open(sys.argv[1], "rb"):
     request = urllib.request.Request(
         sys.argv[2], line.strip(), {"Content-Type": "application/json"})

@@ -1148,7 +1148,7 @@ def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(window, case)
 
 
 def test_next_turn_is_for_the_next_ping_however_soon_it_begins(session):
-    """A prompt that follows a Stop at once, and what it leads to, is not that Stop's."""
+    """A prompt that follows at once, and what it leads to, is not that Stop's."""
     session.add(*turn(0, 1), prompt(1.3), message(1.9, 2, stop="tool_use"))
     session.add(message(2.5, 4))
     session.hold("Stop", 1.2)
@@ -1357,7 +1357,8 @@ def test_tools_are_counted(session):
     rows = [message(1, 1, "m", "tool_use", tools=[name]) for name in tools]
     session.add(prompt(0), *rows, *rows)
     both = result(2, error=True)
-    both["message"]["content"] += result(2)["message"]["content"]
+    (block,) = result(2)["message"]["content"]
+    both["message"]["content"].append(dict(block, is_error=False))
     session.add(result(2), both, result(2, error=True))
     session.add(
         message(2, 2, tools=["Grep"]), result(2, error=True), to=session.agent()
@@ -1607,6 +1608,24 @@ def test_session_whose_pings_wait_is_not_lost(session):
     session.later_by(2 * DAY_S)
     assert session.send() == [("Stop", 1), ("Stop", 2), ("SessionEnd", 0)]
     assert session.usage()[-1].get("cost_usd") == 0.5
+
+
+def test_session_whose_pings_wait_for_the_tracker_is_not_lost(session):
+    """As long as pings wait, because the tracker is away, no session counts as lost."""
+    session.hold("SessionStart", -1, source="startup")
+    session.send()
+    other = Session(session.home, session.receiver, session.begun - 3600)
+    for i in range(5):
+        other.hold("Notification", i)
+    session.add(*turn(0, 1), ledger({OPUS: 1}, 0.5))
+    session.hold("SessionEnd", 2)
+    session.later_by(2 * DAY_S)
+    session.receiver.answer = 503
+    other.hook("Notification", env={"TELEMHQ_FOREGROUND": 1})
+    session.receiver.answer = 200
+    session.home.set_state()
+    assert session.send()[-1] == ("SessionEnd", 1)
+    assert [ping["event"] for ping in session.usage()] == ["SessionEnd"]
 
 
 @pytest.mark.parametrize("days, kept", [(29, 1), (31, 0)])
@@ -1944,9 +1963,12 @@ def in_place_of(name, **changes):
 
 HOSTILE = {  # texts where a name or an id should be
     "branch": [message(1, 1, gitBranch=WORDS)],
+    "branch, not asked for": [message(1, 1, gitBranch="CANARY-branch")],
     "tool": [message(1, 1, tools=[WORDS, "Bash"])],
     "tool call": [in_place_of("", content=[{"type": "tool_use", "id": [WORDS],
-                                            "name": {"a": WORDS}}])],
+                                            "name": {"a": WORDS}}]),
+                  in_place_of("", content=[{"type": "tool_use", "id": WORDS}])],
+    "message": [in_place_of("id")],
     "content": [in_place_of("content")],
     "model": [in_place_of("model")],
     "stop reason": [in_place_of("stop_reason")],
@@ -1977,7 +1999,8 @@ def seen_words(tmp_path_factory):
             session.add(prompt(0), *rows)
             session.add(*rows, to=session.agent())
             for event_name in ("SessionStart", "Stop", "Stop", "SessionEnd", "Stop"):
-                session.hold(event_name, 2, git=True, source="startup")
+                git = name != "branch, not asked for"
+                session.hold(event_name, 2, git=git, source="startup")
         steps = dict(receiver.later)
 
         def look():
