@@ -509,6 +509,209 @@ def drop_lock(fd):
     except (OSError, ValueError):
         pass  # there was none
 
+# -- Hook: what Claude Code runs -------------------------------------------------------
+
+def read_stdin(keep):
+    """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
+    when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S."""
+    import select
+    parts, ends = [], time.monotonic() + STDIN_WAIT_S
+    try:
+        # select() on Windows knows sockets only.
+        while os.name == "nt" or select.select(
+                [0], [], [], max(0.0, ends - time.monotonic()))[0]:
+            part = os.read(0, 1 << 20)
+            if not part:
+                break
+            parts += [part] if keep else []
+    except OSError:
+        pass
+    return b"".join(parts)
+
+def inside(path, directory):
+    """Whether `path` is `directory` or below it."""
+    for resolve in (os.path.normpath, os.path.realpath):  # /tmp is a link on macOS
+        top = resolve(directory).rstrip(os.sep) + os.sep
+        if (resolve(path) + os.sep).startswith(top):
+            return True
+    return False
+
+def main_repository(directory):
+    """Of a git worktree its repository's name, else "". A worktree's .git is a file:
+    `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
+    try:
+        text = read_file(os.path.join(directory, ".git"), 4096).decode()
+    except (OSError, ValueError):
+        return ""
+    worktrees = os.path.dirname(os.path.join(directory, text[7:].strip()))
+    if not text.startswith("gitdir:") or os.path.basename(worktrees) != "worktrees":
+        return ""
+    top, name = os.path.split(os.path.dirname(os.path.normpath(worktrees)))
+    if name.startswith("."):  # .git, or .bare by a common habit
+        return os.path.basename(top)
+    return name[:-4] if name.endswith(".git") else name
+
+def project_of(event, settings):
+    """The project's name; neither a `cd src` nor a worktree makes another project."""
+    cwd = event.get("cwd") if isinstance(event.get("cwd"), str) else ""
+    top, name = settings.environ.get("CLAUDE_PROJECT_DIR"), ""
+    try:
+        directory = top if cwd and top and inside(cwd, top) else cwd
+        if directory and not settings.project:
+            name = os.path.normpath(directory).replace("\\", "/").split("/")[-1]
+            name = main_repository(directory) or name
+    except (OSError, ValueError):
+        pass  # a NUL in it
+    return settings.project or clean(name) or "unknown"
+
+def local_of(event, settings, ping):
+    """What the sender needs for the ping's usage and never sends; {}: no usage."""
+    transcript, agent = event.get("transcript_path"), event.get("agent_transcript_path")
+    if not (settings.usage and "session_id" in ping and isinstance(transcript, str)
+            and transcript.endswith(".jsonl")):
+        return {}
+    local = {"transcript": transcript, "git": settings.git}
+    return dict(local, agent_transcript=agent) if isinstance(agent, str) else local
+
+def registered_elsewhere(event, environ):
+    """Whether, run as a plugin, a settings file runs this script for the same event."""
+    config = absolute(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
+    project = os.path.join(environ.get("CLAUDE_PROJECT_DIR") or config, ".claude")
+    if not (environ.get("CLAUDE_PLUGIN_ROOT") and environ.get("TELEMHQ_PING_URL")):
+        return False  # without that variable, the settings' one would send nothing
+    for path in (os.path.join(config, "settings.json"),
+                 os.path.join(project, "settings.json"),
+                 os.path.join(project, "settings.local.json")):
+        try:
+            groups = read_object(path, 1 << 20)["hooks"][event["hook_event_name"]]
+            if "telemhq_ping.py" in encode_json(groups):
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+    return False
+
+def start_sender(lock, environ):
+    """Start the detached sender and hand it the lock; it outlives the hook. A fresh
+    interpreter, for urllib crashes in a forked process on macOS. In its own session and
+    with no descriptor but the lock: Claude Code kills groups and families, and waits
+    for the end of its pipes."""
+    script = os.path.abspath(__file__)
+    command = [sys.executable, "-I", "-S", script, "--sender", str(lock)]
+    if os.name == "nt":  # unrun; descriptors are not inherited there
+        import subprocess
+        drop_lock(lock)
+        flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
+        null = subprocess.DEVNULL
+        subprocess.Popen(command[:-1] + ["-1"], stdin=null, stdout=null, stderr=null,
+                         creationflags=flags, cwd=os.path.dirname(script), env=environ)
+        return
+    os.chdir("/")  # keep no project's directory busy
+    for fd in map(int, os.listdir("/dev/fd")):
+        try:
+            os.set_inheritable(fd, fd in (0, 1, 2, lock))
+        except OSError:
+            pass  # the listing's own
+    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+    how = {"file_actions": null, "setsigdef": [15]}  # SIGTERM, if our shell ignored it
+    try:
+        os.posix_spawn(command[0], command, environ, setsid=True, **how)
+    except NotImplementedError:  # the sender calls setsid() itself
+        os.posix_spawn(command[0], command, environ, **how)
+
+def hook(settings, tell):
+    """The event on stdin becomes a ping in the outbox; Skipped says why it did not."""
+    ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
+    os.umask(0o077)
+    for text in settings.ignored:
+        tell(text)
+    try:
+        destination = find_destination(settings)
+    except Skipped:
+        read_stdin(keep=False)
+        raise
+    raw = read_stdin(keep=True)
+    try:
+        event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise Skipped("stdin held no JSON object, which Claude Code would send")
+    if registered_elsewhere(event, settings.environ):
+        raise Skipped("a settings file runs this script for the event, too")
+    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
+    base = destination.directory(settings.state_dir)
+    need_sound(settings.state_dir, base)
+    path = ping_file(base, ns, ping["event_id"])
+    try:
+        write_object(path, {"ping": ping, "local": local_of(event, settings, ping)})
+    except OSError as error:
+        raise Skipped("cannot write to %s: %s" % (base, error.strerror)) from None
+    tell("%s %s is in the outbox" % (ping.get("event"), ping["event_id"]))
+    if settings.foreground:
+        bring(SENDER)
+        deliver_here(destination, base, settings, ends, tell)
+        if os.path.exists(path):
+            tell("the ping waits in the outbox; a later hook delivers it")
+    elif not backoff_left_s(load_state(base), time.time()):
+        lock = take_lock(base)
+        if lock is not None:  # busy: a sender runs, and will see the file
+            start_sender(lock, settings.environ)
+
+def bring(text):
+    """Compile SENDER or COMMANDS into this module, under this file's line numbers."""
+    with open(__file__, encoding="utf-8") as file:
+        above = file.read().partition(text)[0].count("\n")
+    exec(compile("\n" * above + text, __file__, "exec"), globals())
+
+def run_for_claude_code(arguments):
+    """Hook or sender; never fails, never returns, prints only in debug mode."""
+    settings = None
+
+    def tell(text, label="TelemHQ hook: "):
+        if settings and settings.debug:
+            try:
+                os.write(2, (label + text + "\n").encode("utf-8", "backslashreplace"))
+            except OSError:
+                pass
+
+    try:
+        for fd in (0, 1, 2):
+            try:
+                os.fstat(fd)
+            except OSError:  # closed: or the next file that we open would be our stdin
+                os.open(os.devnull, os.O_RDWR)
+        settings = Settings(dict(os.environ))
+        if sys.version_info < (3, 8):
+            raise Skipped("it needs Python 3.8 or newer")
+        if arguments:
+            bring(SENDER)
+            run_sender(int(arguments[1]), settings)
+        else:
+            hook(settings, tell)
+    except Skipped as reason:
+        tell(str(reason), "TelemHQ hook skipped: ")
+    except BaseException as error:  # the promise: Claude Code never notices
+        tell(repr(error), "TelemHQ hook skipped: ")
+    os._exit(0)
+
+# ======================================================================================
+# Nothing below this line runs while Claude Code waits, unless TELEMHQ_FOREGROUND or
+# TELEMHQ_HOOK_DEBUG has the hook deliver by itself. What follows is two texts, compiled
+# where they are used: Python compiles a script at every run, and with them each hook
+# would take half as long again. First SENDER, the code of the detached process.
+# ======================================================================================
+
+SENDER = r'''
+import threading
+from calendar import timegm
+from collections import Counter
+from datetime import datetime
+from email.utils import parsedate
+from http.client import HTTPException
+from random import uniform
+from urllib import request
+from urllib.error import URLError
+
 # -- Usage: tokens from the transcript, charged once (by the sender only) --------------
 
 USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
@@ -559,25 +762,20 @@ def copy_of(value):
     """A deep copy of a JSON value."""
     return decode_json(encode_json(value))
 
-def counter(found=()):
-    """A Counter: + adds, - stops at 0, & is the minimum, | the maximum."""
-    from collections import Counter
-    return Counter(found)
-
 def counts_of(found, column):
     """Counter of a row's usage (column 0) or of a model's entry in the ledger (1)."""
     details = found.get("output_tokens_details")
     found = dict(found, **details) if isinstance(details, dict) else found
     given = {name: found.get(names[column]) for name, names in COUNTS.items()}
-    return counter({name: int(n) for name, n in given.items() if number(n)})
+    return Counter({name: int(n) for name, n in given.items() if number(n)})
 
 def add(models, name, more):
     """Add a Counter to a model's."""
-    models[name] = counter(models.get(name)) + more
+    models[name] = Counter(models.get(name)) + more
 
 def summed(*parts):
     """The sum over all models of all `parts` (model -> counts)."""
-    return sum((counter(n) for part in parts for n in part.values()), counter())
+    return sum((Counter(n) for part in parts for n in part.values()), Counter())
 
 def new_account(ping, local, at):
     """An account as its first event opens it. Rows older than `since` are history; so
@@ -621,10 +819,10 @@ def count_message(account, row, relative, at):
     # Every content block of a message has a row, each with the message's whole usage;
     # in older ones the output may be partial.
     seen, calls = account["files"][relative][2:]
-    before, after = counter(seen.get(key)), counts_of(message["usage"], 0)
+    before, after = Counter(seen.get(key)), counts_of(message["usage"], 0)
     if key not in seen or after["output_tokens"] > before["output_tokens"]:
         seen[key] = after
-        counts = account["models"][model] = counter(account["models"].get(model))
+        counts = account["models"][model] = Counter(account["models"].get(model))
         counts.update(after)
         counts.subtract(before)
     content = message.get("content")
@@ -661,7 +859,6 @@ def count_user(account, row, relative, at, until):
 
 def count_line(account, line, relative, until):
     """Count one line; False when it was stamped after `until`, seconds since 1970."""
-    from datetime import datetime
     try:
         row, at = decode_json(line.decode("utf-8", "replace")), 0
         if "timestamp" in row:
@@ -729,8 +926,8 @@ def settle(account):
     ledger, models, reported = account["ledger"], account["models"], account["reported"]
     missing = summed(ledger["models"]) - summed(models, reported)
     for name, counts in ledger["models"].items():
-        known = counter(models.get(name)) + counter(reported.get(name))
-        more = (counter(counts) - known) & missing
+        known = Counter(models.get(name)) + Counter(reported.get(name))
+        more = (Counter(counts) - known) & missing
         missing = missing - more
         add(models, name, more)
     cost = max(0, round(ledger["cost"] - account["cost"], 10))
@@ -744,7 +941,7 @@ def named(counts):
 
 def take_usage(account):
     """The usage fields of what was read since the last charge; now it is reported."""
-    models = {name: +counter(counts) for name, counts in account["models"].items()}
+    models = {name: +Counter(counts) for name, counts in account["models"].items()}
     models = {name: counts for name, counts in models.items() if counts}
     for name, counts in models.items():
         add(account["reported"], name, counts)
@@ -870,8 +1067,6 @@ def verdict_of(status):
 
 def retry_after_s(text, now):
     """Seconds that a Retry-After asks for (RFC 9110, 10.2.3), 0 when it is unusable."""
-    from calendar import timegm
-    from email.utils import parsedate
     text = (text or "").strip()
     try:
         digits = text.isascii() and text.isdigit()
@@ -883,7 +1078,6 @@ def retry_after_s(text, now):
 def backoff_s(verdict, failures, retry_after, now):
     """Seconds to wait after the n-th failure in a row: jittered, for machines must not
     come back together, and not before the server asked for."""
-    from random import uniform
     power, asked = 2.0 ** min(failures, 20), retry_after_s(retry_after, now)
     wait = uniform(2, min(BACKOFF_MAX_S, 2 * power))
     if verdict == HOLD:
@@ -896,7 +1090,6 @@ def make_opener(url):
     """An opener that can do no more than it must: no redirects (urllib would turn the
     POST into a GET without a body, and call its 200 a success), no other schemes; the
     environment's proxies, but never for loopback; TLS verified."""
-    from urllib import request
     opener = request.OpenerDirector()
     opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
@@ -910,12 +1103,9 @@ def make_opener(url):
 def post(opener, url, headers, body, timeout_s):
     """POST bytes: (verdict, what for a person, Retry-After or None, whether the ping
     itself may be the cause). Of the response one buffer is read, at most."""
-    from http.client import HTTPException
-    from urllib.error import URLError
-    from urllib.request import Request
     try:
-        request = Request(url, body, headers, method="POST")
-        with opener.open(request, timeout=timeout_s) as response:
+        post_it = request.Request(url, body, headers, method="POST")
+        with opener.open(post_it, timeout=timeout_s) as response:
             status, asked = response.status, response.headers.get("Retry-After")
         return verdict_of(status), "HTTP %d" % status, asked, status >= 500
     except (AttributeError, TypeError):  # no response: no handler took an https URL
@@ -946,6 +1136,8 @@ class Sender:
         self.destination, self.base, self.settings = destination, base, settings
         self.ends, self.tell, self.tried = ends, tell, set()  # names that failed
         self.state, self.opener = load_state(base), make_opener(destination.url)
+        self.deadline = float("inf")  # monotonic, of the request on its way
+        threading.Thread(target=self.watch, daemon=True).start()
 
     def path(self, *names):
         """Path of something in the destination's directory."""
@@ -1031,29 +1223,28 @@ class Sender:
         return record["ping"]
 
     def attempt(self, ping):
-        """POST one ping, under a watchdog; gives what `post` gives."""
-        import threading
+        """POST one ping; gives what `post` gives."""
         url, limit = self.destination.url, self.settings.timeout_s
         if self.settings.foreground:
             limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
-        watchdog = threading.Timer(DEADLINE * limit, self.overdue)
-        watchdog.daemon = True
         headers = {"Idempotency-Key": ping["event_id"], **self.destination.headers}
         begun = time.monotonic()
-        watchdog.start()
+        self.deadline = begun + DEADLINE * limit
         for body in self.destination.bodies(ping):
             answer = post(self.opener, url, headers, body, limit)
             if answer[0] != DELIVERED:
                 break
-        watchdog.cancel()
+        self.deadline = float("inf")
         took_ms, name = (time.monotonic() - begun) * 1000, ping.get("event")
         self.tell("%s %s to %s: %s in %d ms, %s" % (
             name, ping["event_id"], origin(url), answer[1], took_ms, answer[0]))
         return answer
 
-    def overdue(self):
-        """A request overstayed (a hung resolver, a dripping response): count that and
-        end the process, for nothing else ends the request."""
+    def watch(self):
+        """The watchdog, a thread. When a request overstays (a hung resolver, a dripping
+        response), count that and end the process: nothing else ends the request."""
+        while time.monotonic() < self.deadline:
+            time.sleep(POLL_S)
         self.fail((RETRY, "no whole answer in time", None))
         self.tell("no whole answer in time; the ping waits")
         os._exit(self.status)
@@ -1123,7 +1314,6 @@ class Sender:
 
     def pace(self):
         """After an outage all machines come back at once: the rest of ours can wait."""
-        from random import uniform
         now = time.time()
         self.state.update(set_at=now, not_before=now + uniform(*PACE_S))
 
@@ -1185,115 +1375,6 @@ def run_sender(lock, settings):
     except Exception as error:  # back off, or every hook would start one that fails
         sender.fail((RETRY, "internal error: " + type(error).__name__, None))
 
-def start_sender(lock, environ):
-    """Start the detached sender and hand it the lock; it outlives the hook. A fresh
-    interpreter, for urllib crashes in a forked process on macOS. In its own session and
-    with no descriptor but the lock: Claude Code kills groups and families, and waits
-    for the end of its pipes."""
-    script = os.path.abspath(__file__)
-    command = [sys.executable, "-I", "-S", script, "--sender", str(lock)]
-    if os.name == "nt":  # unrun; descriptors are not inherited there
-        import subprocess
-        drop_lock(lock)
-        flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
-        null = subprocess.DEVNULL
-        subprocess.Popen(command[:-1] + ["-1"], stdin=null, stdout=null, stderr=null,
-                         creationflags=flags, cwd=os.path.dirname(script), env=environ)
-        return
-    os.chdir("/")  # keep no project's directory busy
-    for fd in map(int, os.listdir("/dev/fd")):
-        try:
-            os.set_inheritable(fd, fd in (0, 1, 2, lock))
-        except OSError:
-            pass  # the listing's own
-    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
-    how = {"file_actions": null, "setsigdef": [15]}  # SIGTERM, if our shell ignored it
-    try:
-        os.posix_spawn(command[0], command, environ, setsid=True, **how)
-    except NotImplementedError:  # the sender calls setsid() itself
-        os.posix_spawn(command[0], command, environ, **how)
-
-# -- Hook: what Claude Code runs -------------------------------------------------------
-
-def read_stdin(keep):
-    """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
-    when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S."""
-    import select
-    parts, ends = [], time.monotonic() + STDIN_WAIT_S
-    try:
-        # select() on Windows knows sockets only.
-        while os.name == "nt" or select.select(
-                [0], [], [], max(0.0, ends - time.monotonic()))[0]:
-            part = os.read(0, 1 << 20)
-            if not part:
-                break
-            parts += [part] if keep else []
-    except OSError:
-        pass
-    return b"".join(parts)
-
-def inside(path, directory):
-    """Whether `path` is `directory` or below it."""
-    for resolve in (os.path.normpath, os.path.realpath):  # /tmp is a link on macOS
-        top = resolve(directory).rstrip(os.sep) + os.sep
-        if (resolve(path) + os.sep).startswith(top):
-            return True
-    return False
-
-def main_repository(directory):
-    """Of a git worktree its repository's name, else "". A worktree's .git is a file:
-    `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
-    try:
-        text = read_file(os.path.join(directory, ".git"), 4096).decode()
-    except (OSError, ValueError):
-        return ""
-    worktrees = os.path.dirname(os.path.join(directory, text[7:].strip()))
-    if not text.startswith("gitdir:") or os.path.basename(worktrees) != "worktrees":
-        return ""
-    top, name = os.path.split(os.path.dirname(os.path.normpath(worktrees)))
-    if name.startswith("."):  # .git, or .bare by a common habit
-        return os.path.basename(top)
-    return name[:-4] if name.endswith(".git") else name
-
-def project_of(event, settings):
-    """The project's name; neither a `cd src` nor a worktree makes another project."""
-    cwd = event.get("cwd") if isinstance(event.get("cwd"), str) else ""
-    top, name = settings.environ.get("CLAUDE_PROJECT_DIR"), ""
-    try:
-        directory = top if cwd and top and inside(cwd, top) else cwd
-        if directory and not settings.project:
-            name = os.path.normpath(directory).replace("\\", "/").split("/")[-1]
-            name = main_repository(directory) or name
-    except (OSError, ValueError):
-        pass  # a NUL in it
-    return settings.project or clean(name) or "unknown"
-
-def local_of(event, settings, ping):
-    """What the sender needs for the ping's usage and never sends; {}: no usage."""
-    transcript, agent = event.get("transcript_path"), event.get("agent_transcript_path")
-    if not (settings.usage and "session_id" in ping and isinstance(transcript, str)
-            and transcript.endswith(".jsonl")):
-        return {}
-    local = {"transcript": transcript, "git": settings.git}
-    return dict(local, agent_transcript=agent) if isinstance(agent, str) else local
-
-def registered_elsewhere(event, environ):
-    """Whether, run as a plugin, a settings file runs this script for the same event."""
-    config = absolute(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
-    project = os.path.join(environ.get("CLAUDE_PROJECT_DIR") or config, ".claude")
-    if not (environ.get("CLAUDE_PLUGIN_ROOT") and environ.get("TELEMHQ_PING_URL")):
-        return False  # without that variable, the settings' one would send nothing
-    for path in (os.path.join(config, "settings.json"),
-                 os.path.join(project, "settings.json"),
-                 os.path.join(project, "settings.local.json")):
-        try:
-            groups = read_object(path, 1 << 20)["hooks"][event["hook_event_name"]]
-            if "telemhq_ping.py" in encode_json(groups):
-                return True
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-    return False
-
 def deliver_here(destination, base, settings, ends, tell):
     """One pass inside the hook, over by `ends` (monotonic), waits included."""
     state, lock = load_state(base), None
@@ -1312,83 +1393,10 @@ def deliver_here(destination, base, settings, ends, tell):
     sender.one_pass()
     sender.sweep()
     drop_lock(lock)
-
-def hook(settings, tell):
-    """The event on stdin becomes a ping in the outbox; Skipped says why it did not."""
-    ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
-    os.umask(0o077)
-    for text in settings.ignored:
-        tell(text)
-    try:
-        destination = find_destination(settings)
-    except Skipped:
-        read_stdin(keep=False)
-        raise
-    raw = read_stdin(keep=True)
-    try:
-        event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
-        raise Skipped("stdin held no JSON object, which Claude Code would send")
-    if registered_elsewhere(event, settings.environ):
-        raise Skipped("a settings file runs this script for the event, too")
-    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
-    base = destination.directory(settings.state_dir)
-    need_sound(settings.state_dir, base)
-    path = ping_file(base, ns, ping["event_id"])
-    try:
-        write_object(path, {"ping": ping, "local": local_of(event, settings, ping)})
-    except OSError as error:
-        raise Skipped("cannot write to %s: %s" % (base, error.strerror)) from None
-    tell("%s %s is in the outbox" % (ping.get("event"), ping["event_id"]))
-    if settings.foreground:
-        deliver_here(destination, base, settings, ends, tell)
-        if os.path.exists(path):
-            tell("the ping waits in the outbox; a later hook delivers it")
-    elif not backoff_left_s(load_state(base), time.time()):
-        lock = take_lock(base)
-        if lock is not None:  # busy: a sender runs, and will see the file
-            start_sender(lock, settings.environ)
-
-def run_for_claude_code(arguments):
-    """Hook or sender; never fails, never returns, prints only in debug mode."""
-    settings = None
-
-    def tell(text, label="TelemHQ hook: "):
-        if settings and settings.debug:
-            try:
-                os.write(2, (label + text + "\n").encode("utf-8", "backslashreplace"))
-            except OSError:
-                pass
-
-    try:
-        for fd in (0, 1, 2):
-            try:
-                os.fstat(fd)
-            except OSError:  # closed: or the next file that we open would be our stdin
-                os.open(os.devnull, os.O_RDWR)
-        settings = Settings(dict(os.environ))
-        if sys.version_info < (3, 8):
-            raise Skipped("it needs Python 3.8 or newer")
-        if arguments:
-            run_sender(int(arguments[1]), settings)
-        else:
-            hook(settings, tell)
-    except Skipped as reason:
-        tell(str(reason), "TelemHQ hook skipped: ")
-    except BaseException as error:  # the promise: Claude Code never notices
-        tell(repr(error), "TelemHQ hook skipped: ")
-    os._exit(0)
-
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--sender"] or not (sys.argv[1:] or os.isatty(0)):
-        run_for_claude_code(sys.argv[1:])
+'''
 
 # ======================================================================================
-# Nothing below this line runs inside Claude Code: the commands, run by a person. They
-# are a text, compiled when a person asks for one: Python compiles a script at every
-# run, and with them each hook would take a third longer.
+# Nothing below this line runs inside Claude Code: the commands, run by a person.
 # ======================================================================================
 
 COMMANDS = r'''
@@ -1794,7 +1802,8 @@ def main(arguments):
 '''
 
 if __name__ == "__main__":
-    with open(__file__, encoding="utf-8") as file:
-        before = file.read().partition("COMMANDS = r" + "''" + "'")[0].count("\n")
-    exec(compile("\n" * before + COMMANDS, __file__, "exec"))
+    if sys.argv[1:2] == ["--sender"] or not (sys.argv[1:] or os.isatty(0)):
+        run_for_claude_code(sys.argv[1:])
+    bring(SENDER)
+    bring(COMMANDS)
     sys.exit(main(sys.argv[1:]))

@@ -242,6 +242,7 @@ def load_script():
     spec = importlib.util.spec_from_file_location("telemhq_ping", str(SCRIPT))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.bring(module.SENDER)
     return module
 
 
@@ -272,7 +273,16 @@ with open(compiled, "rb") as file:
     code = marshal.load(file)
 exec(code, {"__name__": "__main__", "__file__": script})
 """
-ONE_LIFE = "time.sleep = lambda s: os._exit(0)\n"  # a sender that sleeps has ended
+# A sender that would sleep through a back-off has ended.
+ONE_LIFE = """
+import _thread
+main_thread, real_sleep = _thread.get_ident(), time.sleep
+def sleep(seconds):
+    if _thread.get_ident() == main_thread:
+        os._exit(0)
+    real_sleep(seconds)
+time.sleep = sleep
+"""
 
 
 @functools.lru_cache(maxsize=None)

@@ -36,7 +36,7 @@ def project(script, cwd, project_dir=None, name=None):
     return script.project_of(found, script.Settings(environ))
 
 
-# -- The table of real events ------------------------------------------------------------
+# -- The table of real events ----------------------------------------------------------
 
 MAIN = {
     "session_id": "8ca3ea98-6bcf-4f18-8872-ceeb337b0138",
@@ -119,7 +119,7 @@ EXPECTED = {  # fixture: the ping, but for what every ping has (`ALWAYS`)
         duration_ms=8,
         exit_code=3,
         error_chars=25,
-        **FAILED
+        **FAILED,
     ),
     "PostToolUseFailure-Bash-in-subagent": dict(
         IN_AGENT,
@@ -129,7 +129,7 @@ EXPECTED = {  # fixture: the ping, but for what every ping has (`ALWAYS`)
         duration_ms=7,
         exit_code=3,
         error_chars=25,
-        **FAILED
+        **FAILED,
     ),
     "PostToolUseFailure-Read": dict(
         TOOL,
@@ -138,7 +138,7 @@ EXPECTED = {  # fixture: the ping, but for what every ping has (`ALWAYS`)
         tool_use_id="toolu_4141811313",
         duration_ms=5,
         error_chars=80,
-        **FAILED
+        **FAILED,
     ),
     "PreCompact-manual": dict(COMPACTED, event="PreCompact", trigger="manual"),
     "PreToolUse-Agent": dict(
@@ -230,7 +230,7 @@ def expected_ping(script, name):
 
 
 def test_every_real_event_is_in_the_table():
-    """Each kind of event that the real client was seen to fire has its expected ping."""
+    """Each event that the real client was seen to fire has its expected ping."""
     names = {path.stem for path in (FIXTURES / "events").iterdir()}
     assert names == set(EXPECTED) and len(names) >= 30
 
@@ -271,11 +271,11 @@ def test_every_event_has_an_id_of_its_own(script):
     assert len(ids) == 50
 
 
-# -- Shapes ------------------------------------------------------------------------------
+# -- Shapes ----------------------------------------------------------------------------
 
 
 def put(field, value):
-    """An event with `value` where the ping's `field` comes from, and its environment."""
+    """An event with `value` where `field` comes from, and its environment."""
     if field == "event":
         return event("Stop", hook_event_name=value), {}
     if field == "effort":
@@ -425,7 +425,7 @@ def test_a_reason_leaves_from_session_end_only(script, name):
     assert "reason" not in ping_of(script, found)
 
 
-# -- error -------------------------------------------------------------------------------
+# -- error -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_a_stop_failures_code_is_sent(script, code):
     ids=repr,
 )
 def test_a_stop_failure_without_a_code_is_failed_all_the_same(script, text):
-    """What is no lower-case code could be a message: it is left out, the status stays."""
+    """What is no lower-case code could be a message: left out; the status stays."""
     ping = ping_of(script, event("StopFailure", error=text))
     assert "error" not in ping and ping["status"] == "failed"
 
@@ -495,8 +495,10 @@ def test_a_stop_failure_without_a_code_is_failed_all_the_same(script, text):
         ("", None),
     ),
 )
-def test_of_a_failed_tools_text_only_exit_code_and_length_leave(script, text, exit_code):
-    """A tool's error text holds output and paths: `tool_error`, its code, its length."""
+def test_of_a_failed_tools_text_only_exit_code_and_length_leave(
+    script, text, exit_code
+):
+    """The text holds output and paths: `tool_error`, its code, its length."""
     ping = ping_of(script, event("PostToolUseFailure-Bash", error=text))
     assert (ping["error"], ping["status"]) == ("tool_error", "failed")
     assert ping.get("exit_code") == exit_code
@@ -520,7 +522,9 @@ def test_a_failed_tool_without_a_text_is_a_tool_error(script, value):
 
 
 @pytest.mark.parametrize("name", ("Stop", "PostToolUse", "SessionEnd", "Future", None))
-@pytest.mark.parametrize("value", ("CANARY text", "rate_limit", {"a": 1}, ["x"], 3, True))
+@pytest.mark.parametrize(
+    "value", ("CANARY text", "rate_limit", {"a": 1}, ["x"], 3, True)
+)
 def test_any_other_event_that_carries_an_error_says_just_that(script, name, value):
     """An error of another event is the word `error`, and the status is failed."""
     ping = ping_of(script, event("Stop", hook_event_name=name, error=value))
@@ -534,7 +538,7 @@ def test_an_empty_error_is_no_error(script, value):
     assert "error" not in ping and ping["status"] == "success"
 
 
-# -- What is absent, what is new ---------------------------------------------------------
+# -- What is absent, what is new -------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
@@ -617,9 +621,16 @@ def test_no_field_of_the_gate_takes_an_overlong_text(script):
             assert script.gate({name: "a" * length}) == {}, name
 
 
-# -- Hashes ------------------------------------------------------------------------------
+# -- Hashes ----------------------------------------------------------------------------
 
-PATHS = ("/home/dev/acme/api", "/é/😀", "/bad\udcff", "/lone\ud800", "C:\\x", "x" * 9000)
+PATHS = (
+    "/home/dev/acme/api",
+    "/é/😀",
+    "/bad\udcff",
+    "/lone\ud800",
+    "C:\\x",
+    "x" * 9000,
+)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path)[:20])
@@ -630,7 +641,9 @@ def test_a_path_leaves_as_twelve_hex_of_its_hash(script, field, path):
     assert ping[field + "_hash"] == sha12(path)
 
 
-@pytest.mark.parametrize("key", (b"k", b"x" * 200, b"\xff\xfe", "ключ".encode()), ids=repr)
+@pytest.mark.parametrize(
+    "key", (b"k", b"x" * 200, b"\xff\xfe", "ключ".encode()), ids=repr
+)
 def test_a_hash_key_makes_it_an_hmac(script, key):
     """TELEMHQ_HASH_KEY makes a guessable path unguessable: HMAC-SHA-256."""
     environ = {"TELEMHQ_HASH_KEY": key.decode("utf-8", "surrogateescape")}
@@ -649,7 +662,7 @@ def test_no_path_is_no_hash(script, value):
 
 
 def test_key_and_strange_paths_work_through_the_process(home, receiver):
-    """A key of bytes that are no text, and a path with a lone surrogate, both arrive."""
+    """A key that is no text and a path with a lone surrogate both work."""
     raw = json.dumps(event("Stop", cwd="/w/lone\ud800")).encode()
     env = {"TELEMHQ_HASH_KEY": "\udcff\udcfe", "TELEMHQ_FOREGROUND": "1"}
     assert home.hook(raw, receiver.url, **env).returncode == 0
@@ -659,7 +672,7 @@ def test_key_and_strange_paths_work_through_the_process(home, receiver):
     assert (ping["cwd_hash"], ping["project"]) == (expected, "lone")
 
 
-# -- Project -----------------------------------------------------------------------------
+# -- Project ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -695,12 +708,12 @@ def test_key_and_strange_paths_work_through_the_process(home, receiver):
     ),
 )
 def test_the_projects_name(script, cwd, project_dir, name, expected):
-    """TELEMHQ_PROJECT, else the project directory the cwd is in, else the cwd's name."""
+    """TELEMHQ_PROJECT, else the project directory around the cwd, else the cwd."""
     assert project(script, cwd, project_dir, name) == expected
 
 
 def test_a_cd_inside_the_project_makes_no_new_project(home, receiver):
-    """Through the process: cwd below CLAUDE_PROJECT_DIR is that project, outside not."""
+    """A cwd below CLAUDE_PROJECT_DIR is that project, one outside is not."""
     top = str(home.project)
     for cwd in (top, top + "/src", str(home.path / "other")):
         env = {"CLAUDE_PROJECT_DIR": top}
@@ -819,7 +832,7 @@ def test_a_git_that_is_a_fifo_does_not_block(home, receiver):
     assert receiver.wait_for(1)[0]["project"] == "api"
 
 
-# -- Fuzz --------------------------------------------------------------------------------
+# -- Fuzz ------------------------------------------------------------------------------
 
 SHAPED = {  # fields that leave as they are when they look like an identifier
     "session_id",
@@ -840,8 +853,17 @@ SHAPED = {  # fields that leave as they are when they look like an identifier
 }
 
 
+CONTENT = (  # fields of Claude Code's events that hold content or paths
+    "prompt", "tool_input", "tool_response", "error_details", "last_assistant_message",
+    "message", "title", "custom_instructions", "compact_summary", "delta",
+    "command_args", "session_title", "task_subject", "task_description", "tool_calls",
+    "background_tasks", "session_crons", "file_path", "agent_transcript_path",
+    "scratchpad_dir", "transcript_path", "CANARY_EXTRA", "new",
+)  # fmt: skip
+
+
 def canary(dice, key):
-    """A secret as a string: of any shape, but for the one that may leave under `key`."""
+    """A secret as a string, of any shape but the one that may leave under `key`."""
     word = "CANARY_%06d" % dice.randrange(10**6)
     if key == "cwd":  # of which the last name may leave
         return dice.choice(("/home/%s/api", "/%s/../%s/api/")).replace("%s", word)
@@ -902,7 +924,7 @@ def with_canaries(dice, value, key):
 
 
 def mutated(dice, names):
-    """A real event, some of it replaced, with canaries in everything that was a string."""
+    """A real event, some of it replaced, with canaries where strings were."""
     found = event(dice.choice(names))
     name = found["hook_event_name"]
     for key in list(found):
@@ -914,7 +936,7 @@ def mutated(dice, names):
         elif roll < 0.95:
             del found[key]
     for _ in range(dice.randrange(4)):
-        key = dice.choice(("CANARY_EXTRA", "error", "file_path", "reason", "model", "new"))
+        key = dice.choice(CONTENT + ("error", "reason", "model"))
         found[key] = strange(dice, key)
     if dice.random() < 0.8:
         found["hook_event_name"] = name
@@ -924,7 +946,7 @@ def mutated(dice, names):
 
 
 def check_ping(script, text):
-    """That a ping's text holds no canary, no path, nothing overlong, only the gate's."""
+    """A ping's text holds no canary, no path, nothing overlong, only the gate's."""
     assert "canary" not in text.lower()
     assert "/" not in text and "\\" not in text and "null" not in text
     assert len(text) < 4096
@@ -938,7 +960,23 @@ def check_ping(script, text):
         assert script.GATE[name](value)
         assert not isinstance(value, str) or len(value) <= 128
         assert not isinstance(value, (int, float)) or 0 <= value <= 2**53
-    assert {"provider", "tool", "event_id", "timestamp", "status", "project"} <= set(ping)
+    assert {"provider", "tool", "event_id", "timestamp", "status", "project"} <= set(
+        ping
+    )
+
+
+@pytest.mark.parametrize("key", CONTENT)
+def test_content_stays_home_even_when_it_looks_like_an_identifier(script, key):
+    """A one-word prompt or title has the shape of an identifier: it does not leave."""
+    for name in EXPECTED:
+        for value in (
+            "CANARY",
+            {"level": "CANARY"},
+            ["CANARY"],
+            {"description": "CANARY"},
+        ):
+            ping = ping_of(script, event(name, **{key: value}))
+            assert "CANARY" not in script.encode_json(ping)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -949,7 +987,9 @@ def test_no_mutated_event_gets_a_canary_through(script, seed):
         found = mutated(dice, names)
         # As it comes from stdin: through JSON, NaN and huge integers included.
         found = script.decode_json(json.dumps(found, ensure_ascii=dice.random() < 0.5))
-        environ = dice.choice(({}, {"TELEMHQ_HASH_KEY": "k"}, {"TELEMHQ_MACHINE": "a/b"}))
+        environ = dice.choice(
+            ({}, {"TELEMHQ_HASH_KEY": "k"}, {"TELEMHQ_MACHINE": "a/b"})
+        )
         settings = script.Settings(environ)
         named = script.project_of(found, settings)
         ping = script.make_ping(found, settings, named, NS + i, i)
@@ -982,10 +1022,12 @@ def test_mutated_events_get_no_canary_out_of_the_process(home, receiver, script)
         assert "canary" not in (request.path + str(request.headers)).lower()
 
 
-# -- Bodies ------------------------------------------------------------------------------
+# -- Bodies ----------------------------------------------------------------------------
 
 
-def test_a_session_with_transcripts_sends_fields_of_the_gate_only(home, receiver, script):
+def test_a_session_with_transcripts_sends_fields_of_the_gate_only(
+    home, receiver, script
+):
     """Tokens come from the transcripts, where all content is: none of it arrives."""
     shutil.copytree(str(FIXTURES / "transcripts" / "subagent"), str(home.path / "t"))
     (transcript,) = (home.path / "t").glob("*.jsonl")
@@ -1010,14 +1052,18 @@ def test_a_session_with_transcripts_sends_fields_of_the_gate_only(home, receiver
     assert sum(ping.get("total_tokens", 0) for ping in receiver.pings) > 0
 
 
-def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(home, receiver, script):
+def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(
+    home, receiver, script
+):
     """Every body comes out of the gate, also when a ping's file was changed on disk."""
     home.hook(event("Stop"), receiver.url)
     receiver.wait_for(1)
     home.quiet()
     ping = receiver.pings[0]
     ping.update(event_id="f" * 32, prompt="CANARY", session_id="/home/CANARY")
-    ping.update(model=["CANARY"], error="CANARY text", cost_usd="CANARY", tools="CANARY")
+    ping.update(
+        model=["CANARY"], error="CANARY text", cost_usd="CANARY", tools="CANARY"
+    )
     name = "%020d-%s.json" % (NS, "f" * 32)
     path = home.destination() / "outbox" / name
     path.write_text(json.dumps({"ping": ping, "local": {}}))
@@ -1029,32 +1075,21 @@ def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(home, receiver
     assert b"CANARY" not in changed[0].body
 
 
-# -- Short enough to be read -------------------------------------------------------------
+# -- Short enough to be read -----------------------------------------------------------
 
 
-def sections():
-    """The script's line counts: {section's title: lines}, down to the banner that ends
-    what Claude Code can run; and of the text that holds the commands below it."""
-    code, commands = SCRIPT.read_text("utf-8").split("COMMANDS = r'''\n")
-    titled = ("\n# -- " + code.replace("\n# -- ", "\n# -- ", 1)).split("\n# -- ")[1:]
-    counts = {part.split("\n")[0].strip(" -"): part.count("\n") for part in titled}
-    return counts, commands.split("'''")[0].count("\n")
+def parts():
+    """The script's text: what a hook runs, the sender's, the commands'."""
+    hook, rest = SCRIPT.read_text("utf-8").split("SENDER = r'''\n")
+    sender, rest = rest.split("'''\n", 1)
+    return hook, sender, rest.split("COMMANDS = r'''\n")[1].split("'''\n")[0]
 
 
-def test_what_a_hook_runs_before_it_ends_is_at_most_850_lines():
-    """An auditor can read all that runs while Claude Code waits before trusting it; the
-    sender's sections (usage, delivery, sender) take no more again."""
-    counts, _ = sections()
-    later = [n for title, n in counts.items()
-             if title.startswith(("Usage", "Delivery", "Sender"))]  # fmt: skip
-    assert len(later) == 3
-    assert sum(counts.values()) - sum(later) <= 850
-    assert sum(later) <= 750
-
-
-def test_the_commands_are_at_most_400_lines():
-    """What a person runs stands below a banner, and is short too."""
-    assert sections()[1] <= 400
+@pytest.mark.parametrize("part, most", [(0, 850), (1, 700), (2, 400)])
+def test_each_part_is_short_enough_to_be_read(part, most):
+    """What runs while Claude Code waits takes at most 850 lines, the detached process
+    700, the commands 400."""
+    assert parts()[part].count("\n") <= most
 
 
 def test_no_line_is_longer_than_88_columns():
@@ -1076,18 +1111,25 @@ def test_every_function_says_what_it_means():
             if isinstance(inner, ast.ClassDef):
                 visit(inner)
 
-    visit(ast.parse(SCRIPT.read_text("utf-8")))
+    for part in parts():
+        visit(ast.parse(part))
     assert missing == []
 
 
 def test_the_gate_stands_before_all_that_touches_disk_or_network():
     """An auditor may stop after the gate: what follows it cannot widen it."""
-    tree, outside = ast.parse(SCRIPT.read_text("utf-8")), []
+    tree, outside = ast.parse(parts()[0]), []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in ("open", "write", "replace"):
+        if isinstance(node, ast.Attribute) and node.attr in (
+            "open",
+            "write",
+            "replace",
+        ):
             if isinstance(node.value, ast.Name) and node.value.id == "os":
                 outside.append(node.lineno)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("urllib"):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "urllib"
+        ):
             outside.append(node.lineno)
     lines = {n.name: n.lineno for n in tree.body if isinstance(n, ast.FunctionDef)}
     assert outside and lines["gate"] <= lines["make_ping"] < min(outside)

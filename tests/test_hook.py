@@ -66,11 +66,11 @@ class Held(Receiver):
         super().close()
 
 
-# -- What takes its time: started first, looked at last ----------------------------------
+# -- What takes its time: started first, looked at last --------------------------------
 
 
 def slow_one(home, pieces, close=False, **more):
-    """Run a hook whose stdin gets `pieces` and stays open; (outcome, seconds it took)."""
+    """Run a hook whose stdin gets `pieces` and stays open; (outcome, seconds)."""
     process, begun = start(home, **more), time.monotonic()
     for piece in pieces:
         process.stdin.write(piece)
@@ -132,14 +132,18 @@ def slow(tmp_path_factory):
     more = {"TELEMHQ_FOREGROUND": "1", "TELEMHQ_TIMEOUT": "30"}
     found.begin("silent", found.home(), found.silent.url, [STOP], close=True, **more)
     found.begin("silent and open", found.home(), found.silent.url, [STOP], **more)
-    for name, variable in (("busy", "TELEMHQ_FOREGROUND"), ("told", "TELEMHQ_HOOK_DEBUG")):
+    for name, variable in (
+        ("busy", "TELEMHQ_FOREGROUND"),
+        ("told", "TELEMHQ_HOOK_DEBUG"),
+    ):
         more = {variable: "1"}
         found.begin(name, found.busy, found.held.url, [STOP], close=True, **more)
     yield found
     found.end()
 
 
-# -- Every Python ------------------------------------------------------------------------
+# -- Every Python ----------------------------------------------------------------------
+
 
 def short(value):
     """A test's id: of a path, the part that tells the Python's version."""
@@ -156,14 +160,18 @@ def test_some_pythons_were_found():
 
 @every_python
 def test_an_event_is_delivered_in_the_background(home, receiver, python):
-    """Exit 0, silence, and a moment later the ping arrives, once, and the outbox is empty."""
+    """Exit 0, silence; a moment later the ping arrives, once; the outbox is empty."""
     for name in ("Stop", "PostToolUseFailure-Bash"):
         assert outcome(home.hook(event(name), receiver.url, python=python)) == SILENT
     receiver.wait_for(2)
     home.quiet()
     assert home.waiting() == [] and len(receiver.requests) == 2
     first, second = sorted(receiver.pings, key=lambda ping: ping["timestamp"])
-    assert (first["event"], first["status"], first["project"]) == ("Stop", "success", "api")
+    assert (first["event"], first["status"], first["project"]) == (
+        "Stop",
+        "success",
+        "api",
+    )
     assert (second["error"], second["exit_code"]) == ("tool_error", 3)
     request = receiver.requests[0]
     assert (request.method, request.path) == ("POST", "/ping/" + TOKEN)
@@ -173,7 +181,7 @@ def test_an_event_is_delivered_in_the_background(home, receiver, python):
 
 @every_python
 def test_an_event_waits_on_disk_while_the_tracker_is_away(home, python):
-    """The ping is on disk before the hook exits, and arrives when the tracker is back."""
+    """It is on disk before the hook exits, and arrives when the tracker is back."""
     url = dead_url()
     for _ in range(2):
         assert outcome(home.hook(STOP, url, python=python)) == SILENT
@@ -190,7 +198,7 @@ def test_an_event_waits_on_disk_while_the_tracker_is_away(home, python):
 
 @every_python
 def test_foreground_and_debug_deliver_before_they_exit(home, receiver, python):
-    """TELEMHQ_FOREGROUND=1 and TELEMHQ_HOOK_DEBUG=1: delivered, and no process is left."""
+    """TELEMHQ_FOREGROUND=1, TELEMHQ_HOOK_DEBUG=1: delivered, no process left."""
     env = {"TELEMHQ_FOREGROUND": "1"}
     assert outcome(home.hook(STOP, receiver.url, python=python, **env)) == SILENT
     assert len(receiver.pings) == 1 and home.processes() == []
@@ -219,7 +227,10 @@ NASTY = {  # stdin: whether a ping can be made of it
     "empty object": (b"{}", True),
     "BOM": (b"\xef\xbb\xbf" + STOP, True),
     "newlines": (b"\r\n" + STOP + b"\r\n", True),
-    "lone surrogates": (STOP[:-1] + b', "prompt": "\\ud800", "cwd": "/x/\\udfff"}', True),
+    "lone surrogates": (
+        STOP[:-1] + b', "prompt": "\\ud800", "cwd": "/x/\\udfff"}',
+        True,
+    ),
     "not UTF-8": (STOP[:-1] + b', "prompt": "\xff\xfe\x80", "cwd": "/x/\xff"}', True),
     "NaN": (STOP[:-1] + b', "duration_ms": NaN, "a": Infinity}', True),
     "huge integer": (STOP[:-1] + b', "duration_ms": ' + b"9" * 100000 + b"}", True),
@@ -231,7 +242,7 @@ NASTY = {  # stdin: whether a ping can be made of it
 
 @every_python
 def test_nothing_on_stdin_makes_the_hook_fail_or_talk(home, python):
-    """Empty, torn, binary, deep, not UTF-8: exit 0, silence; a ping where one can be."""
+    """Empty, torn, binary, deep, not UTF-8: exit 0, silence; a ping if possible."""
     home.hook(STOP, NOWHERE)
     home.set_state(set_at=time.time() - 1, not_before=time.time() + 900)
     others = ("open string", "deep", "binary", "BOM", "lone surrogates", "huge integer")
@@ -248,7 +259,7 @@ def test_nothing_on_stdin_makes_the_hook_fail_or_talk(home, python):
 
 @every_python
 def test_no_expensive_module_is_imported_in_the_hook(home, python):
-    """The hook's own process imports neither urllib, json, hashlib, re nor subprocess."""
+    """The hook itself imports neither urllib, json, hashlib, re nor subprocess."""
     home.hook(STOP, NOWHERE)
     home.set_state(set_at=time.time() - 1, not_before=time.time() + 900)
     for waits in (True, False):  # without and with the start of a sender
@@ -278,7 +289,7 @@ def test_an_older_python_does_nothing_and_is_silent(home, python):
     assert not home.state.exists()
 
 
-# -- stdin -------------------------------------------------------------------------------
+# -- stdin -----------------------------------------------------------------------------
 
 
 def test_an_event_of_100_mb_is_a_ping(home):
@@ -292,7 +303,7 @@ def test_an_event_of_100_mb_is_a_ping(home):
 
 @pytest.mark.parametrize("url", (None, "", "telemhq.com/ping/x", NOWHERE))
 def test_stdin_is_read_to_its_end(home, url):
-    """An early close would show the user an EPIPE error, also where nothing is to do."""
+    """An early close would show the user an EPIPE error, whatever there is to do."""
     process = start(home, url)
     for _ in range(40):
         process.stdin.write(b" " * 100000)
@@ -313,7 +324,7 @@ def test_an_event_in_small_pieces_is_one_event(home):
     assert len(home.waiting()) == 1
 
 
-# -- Closed descriptors ------------------------------------------------------------------
+# -- Closed descriptors ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("debug", ("", "1"))
@@ -357,12 +368,12 @@ def test_a_full_stderr_pipe_does_not_matter_in_hook_mode(home, receiver):
     assert finish(process) == 0
 
 
-# -- The sender is nobody's child --------------------------------------------------------
+# -- The sender is nobody's child ------------------------------------------------------
 
 
 @pytest.mark.parametrize("pipe", ("stdout", "stderr"))
 def test_the_hooks_pipes_end_while_the_sender_still_works(home, pipe):
-    """Claude Code waits for the end of the hook's pipes: the sender holds none of them."""
+    """Claude Code waits for the end of the hook's pipes: the sender holds none."""
     with Held() as held:
         process = start(home, held.url)
         process.stdin.write(STOP)
@@ -393,7 +404,7 @@ def test_an_inherited_descriptor_is_not_handed_on(home):
 
 @linux_only
 def test_the_sender_has_left_the_hooks_family_and_place(home):
-    """Own session, another parent, cwd outside the project, devnull on 0 to 2, the lock."""
+    """Own session and parent, cwd outside the project, devnull on 0-2, the lock."""
     with Held() as held:
         process = start(home, held.url)
         process.communicate(STOP, 30)
@@ -442,7 +453,9 @@ def descendants(pid):
                     text = file.read()
             except OSError:
                 continue
-            parents.setdefault(int(text.rsplit(") ", 1)[1].split()[1]), []).append(entry)
+            parents.setdefault(int(text.rsplit(") ", 1)[1].split()[1]), []).append(
+                entry
+            )
     found, todo = [], [pid]
     while todo:
         children = [int(child) for child in parents.get(todo.pop(), [])]
@@ -497,7 +510,7 @@ def test_a_hook_stopped_as_soon_as_its_ping_is_on_disk_loses_nothing(home, recei
     assert committed < {ping["event_id"] for ping in receiver.pings}
 
 
-# -- A hostile project -------------------------------------------------------------------
+# -- A hostile project -----------------------------------------------------------------
 
 HOSTILE = """
 import os
@@ -506,7 +519,8 @@ with open(os.environ["HIT"], "a") as file:
 """
 MODULES = (
     "json", "_json", "hashlib", "_sha2", "_sha256", "hmac", "select", "fcntl", "stat",
-    "time", "threading", "random", "ssl", "socket", "urllib", "http", "email", "datetime",
+    "time", "threading", "random", "ssl", "socket", "urllib", "http", "email",
+    "datetime",
     "subprocess", "typing", "re", "queue", "contextlib", "string", "tempfile", "base64",
 )  # fmt: skip
 
@@ -519,8 +533,10 @@ def make_hostile(directory, names):
 
 
 @pytest.mark.parametrize("variable", ("", "TELEMHQ_FOREGROUND", "TELEMHQ_HOOK_DEBUG"))
-def test_the_projects_modules_and_pythons_variables_are_ignored(home, receiver, variable):
-    """json.py in the project, hostile PYTHONPATH and PYTHONSTARTUP: none is imported."""
+def test_the_projects_modules_and_pythons_variables_are_ignored(
+    home, receiver, variable
+):
+    """json.py in the project, hostile PYTHONPATH and PYTHONSTARTUP: not imported."""
     more = ("os", "sitecustomize", "usercustomize", "encodings", "startup")
     make_hostile(home.project, MODULES + more)
     make_hostile(home.path / "evil", MODULES + more)
@@ -547,7 +563,8 @@ def test_the_projects_modules_and_pythons_variables_are_ignored(home, receiver, 
 
 
 @pytest.mark.parametrize(
-    "python, foreground", [(path, "1") for path in pythons()] + [(sys.executable, "0")],
+    "python, foreground",
+    [(path, "1") for path in pythons()] + [(sys.executable, "0")],
     ids=short,
 )
 def test_telemhqs_own_command_ignores_what_lies_beside_the_script(
@@ -594,12 +611,13 @@ def test_a_project_that_was_deleted_is_no_error(home, receiver):
     assert receiver.wait_for(1)
 
 
-# -- No URL ------------------------------------------------------------------------------
+# -- No URL ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "url, python",
-    [(None, path) for path in pythons()] + [("", sys.executable), ("x y", sys.executable)],
+    [(None, path) for path in pythons()]
+    + [("", sys.executable), ("x y", sys.executable)],
     ids=short,
 )
 def test_without_a_url_the_hook_does_nothing(home, url, python):
@@ -611,7 +629,7 @@ def test_without_a_url_the_hook_does_nothing(home, url, python):
 
 
 def test_a_project_can_switch_it_off(home, receiver):
-    """An empty TELEMHQ_PING_URL, as a project's settings may set it, is the off switch."""
+    """An empty TELEMHQ_PING_URL, as a project may set it, is the off switch."""
     assert outcome(home.hook(STOP, receiver.url)) == SILENT
     receiver.wait_for(1)
     home.quiet()
@@ -619,7 +637,7 @@ def test_a_project_can_switch_it_off(home, receiver):
     assert home.waiting() == [] and len(receiver.requests) == 1
 
 
-# -- Debug mode --------------------------------------------------------------------------
+# -- Debug mode ------------------------------------------------------------------------
 
 
 def debug(home, url, sent=STOP, **more):
@@ -633,7 +651,7 @@ def debug(home, url, sent=STOP, **more):
 
 
 def test_debug_mode_tells_where_the_ping_went_and_what_came_of_it(home, receiver):
-    """Event and id, scheme and host, status and time: a line each, and no more of the URL."""
+    """Event and id, scheme and host, status and time, and no more of the URL."""
     lines = debug(home, receiver.url)
     (ping,) = receiver.pings
     assert all(line.startswith("TelemHQ hook") for line in lines)
@@ -688,7 +706,7 @@ def test_debug_mode_ignores_a_back_off_once_and_says_so(home, receiver):
     ),
 )
 def test_debug_mode_says_why_it_was_skipped(home, url, sent, words):
-    """`TelemHQ hook skipped: <the reason, and what to do about it>`, one line, exit 0."""
+    """`TelemHQ hook skipped: <reason, and what to do about it>`, a line, exit 0."""
     (line,) = debug(home, url, sent)
     assert line.startswith("TelemHQ hook skipped: ") and words in line
 
@@ -701,11 +719,11 @@ def test_debug_mode_names_what_it_ignores(home, receiver):
     assert len(receiver.pings) == 1
 
 
-# -- Foreground --------------------------------------------------------------------------
+# -- Foreground ------------------------------------------------------------------------
 
 
 def test_foreground_obeys_the_back_off(home, receiver):
-    """While a back-off stands the ping only waits: a CI job is not slowed by an outage."""
+    """While a back-off stands the ping waits: an outage does not slow a CI job."""
     receiver.answer = 503
     env = {"TELEMHQ_FOREGROUND": "1"}
     assert outcome(home.hook(STOP, receiver.url, **env)) == SILENT
@@ -718,7 +736,7 @@ def test_foreground_obeys_the_back_off(home, receiver):
     assert home.processes() == []
 
 
-# -- Started by a person -----------------------------------------------------------------
+# -- Started by a person ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("piped", (False, True), ids=("terminal", "piped"))
@@ -780,7 +798,8 @@ def test_an_unknown_argument_is_an_error_of_the_commands(home):
 
 
 @pytest.mark.parametrize(
-    "arguments", (["--sender"], ["--sender", "x"], ["--sender", "99"], ["--sender", "-1"])
+    "arguments",
+    (["--sender"], ["--sender", "x"], ["--sender", "99"], ["--sender", "-1"]),
 )
 def test_a_sender_started_by_hand_is_silent_and_exits_0(home, receiver, arguments):
     """A sender whose descriptor is nonsense takes the lock itself, or ends."""
@@ -793,7 +812,7 @@ def test_a_sender_started_by_hand_is_silent_and_exits_0(home, receiver, argument
     assert outcome(done) == SILENT
 
 
-# -- What took its time ------------------------------------------------------------------
+# -- What took its time ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ("nothing", "half", "whole", "no url"))
@@ -813,14 +832,14 @@ def test_what_has_arrived_on_an_open_stdin_counts(slow):
 
 @pytest.mark.parametrize("name", ("silent", "silent and open", "busy"))
 def test_foreground_ends_after_8_seconds_in_all(slow, name):
-    """A server without an answer, a busy lock, an open stdin: 8 s are the most, together."""
+    """A silent server, a busy lock, an open stdin: 8 s are the most, together."""
     found, took = slow(name)
     assert found == SILENT
     assert 2 < took < 12
 
 
 def test_a_busy_lock_is_named_in_debug_mode(slow):
-    """Debug mode waits for the sender that is at work, then says that it has the ping."""
+    """Debug mode waits for the sender at work, then says that it has the ping."""
     (status, stdout, stderr), took = slow("told")
     assert (status, stdout) == (0, b"") and 2 < took < 12
     assert b"TelemHQ hook skipped: " in stderr and b"sender" in stderr

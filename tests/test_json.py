@@ -73,7 +73,7 @@ VALUES = (
     None,
     {"a": {"b": [1, 2.5, "x", None, True, {}]}, "c": "d"},
     (1, (2, "3")),
-    "é 😀 \ud800 \" \\ / \b\f\n\r\t\x00\x1f\x7f\u2028",
+    'é 😀 \ud800 " \\ / \b\f\n\r\t\x00\x1f\x7f\u2028',
     {"ключ": ["значение"]},
 )
 
@@ -187,7 +187,15 @@ def test_sha256_is_hashlibs(script, size):
     assert script.sha256_hex(raw) == hashlib.sha256(raw).hexdigest()
 
 
-PATHS = ("/home/dev/acme/api", "", "/é/😀", "/bad\udcff", "/lone\ud800", "C:\\x", "/\x00")
+PATHS = (
+    "/home/dev/acme/api",
+    "",
+    "/é/😀",
+    "/bad\udcff",
+    "/lone\ud800",
+    "C:\\x",
+    "/\x00",
+)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ascii)
@@ -197,7 +205,9 @@ def test_a_path_hash_is_the_first_12_hex_of_its_sha256(script, path):
     assert script.path_hash(path, "") == hashlib.sha256(raw).hexdigest()[:12]
 
 
-@pytest.mark.parametrize("key", (b"k", b"x" * 200, "ключ".encode(), b"\xff\xfe"), ids=repr)
+@pytest.mark.parametrize(
+    "key", (b"k", b"x" * 200, "ключ".encode(), b"\xff\xfe"), ids=repr
+)
 @pytest.mark.parametrize("path", PATHS, ids=ascii)
 def test_a_path_hash_under_a_key_is_an_hmac(script, path, key):
     """Under a key the hash is HMAC-SHA-256 with the variable's own bytes as the key."""

@@ -361,18 +361,13 @@ def test_the_first_hook_after_a_backoff_delivers(home, receiver):
     wait_until(lambda: not home.waiting())
 
 
-def leap_after(requests):
-    """A patch under which a minute passes while the n-th request is answered."""
+def leap_after(pings):
+    """A patch under which a minute passes after the n-th ping was delivered."""
     return """
-import http.client
-real, sent = time.monotonic, []
-time.monotonic = lambda: real() + 100 * (len(sent) >= %d)
-class Connection(http.client.HTTPConnection):
-    def getresponse(self):
-        sent.append(1)
-        return super().getresponse()
-http.client.HTTPConnection = Connection
-""" % requests
+real, gone = time.monotonic, []
+time.monotonic = lambda: real() + 100 * (len(gone) >= %d)
+wrap(os, "unlink", after=lambda path, *_: "/outbox/" in str(path) and gone.append(path))
+""" % pings
 
 
 def test_a_life_is_a_minute(home, receiver):
@@ -596,12 +591,11 @@ def test_a_refused_ping_behind_a_poisoned_one(home):
     assert waiting[0] in kept.name
 
 
-HUNDRED_LIVES = """
+HUNDRED_LIVES = ONE_LIFE + """
 import http.client, ssl, urllib.request
 wall, wall_ns, ahead = time.time, time.time_ns, [0]
 time.time = lambda: wall() + ahead[0]
 time.time_ns = lambda: wall_ns() + ahead[0] * 10**9
-time.sleep = lambda s: os._exit(0)
 with open(compiled, "rb") as file:
     code = __import__("marshal").load(file)
 for n in range(100):

@@ -27,7 +27,7 @@ def settings(script, **environ):
     return script.Settings(dict({"TELEMHQ_PING_URL": URL}, **environ))
 
 
-# -- Variables ---------------------------------------------------------------------------
+# -- Variables -------------------------------------------------------------------------
 
 NONSENSE = (
     ("TELEMHQ_MACHINE", "build 7"),
@@ -174,7 +174,7 @@ def test_where_the_state_is_kept(home, given, expected):
     assert others <= set(state.parents)
 
 
-# -- URLs --------------------------------------------------------------------------------
+# -- URLs ------------------------------------------------------------------------------
 
 GOOD_URLS = (
     URL,
@@ -288,7 +288,7 @@ def test_a_good_url_is_a_destination(script, url):
 
 @pytest.mark.parametrize("url", BAD_URLS, ids=ascii)
 def test_a_bad_url_is_no_destination(script, url):
-    """Other schemes, user:password@, no host, bad ports, spaces and controls: refused."""
+    """Other schemes, user:password@, no host, bad ports, spaces: refused."""
     for more in ({}, {"TELEMHQ_ALLOW_HTTP": "1"}):
         environ = dict({"TELEMHQ_PING_URL": url}, **more)
         with pytest.raises(script.Skipped, match="TELEMHQ_PING_URL"):
@@ -364,7 +364,7 @@ def test_a_url_is_split_as_urllib_will_split_it(script, url, expected):
     ids=ascii,
 )
 def test_a_hook_without_a_usable_url_does_nothing(home, url):
-    """Silence, exit 0, nothing written, no process; debug mode says why, not the URL."""
+    """Silence, exit 0, nothing written; debug mode says why, without the URL."""
     before = set(home.path.rglob("*"))
     done = home.hook(event("Stop"), url)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -384,10 +384,12 @@ def test_a_url_in_other_words_delivers(home, receiver, change):
 def test_a_fragment_is_not_sent_and_a_query_is(home, receiver):
     """What urllib sends of a URL is its path and query."""
     debug(home, receiver.url + "?a=%20b#secret")
-    assert [request.path for request in receiver.requests] == ["/ping/%s?a=%%20b" % TOKEN]
+    assert [request.path for request in receiver.requests] == [
+        "/ping/%s?a=%%20b" % TOKEN
+    ]
 
 
-# -- README and settings files -----------------------------------------------------------
+# -- README and settings files ---------------------------------------------------------
 
 EXAMPLE = ROOT / "settings.example.json"
 COMMAND = "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true"
@@ -403,7 +405,9 @@ def readme_rows(pattern, after=""):
     """The first group of `pattern` in the README's lines, from heading `after` on."""
     text = (ROOT / "README.md").read_text("utf-8")
     if after:
-        text = re.split("(?m)^## ", text.split("\n" + after + "\n", 1)[1], maxsplit=1)[0]
+        text = re.split("(?m)^## ", text.split("\n" + after + "\n", 1)[1], maxsplit=1)[
+            0
+        ]
     return [found.group(1) for found in re.finditer("(?m)^" + pattern, text)]
 
 
@@ -417,7 +421,7 @@ def test_the_docstring_names_every_variable(script):
 
 
 def test_the_readmes_table_names_every_variable():
-    """README's table of variables has a row for each variable of the code, and no more."""
+    """README's table of variables has a row for each of the code's, no more."""
     rows = readme_rows(r"\| `(TELEMHQ_[A-Z_]+)`")
     code = variables(SCRIPT.read_text("utf-8"))
     assert sorted(rows) == sorted(code)
@@ -442,7 +446,7 @@ def test_settings_example_is_complete_and_as_documented():
 @pytest.mark.parametrize("command", (COMMAND, TELEMHQS_COMMAND))
 @pytest.mark.parametrize("link", (False, True), ids=("copied", "linked"))
 def test_the_documented_commands_work(home, receiver, command, link):
-    """Ours and TelemHQ's own settings block, for a copy or a link in ~/.claude/hooks."""
+    """Ours and TelemHQ's own settings block work, for a copy and for a link."""
     hooks = home.path / ".claude" / "hooks"
     hooks.mkdir(parents=True)
     if link:
