@@ -37,7 +37,8 @@ Exit status
 import sys
 
 if __name__ == "__main__" and not sys.flags.isolated:  # no project's json.py
-    sys.path[:] = [path for path in sys.path if path.startswith(sys.base_prefix)]
+    ours = (sys.base_prefix + "/", sys.base_exec_prefix + "/", sys.base_prefix + "\\")
+    sys.path[:] = [path for path in sys.path if path.startswith(ours)]
 
 import os
 import stat
@@ -255,8 +256,8 @@ class Settings:
         self.machine = self.choice(
             "TELEMHQ_MACHINE", "only letters, digits and _ . : - may be in it",
             lambda v: v if identifier(v) else None)
-        seconds = self.choice("TELEMHQ_TIMEOUT", "it is no number of seconds", positive)
-        self.timeout_s = min(max(seconds or TIMEOUT_S[0], TIMEOUT_S[1]), TIMEOUT_S[2])
+        seconds = self.choice("TELEMHQ_TIMEOUT", "it is no number of seconds", duration)
+        self.timeout_s = seconds or TIMEOUT_S[0]
         config = environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
         self.state_dir = (  # None: nothing tells where home is
             self.choice("TELEMHQ_STATE_DIR", "it must be absolute", absolute)
@@ -275,12 +276,13 @@ class Settings:
         """A variable that is 1 or 0; what is neither counts as 0."""
         return self.choice(name, "it must be 1 or 0", lambda v: SWITCH.get(v.lower()))
 
-def positive(text):
-    """A finite number above 0, or None."""
+def duration(text):
+    """Seconds, clamped to what TIMEOUT_S allows; None when `text` is no number."""
     try:
-        return float(text) if 0 < float(text) < 1e9 else None
+        value = float(text)
     except ValueError:
         return None
+    return min(max(value, TIMEOUT_S[1]), TIMEOUT_S[2]) if value == value else None
 
 def absolute(path):
     """`path` normalised, ~ expanded; None when it is relative."""
@@ -324,7 +326,7 @@ def split_url(url):
         host, found, port = authority[1:].partition("]")
         colon, port, good = port[:1], port[1:], frozenset(DIGITS + "abcdefABCDEF:.")
         good = good if found and colon in ("", ":") else ()
-    if not host or not set(host).issubset(good):
+    if not host or not set(host).issubset(good) or ".." in "." + host:
         raise ValueError("it names no host")
     if colon and not (port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
         raise ValueError("its port is not a number from 1 to 65535")
@@ -562,7 +564,8 @@ def project_of(event, settings):
             name = main_repository(directory) or name
     except (OSError, ValueError):
         pass  # a NUL in it
-    return settings.project or clean(name) or "unknown"
+    name = clean(name)
+    return settings.project or (name if name.strip(" .") else "unknown")
 
 def local_of(event, settings, ping):
     """What the sender needs for the ping's usage and never sends; {}: no usage."""
@@ -1331,7 +1334,8 @@ class Sender:
             if wait:
                 time.sleep(wait)
                 self.tried.clear()
-            elif self.tried.issuperset(self.waiting()):
+            elif all(name in self.tried or not name[:20].isdigit()
+                     for name in os.listdir(self.path("outbox"))):
                 return
             lock = take_lock(self.base)
 
