@@ -408,7 +408,7 @@ def read_request(connection):
 
 @functools.lru_cache()
 def all_pythons():
-    """{(3, minor): path} of the CPythons found: this one, those of pyenv and the PATH."""
+    """{(3, minor): path} of the CPythons found: this one, pyenv's, those on the PATH."""
     found = {sys.version_info[:2]: sys.executable}
     ask = "import sys; print(sys.implementation.name, sys.version_info[1])"
 
@@ -434,6 +434,6 @@ def all_pythons():
 
 
 def pythons(least=8, below=100):
-    """Paths of the CPython 3.N found, `least` <= N < `below`, one of each, oldest first."""
+    """Paths of the CPython 3.N found, `least` <= N < `below`, one of each, in order."""
     found = all_pythons()
     return [found[key] for key in sorted(found) if least <= key[1] < below]

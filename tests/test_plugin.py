@@ -217,8 +217,8 @@ def test_the_client_finds_the_plugins_files_valid(tmp_path):
 
 
 def test_the_plugin_registers_the_examples_events():
-    """The plugin's hooks are those of settings.example.json, from its own directory, and
-    with the README's `trap` for a failing `claude -p`."""
+    """The plugin's hooks are those of settings.example.json, from its own directory,
+    and with the README's `trap` for a failing `claude -p`."""
     example = json.loads((ROOT / "settings.example.json").read_text("utf-8"))["hooks"]
     text = json.dumps(example).replace(
         "~/.claude/hooks/telemhq_ping.py",
