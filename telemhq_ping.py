@@ -9,6 +9,9 @@ What runs when
     sender   (--sender FD) detached, at most one per destination: POSTs what waits, the
              oldest first; ends when the outbox is empty, at the latest after 60 s.
     For the commands, which a person runs, see --help.
+How to read it
+    Down to the first banner stands all that runs while Claude Code waits. Below it stand
+    two texts: SENDER, which the sender compiles, and COMMANDS.
 What leaves
     The fields of GATE, each only in the shape it has there: numbers, booleans, hashes,
     identifiers, the project's name. Never a prompt, an answer, a command, a tool's
@@ -662,8 +665,11 @@ def hook(settings, tell):
 
 def bring(text):
     """Compile SENDER or COMMANDS into this module, under this file's line numbers."""
-    with open(__file__, encoding="utf-8") as file:
-        above = file.read().partition(text)[0].count("\n")
+    try:
+        with open(__file__, encoding="utf-8") as file:
+            above = file.read().partition(text)[0].count("\n")
+    except OSError:
+        above = 0  # the file was removed meanwhile
     exec(compile("\n" * above + text, __file__, "exec"), globals())
 
 def run_for_claude_code(arguments):
