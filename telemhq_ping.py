@@ -990,10 +990,8 @@ def usage_of(account, ping, local, at, ends, patient):
             break
         time.sleep(POLL_S)
     fields = {} if came or not expects else {"usage_complete": False}
-    if event == "SessionEnd":
-        if came and account["whole"]:
-            fields["cost_usd"] = settle(account)
-        account["ledger"] = {}
+    if event == "SessionEnd" and came and account["whole"]:
+        fields["cost_usd"] = settle(account)
     fields.update(take_usage(account))
     begun = [prompt for prompt in account["prompts"] if 0 < prompt <= at]
     if event == "Stop" and begun:

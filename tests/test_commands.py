@@ -30,6 +30,9 @@ from support import (
 URL = "https://tracker.invalid/ping/" + TOKEN
 OTHER_HOOK = {"hooks": [{"type": "command", "command": "~/bin/notify 'done' | cat"}]}
 EVENTS = ["Stop", "StopFailure", "SessionEnd"]
+PYTHON = sys.executable  # that install names: of a virtual environment, its base
+if sys.prefix != sys.base_prefix:
+    PYTHON = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
 
 
 class Ended:
@@ -914,7 +917,7 @@ def test_doctor_is_content(well, receiver):
     assert (code, bad) == (0, "")
     for words in (
         *("hook for " + name for name in EVENTS), str(settings_path(well)),
-        SCRIPT.name, sys.executable, "interpreter",
+        SCRIPT.name, PYTHON, "interpreter",
         "tracker at http://127.0.0.1:%d answers a GET" % receiver.port,
         "state directory " + str(well.state), "0 pings wait", "back-off: none",
         "last delivery: 2",
@@ -983,7 +986,7 @@ def test_doctor_misses_the_script(well):
 def test_doctor_misses_the_interpreter(well, python):
     """Where the interpreter that settings name is gone, doctor says so."""
     text = settings_path(well).read_text("utf-8")
-    settings_path(well).write_text(text.replace(sys.executable, python), "utf-8")
+    settings_path(well).write_text(text.replace(PYTHON, python), "utf-8")
     bad = diagnosis(well)[2]
     assert "interpreter is missing" in bad and python in bad
 
@@ -994,7 +997,7 @@ def test_doctor_sees_an_old_interpreter(well):
     if not old:
         pytest.skip("no old Python here")
     text = settings_path(well).read_text("utf-8")
-    settings_path(well).write_text(text.replace(sys.executable, old[-1]), "utf-8")
+    settings_path(well).write_text(text.replace(PYTHON, old[-1]), "utf-8")
     assert "Python 3.8" in diagnosis(well)[2]
 
 
