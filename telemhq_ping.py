@@ -10,7 +10,7 @@ What runs when
              oldest first; ends when the outbox is empty, at the latest after 60 s.
     For the commands, which a person runs, see --help.
 How to read it
-    Down to the first banner stands all that runs while Claude Code waits. Below it stand
+    Down to the first banner stands all that runs while Claude Code waits. Below it are
     two texts: SENDER, which the sender compiles, and COMMANDS.
 What leaves
     The fields of GATE, each only in the shape it has there: numbers, booleans, hashes,
@@ -1122,14 +1122,15 @@ def post(opener, url, headers, body, timeout_s):
         connected = not isinstance(error, URLError)
         cause = error if connected else error.reason
     ssl, what = sys.modules.get("ssl"), getattr(cause, "strerror", "")
-    what = str(what or type(cause).__name__)
-    if ssl and isinstance(cause, ssl.SSLError) and "EOF" not in str(cause):
+    what = "timed out" if "timed out" in str(cause) else what or type(cause).__name__
+    passing = what == "timed out" or "EOF" in str(cause)
+    if ssl and isinstance(cause, ssl.SSLError) and not passing:
         return HOLD, "TLS: %s" % (getattr(cause, "reason", "") or what), None, False
     proxy = str(cause).partition("Tunnel connection failed: ")[2][:3]
     if proxy.isdigit():  # a proxy's status says nothing against the ping
         verdict = RETRY if verdict_of(int(proxy)) == RETRY else HOLD
         return verdict, "proxy: HTTP " + proxy, None, False
-    return RETRY, "timed out" if "timed out" in str(cause) else what, None, connected
+    return RETRY, str(what), None, connected
 
 # -- Sender: empties one outbox --------------------------------------------------------
 
