@@ -612,11 +612,15 @@ def start_sender(lock, environ):
                          creationflags=flags, cwd=os.path.dirname(script), env=environ)
         return
     os.chdir("/")  # keep no project's directory busy
-    for fd in map(int, os.listdir("/dev/fd")):
+    try:
+        inherited = [int(name) for name in os.listdir("/dev/fd")]
+    except OSError:  # a container without /proc
+        inherited = range(256)
+    for fd in inherited:
         try:
             os.set_inheritable(fd, fd in (0, 1, 2, lock))
         except OSError:
-            pass  # the listing's own
+            pass  # not open, or the listing's own
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
     how = {"file_actions": null, "setsigdef": [15]}  # SIGTERM, if our shell ignored it
     try:
@@ -1123,8 +1127,7 @@ def post(opener, url, headers, body, timeout_s):
         cause = error if connected else error.reason
     ssl, what = sys.modules.get("ssl"), getattr(cause, "strerror", "")
     what = "timed out" if "timed out" in str(cause) else what or type(cause).__name__
-    passing = what == "timed out" or "EOF" in str(cause)
-    if ssl and isinstance(cause, ssl.SSLError) and not passing:
+    if ssl and isinstance(cause, ssl.SSLError) and "EOF" not in str(cause):
         return HOLD, "TLS: %s" % (getattr(cause, "reason", "") or what), None, False
     proxy = str(cause).partition("Tunnel connection failed: ")[2][:3]
     if proxy.isdigit():  # a proxy's status says nothing against the ping

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -459,6 +460,40 @@ def test_a_lock_that_comes_free_in_the_foreground(home, receiver):
         timer.join()
     assert len(receiver.requests) == 2
     assert home.waiting() == []
+
+
+def test_a_machine_without_dev_fd(home, receiver):
+    """Where descriptors cannot be listed (a container without /proc), pings still go."""
+    hide = "real = os.listdir\ndef listdir(path='.'):\n    if path == '/dev/fd':\n"
+    hide += "        raise FileNotFoundError(path)\n    return real(path)\n"
+    hide += "os.listdir = listdir\n"
+    patched(home, hide, url=receiver.url, sent=event("Stop"))
+    assert len(receiver.wait_for(1)) == 1
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_shell_that_ignores_sigterm_makes_no_sender_that_does(home):
+    """Behind `trap '' TERM` the sender can still be ended by SIGTERM."""
+    with Receiver(lambda _: time.sleep(2) or 200) as receiver:
+        line = "trap '' TERM; exec %s -I -S %s" % (sys.executable, SCRIPT)
+        subprocess.run(["/bin/sh", "-c", line], input=json.dumps(event("Stop")).encode(),
+                       env=home.env(receiver.url), check=True)  # fmt: skip
+        receiver.wait_for(1)
+        (sender,) = home.processes()
+        with open("/proc/%d/status" % sender) as file:
+            (ignored,) = [row.split()[1] for row in file if row.startswith("SigIgn")]
+        assert not int(ignored, 16) >> (signal.SIGTERM - 1) & 1
+
+
+def test_a_tls_handshake_without_an_answer_is_retried(home):
+    """A server that takes the connection and says nothing is down, not set up wrong."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = "https://127.0.0.1:%d/ping/%s" % (server.getsockname()[1], TOKEN)
+        place(home, url)
+        run_sender(home, url, TELEMHQ_TIMEOUT="1")
+    assert home.state_json()["problem"]["verdict"] == "retry"
+    assert home.state_json()["problem"]["what"] == "timed out"
+    assert len(home.waiting()) == 1
 
 
 # -- Passes ---------------------------------------------------------------------------

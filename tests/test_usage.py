@@ -1141,6 +1141,15 @@ def prepare_window(session, name, of_agent):
 window = together(WINDOW, prepare_window)
 
 
+def test_turns_closer_than_2_s_do_not_run_into_each_other(session):
+    """A prompt after the event begins another turn: its rows are for that turn's Stop."""
+    session.add(*turn(0, 1), *turn(2.2, 2))
+    session.hold("Stop", 2)
+    session.hold("Stop", 4)
+    assert session.send() == [("Stop", 1), ("Stop", 2)]
+    assert not any("usage_complete" in ping for ping in session.usage())
+
+
 @pytest.mark.parametrize("case", WINDOW)
 def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(window, case):
     """What was written more than 2 s after an event is not poured into its ping."""
