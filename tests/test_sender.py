@@ -463,7 +463,7 @@ def test_a_lock_that_comes_free_in_the_foreground(home, receiver):
 
 
 def test_a_machine_without_dev_fd(home, receiver):
-    """Where descriptors cannot be listed (a container without /proc), pings still go."""
+    """Where descriptors cannot be listed (a container without /proc), pings go too."""
     hide = "real = os.listdir\ndef listdir(path='.'):\n    if path == '/dev/fd':\n"
     hide += "        raise FileNotFoundError(path)\n    return real(path)\n"
     hide += "os.listdir = listdir\n"
@@ -476,8 +476,10 @@ def test_a_shell_that_ignores_sigterm_makes_no_sender_that_does(home):
     """Behind `trap '' TERM` the sender can still be ended by SIGTERM."""
     with Receiver(lambda _: time.sleep(2) or 200) as receiver:
         line = "trap '' TERM; exec %s -I -S %s" % (sys.executable, SCRIPT)
-        subprocess.run(["/bin/sh", "-c", line], input=json.dumps(event("Stop")).encode(),
-                       env=home.env(receiver.url), check=True)  # fmt: skip
+        raw = json.dumps(event("Stop")).encode()
+        subprocess.run(
+            ["/bin/sh", "-c", line], input=raw, env=home.env(receiver.url), check=True
+        )
         receiver.wait_for(1)
         (sender,) = home.processes()
         with open("/proc/%d/status" % sender) as file:

@@ -1142,7 +1142,7 @@ window = together(WINDOW, prepare_window)
 
 
 def test_turns_closer_than_2_s_do_not_run_into_each_other(session):
-    """A prompt after the event begins another turn: its rows are for that turn's Stop."""
+    """A prompt after the event begins another turn, whose rows are for its own Stop."""
     session.add(*turn(0, 1), *turn(2.2, 2))
     session.hold("Stop", 2)
     session.hold("Stop", 4)
