@@ -5,6 +5,8 @@ network namespace of its own, together with the receiver and a stand-in for the
 Messages API, and gives back what was `Seen`. Facts about the client: version 2.1.329.
 """
 
+from __future__ import annotations
+
 import contextlib
 import fcntl
 import http.server
@@ -23,7 +25,9 @@ import threading
 import time
 
 import pytest
+
 from support import ROOT, SCRIPT, Home, Receiver, wait_until
+from typing import NoReturn
 
 SCENARIO_S = 180  # one scenario; on an idle machine the longest takes 30 s
 NAMESPACE = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
@@ -51,8 +55,12 @@ def text(words):
 
 def tool(name, **tool_input):
     """A tool_use block of an answer: the client really runs it."""
-    return {"type": "tool_use", "id": _random_id("toolu"), "name": name,
-            "input": tool_input}  # fmt: skip
+    return {
+        "type": "tool_use",
+        "id": _random_id("toolu"),
+        "name": name,
+        "input": tool_input,
+    }
 
 
 def slow(seconds, *blocks):
@@ -65,8 +73,8 @@ def slow(seconds, *blocks):
     return answer
 
 
-def _random_id(kind):
-    return "%s_%024x" % (kind, random.getrandbits(96))
+def _random_id(kind) -> str:
+    return f"{kind}_{random.getrandbits(96):024x}"
 
 
 class Messages:
@@ -77,12 +85,12 @@ class Messages:
     one entry per whole message: session_id, id, model and the API's names of COUNTS.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.script, self.bill, self.asked = {}, [], []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
+            def do_GET(self) -> None:
                 self.send("application/json", b"{}")
 
             do_HEAD = do_GET
@@ -103,17 +111,23 @@ class Messages:
                 with contextlib.suppress(OSError):
                     self.stream(session_id, asked["model"], answer)
 
-            def send(self, kind, body, status=200):
+            def send(self, kind, body, status=200) -> None:
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
-            def stream(self, session_id, model, blocks):
-                message = {"id": _random_id("msg"), "type": "message", "content": [],
-                           "role": "assistant", "model": model, "stop_reason": None,
-                           "stop_sequence": None}  # fmt: skip
+            def stream(self, session_id, model, blocks) -> None:
+                message = {
+                    "id": _random_id("msg"),
+                    "type": "message",
+                    "content": [],
+                    "role": "assistant",
+                    "model": model,
+                    "stop_reason": None,
+                    "stop_sequence": None,
+                }
                 counts = _counts()
                 begun = dict(counts, output_tokens=1)
                 begun.pop("output_tokens_details")
@@ -133,7 +147,7 @@ class Messages:
                 outer.bill.append(entry)
                 self.tell("message_stop")
 
-            def block(self, index, block):
+            def block(self, index, block) -> None:
                 if block["type"] == "text":
                     empty = dict(block, text="")
                     delta = {"type": "text_delta", "text": block["text"]}
@@ -145,17 +159,17 @@ class Messages:
                 self.tell("content_block_delta", index=index, delta=delta)
                 self.tell("content_block_stop", index=index)
 
-            def tell(self, kind, **fields):
+            def tell(self, kind, **fields) -> None:
                 found = json.dumps(dict(fields, type=kind))
-                self.wfile.write(("event: %s\ndata: %s\n\n" % (kind, found)).encode())
+                self.wfile.write(f"event: {kind}\ndata: {found}\n\n".encode())
                 self.wfile.flush()
 
-            def log_message(self, *_):
+            def log_message(self, *_) -> None:
                 """Nothing: the tests read `asked` and `bill`."""
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads, self.server.block_on_close = True, False
-        self.url = "http://127.0.0.1:%d" % self.server.server_address[1]
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def answer(self, messages):
@@ -207,14 +221,14 @@ def hooks(*events, matcher=None):
 class World:
     """One HOME with the script installed, the receiver, the stand-in, the client."""
 
-    def __init__(self, path):
+    def __init__(self, path) -> None:
         self.home = Home(path)
         self.receiver = Receiver()
         self.messages = Messages()
         self.runs, self.children = [], []
         (self.home.path / ".claude" / "hooks").mkdir(parents=True)
 
-    def install(self, *blocks):
+    def install(self, *blocks) -> None:
         """Copy the script, and paste these blocks into the user's settings.json."""
         folder = self.home.path / ".claude" / "hooks"
         shutil.copy(str(SCRIPT), str(folder / SCRIPT.name))
@@ -229,11 +243,15 @@ class World:
         """The client's environment: clean, offline, the tracker's URL exported."""
         found = self.home.env(
             self.receiver.url,
-            ANTHROPIC_BASE_URL=self.messages.url, ANTHROPIC_API_KEY="dummy",
-            DISABLE_TELEMETRY=1, DISABLE_AUTOUPDATER=1, DISABLE_ERROR_REPORTING=1,
-            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1, CLAUDE_CODE_MAX_RETRIES=0,
+            ANTHROPIC_BASE_URL=self.messages.url,
+            ANTHROPIC_API_KEY="dummy",
+            DISABLE_TELEMETRY=1,
+            DISABLE_AUTOUPDATER=1,
+            DISABLE_ERROR_REPORTING=1,
+            CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1,
+            CLAUDE_CODE_MAX_RETRIES=0,
             IS_SANDBOX=1,
-        )  # fmt: skip
+        )
         found["PATH"] = os.path.dirname(sys.executable) + ":" + found["PATH"]
         return found
 
@@ -242,9 +260,13 @@ class World:
         command = [client(), "-p", "--dangerously-skip-permissions"]
         command += ["--output-format", form, *options]
         child = subprocess.Popen(
-            command, env=self.env(), cwd=str(self.home.project),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            command,
+            env=self.env(),
+            cwd=str(self.home.project),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         self.children.append(child)
         return child
 
@@ -272,14 +294,14 @@ class World:
     def transcript(self, session_id):
         """The path of a session's transcript."""
         projects = self.home.path / ".claude" / "projects"
-        return next(projects.glob("*/%s.jsonl" % session_id))
+        return next(projects.glob(f"*/{session_id}.jsonl"))
 
-    def settle(self):
+    def settle(self) -> None:
         """Wait until every ping has been delivered, and the sender has ended."""
         wait_until(lambda: not self.home.waiting(), 30)
         self.home.quiet(30)
 
-    def close(self):
+    def close(self) -> None:
         """End what runs, by id."""
         for child in self.children:
             child.kill()
@@ -290,17 +312,20 @@ class World:
     def seen(self):
         """What a test may want to know, as JSON."""
         requests = [
-            {"headers": dict(found.headers.items()), "path": found.path,
-             "body": found.body.decode("latin-1")}
+            {
+                "headers": dict(found.headers.items()),
+                "path": found.path,
+                "body": found.body.decode("latin-1"),
+            }
             for found in self.receiver.requests
-        ]  # fmt: skip
+        ]
         return {"requests": requests, "runs": self.runs, "bill": self.messages.bill}
 
 
 class Talk:
     """A session that goes on: the client on its stream-json input."""
 
-    def __init__(self, world, *options):
+    def __init__(self, world, *options) -> None:
         options += ("--verbose", "--input-format", "stream-json")
         self.world, self.begun, self.result = world, time.monotonic(), None
         self.child = world.start("stream-json", *options)
@@ -312,18 +337,18 @@ class Talk:
         self.child.stdin.flush()
         while answered:
             line = self.child.stdout.readline()
-            assert line, "the client ended: %s" % self.child.stderr.read()
+            assert line, f"the client ended: {self.child.stderr.read()}"
             told = json.loads(line)
             if told["type"] == "result":
                 self.result = told
                 return told
 
-    def end(self):
+    def end(self) -> None:
         """End of input: the client ends the session by itself."""
         _, stderr = self.child.communicate()
         self.world.ended(self.result, stderr, time.monotonic() - self.begun)
 
-    def kill(self):
+    def kill(self) -> None:
         """kill -9."""
         self.child.kill()
         self.child.communicate()
@@ -332,7 +357,7 @@ class Talk:
 class Seen:
     """What became of a scenario."""
 
-    def __init__(self, path, found):
+    def __init__(self, path, found) -> None:
         self.home = path
         self.requests, self.runs = found["requests"], found["runs"]
         self.bill, self.told = found["bill"], found["told"]
@@ -371,47 +396,50 @@ def client():
     return os.environ.get("TELEMHQ_TEST_CLAUDE") or str(default)
 
 
-def need(command, why):
+def need(command, why) -> None:
     """Skip the test, saying why, where a command does not work."""
     try:
         tried = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, timeout=60,
-        )  # fmt: skip
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=60,
+        )
         if tried.returncode == 0:
             return
         found = tried.stderr.decode("utf-8", "replace").strip()
     except OSError as error:
         found = error.strerror
     needed = os.environ.get("TELEMHQ_TEST_NEED_CLAUDE")  # .ci/run: no test is left out
-    (pytest.fail if needed else pytest.skip)("%s (%s)" % (why, found))
+    (pytest.fail if needed else pytest.skip)(f"{why} ({found})")
 
 
 def run(scenario, path, **arguments):
     """Run `scenario(world, **arguments)` where only loopback exists; what was Seen."""
     need([client(), "--version"], "no Claude Code: set TELEMHQ_TEST_CLAUDE to its path")
-    need(NAMESPACE + ["true"], "no network namespace")
+    need([*NAMESPACE, "true"], "no network namespace")
     home = pathlib.Path(path) / PARENT
     asked = [scenario.__module__, scenario.__name__, str(home), json.dumps(arguments)]
     ended = subprocess.run(
-        NAMESPACE + [sys.executable, "-B", __file__] + asked,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [*NAMESPACE, sys.executable, "-B", __file__, *asked],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
         timeout=SCENARIO_S + 30,
-    )  # fmt: skip
+    )
     assert ended.returncode == 0, ended.stderr.decode("utf-8", "replace")
     return Seen(home, json.loads(ended.stdout))
 
 
-def _loopback_up():
+def _loopback_up() -> None:
     """What `ip link set lo up` does (netdevice(7)): SIOCSIFFLAGS with IFF_UP."""
     with socket.socket() as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
 
 
-def main(module, scenario, home, arguments):
+def main(module, scenario, home, arguments) -> None:
     """Inside the namespace: play the scenario, print what was seen."""
 
-    def too_long(*_):
+    def too_long(*_) -> NoReturn:
         raise TimeoutError("the scenario took too long")
 
     _loopback_up()

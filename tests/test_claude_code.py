@@ -1,11 +1,14 @@
 """The real Claude Code fires the hook: the pings arrive, and it never notices."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import time
 
-import claude_code
 import pytest
+
+import claude_code
 from claude_code import hooks, slow, text, tool
 
 EXAMPLE = claude_code.EXAMPLE
@@ -39,7 +42,7 @@ SCRIPT = {
 }
 
 
-def install(world):
+def install(world) -> None:
     """The example's events, and the README's optional ones for tool activity."""
     world.install(
         json.loads(EXAMPLE.read_text("utf-8")),
@@ -52,7 +55,7 @@ def install(world):
 # -- A session: tools, two of which fail, then an API error ----------------------
 
 
-def play_session(world):
+def play_session(world) -> None:
     install(world)
     world.talk("WORK CANARY_PROMPT", "FAIL", "PLAIN")
     world.settle()
@@ -64,7 +67,7 @@ def seen(tmp_path_factory):
     return claude_code.run(play_session, tmp_path_factory.mktemp("session"))
 
 
-def test_each_event_arrives_as_one_ping(seen):
+def test_each_event_arrives_as_one_ping(seen) -> None:
     """Turns, tool calls and failures arrive in order, once each."""
     names = "event", "status", "tool_name", "error", "exit_code", "reason"
     found = [tuple(ping.get(name) for name in names) for ping in seen.pings]
@@ -80,7 +83,7 @@ def test_each_event_arrives_as_one_ping(seen):
     ]
 
 
-def test_each_ping_says_where_it_belongs(seen):
+def test_each_ping_says_where_it_belongs(seen) -> None:
     """All pings carry the session's id, the project's name and hash, their own id."""
     session_id = seen.runs[0]["result"]["session_id"]
     cwd = hashlib.sha256(str(seen.home / "acme" / "api").encode()).hexdigest()[:12]
@@ -94,7 +97,7 @@ def test_each_ping_says_where_it_belongs(seen):
     assert timestamps == sorted(timestamps)
 
 
-def test_nothing_that_was_said_or_done_leaves(seen):
+def test_nothing_that_was_said_or_done_leaves(seen) -> None:
     """No prompt, answer, command, output, file name or path in any byte received."""
     said, sent = json.dumps(list(seen.rows())), json.dumps(seen.requests)
     for canary in ("PROMPT", "SAY", "OUT", "FILE", "STDERR", "NOT_THERE"):
@@ -104,12 +107,12 @@ def test_nothing_that_was_said_or_done_leaves(seen):
         assert content not in sent
 
 
-def test_nothing_that_was_said_or_done_is_kept(seen):
+def test_nothing_that_was_said_or_done_is_kept(seen) -> None:
     """No prompt, answer, command, output or file name in any file of the script's."""
     assert [path for path, held in seen.state().items() if "CANARY" in held] == []
 
 
-def test_claude_code_never_notices(seen):
+def test_claude_code_never_notices(seen) -> None:
     """No hook error, no output of a hook, in the transcript or on stderr."""
     assert [row for row in seen.rows() if row.get("subtype") == "stop_hook_summary"]
     assert seen.noticed() == []
@@ -119,14 +122,14 @@ def test_claude_code_never_notices(seen):
 # -- TelemHQ's own settings block -------------------------------------------------
 
 
-def play_telemhq_block(world):
+def play_telemhq_block(world) -> None:
     world.install(TELEMHQ)
     world.messages.script = SCRIPT
     world.talk("PLAIN", "FAIL", "PLAIN")
     world.settle()
 
 
-def test_the_block_on_telemhqs_page_works_unchanged(tmp_path):
+def test_the_block_on_telemhqs_page_works_unchanged(tmp_path) -> None:
     """Who pasted TelemHQ's block sees turns and failures, and the client nothing."""
     seen = claude_code.run(play_telemhq_block, tmp_path)
     found = [(ping["event"], ping["status"]) for ping in seen.pings]
@@ -138,7 +141,7 @@ def test_the_block_on_telemhqs_page_works_unchanged(tmp_path):
 # -- A client that ends in an API error --------------------------------------------
 
 
-def play_failing_runs(world):
+def play_failing_runs(world) -> None:
     block = json.loads(EXAMPLE.read_text("utf-8"))
     hook = block["hooks"]["StopFailure"][0]["hooks"][0]
     hook["command"] = "trap '' TERM; " + hook["command"]
@@ -149,7 +152,7 @@ def play_failing_runs(world):
         world.settle()
 
 
-def test_a_failing_run_says_so_before_it_ends(tmp_path):
+def test_a_failing_run_says_so_before_it_ends(tmp_path) -> None:
     """With the README's `trap`, StopFailure arrives although `claude -p` sends its hook
     a SIGTERM after some 15 ms, before Python is up."""
     seen = claude_code.run(play_failing_runs, tmp_path)
@@ -161,10 +164,10 @@ def test_a_failing_run_says_so_before_it_ends(tmp_path):
 # -- A slow server -----------------------------------------------------------------
 
 
-def play_slow_server(world):
+def play_slow_server(world) -> None:
     install(world)
 
-    def two_seconds(_):
+    def two_seconds(_) -> int:
         time.sleep(2)
         return 200
 
@@ -176,7 +179,7 @@ def play_slow_server(world):
             world.settle()
 
 
-def test_a_slow_server_does_not_slow_the_session(tmp_path):
+def test_a_slow_server_does_not_slow_the_session(tmp_path) -> None:
     """The client takes as long when each ping takes the server 2 s."""
     seen = claude_code.run(play_slow_server, tmp_path)
     seconds = [run["seconds"] for run in seen.runs]

@@ -1,11 +1,14 @@
 """The pings' tokens and cost are those of the real Claude Code's own ledger."""
 
+from __future__ import annotations
+
 import json
 import os
 import time
 
-import claude_code
 import pytest
+
+import claude_code
 from claude_code import COUNTS, Talk, hooks, slow, text, tool
 from support import wait_until
 
@@ -18,12 +21,19 @@ SCRIPT = {
         [text("CANARY_DONE")],
     ],
     "PARALLEL": [
-        [tool("Bash", command="echo CANARY_%d" % i) for i in range(4)],
+        [tool("Bash", command=f"echo CANARY_{i}") for i in range(4)],
         [text("CANARY_DONE")],
     ],
     "DELEGATE": [
-        [tool("Agent", description="CANARY", prompt="SUBTASK",
-              subagent_type="general-purpose", model="haiku")],
+        [
+            tool(
+                "Agent",
+                description="CANARY",
+                prompt="SUBTASK",
+                subagent_type="general-purpose",
+                model="haiku",
+            )
+        ],
         [text("CANARY_DELEGATED")],
     ],
     "SUBTASK": [[tool("Bash", command="echo CANARY")], slow(3, text("CANARY_FOUND"))],
@@ -31,7 +41,7 @@ SCRIPT = {
     "FAIL": [[tool("Bash", command="echo CANARY")], 401],
     # More than 2 s after the turn before: nothing of it can ride on that turn's Stop.
     "HANG": [slow(2.5, tool("Bash", command="echo CANARY")), slow(600)],
-}  # fmt: skip
+}
 # What the hook has seen from its first turn on; what it has not, or not to its end.
 WHOLE = ["plain", "tools", "parallel", "agent", "error", "failed", "resumed"]
 WHOLE += ["compacted", "cleared"]
@@ -88,7 +98,7 @@ def kill_in_mid_turn(world):
     return result
 
 
-def a_day_passes(world):
+def a_day_passes(world) -> None:
     """As if nothing had happened for a day; then someone starts a session."""
     world.settle()
     then = time.time() - DAY_S - 60
@@ -148,19 +158,19 @@ def billed(seen, name):
 
 
 @pytest.mark.parametrize("name", WHOLE + PARTS)
-def test_tokens_are_those_of_the_api(seen, name):
+def test_tokens_are_those_of_the_api(seen, name) -> None:
     """A session's pings add up to what the API billed, each message once."""
     assert charged(seen, name) == billed(seen, name)
 
 
 @pytest.mark.parametrize("name", ["several turns", "resumed", "met later"])
-def test_session_end_alone_has_it_all(seen_at_the_end, name):
+def test_session_end_alone_has_it_all(seen_at_the_end, name) -> None:
     """Who registers nothing else gets a whole session's tokens with its end."""
     assert charged(seen_at_the_end, name) == billed(seen_at_the_end, name)
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_tokens_are_those_of_the_clients_ledger(seen, name):
+def test_tokens_are_those_of_the_clients_ledger(seen, name) -> None:
     """A session's pings add up to the client's own result, to the token."""
     usage = seen.told[name]["modelUsage"].values()
     ledger = {count: sum(u[n[1]] for u in usage) for count, n in COUNTS.items()}
@@ -168,7 +178,7 @@ def test_tokens_are_those_of_the_clients_ledger(seen, name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_cost_is_that_of_the_clients_ledger(seen, name):
+def test_cost_is_that_of_the_clients_ledger(seen, name) -> None:
     """A whole session's pings add up to the client's own total cost."""
     pings = pings_of(seen, name)
     cost = sum(ping.get("cost_usd", 0) for ping in pings)
@@ -176,14 +186,15 @@ def test_cost_is_that_of_the_clients_ledger(seen, name):
 
 
 @pytest.mark.parametrize("name", ["forked", "met later"])
-def test_no_cost_of_a_session_with_a_history(seen, name):
+def test_no_cost_of_a_session_with_a_history(seen, name) -> None:
     """The ledger holds what was before the hook: its cost is never billed again."""
     pings = pings_of(seen, name)
-    assert pings and not any("cost_usd" in ping for ping in pings)
+    assert pings
+    assert not any("cost_usd" in ping for ping in pings)
 
 
 @pytest.mark.parametrize("name", ["plain", "tools", "parallel"])
-def test_a_stop_carries_its_whole_turn(seen, name):
+def test_a_stop_carries_its_whole_turn(seen, name) -> None:
     """The last message too, although the client writes it after it fired Stop."""
     assert charged(seen, name, "Stop") == billed(seen, name)
     (stop,) = [ping for ping in pings_of(seen, name) if ping["event"] == "Stop"]
@@ -191,28 +202,29 @@ def test_a_stop_carries_its_whole_turn(seen, name):
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_session_end_waits_for_the_ledger(seen, name):
+def test_a_session_end_waits_for_the_ledger(seen, name) -> None:
     """Written after /clear, before any other end; not at all when no turn was made."""
     ends = [ping for ping in pings_of(seen, name) if ping["event"] == "SessionEnd"]
     assert len(ends) == (3 if name == "resumed" else 1)
     assert not any("usage_complete" in ping for ping in ends)
 
 
-def test_a_session_that_was_killed_is_reported(seen):
+def test_a_session_that_was_killed_is_reported(seen) -> None:
     """A day after kill -9, one SessionLost ping carries what no event reported."""
     for name in ("killed", "killed and resumed"):
         pings = pings_of(seen, name)
         (lost,) = [ping for ping in pings if ping["event"] == "SessionLost"]
         assert (lost["status"], lost["usage_complete"]) == ("success", False)
-        assert lost["project"] == "api" and lost["total_tokens"] > 0
+        assert lost["project"] == "api"
+        assert lost["total_tokens"] > 0
 
 
-def test_a_session_that_ended_is_not_reported_again(seen):
+def test_a_session_that_ended_is_not_reported_again(seen) -> None:
     """The sweep makes one ping per lost session, and none for the others."""
     assert [ping["event"] for ping in seen.pings].count("SessionLost") == 2
 
 
-def test_tools_are_counted(seen):
+def test_tools_are_counted(seen) -> None:
     """Calls and failures, by tool, of all turns and subagents."""
     found = {}
     for name in ("tools", "parallel", "agent"):
@@ -224,7 +236,7 @@ def test_tools_are_counted(seen):
     assert stop["tools"] == {"Bash": 2, "Read": 1}
 
 
-def test_models_are_named(seen):
+def test_models_are_named(seen) -> None:
     """A subagent's model appears beside the main chain's."""
     usage = seen.told["agent"]["modelUsage"]
     assert len(usage) == 2
@@ -238,19 +250,19 @@ def test_models_are_named(seen):
     }
 
 
-def test_a_stop_says_how_long_the_turn_took(seen):
+def test_a_stop_says_how_long_the_turn_took(seen) -> None:
     """From the prompt to Stop, within what the client's run took."""
     (stop,) = [ping for ping in pings_of(seen, "tools") if ping["event"] == "Stop"]
     assert 100 < stop["duration_ms"] < 1000 * seen.runs[2]["seconds"]
 
 
-def test_nothing_but_counts_is_sent_or_kept(seen):
+def test_nothing_but_counts_is_sent_or_kept(seen) -> None:
     """No canary of prompt, answer, command or output in a ping or on disk."""
     assert "CANARY" not in json.dumps(seen.requests)
     assert [path for path, held in seen.state().items() if "CANARY" in held] == []
 
 
-def test_claude_code_never_notices(seen):
+def test_claude_code_never_notices(seen) -> None:
     """No hook error, no output of a hook, in any transcript or on stderr."""
     assert seen.noticed() == []
     assert [run["stderr"] for run in seen.runs if run["stderr"]] == []

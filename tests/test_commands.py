@@ -1,5 +1,7 @@
 """The commands, as a person runs them, each in a fresh HOME."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -12,6 +14,7 @@ import sys
 import time
 
 import pytest
+
 from support import (
     ROOT,
     SCRIPT,
@@ -32,13 +35,15 @@ OTHER_HOOK = {"hooks": [{"type": "command", "command": "~/bin/notify 'done' | ca
 EVENTS = ["Stop", "StopFailure", "SessionEnd"]
 PYTHON = sys.executable  # that install names: of a virtual environment, its base
 if sys.prefix != sys.base_prefix:
-    PYTHON = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
+    PYTHON = os.path.join(
+        sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info)
+    )
 
 
 class Ended:
     """How a command ended: `code`, `out`, `err`."""
 
-    def __init__(self, code, out, err=b""):
+    def __init__(self, code, out, err=b"") -> None:
         self.code, self.out, self.err = code, out.decode("utf-8"), err.decode("utf-8")
 
 
@@ -47,9 +52,12 @@ def run(home, *arguments, sent=b"", script=SCRIPT, python=sys.executable, **env)
     url = env.pop("url", None)
     done = subprocess.run(
         [str(python), str(script)] + [str(argument) for argument in arguments],
-        input=sent, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=home.env(url, **env), cwd=str(home.project), timeout=120,
-    )  # fmt: skip
+        input=sent,
+        capture_output=True,
+        env=home.env(url, **env),
+        cwd=str(home.project),
+        timeout=120,
+    )
     assert TOKEN.encode() not in done.stdout + done.stderr
     assert b"Traceback" not in done.stderr
     return Ended(done.returncode, done.stdout, done.stderr)
@@ -112,7 +120,7 @@ def on_a_terminal(home, typed, *arguments):
     if not pid:
         os.chdir(str(home.project))
         os.execve(
-            sys.executable, [sys.executable, str(SCRIPT)] + list(arguments), home.env()
+            sys.executable, [sys.executable, str(SCRIPT), *list(arguments)], home.env()
         )
     os.write(fd, typed)
     out = b""
@@ -126,7 +134,8 @@ def on_a_terminal(home, typed, *arguments):
         out += part
     code = os.waitpid(pid, 0)[1] >> 8
     os.close(fd)
-    assert TOKEN.encode() not in out and b"Traceback" not in out
+    assert TOKEN.encode() not in out
+    assert b"Traceback" not in out
     return code, out.decode("utf-8")
 
 
@@ -145,7 +154,7 @@ def on_a_terminal(home, typed, *arguments):
     ],
     ids=" ".join,
 )
-def test_bad_usage_exits_2_with_a_message(home, arguments):
+def test_bad_usage_exits_2_with_a_message(home, arguments) -> None:
     """Bad usage gets argparse's message on stderr and exit status 2."""
     ended = run(home, *arguments)
     assert ended.code == 2
@@ -153,23 +162,32 @@ def test_bad_usage_exits_2_with_a_message(home, arguments):
     assert ended.out == ""
 
 
-def test_help_names_each_command(home):
+def test_help_names_each_command(home) -> None:
     """--help tells of every command, and of every variable."""
     ended = run(home, "--help")
     assert ended.code == 0
-    for word in "demo preview install uninstall doctor flush TELEMHQ_PING_URL".split():
+    for word in [
+        "demo",
+        "preview",
+        "install",
+        "uninstall",
+        "doctor",
+        "flush",
+        "TELEMHQ_PING_URL",
+    ]:
         assert word in ended.out
 
 
-def test_on_a_terminal_without_arguments_it_helps(home):
+def test_on_a_terminal_without_arguments_it_helps(home) -> None:
     """A person who runs the file without arguments gets the help."""
     code, out = on_a_terminal(home, b"")
     assert code == 0
-    assert "install" in out and "TELEMHQ_PING_URL" in out
+    assert "install" in out
+    assert "TELEMHQ_PING_URL" in out
 
 
 @pytest.mark.parametrize("python", pythons())
-def test_every_python_runs_the_commands(home, python):
+def test_every_python_runs_the_commands(home, python) -> None:
     """The commands compile and run on every supported Python."""
     assert run(home, "--version", python=python).out.strip() == "telemhq_ping 1.0.0"
     ended = run(home, "install", "--url", URL, python=python)
@@ -179,7 +197,7 @@ def test_every_python_runs_the_commands(home, python):
     assert list(home.path.rglob("settings.json*")) == []
 
 
-def test_it_says_that_an_old_python_will_not_do(home):
+def test_it_says_that_an_old_python_will_not_do(home) -> None:
     """A Python older than 3.8 ends a command with status 1 and a reason."""
     old = pythons(7, 8)
     if not old:
@@ -189,7 +207,7 @@ def test_it_says_that_an_old_python_will_not_do(home):
     assert "3.8" in ended.err
 
 
-def test_a_terminal_without_unicode_is_no_reason_to_fail(home, receiver):
+def test_a_terminal_without_unicode_is_no_reason_to_fail(home, receiver) -> None:
     """Where a check mark cannot be printed, doctor still reports."""
     run(home, "install", "--url", receiver.url)
     ended = run(home, "doctor", PYTHONIOENCODING="ascii")
@@ -197,7 +215,7 @@ def test_a_terminal_without_unicode_is_no_reason_to_fail(home, receiver):
     assert "? hook for Stop" in ended.out
 
 
-def test_without_a_home_it_says_so(home):
+def test_without_a_home_it_says_so(home) -> None:
     """Where nothing tells the home directory, install refuses and writes nothing."""
     if os.geteuid():
         pytest.skip("only root can become an unknown user")
@@ -206,11 +224,20 @@ def test_without_a_home_it_says_so(home):
     if not os.access(os.path.dirname(sys.executable), os.X_OK):
         pytest.skip("no interpreter for others")
     done = subprocess.run(
-        [sys.executable, "-c", script, sys.executable, "/tmp/telemhq_ping_nobody.py",
-         "install"],
-        env={"PATH": "/usr/bin:/bin"}, cwd="/", stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            script,
+            sys.executable,
+            "/tmp/telemhq_ping_nobody.py",
+            "install",
+        ],
+        env={"PATH": "/usr/bin:/bin"},
+        cwd="/",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+    )
     os.unlink("/tmp/telemhq_ping_nobody.py")
     if b"Permission denied" in done.stderr:
         pytest.skip("the interpreter is not for others")
@@ -219,7 +246,7 @@ def test_without_a_home_it_says_so(home):
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"Stop"', b"\xff\xfe{}"])
-def test_hook_mode_never_exits_2(home, raw):
+def test_hook_mode_never_exits_2(home, raw) -> None:
     """Without arguments it is the hook: whatever comes on stdin, exit 0 and silence."""
     done = home.hook(raw)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -248,43 +275,49 @@ def shown(ended):
     return found
 
 
-def test_demo_shows_the_ping_of_each_event(demonstration):
+def test_demo_shows_the_ping_of_each_event(demonstration) -> None:
     """The demo shows the exact JSON that left for each of six events, and exits 0."""
     _, _, ended = demonstration
     assert ended.code == 0, ended.err
     pings = shown(ended)
     assert list(pings) == [
-        "SessionStart", "PostToolUse", "PostToolUseFailure", "Stop", "StopFailure",
+        "SessionStart",
+        "PostToolUse",
+        "PostToolUseFailure",
+        "Stop",
+        "StopFailure",
         "SessionEnd",
-    ]  # fmt: skip
+    ]
     for name, ping in pings.items():
         assert ping["event"] == name
         assert ping["status"] == ("failed" if "Failure" in name else "success")
     assert '"event": "Stop"' in ended.out
 
 
-def test_demo_shows_tokens_and_cost(demonstration):
+def test_demo_shows_tokens_and_cost(demonstration) -> None:
     """The demo's Stop has the tokens of a transcript, its SessionEnd the cost."""
     pings = shown(demonstration[2])
     assert pings["Stop"]["total_tokens"] > 0
     assert pings["SessionEnd"]["cost_usd"] > 0
 
 
-def test_demo_shows_what_stays_home(demonstration):
+def test_demo_shows_what_stays_home(demonstration) -> None:
     """The demo names the fields that stay home, and prints none of their content."""
     _, _, ended = demonstration
     home = re.findall(r"stayed home: (.*)", ended.out)
     assert len(home) == 7
     assert all("transcript_path (its hash went)" in line for line in home)
-    assert "tool_input" in home[1] and "tool_response" in home[1]
-    assert "error" in home[2] and "tool_name" not in home[2]
+    assert "tool_input" in home[1]
+    assert "tool_response" in home[1]
+    assert "error" in home[2]
+    assert "tool_name" not in home[2]
     assert "last_assistant_message (its length went)" in home[3]
     assert "hook_event_name" not in ended.out.replace("hook_event_name:", "")
     for content in "hunter2", "deploy", "/home/you":
         assert content not in ended.out
 
 
-def test_demo_shows_times_and_survives_an_outage(demonstration):
+def test_demo_shows_times_and_survives_an_outage(demonstration) -> None:
     """The demo gives the times of each event; one is delivered after an outage."""
     _, _, ended = demonstration
     times = re.findall(r"(\d+) ms in the hook, delivered after (\d+) ms", ended.out)
@@ -294,7 +327,7 @@ def test_demo_shows_times_and_survives_an_outage(demonstration):
     assert "receiver goes away" in ended.out
 
 
-def test_demo_leaves_nothing_behind(demonstration):
+def test_demo_leaves_nothing_behind(demonstration) -> None:
     """After the demo HOME and TMPDIR are as before, and no sender is alive."""
     home, before, _ = demonstration
     assert tree(home.path) == before
@@ -307,13 +340,14 @@ def test_demo_leaves_nothing_behind(demonstration):
 @pytest.mark.parametrize(
     "name", ["Stop", "PostToolUseFailure-Bash", "SessionEnd-other"]
 )
-def test_preview_prints_the_ping_that_the_hook_sends(home, receiver, name):
+def test_preview_prints_the_ping_that_the_hook_sends(home, receiver, name) -> None:
     """preview prints what the hook sends for the same event, but for id and time."""
     env = {"TELEMHQ_PROJECT": "acme", "TELEMHQ_HASH_KEY": "k", "TELEMHQ_USAGE": 0}
     sent = json.dumps(event(name)).encode()
     ended = run(home, "preview", sent=sent, url=receiver.url, **env)
     assert ended.code == 0
-    assert receiver.requests == [] and home.waiting() == []
+    assert receiver.requests == []
+    assert home.waiting() == []
     home.hook(sent, receiver.url, **env)
     shown, ping = json.loads(ended.out), receiver.wait_for(1)[0]
     for ping_or_shown in shown, ping:
@@ -321,7 +355,7 @@ def test_preview_prints_the_ping_that_the_hook_sends(home, receiver, name):
     assert shown == ping
 
 
-def test_preview_has_samples(home):
+def test_preview_has_samples(home) -> None:
     """`preview Stop` shows the ping of a built-in sample, without any URL set."""
     ended = run(home, "preview", "Stop")
     assert ended.code == 0
@@ -330,14 +364,14 @@ def test_preview_has_samples(home):
     assert not (home.path / ".claude").exists()
 
 
-def test_preview_uses_the_settings_env_block(home):
+def test_preview_uses_the_settings_env_block(home) -> None:
     """Variables of the settings' env block shape a preview, as they do a hook."""
     write_settings(home, {"env": {"TELEMHQ_PROJECT": "from-settings"}})
     assert json.loads(run(home, "preview", "Stop").out)["project"] == "from-settings"
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"12"])
-def test_preview_of_no_event_fails(home, raw):
+def test_preview_of_no_event_fails(home, raw) -> None:
     """What is no event gets a message and exit status 1."""
     ended = run(home, "preview", sent=raw)
     assert ended.code == 1
@@ -373,15 +407,17 @@ SHAPES = {
 }
 
 
-def check_command(home, command):
+def check_command(home, command) -> None:
     """The command runs the installed script with an interpreter that is there."""
     python, _, rest = command.replace("trap '' TERM; ", "", 1).partition(" ")
-    assert os.path.isabs(python) and os.access(python, os.X_OK)
-    assert rest.startswith("-I -S ") and rest.endswith(" || true")
+    assert os.path.isabs(python)
+    assert os.access(python, os.X_OK)
+    assert rest.startswith("-I -S ")
+    assert rest.endswith(" || true")
     assert rest[6:-8].replace("~", str(home.path)) == str(installed(home))
 
 
-def test_install_into_an_empty_home(home):
+def test_install_into_an_empty_home(home) -> None:
     """Without settings: they are made, 0600; the script is copied, 0700."""
     ended = run(home, "install", "--url", URL)
     assert ended.code == 0
@@ -401,7 +437,7 @@ def test_install_into_an_empty_home(home):
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
-def test_install_does_not_depend_on_the_umask(home, umask):
+def test_install_does_not_depend_on_the_umask(home, umask) -> None:
     """Whatever the umask, what install makes is for its user only."""
     before = os.umask(umask)
     try:
@@ -417,7 +453,7 @@ def test_install_does_not_depend_on_the_umask(home, umask):
 
 
 @pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
-def test_install_keeps_everything_else(home, raw):
+def test_install_keeps_everything_else(home, raw) -> None:
     """Order, meaning, unicode, indent, line ends and mode of the settings stay. A
     second run changes nothing. After a third with another URL, and uninstall, HOME is
     as it was, byte for byte and mode for mode."""
@@ -451,7 +487,8 @@ def test_install_keeps_everything_else(home, raw):
     after, files = tree(home.path), (path, installed(home))
     times = [file.stat().st_mtime_ns for file in files]
     ended = run(home, "install", "--url", URL)
-    assert ended.code == 0 and "+++" not in ended.out
+    assert ended.code == 0
+    assert "+++" not in ended.out
     assert tree(home.path) == after
     assert times == [file.stat().st_mtime_ns for file in files]
     assert run(home, "install", "--url", URL + "X", "--tools").code == 0
@@ -459,7 +496,7 @@ def test_install_keeps_everything_else(home, raw):
     assert tree(home.path) == at_first
 
 
-def test_install_makes_a_backup(home):
+def test_install_makes_a_backup(home) -> None:
     """The settings as they were stay beside the new ones, under a timestamp, 0600."""
     raw = SHAPES["present"]
     path = write_settings(home, raw)
@@ -471,7 +508,7 @@ def test_install_makes_a_backup(home):
 
 
 @pytest.mark.parametrize("dangling", [False, True])
-def test_install_follows_symlinks(home, dangling):
+def test_install_follows_symlinks(home, dangling) -> None:
     """A settings file that is a link stays one; what it names is changed."""
     real = home.path / "dotfiles" / "claude.json"
     real.parent.mkdir()
@@ -503,7 +540,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_settings_are_refused(home, raw):
+def test_malformed_settings_are_refused(home, raw) -> None:
     """What is no valid settings file is left alone: exit 1, and its name is told."""
     path = write_settings(home, raw)
     before = tree(home.path)
@@ -514,14 +551,15 @@ def test_malformed_settings_are_refused(home, raw):
         assert tree(home.path) == before
 
 
-def test_read_only_settings_are_refused(home):
+def test_read_only_settings_are_refused(home) -> None:
     """A read-only settings file is left alone by install and uninstall: exit 1."""
     path = write_settings(home, SHAPES["present"])
     path.chmod(0o444)
     before = tree(home.path)
     ended = run(home, "install")
     assert (ended.code, tree(home.path)) == (1, before)
-    assert str(path) in ended.err and "read-only" in ended.err
+    assert str(path) in ended.err
+    assert "read-only" in ended.err
     path.chmod(0o644)
     run(home, "install")
     path.chmod(0o444)
@@ -531,7 +569,7 @@ def test_read_only_settings_are_refused(home):
     assert "read-only" in ended.err
 
 
-def test_settings_that_are_a_directory_are_refused(home):
+def test_settings_that_are_a_directory_are_refused(home) -> None:
     """Where settings.json is a directory, install says so and exits 1."""
     settings_path(home).mkdir(parents=True)
     ended = run(home, "install")
@@ -552,7 +590,7 @@ THEIRS = [
 
 
 @pytest.mark.parametrize("command", THEIRS[:4])
-def test_other_peoples_hooks_are_never_touched(home, command):
+def test_other_peoples_hooks_are_never_touched(home, command) -> None:
     """Neither install nor uninstall changes a hook that is not ours."""
     hook = {"type": "command", "command": command, "timeout": 3, "extra": [1]}
     theirs = {"Stop": [{"hooks": [hook]}], "PreToolUse": [{"hooks": [hook]}]}
@@ -567,7 +605,7 @@ def test_other_peoples_hooks_are_never_touched(home, command):
 
 
 @pytest.mark.parametrize("command", THEIRS[-4:])
-def test_a_hook_that_runs_the_script_its_own_way_is_enough(home, command):
+def test_a_hook_that_runs_the_script_its_own_way_is_enough(home, command) -> None:
     """Where a person's command runs the script, none is added: one ping, not two. With
     it there, uninstall leaves the script, and says so."""
     hooks = {"Stop": [{"hooks": [{"type": "command", "command": command}]}]}
@@ -590,7 +628,7 @@ OURS = [
 
 
 @pytest.mark.parametrize("command", OURS)
-def test_an_upgrade_replaces_only_our_commands(home, command):
+def test_an_upgrade_replaces_only_our_commands(home, command) -> None:
     """An old command of ours is replaced where it stands; its neighbours stay."""
     mine = {"type": "command", "command": command, "note": "kept"}
     neighbour = {"type": "command", "command": "~/bin/notify"}
@@ -602,7 +640,8 @@ def test_an_upgrade_replaces_only_our_commands(home, command):
     assert run(home, "install").code == 0
     found = read(settings_path(home))["hooks"]
     assert list(found) == ["Stop", "PreCompact", "StopFailure", "SessionEnd"]
-    assert len(found["Stop"]) == 2 and found["Stop"][0] == OTHER_HOOK
+    assert len(found["Stop"]) == 2
+    assert found["Stop"][0] == OTHER_HOOK
     for name in "Stop", "PreCompact":
         new = found[name][-1]
         assert new["matcher"] == "*"
@@ -617,7 +656,7 @@ def test_an_upgrade_replaces_only_our_commands(home, command):
     }
 
 
-def test_dry_run_changes_nothing(home):
+def test_dry_run_changes_nothing(home) -> None:
     """--dry-run shows the diff, and leaves every file alone."""
     write_settings(home, SHAPES["present"])
     before = tree(home.path)
@@ -629,23 +668,25 @@ def test_dry_run_changes_nothing(home):
 
 
 OLD_URLS = [
-    '"https://old.invalid/ping/%s"' % TOKEN,
-    '"https:\\/\\/old.invalid\\/ping\\/%s"' % TOKEN,
-    '\n  "https://old.invalid/ping/%s"' % TOKEN,
-    '"https://old.invalid?token=%s"' % TOKEN,
-    '"https://user:%s@old.invalid/ping/x"' % TOKEN,
-    '"old.invalid/ping/%s"' % TOKEN,
-    '"%s"' % TOKEN,
+    f'"https://old.invalid/ping/{TOKEN}"',
+    f'"https:\\/\\/old.invalid\\/ping\\/{TOKEN}"',
+    f'\n  "https://old.invalid/ping/{TOKEN}"',
+    f'"https://old.invalid?token={TOKEN}"',
+    f'"https://user:{TOKEN}@old.invalid/ping/x"',
+    f'"old.invalid/ping/{TOKEN}"',
+    f'"{TOKEN}"',
 ]
 
 
 @pytest.mark.parametrize("old", OLD_URLS)
-def test_the_diff_masks_the_urls(home, old):
+def test_the_diff_masks_the_urls(home, old) -> None:
     """The diff shows no more of the old URL, and of the new one, than the host."""
-    command = "TELEMHQ_PING_URL='https://h.invalid/ping/%s' python3 x" % TOKEN
-    raw = '{"env": {"A": "1", "TELEMHQ_PING_URL": %s, "Z": "2"}, ' % old
+    command = f"TELEMHQ_PING_URL='https://h.invalid/ping/{TOKEN}' python3 x"
+    raw = f'{{"env": {{"A": "1", "TELEMHQ_PING_URL": {old}, "Z": "2"}}, '
     raw += '"hooks": {"Stop": ['
-    raw += '{"hooks": [{"type": "command", "command": %s}]}]}}' % json.dumps(command)
+    raw += (
+        f'{{"hooks": [{{"type": "command", "command": {json.dumps(command)}}}]}}]}}}}'
+    )
     write_settings(home, raw.encode())
     ended = run(home, "install", "--url", URL)  # `run` looks for the token
     assert ended.code == 0
@@ -656,10 +697,15 @@ def test_the_diff_masks_the_urls(home, old):
 
 @pytest.mark.parametrize(
     "url",
-    ["", "telemhq.com/ping/" + TOKEN, "http://telemhq.com/ping/" + TOKEN,
-     "https://u:p@telemhq.com/" + TOKEN, "https://telemhq.com/ping/ " + TOKEN],
-)  # fmt: skip
-def test_install_refuses_an_unusable_url(home, url):
+    [
+        "",
+        "telemhq.com/ping/" + TOKEN,
+        "http://telemhq.com/ping/" + TOKEN,
+        "https://u:p@telemhq.com/" + TOKEN,
+        "https://telemhq.com/ping/ " + TOKEN,
+    ],
+)
+def test_install_refuses_an_unusable_url(home, url) -> None:
     """A URL that the hook would ignore is refused, with the reason, and without it."""
     ended = run(home, "install", "--url", url)
     assert ended.code == 1
@@ -667,17 +713,20 @@ def test_install_refuses_an_unusable_url(home, url):
     assert not (home.path / ".claude").exists()
 
 
-def test_tools_registers_tool_activity(home):
+def test_tools_registers_tool_activity(home) -> None:
     """--tools adds PostToolUse, for four tools, and PostToolUseFailure, for all."""
     run(home, "install", "--tools")
     found = commands_in(read(settings_path(home)))
     assert [(name, matcher) for name, matcher, _ in found] == [
-        ("Stop", None), ("StopFailure", None), ("SessionEnd", None),
-        ("PostToolUse", "Bash|Edit|MultiEdit|Write"), ("PostToolUseFailure", None),
-    ]  # fmt: skip
+        ("Stop", None),
+        ("StopFailure", None),
+        ("SessionEnd", None),
+        ("PostToolUse", "Bash|Edit|MultiEdit|Write"),
+        ("PostToolUseFailure", None),
+    ]
 
 
-def test_project_writes_its_local_settings(home):
+def test_project_writes_its_local_settings(home) -> None:
     """--project DIR writes DIR/.claude/settings.local.json, and no user settings; its
     uninstall is the inverse."""
     before = tree(home.path)
@@ -690,7 +739,7 @@ def test_project_writes_its_local_settings(home):
     assert tree(home.path) == before
 
 
-def test_a_projects_uninstall_leaves_the_users_alone(home):
+def test_a_projects_uninstall_leaves_the_users_alone(home) -> None:
     """While the user's settings name the script, a project's uninstall leaves it."""
     run(home, "install", "--url", URL)
     before = tree(home.path)
@@ -700,12 +749,13 @@ def test_a_projects_uninstall_leaves_the_users_alone(home):
     assert "still names the script" in ended.out
     after = tree(home.path)
     assert after.pop(os.path.join("acme", "api", ".claude"), None) in (
-        None, (0o700, None)
-    )  # fmt: skip
+        None,
+        (0o700, None),
+    )
     assert after == before
 
 
-def test_a_project_that_is_not_there_is_refused(home):
+def test_a_project_that_is_not_there_is_refused(home) -> None:
     """A directory that is not there is not made."""
     ended = run(home, "install", "--project", home.path / "typo")
     assert ended.code == 1
@@ -713,7 +763,7 @@ def test_a_project_that_is_not_there_is_refused(home):
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 
-def test_claude_config_dir_is_honoured(home):
+def test_claude_config_dir_is_honoured(home) -> None:
     """With CLAUDE_CONFIG_DIR, settings and script are there, and ~/.claude is not made;
     a space in the path is no problem."""
     config = home.path / "my config"
@@ -723,9 +773,11 @@ def test_claude_config_dir_is_honoured(home):
         assert not (home.path / ".claude").exists()
         command = commands_in(read(config / "settings.json"))[0][2]
         subprocess.run(
-            ["/bin/sh", "-c", command], input=json.dumps(event("Stop")).encode(),
-            env=home.env(receiver.url, **env), check=True,
-        )  # fmt: skip
+            ["/bin/sh", "-c", command],
+            input=json.dumps(event("Stop")).encode(),
+            env=home.env(receiver.url, **env),
+            check=True,
+        )
         assert receiver.wait_for(1)[0]["event"] == "Stop"
         home.quiet()
         assert run(home, "doctor", **env).code == 0
@@ -733,7 +785,7 @@ def test_claude_config_dir_is_honoured(home):
     assert not config.exists()
 
 
-def test_the_command_avoids_a_virtual_environment(home, tmp_path):
+def test_the_command_avoids_a_virtual_environment(home, tmp_path) -> None:
     """Run by a virtual environment's Python, install names the Python behind it."""
     made = tmp_path / "venv"
     make = [sys.executable, "-m", "venv", "--without-pip", str(made)]
@@ -746,7 +798,7 @@ def test_the_command_avoids_a_virtual_environment(home, tmp_path):
     check_command(home, command)
 
 
-def test_the_command_is_no_shim(home):
+def test_the_command_is_no_shim(home) -> None:
     """Run through pyenv's shim, install names the interpreter itself."""
     shim = shutil.which("python3", path=os.path.expanduser("~/.pyenv/shims"))
     if not shim:
@@ -757,7 +809,7 @@ def test_the_command_is_no_shim(home):
     assert "shims" not in commands_in(read(settings_path(home)))[0][2]
 
 
-def test_the_installed_command_sends_pings(home, receiver):
+def test_the_installed_command_sends_pings(home, receiver) -> None:
     """The command that install writes, with the env block's URL, delivers a ping from a
     shell with a minimal environment."""
     run(home, "install", "--url", receiver.url)
@@ -766,14 +818,15 @@ def test_the_installed_command_sends_pings(home, receiver):
         ["/bin/sh", "-c", commands_in(found)[0][2]],
         input=json.dumps(event("Stop")).encode(),
         env={"HOME": str(home.path), "PATH": "/nonexistent", **found["env"]},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
-    )  # fmt: skip
+        capture_output=True,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert receiver.wait_for(1)[0]["event"] == "Stop"
     home.quiet()
 
 
-def test_the_installed_command_never_blocks(home):
+def test_the_installed_command_never_blocks(home) -> None:
     """With the script gone, the command exits 0: 2 would block Claude Code."""
     run(home, "install")
     command = commands_in(read(settings_path(home)))[0][2]
@@ -784,13 +837,13 @@ def test_the_installed_command_never_blocks(home):
     assert done.returncode == 0
 
 
-def test_install_says_what_is_missing(home):
+def test_install_says_what_is_missing(home) -> None:
     """Without any URL, install says what to do next."""
     assert "export TELEMHQ_PING_URL" in run(home, "install").out
     assert "export TELEMHQ_PING_URL" not in run(home, "install", url=URL).out
 
 
-def test_the_installed_script_can_install(home):
+def test_the_installed_script_can_install(home) -> None:
     """The installed copy runs the commands, itself too; then nothing changes."""
     run(home, "install", "--url", URL)
     before = tree(home.path)
@@ -801,7 +854,7 @@ def test_the_installed_script_can_install(home):
 # -- uninstall -------------------------------------------------------------------
 
 
-def test_uninstall_removes_script_and_state(home, receiver):
+def test_uninstall_removes_script_and_state(home, receiver) -> None:
     """Nothing of ours stays, neither the state nor the directories."""
     run(home, "install", "--url", receiver.url)
     home.hook(event("Stop"), receiver.url)
@@ -812,7 +865,7 @@ def test_uninstall_removes_script_and_state(home, receiver):
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 
-def test_uninstall_leaves_what_others_put_there(home):
+def test_uninstall_leaves_what_others_put_there(home) -> None:
     """Other files in Claude Code's directory, and in the state directory, stay."""
     run(home, "install")
     theirs = [home.path / ".claude" / "hooks" / "mine.py", home.state / "notes.txt"]
@@ -824,7 +877,7 @@ def test_uninstall_leaves_what_others_put_there(home):
     assert not installed(home).exists()
 
 
-def test_uninstall_after_other_changes_takes_only_ours(home):
+def test_uninstall_after_other_changes_takes_only_ours(home) -> None:
     """What a person has changed since the install stays changed; no backup remains."""
     write_settings(home, {"a": 1, "hooks": {"Stop": [OTHER_HOOK]}})
     run(home, "install", "--url", URL)
@@ -833,12 +886,14 @@ def test_uninstall_after_other_changes_takes_only_ours(home):
     write_settings(home, found)
     assert run(home, "uninstall").code == 0
     assert read(settings_path(home)) == {
-        "a": 1, "hooks": {"Stop": [OTHER_HOOK]}, "b": 2
-    }  # fmt: skip
+        "a": 1,
+        "hooks": {"Stop": [OTHER_HOOK]},
+        "b": 2,
+    }
     assert os.listdir(str(settings_path(home).parent)) == ["settings.json"]
 
 
-def test_a_second_uninstall_changes_nothing(home):
+def test_a_second_uninstall_changes_nothing(home) -> None:
     """Where nothing is installed, uninstall leaves all as it is, and exits 0."""
     write_settings(home, SHAPES["empty hooks"])
     before = tree(home.path)
@@ -846,7 +901,7 @@ def test_a_second_uninstall_changes_nothing(home):
     assert tree(home.path) == before
 
 
-def test_uninstall_refuses_while_pings_wait(home):
+def test_uninstall_refuses_while_pings_wait(home) -> None:
     """Off a terminal, pings that wait are removed only with --yes."""
     url = dead_url()
     run(home, "install", "--url", url)
@@ -854,7 +909,8 @@ def test_uninstall_refuses_while_pings_wait(home):
     before = tree(home.path)
     ended = run(home, "uninstall")
     assert ended.code == 1
-    assert "3 pings wait" in ended.out and "--yes" in ended.err
+    assert "3 pings wait" in ended.out
+    assert "--yes" in ended.err
     assert tree(home.path) == before
     assert run(home, "uninstall", "--yes").code == 0
     assert sorted(os.listdir(str(home.path))) == ["acme"]
@@ -863,18 +919,19 @@ def test_uninstall_refuses_while_pings_wait(home):
 @pytest.mark.parametrize(
     "typed, code", [(b"y\n", 0), (b"n\n", 1), (b"\n", 1), (b"\x04", 1)]
 )
-def test_uninstall_asks_on_a_terminal(home, typed, code):
+def test_uninstall_asks_on_a_terminal(home, typed, code) -> None:
     """On a terminal uninstall asks; only a yes removes pings that wait."""
     url = dead_url()
     run(home, "install", "--url", url)
     place(home, url, 2)
     ended, out = on_a_terminal(home, typed, "uninstall")
-    assert "2 pings wait" in out and "[y/N]" in out
+    assert "2 pings wait" in out
+    assert "[y/N]" in out
     assert ended == code
     assert installed(home).exists() == home.state.exists() == bool(code)
 
 
-def test_what_was_removed_stays_removed(home):
+def test_what_was_removed_stays_removed(home) -> None:
     """A sender that slept through uninstall does not bring the state back."""
     url = dead_url()
     run(home, "install", "--url", url)
@@ -911,30 +968,35 @@ def diagnosis(home, **env):
     return ended.code, "\n".join(good), "\n".join(bad)
 
 
-def test_doctor_is_content(well, receiver):
+def test_doctor_is_content(well, receiver) -> None:
     """All is well: a good line per check, exit 0; the host was asked by GET, once."""
     code, good, bad = diagnosis(well)
     assert (code, bad) == (0, "")
     for words in (
-        *("hook for " + name for name in EVENTS), str(settings_path(well)),
-        SCRIPT.name, PYTHON, "interpreter",
-        "tracker at http://127.0.0.1:%d answers a GET" % receiver.port,
-        "state directory " + str(well.state), "0 pings wait", "back-off: none",
+        *("hook for " + name for name in EVENTS),
+        str(settings_path(well)),
+        SCRIPT.name,
+        PYTHON,
+        "interpreter",
+        f"tracker at http://127.0.0.1:{receiver.port} answers a GET",
+        "state directory " + str(well.state),
+        "0 pings wait",
+        "back-off: none",
         "last delivery: 2",
-    ):  # fmt: skip
+    ):
         assert words in good
     assert [request.method for request in receiver.requests] == ["POST", "GET"]
     assert receiver.requests[1].body == b""
 
 
-def test_doctor_changes_nothing(well):
+def test_doctor_changes_nothing(well) -> None:
     """doctor writes no file."""
     before = tree(well.path)
     diagnosis(well)
     assert tree(well.path) == before
 
 
-def test_doctor_in_an_empty_home(home):
+def test_doctor_in_an_empty_home(home) -> None:
     """With nothing installed doctor names each missing hook and the URL, exit 1."""
     code, _, bad = diagnosis(home)
     assert code == 1
@@ -944,22 +1006,23 @@ def test_doctor_in_an_empty_home(home):
     assert "TELEMHQ_PING_URL is not set" in bad
 
 
-def test_doctor_names_one_missing_hook(well):
+def test_doctor_names_one_missing_hook(well) -> None:
     """Where one event's hook is gone, that one is named."""
     found = read(settings_path(well))
     del found["hooks"]["SessionEnd"]
     write_settings(well, found)
-    _, good, bad = diagnosis(well)
-    assert "hook for SessionEnd" in bad and "hook for Stop" not in bad
+    _, _good, bad = diagnosis(well)
+    assert "hook for SessionEnd" in bad
+    assert "hook for Stop" not in bad
 
 
-def test_doctor_sees_disabled_hooks(well):
+def test_doctor_sees_disabled_hooks(well) -> None:
     """disableAllHooks is named as a cause."""
     write_settings(well, dict(read(settings_path(well)), disableAllHooks=True))
     assert "disableAllHooks" in diagnosis(well)[2]
 
 
-def test_doctor_sees_a_projects_hooks(home, receiver):
+def test_doctor_sees_a_projects_hooks(home, receiver) -> None:
     """Hooks and URL in the project's settings count, where doctor runs in it."""
     run(home, "install", "--url", receiver.url, "--project", home.project)
     code, good, bad = diagnosis(home)
@@ -967,7 +1030,7 @@ def test_doctor_sees_a_projects_hooks(home, receiver):
     assert "settings.local.json" in good
 
 
-def test_doctor_sees_malformed_settings(well):
+def test_doctor_sees_malformed_settings(well) -> None:
     """A settings file that is not valid is named."""
     path = well.project / ".claude" / "settings.json"
     path.parent.mkdir()
@@ -975,23 +1038,25 @@ def test_doctor_sees_malformed_settings(well):
     assert str(path) in diagnosis(well)[2]
 
 
-def test_doctor_misses_the_script(well):
+def test_doctor_misses_the_script(well) -> None:
     """Where the script that settings name is gone, doctor says so."""
     installed(well).unlink()
     bad = diagnosis(well)[2]
-    assert "the script is missing" in bad and "run `install`" in bad
+    assert "the script is missing" in bad
+    assert "run `install`" in bad
 
 
 @pytest.mark.parametrize("python", ["/nonexistent/python3", "python2-of-old"])
-def test_doctor_misses_the_interpreter(well, python):
+def test_doctor_misses_the_interpreter(well, python) -> None:
     """Where the interpreter that settings name is gone, doctor says so."""
     text = settings_path(well).read_text("utf-8")
     settings_path(well).write_text(text.replace(PYTHON, python), "utf-8")
     bad = diagnosis(well)[2]
-    assert "interpreter is missing" in bad and python in bad
+    assert "interpreter is missing" in bad
+    assert python in bad
 
 
-def test_doctor_sees_an_old_interpreter(well):
+def test_doctor_sees_an_old_interpreter(well) -> None:
     """An interpreter older than Python 3.8 will not do."""
     old = pythons(6, 8)
     if not old:
@@ -1001,12 +1066,13 @@ def test_doctor_sees_an_old_interpreter(well):
     assert "Python 3.8" in diagnosis(well)[2]
 
 
-def test_doctor_sees_another_version(well):
+def test_doctor_sees_another_version(well) -> None:
     """Where the installed script is of another version, doctor says to install."""
     text = installed(well).read_text("utf-8")
     installed(well).write_text(text.replace('"1.0.0"', '"0.9.0"', 1), "utf-8")
     bad = diagnosis(well)[2]
-    assert "version 1.0.0" in bad and "run `install`" in bad
+    assert "version 1.0.0" in bad
+    assert "run `install`" in bad
 
 
 @pytest.mark.parametrize(
@@ -1018,13 +1084,13 @@ def test_doctor_sees_another_version(well):
         ("https://tracker.invalid/ping/" + TOKEN, "network"),
     ],
 )
-def test_doctor_sees_a_wrong_url(well, url, words):
+def test_doctor_sees_a_wrong_url(well, url, words) -> None:
     """An unusable URL, and a host that is not there, are named, without the token."""
     write_settings(well, dict(read(settings_path(well)), env={"TELEMHQ_PING_URL": url}))
     assert words in diagnosis(well)[2]
 
 
-def test_doctor_sees_ignored_variables(well):
+def test_doctor_sees_ignored_variables(well) -> None:
     """A variable that makes no sense is named."""
     assert "TELEMHQ_TIMEOUT is ignored" in diagnosis(well, TELEMHQ_TIMEOUT="soon")[2]
 
@@ -1040,62 +1106,69 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("status", ANSWERS)
-def test_doctor_tells_what_an_answer_means(well, receiver, status):
+def test_doctor_tells_what_an_answer_means(well, receiver, status) -> None:
     """A tracker that does not take pings is named, with the reason in words."""
     receiver.answer = status, {"Location": "/" + TOKEN}, b""
     assert ANSWERS[status] in diagnosis(well)[2]
 
 
 @pytest.mark.parametrize("status", [200, 204, 405])
-def test_doctor_takes_any_good_answer(well, receiver, status):
+def test_doctor_takes_any_good_answer(well, receiver, status) -> None:
     """An answer to GET is good; 405, too: not every tracker knows GET."""
     receiver.answer = status
     assert diagnosis(well)[0] == 0
 
 
-def test_doctor_sees_a_dead_host(home):
+def test_doctor_sees_a_dead_host(home) -> None:
     """Where nothing listens, doctor says so."""
     run(home, "install", "--url", dead_url())
     bad = diagnosis(home)[2]
-    assert "tracker at http://127.0.0.1" in bad and "Connection refused" in bad
+    assert "tracker at http://127.0.0.1" in bad
+    assert "Connection refused" in bad
 
 
 @pytest.mark.parametrize("age_s, fine", [(10, True), (400, False)])
-def test_doctor_minds_only_old_pings(well, receiver, age_s, fine):
+def test_doctor_minds_only_old_pings(well, receiver, age_s, fine) -> None:
     """Pings that wait are a problem only when they are older than five minutes."""
     place(well, receiver.url, 2, age_s)
     code, good, bad = diagnosis(well)
     assert code == (0 if fine else 1)
-    told = "2 pings wait, the oldest for %d min" % (age_s // 60)
+    told = f"2 pings wait, the oldest for {age_s // 60} min"
     assert told in (good if fine else bad)
 
 
-def test_doctor_tells_of_a_back_off(well, receiver):
+def test_doctor_tells_of_a_back_off(well, receiver) -> None:
     """Under a back-off doctor says how long, and why, in words."""
     place(well, receiver.url, 1)
     now = time.time()
     well.set_state(
-        failures=1, set_at=now, not_before=now + 840,
+        failures=1,
+        set_at=now,
+        not_before=now + 840,
         problem={"verdict": "hold", "what": "HTTP 404", "at": now},
-    )  # fmt: skip
+    )
     bad = diagnosis(well)[2]
     assert "1 pings wait" in bad
     assert ANSWERS[404] in bad
     assert re.search(r"back-off: 8[34]\d s more", bad)
 
 
-def test_doctor_tells_a_pause_from_a_failure(well):
+def test_doctor_tells_a_pause_from_a_failure(well) -> None:
     """The pause after an outage is not blamed on the tracker."""
     now = time.time()
     well.set_state(
-        failures=0, set_at=now, not_before=now + 60, recovering=True,
+        failures=0,
+        set_at=now,
+        not_before=now + 60,
+        recovering=True,
         problem={"what": "HTTP 404"},
-    )  # fmt: skip
+    )
     bad = diagnosis(well)[2]
-    assert "outage" in bad and "404" not in bad
+    assert "outage" in bad
+    assert "404" not in bad
 
 
-def test_doctor_lists_refused_and_lost(home):
+def test_doctor_lists_refused_and_lost(home) -> None:
     """Refused and lost pings are listed by reason, with their tokens."""
     with Receiver(answer=422) as receiver:
         run(home, "install", "--url", receiver.url)
@@ -1107,10 +1180,11 @@ def test_doctor_lists_refused_and_lost(home):
         bad = diagnosis(home)[2]
     assert "lost: 1, refused: HTTP 422" in bad
     assert "lost: 77, tokens" in bad
-    assert "refused" in bad and str(home.destination()) in bad
+    assert "refused" in bad
+    assert str(home.destination()) in bad
 
 
-def test_doctor_sees_pings_of_a_former_url(well):
+def test_doctor_sees_pings_of_a_former_url(well) -> None:
     """Pings that wait for a URL no longer configured are counted, with the remedy."""
     place(well, dead_url(), 2)
     bad = diagnosis(well)[2]
@@ -1119,7 +1193,7 @@ def test_doctor_sees_pings_of_a_former_url(well):
 
 
 @pytest.mark.parametrize("what", ["link", "mode", "file"])
-def test_doctor_sees_an_unsound_state_directory(well, what):
+def test_doctor_sees_an_unsound_state_directory(well, what) -> None:
     """A state directory that others could change is named."""
     if what == "mode":
         well.state.chmod(0o777)
@@ -1135,13 +1209,13 @@ def test_doctor_sees_an_unsound_state_directory(well, what):
 # -- flush -----------------------------------------------------------------------
 
 
-def backed_off(home, url):
+def backed_off(home, url) -> None:
     """A back-off of an hour for the one destination."""
     now = time.time()
     home.set_state(failures=3, set_at=now, not_before=now + 3600)
 
 
-def test_flush_delivers_what_waits(home, receiver):
+def test_flush_delivers_what_waits(home, receiver) -> None:
     """flush sends everything, oldest first, in spite of a back-off, and says so."""
     sent = place(home, receiver.url, 5, 100)
     backed_off(home, receiver.url)
@@ -1152,7 +1226,7 @@ def test_flush_delivers_what_waits(home, receiver):
     assert home.waiting() == []
 
 
-def test_flush_reads_the_url_from_settings(home, receiver):
+def test_flush_reads_the_url_from_settings(home, receiver) -> None:
     """flush works from the URL that install has put into the settings."""
     run(home, "install", "--url", receiver.url)
     place(home, receiver.url, 1)
@@ -1160,7 +1234,7 @@ def test_flush_reads_the_url_from_settings(home, receiver):
     assert len(receiver.pings) == 1
 
 
-def test_flush_with_nothing_to_do(home, receiver):
+def test_flush_with_nothing_to_do(home, receiver) -> None:
     """An empty outbox is fine: exit 0, no request, no file written."""
     ended = run(home, "flush", url=receiver.url)
     assert ended.code == 0
@@ -1169,7 +1243,7 @@ def test_flush_with_nothing_to_do(home, receiver):
     assert not home.state.exists()
 
 
-def test_flush_keeps_what_cannot_be_sent(home):
+def test_flush_keeps_what_cannot_be_sent(home) -> None:
     """With the server down nothing is lost: exit 1, and what is left is told."""
     url = dead_url()
     place(home, url, 3)
@@ -1179,14 +1253,14 @@ def test_flush_keeps_what_cannot_be_sent(home):
     assert len(home.waiting()) == 3
 
 
-def test_flush_without_a_url_fails(home):
+def test_flush_without_a_url_fails(home) -> None:
     """Without a URL flush says what is missing, and exits 1."""
     ended = run(home, "flush")
     assert ended.code == 1
     assert "TELEMHQ_PING_URL is not set" in ended.err
 
 
-def test_flush_counts_refused_pings_apart(home):
+def test_flush_counts_refused_pings_apart(home) -> None:
     """A ping that the tracker refuses is not called delivered."""
     with Receiver(lambda _: 422 if len(receiver.requests) == 1 else 200) as receiver:
         place(home, receiver.url, 2)
@@ -1196,10 +1270,10 @@ def test_flush_counts_refused_pings_apart(home):
     assert "refused" in ended.out
 
 
-def test_a_flush_that_hangs_says_so(home):
+def test_a_flush_that_hangs_says_so(home) -> None:
     """When the watchdog ends a flush, what it said is printed, and it exits 1."""
 
-    def drip(connection):
+    def drip(connection) -> None:
         read_request(connection)
         for _ in range(100):
             connection.sendall(b"H")
@@ -1213,7 +1287,7 @@ def test_a_flush_that_hangs_says_so(home):
     assert ended.out
 
 
-def test_flush_leaves_former_urls_alone(home, receiver):
+def test_flush_leaves_former_urls_alone(home, receiver) -> None:
     """Pings for a former URL never go to the new one by themselves."""
     place(home, dead_url(), 2)
     assert run(home, "flush", url=receiver.url).code == 0
@@ -1221,7 +1295,7 @@ def test_flush_leaves_former_urls_alone(home, receiver):
     assert len(home.waiting()) == 2
 
 
-def test_flush_adopt_moves_former_pings(home, receiver):
+def test_flush_adopt_moves_former_pings(home, receiver) -> None:
     """--adopt sends what waits for former URLs to the present one, with accounts."""
     former = [place(home, dead_url(), 2, 50), place(home, dead_url(), 1, 20)]
     accounts = home.waiting()[0].parent.parent / "accounts"
@@ -1237,7 +1311,7 @@ def test_flush_adopt_moves_former_pings(home, receiver):
     assert stat.S_IMODE(moved.parent.stat().st_mode) == 0o700
 
 
-def test_flush_adopt_with_the_server_down(home):
+def test_flush_adopt_with_the_server_down(home) -> None:
     """--adopt with the server down moves the pings and loses none."""
     place(home, dead_url(), 2)
     ended = run(home, "flush", "--adopt", url=dead_url())
@@ -1246,7 +1320,7 @@ def test_flush_adopt_with_the_server_down(home):
     assert len(home.waiting()) == 2
 
 
-def test_flush_adopt_leaves_a_sender_at_work_alone(home, receiver):
+def test_flush_adopt_leaves_a_sender_at_work_alone(home, receiver) -> None:
     """While a sender of the former URL is at work, --adopt moves nothing: exit 1."""
     place(home, dead_url(), 1)
     with open(str(home.waiting()[0].parent.parent / "lock"), "a") as lock:
@@ -1254,10 +1328,11 @@ def test_flush_adopt_leaves_a_sender_at_work_alone(home, receiver):
         ended = run(home, "flush", "--adopt", url=receiver.url)
     assert ended.code == 1
     assert "a sender is at work" in ended.err
-    assert receiver.requests == [] and len(home.waiting()) == 1
+    assert receiver.requests == []
+    assert len(home.waiting()) == 1
 
 
-def test_flush_waits_for_a_sender(home):
+def test_flush_waits_for_a_sender(home) -> None:
     """While a sender is at work flush waits; the ping is sent once."""
     with Receiver(answer=lambda r: time.sleep(1) or 200) as receiver:
         home.hook(event("Stop"), receiver.url)
@@ -1268,7 +1343,7 @@ def test_flush_waits_for_a_sender(home):
         assert len(receiver.requests) == 1
 
 
-def test_the_repository_holds_the_installed_form(home):
+def test_the_repository_holds_the_installed_form(home) -> None:
     """settings.example.json registers the same events as install does."""
     run(home, "install")
     example = commands_in(read(ROOT / "settings.example.json"))

@@ -1,6 +1,8 @@
 """SIGKILL at named points and at random: nothing is lost, nothing torn, and what is
 repeated is repeated under the same id."""
 
+from __future__ import annotations
+
 import collections
 import concurrent.futures
 import json
@@ -13,6 +15,7 @@ import threading
 import time
 
 import pytest
+
 from support import (
     ONE_LIFE,
     SCRIPT,
@@ -28,23 +31,24 @@ from support import (
 KILLED = -signal.SIGKILL
 
 
-def at(call, when, where="", nth=1, extra="pass"):
+def at(call, when, where="", nth=1, extra="pass") -> str:
     """A patch that kills the process before or after its nth such call.
 
     where: what the call's path (or the flock's operation) must contain.
     """
-    return """
+    module = "fcntl" if call == "flock" else "os"
+    return f"""
 import fcntl
 calls = []
 def point(*args, **kwargs):
-    what = str(args[1] if %r in ("replace", "flock") else args[0])
-    if %r in what:
+    what = str(args[1] if {call!r} in ("replace", "flock") else args[0])
+    if {where!r} in what:
         calls.append(what)
-        if len(calls) == %d:
-            %s
+        if len(calls) == {nth}:
+            {extra}
             die()
-wrap(%s, %r, %s=point)
-""" % (call, where, nth, extra, "fcntl" if call == "flock" else "os", call, when)
+wrap({module}, {call!r}, {when}=point)
+"""
 
 
 HALF_WRITTEN = """
@@ -54,7 +58,7 @@ def half(fd, content):
     die()
 os.write = half
 """
-LOCK, UNLOCK = str(int(2 | 4)), "8"  # LOCK_EX | LOCK_NB, LOCK_UN: what flock is given
+LOCK, UNLOCK = str(2 | 4), "8"  # LOCK_EX | LOCK_NB, LOCK_UN: what flock is given
 
 
 def dots(home):
@@ -62,7 +66,7 @@ def dots(home):
     return list(home.state.glob("*/outbox/.*"))
 
 
-def assert_all_delivered(home, receiver, wanted, repeats):
+def assert_all_delivered(home, receiver, wanted, repeats) -> None:
     """Each of the event_ids arrived, `repeats` of the requests repeat an earlier one
     byte for byte, and nothing waits, was refused or got lost."""
     wait_until(lambda: not home.waiting())
@@ -90,7 +94,7 @@ def assert_all_delivered(home, receiver, wanted, repeats):
     ],
     ids=["opened", "half-written", "before the rename"],
 )
-def test_a_hook_killed_before_the_rename(home, receiver, patch):
+def test_a_hook_killed_before_the_rename(home, receiver, patch) -> None:
     """Nothing is visible in the outbox; an hour later the leftover is swept."""
     place(home, receiver.url)
     run_sender(home, receiver.url)
@@ -119,7 +123,7 @@ def test_a_hook_killed_before_the_rename(home, receiver, patch):
     ],
     ids=["after the rename", "before the lock", "after the lock", "before the sender"],
 )
-def test_a_hook_killed_after_the_rename(home, receiver, patch):
+def test_a_hook_killed_after_the_rename(home, receiver, patch) -> None:
     """The ping is on disk and the lock is free: the next hook's sender delivers it."""
     killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
     assert killed.returncode == KILLED
@@ -131,7 +135,7 @@ def test_a_hook_killed_after_the_rename(home, receiver, patch):
     assert_all_delivered(home, receiver, [waiting.name[21:53]], 0)
 
 
-def test_a_hook_killed_just_after_it_started_the_sender(home, receiver):
+def test_a_hook_killed_just_after_it_started_the_sender(home, receiver) -> None:
     """The sender has the lock and the ping by then: it needs the hook no more."""
     patch = "wrap(os, 'posix_spawn', after=die)"
     killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
@@ -152,12 +156,12 @@ wrap(fcntl, "flock", before=count)
 """
 
 
-def test_a_hook_killed_at_each_of_its_steps(home, receiver):
+def test_a_hook_killed_at_each_of_its_steps(home, receiver) -> None:
     """Wherever a hook is killed, its ping is whole in the outbox or not there."""
     step, survived, whole = 0, False, set()
     while not survived:
         step += 1
-        sent = event("Stop", prompt_id="step-%d" % step)
+        sent = event("Stop", prompt_id=f"step-{step}")
         run = patched(home, COUNTED % step, url=receiver.url, sent=sent)
         assert run.returncode in (0, KILLED)
         survived = run.returncode == 0
@@ -167,18 +171,18 @@ def test_a_hook_killed_at_each_of_its_steps(home, receiver):
     receiver.wait_for(1)
     assert_all_delivered(home, receiver, whole, 0)
     prompts = [ping["prompt_id"] for ping in receiver.pings]
-    assert "step-%d" % step in prompts
+    assert f"step-{step}" in prompts
     assert "step-1" not in prompts
 
 
 # -- The sender -----------------------------------------------------------------------
 
 
-def test_a_sender_killed_while_it_waits_for_the_answer(home):
+def test_a_sender_killed_while_it_waits_for_the_answer(home) -> None:
     """Killed after the request was sent: it is sent again, under the same event_id."""
     killed = []
 
-    def answer(_):
+    def answer(_) -> int:
         if not killed:
             killed.extend(home.processes())
             for pid in killed:
@@ -196,7 +200,7 @@ def test_a_sender_killed_while_it_waits_for_the_answer(home):
         assert_all_delivered(home, receiver, [waiting.name[21:53]], 1)
 
 
-def test_a_sender_killed_after_the_2xx(home, receiver):
+def test_a_sender_killed_after_the_2xx(home, receiver) -> None:
     """Killed before the file is deleted: exactly one repeat, the same event_id."""
     wanted = place(home, receiver.url, 3)
     killed = run_sender(home, receiver.url, at("unlink", "before", "/outbox/", nth=2))
@@ -207,7 +211,7 @@ def test_a_sender_killed_after_the_2xx(home, receiver):
     assert_all_delivered(home, receiver, wanted, 1)
 
 
-def test_a_sender_killed_after_the_file_was_deleted(home, receiver):
+def test_a_sender_killed_after_the_file_was_deleted(home, receiver) -> None:
     """What is delivered and deleted is never repeated, whatever state.json missed."""
     wanted = place(home, receiver.url, 3)
     killed = run_sender(home, receiver.url, at("unlink", "after", "/outbox/", nth=2))
@@ -216,14 +220,14 @@ def test_a_sender_killed_after_the_file_was_deleted(home, receiver):
     assert_all_delivered(home, receiver, wanted, 0)
 
 
-def test_a_sender_killed_between_unlock_and_the_second_look(home, receiver):
+def test_a_sender_killed_between_unlock_and_the_second_look(home, receiver) -> None:
     """A ping that came with the unlock is delivered by the next hook."""
     place(home, receiver.url)
     staged = home.path / "staged.json"
     (found,) = home.waiting()
     staged.write_bytes(found.read_bytes())
-    late = found.with_name("%020d-%s.json" % (time.time_ns(), "a" * 32))
-    extra = "os.rename(%r, %r)" % (str(staged), str(late))
+    late = found.with_name(f"{time.time_ns():020d}-{'a' * 32}.json")
+    extra = f"os.rename({str(staged)!r}, {str(late)!r})"
     killed = run_sender(home, receiver.url, at("flock", "after", UNLOCK, extra=extra))
     assert killed.returncode == KILLED
     assert home.waiting() == [late]
@@ -233,15 +237,13 @@ def test_a_sender_killed_between_unlock_and_the_second_look(home, receiver):
 
 
 @pytest.mark.parametrize("status", [400, 503])
-def test_a_sender_killed_while_it_sets_aside_or_backs_off(home, status):
+def test_a_sender_killed_while_it_sets_aside_or_backs_off(home, status) -> None:
     """Killed at any rename: the ping waits or is set aside, and state.json is whole."""
     with Receiver(status) as receiver:
         for nth in (1, 2, 3):
             (event_id,) = place(home, receiver.url)
             for when in ("before", "after"):
-                run_sender(
-                    home, receiver.url, ONE_LIFE + at("replace", when, nth=nth)
-                )
+                run_sender(home, receiver.url, ONE_LIFE + at("replace", when, nth=nth))
                 state = home.destination() / "state.json"
                 if state.exists():
                     assert isinstance(json.loads(state.read_text()), dict)
@@ -257,21 +259,21 @@ def test_a_sender_killed_while_it_sets_aside_or_backs_off(home, status):
 def sender_steps(home, url):
     """How many of the counted calls a sender makes with two pings waiting."""
     path = home.path / "steps"
-    note = """
+    note = f"""
 real_exit = os._exit
 def leave(status):
-    with open(%r, "w") as file:
+    with open({str(path)!r}, "w") as file:
         file.write(str(len(seen)))
     real_exit(status)
 os._exit = leave
-""" % str(path)
+"""
     for _ in range(2):  # the first has more to do: it makes files
         place(home, url, 2)
         run_sender(home, url, COUNTED % -1 + note)
     return int(path.read_text())
 
 
-def test_a_sender_killed_at_any_of_its_steps(home):
+def test_a_sender_killed_at_any_of_its_steps(home) -> None:
     """Wherever a sender is killed, the next delivers all, at most one ping twice."""
     with Receiver() as receiver:
         steps = sender_steps(home, receiver.url)
@@ -297,7 +299,7 @@ def kill_senders(home, over, rng):
     while not over.wait(rng.uniform(0.05, 0.4)):
         for pid in home.processes():
             try:
-                with open("/proc/%d/cmdline" % pid, "rb") as file:
+                with open(f"/proc/{pid}/cmdline", "rb") as file:
                     if b"--sender" not in file.read():
                         continue
                 os.kill(pid, signal.SIGKILL)
@@ -308,7 +310,7 @@ def kill_senders(home, over, rng):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
-def test_random_kills_over_five_hundred_events(home):
+def test_random_kills_over_five_hundred_events(home) -> None:
     """500 hooks and senders under random SIGKILLs: every ping whose hook returned, or
     whose file was seen, is delivered; no body is torn; an event has one event_id."""
     hooks, rng = 500, random.Random(6)
@@ -316,7 +318,7 @@ def test_random_kills_over_five_hundred_events(home):
         rng.uniform(0, 0.06) if rng.random() < 0.4 else None for _ in range(hooks)
     ]
 
-    def answer(_):
+    def answer(_) -> int:
         time.sleep(0.01)  # so that a kill may fall between request and answer
         return 200
 
@@ -326,10 +328,13 @@ def test_random_kills_over_five_hundred_events(home):
         def run(number):
             """Run one hook, killed after its delay; whether it returned by itself."""
             hook = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SCRIPT)], stdin=subprocess.PIPE,
-                env=env, cwd=str(home.project), start_new_session=True,
-            )  # fmt: skip
-            sent = json.dumps(event("Stop", prompt_id="storm-%d" % number)).encode()
+                [sys.executable, "-I", "-S", str(SCRIPT)],
+                stdin=subprocess.PIPE,
+                env=env,
+                cwd=str(home.project),
+                start_new_session=True,
+            )
+            sent = json.dumps(event("Stop", prompt_id=f"storm-{number}")).encode()
             hook.stdin.write(sent)
             hook.stdin.close()
             if delays[number] is not None:
@@ -353,7 +358,7 @@ def test_random_kills_over_five_hundred_events(home):
             by_id[request.headers["Idempotency-Key"]].add(request.body)
             by_prompt[request.ping["prompt_id"]].add(request.ping["event_id"])
     assert 50 < returned.count(False) < 250
-    kept = {"storm-%d" % number for number in range(hooks) if returned[number]}
+    kept = {f"storm-{number}" for number in range(hooks) if returned[number]}
     assert kept - set(by_prompt) == set()
     assert seen - set(by_id) == set()
     assert "last" in by_prompt

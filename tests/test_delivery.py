@@ -1,5 +1,7 @@
 """One request, one verdict: statuses, back-off, deadlines, redirects, TLS, proxies."""
 
+from __future__ import annotations
+
 import email.utils
 import io
 import json
@@ -9,6 +11,7 @@ import struct
 import time
 
 import pytest
+
 from support import (
     FIXTURES,
     ONE_LIFE,
@@ -41,7 +44,7 @@ socket.getaddrinfo = only_loopback
 """
 
 
-def expected_verdict(status):
+def expected_verdict(status) -> str:
     """DESIGN.md's sentence, written once more."""
     if status in (408, 425, 429) or status >= 500:
         return "retry"
@@ -61,7 +64,7 @@ def backoff(home):
     return state["not_before"] - state["set_at"]
 
 
-def assert_kept(home, verdict, count=1):
+def assert_kept(home, verdict, count=1) -> None:
     """Everything still waits, and a back-off of that verdict stands."""
     assert len(home.waiting()) == count
     assert problem(home) == verdict
@@ -78,7 +81,7 @@ def assert_kept(home, verdict, count=1):
 
 
 @pytest.mark.parametrize("hundreds", [2, 3, 4, 5])
-def test_every_status_has_its_verdict(script, hundreds):
+def test_every_status_has_its_verdict(script, hundreds) -> None:
     """Each status from 200 to 599 has the verdict that DESIGN.md gives it."""
     statuses = range(100 * hundreds, 100 * hundreds + 100)
     found = {status: script.verdict_of(status) for status in statuses}
@@ -86,13 +89,13 @@ def test_every_status_has_its_verdict(script, hundreds):
 
 
 @pytest.mark.parametrize("status", [101, 199, 600, 999])
-def test_a_status_of_no_class_is_no_answer(script, status):
+def test_a_status_of_no_class_is_no_answer(script, status) -> None:
     """A status outside of 200 to 599 is as no answer: the ping is tried again."""
     assert script.verdict_of(status) == "retry"
 
 
 @pytest.mark.parametrize("status", [204, 299])
-def test_a_2xx_delivers(home, status):
+def test_a_2xx_delivers(home, status) -> None:
     """Any 2xx is an acceptance: the ping's file goes, nothing is counted as lost."""
     with Receiver(status) as receiver:
         (event_id,) = place(home, receiver.url)
@@ -104,7 +107,7 @@ def test_a_2xx_delivers(home, status):
 
 
 @pytest.mark.parametrize("status", [304, 401, 404, 451, 408, 429, 500, 599])
-def test_a_status_that_is_not_the_pings_fault_keeps_it(home, status):
+def test_a_status_that_is_not_the_pings_fault_keeps_it(home, status) -> None:
     """On a retry or hold status the ping stays where it is, and a back-off stands."""
     with Receiver(status) as receiver:
         place(home, receiver.url)
@@ -114,7 +117,7 @@ def test_a_status_that_is_not_the_pings_fault_keeps_it(home, status):
 
 
 @pytest.mark.parametrize("status", [400, 413, 499])
-def test_a_refused_ping_is_set_aside(home, status):
+def test_a_refused_ping_is_set_aside(home, status) -> None:
     """Any other 4xx sets the ping aside and counts it, without a back-off."""
     with Receiver(status) as receiver:
         (event_id,) = place(home, receiver.url)
@@ -131,7 +134,7 @@ def test_a_refused_ping_is_set_aside(home, status):
     assert state["not_before"] <= time.time()
 
 
-def test_what_a_request_looks_like(home, receiver):
+def test_what_a_request_looks_like(home, receiver) -> None:
     """A request is one POST of the ping, its event_id the Idempotency-Key."""
     home.hook(event("Stop"), receiver.url)
     (ping,) = receiver.wait_for(1)
@@ -139,15 +142,20 @@ def test_what_a_request_looks_like(home, receiver):
     assert (request.method, request.path) == ("POST", "/ping/" + TOKEN)
     assert request.headers["Idempotency-Key"] == ping["event_id"]
     assert request.headers["Content-Type"] == "application/json"
-    assert request.headers["Host"] == "127.0.0.1:%d" % receiver.port
+    assert request.headers["Host"] == f"127.0.0.1:{receiver.port}"
     allowed = {
-        "host", "content-type", "content-length", "idempotency-key", "user-agent",
-        "connection", "accept-encoding",
-    }  # fmt: skip
+        "host",
+        "content-type",
+        "content-length",
+        "idempotency-key",
+        "user-agent",
+        "connection",
+        "accept-encoding",
+    }
     assert {name.lower() for name in request.headers} <= allowed
 
 
-def test_the_pings_file_is_sent_as_it_is(home, receiver):
+def test_the_pings_file_is_sent_as_it_is(home, receiver) -> None:
     """The body is the ping that the hook wrote into the outbox, no more and no less."""
     path = only_enqueue(home, receiver.url)
     ping = json.loads(path.read_text())["ping"]
@@ -195,13 +203,13 @@ def date(at):
         ("Friday, 15-Jan-27 08:05:00 GMT", 300),  # RFC 850
     ],
 )
-def test_retry_after(script, text, expected):
+def test_retry_after(script, text, expected) -> None:
     """Retry-After is understood as seconds or date, and clamped to 24 h."""
     assert script.retry_after_s(text, NOW) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
-def test_retry_after_dates_are_gmt(script, monkeypatch, zone):
+def test_retry_after_dates_are_gmt(script, monkeypatch, zone) -> None:
     """A date is GMT wherever the machine is, also in the form that names no zone."""
     monkeypatch.setenv("TZ", zone)
     time.tzset()
@@ -217,7 +225,7 @@ def test_retry_after_dates_are_gmt(script, monkeypatch, zone):
     "failures, most",
     [(1, 4), (2, 8), (3, 16), (8, 512), (9, 900), (64, 900), (10**6, 900)],
 )
-def test_backoff_after_a_retry(script, failures, most):
+def test_backoff_after_a_retry(script, failures, most) -> None:
     """After the n-th failure in a row: between 2 s and 2*2^n s, 900 s at most."""
     random.seed(7)
     waits = [script.backoff_s("retry", failures, None, NOW) for _ in range(2000)]
@@ -230,14 +238,14 @@ def test_backoff_after_a_retry(script, failures, most):
     "failures, wait",
     [(1, 900), (2, 1800), (3, 3600), (5, 14400), (6, 21600), (10**6, 21600)],
 )
-def test_backoff_after_a_hold(script, failures, wait):
+def test_backoff_after_a_hold(script, failures, wait) -> None:
     """A hold waits 15 min, doubling to 6 h."""
     assert script.backoff_s("hold", failures, None, NOW) == wait
 
 
 @pytest.mark.parametrize("verdict", ["retry", "hold"])
 @pytest.mark.parametrize("asked", [1, 120, 7000, 80000])
-def test_backoff_honours_retry_after(script, verdict, asked):
+def test_backoff_honours_retry_after(script, verdict, asked) -> None:
     """No attempt comes before what Retry-After asks for, and not two at one moment."""
     waits = [script.backoff_s(verdict, 1, str(asked), NOW) for _ in range(200)]
     assert asked <= min(waits)
@@ -246,7 +254,7 @@ def test_backoff_honours_retry_after(script, verdict, asked):
         assert len(set(waits)) > 100
 
 
-def test_no_server_silences_us_for_more_than_a_day(script):
+def test_no_server_silences_us_for_more_than_a_day(script) -> None:
     """Whatever Retry-After says, the wait is 24 h at most."""
     for text in ("86399", "86400", "1" + "0" * 20, date(NOW + 90 * DAY_S)):
         for _ in range(50):
@@ -267,13 +275,13 @@ def test_no_server_silences_us_for_more_than_a_day(script):
         (NOW - 2 * DAY_S, NOW + 1000 * DAY_S, 0),
     ],
 )
-def test_how_long_a_backoff_holds(script, set_at, not_before, expected):
+def test_how_long_a_backoff_holds(script, set_at, not_before, expected) -> None:
     """A back-off holds while set_at <= now < not_before, and never beyond a day."""
     state = {"set_at": set_at, "not_before": not_before}
     assert script.backoff_left_s(state, NOW) == pytest.approx(expected)
 
 
-def test_retry_after_reaches_the_backoff(home):
+def test_retry_after_reaches_the_backoff(home) -> None:
     """A 429's Retry-After decides when the next attempt may come."""
     with Receiver(lambda _: (429, {"Retry-After": "120"}, b"")) as receiver:
         place(home, receiver.url)
@@ -281,7 +289,7 @@ def test_retry_after_reaches_the_backoff(home):
     assert 120 <= backoff(home) <= 133
 
 
-def test_a_retry_after_of_a_thousand_years(home):
+def test_a_retry_after_of_a_thousand_years(home) -> None:
     """A server that asks for 10^20 s gets a day."""
     with Receiver(lambda _: (503, {"Retry-After": "1" + "0" * 20}, b"")) as receiver:
         place(home, receiver.url)
@@ -292,14 +300,14 @@ def test_a_retry_after_of_a_thousand_years(home):
 # -- No answer ------------------------------------------------------------------------
 
 
-def reset(connection):
+def reset(connection) -> None:
     """Take the request, then reset the connection."""
     read_request(connection)
     linger = struct.pack("ii", 1, 0)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
-def close(connection):
+def close(connection) -> None:
     """Take the request, then close the connection without an answer."""
     read_request(connection)
 
@@ -307,23 +315,23 @@ def close(connection):
 def say(answer):
     """Take the request, then say these bytes and close."""
 
-    def talk(connection):
+    def talk(connection) -> None:
         read_request(connection)
         connection.sendall(answer)
 
     return talk
 
 
-def test_a_dead_server(home):
+def test_a_dead_server(home) -> None:
     """Connection refused: one attempt a pass, the ping is kept, a back-off stands."""
     url, traced = dead_url(), home.path / "traced"
-    note = """
+    note = f"""
 import socket
 def note(*_, **__):
-    with open(%r, "a") as file:
+    with open({str(traced)!r}, "a") as file:
         file.write("connect\\n")
 wrap(socket, "create_connection", before=note)
-""" % str(traced)
+"""
     place(home, url, 3)
     run_sender(home, url, ONE_LIFE + note)
     assert_kept(home, "retry", 3)
@@ -345,9 +353,21 @@ wrap(socket, "create_connection", before=note)
         say(b"HTTP/1.1 101 Switching Protocols\r\n\r\n"),
         say(b"HTTP/1.1 600 Beyond\r\n\r\n"),
     ],
-    ids="reset closed half SSH NULs 2000 -20 headers line 101 600".split(),
+    ids=[
+        "reset",
+        "closed",
+        "half",
+        "SSH",
+        "NULs",
+        "2000",
+        "-20",
+        "headers",
+        "line",
+        "101",
+        "600",
+    ],
 )
-def test_no_answer_of_http(home, talk):
+def test_no_answer_of_http(home, talk) -> None:
     """A server that does not answer in HTTP: one attempt, the ping is kept."""
     with Wire(talk) as wire:
         place(home, wire.url)
@@ -356,7 +376,7 @@ def test_no_answer_of_http(home, talk):
     assert_kept(home, "retry")
 
 
-def test_a_silent_server(home):
+def test_a_silent_server(home) -> None:
     """A server that never answers costs one attempt of TELEMHQ_TIMEOUT seconds."""
     with Wire(lambda connection: wire.over.wait(30)) as wire:
         place(home, wire.url)
@@ -370,7 +390,7 @@ def test_a_silent_server(home):
 # -- Deadlines ------------------------------------------------------------------------
 
 
-def drip_headers(connection):
+def drip_headers(connection) -> None:
     """Answer for ever, a byte at a time, each in time for the socket's timeout."""
     read_request(connection)
     connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
@@ -379,7 +399,7 @@ def drip_headers(connection):
         time.sleep(0.1)
 
 
-def drip_status(connection):
+def drip_status(connection) -> None:
     """The same from the first byte on."""
     read_request(connection)
     for byte in b"HTTP/1.1 200" + b" " * 10000:
@@ -387,7 +407,7 @@ def drip_status(connection):
         time.sleep(0.2)
 
 
-def continue_for_ever(connection):
+def continue_for_ever(connection) -> None:
     """A flood of interim answers."""
     read_request(connection)
     while True:
@@ -395,11 +415,11 @@ def continue_for_ever(connection):
 
 
 @pytest.mark.parametrize("talk", [drip_headers, drip_status, continue_for_ever])
-def test_an_answer_that_never_ends_is_cut_off(home, talk):
+def test_an_answer_that_never_ends_is_cut_off(home, talk) -> None:
     """A request ends by 1.5 times the timeout; the failure counts, the ping is kept."""
     ended = []
 
-    def timed(connection):
+    def timed(connection) -> None:
         begun = time.monotonic()
         try:
             talk(connection)
@@ -415,7 +435,7 @@ def test_an_answer_that_never_ends_is_cut_off(home, talk):
     assert_kept(home, "retry")
 
 
-def drip_body(connection):
+def drip_body(connection) -> None:
     """Accept, then an answer's body without an end, a byte at a time."""
     read_request(connection)
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
@@ -424,7 +444,7 @@ def drip_body(connection):
         time.sleep(0.1)
 
 
-def endless_body(connection):
+def endless_body(connection) -> None:
     """Accept, then a body without an end, as fast as it goes."""
     read_request(connection)
     connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -433,19 +453,19 @@ def endless_body(connection):
 
 
 @pytest.mark.parametrize("talk", [drip_body, endless_body])
-def test_a_body_is_not_read(home, talk):
+def test_a_body_is_not_read(home, talk) -> None:
     """Status and headers decide: a 2xx with an endless body delivers at once."""
     counted = home.path / "read"
-    count = """
+    count = f"""
 import socket
 class Counted(socket.SocketIO):
     def readinto(self, b):
         n = super().readinto(b)
-        with open(%r, "a") as file:
-            file.write("%%d\\n" %% n)
+        with open({str(counted)!r}, "a") as file:
+            file.write("%d\\n" % n)
         return n
 socket.SocketIO = Counted
-""" % str(counted)
+"""
     with Wire(talk) as wire:
         place(home, wire.url, 2)
         begun = time.monotonic()
@@ -458,7 +478,7 @@ socket.SocketIO = Counted
     assert 0 < read <= 2 * max(4096, io.DEFAULT_BUFFER_SIZE)
 
 
-def test_a_resolver_that_hangs(home):
+def test_a_resolver_that_hangs(home) -> None:
     """The watchdog counts a failure, ends the sender; the next hook does not wait."""
     with Receiver() as receiver:
         place(home, receiver.url)
@@ -480,10 +500,10 @@ socket.getaddrinfo = lambda *a, **k: hang(60)
     assert home.state_json()["failures"] == 1
 
 
-def test_the_timeout_is_clamped(home):
+def test_the_timeout_is_clamped(home) -> None:
     """A TELEMHQ_TIMEOUT of nearly nothing is a second: a slow answer still counts."""
 
-    def slow(_):
+    def slow(_) -> int:
         time.sleep(0.6)
         return 200
 
@@ -497,7 +517,7 @@ def test_the_timeout_is_clamped(home):
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed(home, receiver, status):
+def test_a_redirect_is_not_followed(home, receiver, status) -> None:
     """Wherever a 3xx points, nothing goes there; the ping is held."""
     with Receiver(lambda _: (status, {"Location": receiver.url}, b"")) as first:
         place(home, first.url)
@@ -507,10 +527,8 @@ def test_a_redirect_is_not_followed(home, receiver, status):
     assert_kept(home, "hold")
 
 
-@pytest.mark.parametrize(
-    "location", ["/ping/other", "file:///etc/passwd", ""]
-)
-def test_a_redirect_to_anything_else_is_not_followed(home, location):
+@pytest.mark.parametrize("location", ["/ping/other", "file:///etc/passwd", ""])
+def test_a_redirect_to_anything_else_is_not_followed(home, location) -> None:
     """Neither the same server nor another scheme is a place to follow to."""
     with Receiver(lambda _: (302, {"Location": location}, b"")) as receiver:
         place(home, receiver.url)
@@ -520,7 +538,7 @@ def test_a_redirect_to_anything_else_is_not_followed(home, location):
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_http_to_loopback(home, receiver, host):
+def test_http_to_loopback(home, receiver, host) -> None:
     """http:// to this very machine needs no permission."""
     url = receiver.url.replace("127.0.0.1", host)
     place(home, url)
@@ -529,7 +547,7 @@ def test_http_to_loopback(home, receiver, host):
 
 
 @pytest.mark.parametrize("allowed", ["", "0", "1"])
-def test_http_to_another_machine(home, receiver, allowed):
+def test_http_to_another_machine(home, receiver, allowed) -> None:
     """http:// to another machine makes a ping only under TELEMHQ_ALLOW_HTTP=1."""
     there = "http://tracker.invalid/ping/" + TOKEN
     env = {"TELEMHQ_ALLOW_HTTP": allowed, "http_proxy": receiver.url}
@@ -549,7 +567,7 @@ def served(name):
     return Receiver(tls=(str(TLS / (name + ".pem")), str(TLS / (name + ".key"))))
 
 
-def test_tls_delivers(home):
+def test_tls_delivers(home) -> None:
     """https to a server whose certificate is trusted and names it delivers."""
     with served("loopback") as receiver:
         home.hook(event("Stop"), receiver.url, **CA)
@@ -569,7 +587,7 @@ def test_tls_delivers(home):
     ],
     ids=["self-signed", "self-signed, CA", "unknown CA", "wrong host", "verify off"],
 )
-def test_tls_that_is_not_verified_is_held(home, name, env):
+def test_tls_that_is_not_verified_is_held(home, name, env) -> None:
     """A certificate that does not prove who is there: held, and not a byte sent."""
     with served(name) as receiver:
         place(home, receiver.url, 2)
@@ -579,11 +597,11 @@ def test_tls_that_is_not_verified_is_held(home, name, env):
     assert home.state_json()["problem"]["what"].startswith("TLS")
 
 
-def test_https_never_falls_back_to_the_clear(home):
+def test_https_never_falls_back_to_the_clear(home) -> None:
     """Where no TLS answers, nothing of the ping or the token is on the wire."""
     said = []
 
-    def talk(connection):
+    def talk(connection) -> None:
         said.append(connection.recv(65536))
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         said.append(connection.recv(65536))
@@ -599,7 +617,7 @@ def test_https_never_falls_back_to_the_clear(home):
     assert_kept(home, "hold")
 
 
-def test_a_python_without_tls_holds(home):
+def test_a_python_without_tls_holds(home) -> None:
     """A Python that was built without TLS cannot send: held, never in the clear."""
     with served("loopback") as receiver:
         place(home, receiver.url)
@@ -610,15 +628,22 @@ def test_a_python_without_tls_holds(home):
 
 # -- Proxies --------------------------------------------------------------------------
 
-PROXY_VARIABLES = (
-    "HTTP_PROXY http_proxy HTTPS_PROXY https_proxy ALL_PROXY all_proxy".split()
-)
+PROXY_VARIABLES = [
+    "HTTP_PROXY",
+    "http_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "ALL_PROXY",
+    "all_proxy",
+]
 ELSEWHERE = "http://tracker.invalid/ping/" + TOKEN
 
 
-@pytest.mark.parametrize("scheme, host", [("http", "127.0.0.1"), ("http", "localhost"),
-                                          ("https", "localhost")])  # fmt: skip
-def test_no_proxy_for_loopback(home, scheme, host):
+@pytest.mark.parametrize(
+    "scheme, host",
+    [("http", "127.0.0.1"), ("http", "localhost"), ("https", "localhost")],
+)
+def test_no_proxy_for_loopback(home, scheme, host) -> None:
     """Whatever the environment says, a proxy never sees what goes to loopback."""
     with Receiver(502) as proxy, served("loopback") as tls, Receiver() as plain:
         receiver = tls if scheme == "https" else plain
@@ -629,7 +654,7 @@ def test_no_proxy_for_loopback(home, scheme, host):
         assert proxy.requests == []
 
 
-def test_the_environments_proxy_is_honoured(home):
+def test_the_environments_proxy_is_honoured(home) -> None:
     """Elsewhere the ping goes by the proxy that the environment names."""
     with Receiver() as proxy:
         env = {"TELEMHQ_ALLOW_HTTP": "1", "http_proxy": proxy.url}
@@ -641,7 +666,7 @@ def test_the_environments_proxy_is_honoured(home):
     assert home.waiting() == []
 
 
-def test_a_proxy_is_passed_by_where_no_proxy_says_so(home):
+def test_a_proxy_is_passed_by_where_no_proxy_says_so(home) -> None:
     """NO_PROXY is honoured too."""
     here = NO_DNS.replace('"localhost"', '"tracker.invalid"')
     here = here.replace("lookup(host", 'lookup("127.0.0.1"')
@@ -659,11 +684,11 @@ def test_a_proxy_is_passed_by_where_no_proxy_says_so(home):
     "status, verdict",
     [(400, "hold"), (403, "hold"), (407, "hold"), (429, "retry"), (502, "retry")],
 )
-def test_a_proxy_that_opens_no_tunnel(home, status, verdict):
+def test_a_proxy_that_opens_no_tunnel(home, status, verdict) -> None:
     """A proxy's own answer to CONNECT is never the ping's fault: it is kept."""
     url = ELSEWHERE.replace("http:", "https:")
     with Receiver(status) as proxy:
-        env = {"https_proxy": "http://127.0.0.1:%d" % proxy.port}
+        env = {"https_proxy": f"http://127.0.0.1:{proxy.port}"}
         only_enqueue(home, url, **env)
         run_sender(home, url, ONE_LIFE + NO_DNS, **env)
         (request,) = proxy.requests
@@ -673,7 +698,7 @@ def test_a_proxy_that_opens_no_tunnel(home, status, verdict):
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "nonsense", "http://"])
-def test_a_proxy_that_cannot_be_used(home, proxy):
+def test_a_proxy_that_cannot_be_used(home, proxy) -> None:
     """A proxy of an unknown kind: the ping is kept, and a back-off stands."""
     env = {"TELEMHQ_ALLOW_HTTP": "1", "http_proxy": proxy}
     only_enqueue(home, ELSEWHERE, **env)

@@ -1,5 +1,7 @@
 """On disk: what is written where and with which permissions, and what disables it."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -60,7 +62,7 @@ def base(home, shared, directory_name):
 # -- Layout ----------------------------------------------------------------------------
 
 
-def test_a_ping_waits_in_a_file_of_its_own(home):
+def test_a_ping_waits_in_a_file_of_its_own(home) -> None:
     """outbox/<time_ns>-<event_id>.json holds the ping and what the sender needs."""
     before = time.time_ns()
     found = event("Stop")
@@ -74,7 +76,7 @@ def test_a_ping_waits_in_a_file_of_its_own(home):
     assert record["local"]["transcript"] == found["transcript_path"]
 
 
-def test_without_usage_the_transcripts_path_is_not_kept(home):
+def test_without_usage_the_transcripts_path_is_not_kept(home) -> None:
     """The transcript's path is on disk only where usage is on for that ping."""
     home.hook(event("Stop"), dead_url(), TELEMHQ_USAGE="0", TELEMHQ_FOREGROUND="1")
     (path,) = home.waiting()
@@ -83,7 +85,7 @@ def test_without_usage_the_transcripts_path_is_not_kept(home):
         assert path.is_dir() or b"/home/dev/.claude" not in path.read_bytes()
 
 
-def test_the_outbox_sorts_by_the_time_of_the_events(home):
+def test_the_outbox_sorts_by_the_time_of_the_events(home) -> None:
     """Oldest first by name: that is the order in which pings are delivered."""
     url, ids = dead_url(), []
     for _ in range(5):
@@ -93,7 +95,7 @@ def test_the_outbox_sorts_by_the_time_of_the_events(home):
     assert [path.stem[21:] for path in home.waiting()] == ids
 
 
-def test_everything_written_is_below_the_state_directory(home, receiver):
+def test_everything_written_is_below_the_state_directory(home, receiver) -> None:
     """Neither the project nor anything else in HOME is touched."""
     before = set(home.path.rglob("*"))
     receiver.answer = lambda request: 400 if request.ping["event"] == "Stop" else 200
@@ -105,7 +107,7 @@ def test_everything_written_is_below_the_state_directory(home, receiver):
     assert new == {home.path / ".claude", home.state}
 
 
-def test_each_url_has_a_directory_of_its_own_that_does_not_tell_it(home):
+def test_each_url_has_a_directory_of_its_own_that_does_not_tell_it(home) -> None:
     """A destination's directory is its kind and a short hash."""
     for url in (dead_url(), dead_url() + "x", "http://127.0.0.1:9/ping/" + TOKEN):
         home.hook(event("Stop"), url)
@@ -116,7 +118,7 @@ def test_each_url_has_a_directory_of_its_own_that_does_not_tell_it(home):
         assert len(list((home.state / name / "outbox").glob("[0-9]*.json"))) == 1
 
 
-def test_what_is_delivered_is_gone_and_what_is_refused_is_set_aside(home, receiver):
+def test_what_is_delivered_is_gone_and_what_is_refused_is_set_aside(home, receiver) -> None:
     """After a delivery no ping is left; a refused one is in refused/."""
     receiver.answer = lambda request: 400 if request.ping["event"] == "Stop" else 200
     for name in ("StopFailure", "Stop"):
@@ -134,11 +136,11 @@ def test_what_is_delivered_is_gone_and_what_is_refused_is_set_aside(home, receiv
 
 @pytest.mark.parametrize(
     "where",
-    ({}, {"CLAUDE_CONFIG_DIR": "new/config"}, {"TELEMHQ_STATE_DIR": "new/deep/state"}),
+    [{}, {"CLAUDE_CONFIG_DIR": "new/config"}, {"TELEMHQ_STATE_DIR": "new/deep/state"}],
     ids=lambda where: "".join(where) or "default",
 )
-@pytest.mark.parametrize("umask", (0o000, 0o777), ids=oct)
-def test_only_the_user_can_read_what_is_written(home, receiver, where, umask):
+@pytest.mark.parametrize("umask", [0o000, 0o777], ids=oct)
+def test_only_the_user_can_read_what_is_written(home, receiver, where, umask) -> None:
     """Directories 0700, parents too, files 0600, whatever the umask."""
     receiver.answer = lambda request: 400 if len(receiver.requests) == 1 else 500
     before = set(home.path.rglob("*"))
@@ -146,11 +148,13 @@ def test_only_the_user_can_read_what_is_written(home, receiver, where, umask):
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-I", "-S", str(SCRIPT)],
-            input=json.dumps(event("Stop")).encode(), cwd=str(home.project),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30,
+            input=json.dumps(event("Stop")).encode(),
+            cwd=str(home.project),
+            capture_output=True,
+            timeout=30,
             env=home.env(receiver.url, TELEMHQ_FOREGROUND="1", **env),
             preexec_fn=lambda: os.umask(umask) and None,
-        )  # fmt: skip
+        )
         assert outcome(done) == SILENT
     new = set(home.path.rglob("*")) - before
     names = {path.name for path in new}
@@ -160,14 +164,16 @@ def test_only_the_user_can_read_what_is_written(home, receiver, where, umask):
         assert oct(mode(path)) == oct(0o700 if path.is_dir() else 0o600), path
 
 
-def test_the_background_sender_keeps_to_the_permissions(home, receiver):
+def test_the_background_sender_keeps_to_the_permissions(home, receiver) -> None:
     """What the detached process writes is the user's alone, too."""
     receiver.answer = 400
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(SCRIPT)], stdin=subprocess.PIPE,
-        env=home.env(receiver.url), cwd=str(home.project),
+        [sys.executable, "-I", "-S", str(SCRIPT)],
+        stdin=subprocess.PIPE,
+        env=home.env(receiver.url),
+        cwd=str(home.project),
         preexec_fn=lambda: os.umask(0) and None,
-    )  # fmt: skip
+    )
     process.communicate(json.dumps(event("Stop")).encode(), 30)
     receiver.wait_for(1)
     home.quiet()
@@ -177,7 +183,7 @@ def test_the_background_sender_keeps_to_the_permissions(home, receiver):
         assert oct(mode(path)) == oct(0o700 if path.is_dir() else 0o600), path
 
 
-def test_what_others_made_keeps_its_permissions(home, shared, base):
+def test_what_others_made_keeps_its_permissions(home, shared, base) -> None:
     """A ~/.claude or an outbox that was there is never chmodded."""
     made = (home.path / ".claude", home.state, base, base / "outbox")
     for path in made:
@@ -192,35 +198,35 @@ def test_what_others_made_keeps_its_permissions(home, shared, base):
 # -- What disables it ------------------------------------------------------------------
 
 
-def make_file(path, _):
+def make_file(path, _) -> None:
     """A file where a directory should be."""
     path.write_text("mine")
 
 
-def make_link(path, aside):
+def make_link(path, aside) -> None:
     """A symbolic link to a directory of the same user."""
     aside.mkdir()
     path.symlink_to(aside)
 
 
-def make_dangling(path, aside):
+def make_dangling(path, aside) -> None:
     """A symbolic link that leads nowhere yet."""
     path.symlink_to(aside)
 
 
-def make_world_writable(path, _):
+def make_world_writable(path, _) -> None:
     """A directory in which anyone may write."""
     path.mkdir()
     path.chmod(0o777)
 
 
-def make_group_writable(path, _):
+def make_group_writable(path, _) -> None:
     """A directory in which a group may write."""
     path.mkdir()
     path.chmod(0o770)
 
 
-def make_foreign(path, _):
+def make_foreign(path, _) -> None:
     """A directory that belongs to another user."""
     path.mkdir()
     path.chmod(0o700)
@@ -245,10 +251,10 @@ needs_root = pytest.mark.skipif(
     [pytest.param(m, marks=needs_root) if m is make_foreign else m for m in UNSOUND],
     ids=lambda make: make.__name__[5:],
 )
-@pytest.mark.parametrize("below", ("", "/*", "/*/outbox", "/*/refused", "/*/accounts"))
+@pytest.mark.parametrize("below", ["", "/*", "/*/outbox", "/*/refused", "/*/accounts"])
 def test_what_another_could_control_disables_the_hook(
     home, shared, directory_name, make, below
-):
+) -> None:
     """From telemhq/ down: exit 0, silence, nothing written or sent; debug names it."""
     del shared.requests[:]
     unsound = home.path / ".claude" / ("telemhq" + below.replace("*", directory_name))
@@ -260,14 +266,16 @@ def test_what_another_could_control_disables_the_hook(
     assert outcome(home.hook(event("Stop"), shared.url)) == SILENT
     if below in ("", "/*/outbox"):
         told = home.hook(event("Stop"), shared.url, TELEMHQ_HOOK_DEBUG="1")
-        assert told.returncode == 0 and told.stdout == b""
+        assert told.returncode == 0
+        assert told.stdout == b""
         assert told.stderr.startswith(b"TelemHQ hook skipped: ")
         assert str(unsound).encode() in told.stderr
     assert {path: mode(path) for path in home.path.rglob("*")} == before
-    assert not shared.requests and not home.processes()
+    assert not shared.requests
+    assert not home.processes()
 
 
-def test_a_state_dir_of_the_users_own_choice_is_held_to_the_same(home, shared):
+def test_a_state_dir_of_the_users_own_choice_is_held_to_the_same(home, shared) -> None:
     """TELEMHQ_STATE_DIR that is a link or open to all disables the hook."""
     del shared.requests[:]
     (home.path / "real").mkdir()
@@ -278,10 +286,11 @@ def test_a_state_dir_of_the_users_own_choice_is_held_to_the_same(home, shared):
         env = {"TELEMHQ_STATE_DIR": str(home.path / name)}
         assert outcome(home.hook(event("Stop"), shared.url, **env)) == SILENT
         assert list((home.path / name).iterdir()) == []
-    assert not shared.requests and not home.state.exists()
+    assert not shared.requests
+    assert not home.state.exists()
 
 
-def test_a_linked_claude_directory_is_fine(home, shared):
+def test_a_linked_claude_directory_is_fine(home, shared) -> None:
     """~/.claude itself may be a symbolic link, as people with dotfiles have it."""
     del shared.requests[:]
     (home.path / "dotfiles").mkdir()
@@ -293,8 +302,8 @@ def test_a_linked_claude_directory_is_fine(home, shared):
     assert (home.path / "dotfiles" / "telemhq").is_dir()
 
 
-@pytest.mark.parametrize("name", ("lock", "state.json", "sender.log", "sender.log.1"))
-def test_a_link_in_place_of_a_file_is_never_followed(home, shared, base, name):
+@pytest.mark.parametrize("name", ["lock", "state.json", "sender.log", "sender.log.1"])
+def test_a_link_in_place_of_a_file_is_never_followed(home, shared, base, name) -> None:
     """A symbolic link where a file of ours should be does not lead us elsewhere."""
     target = home.path / "precious"
     target.write_text('{"not_before": 0}')
@@ -321,23 +330,29 @@ def limited(home, url, limit, **more):
     """A hook that may write files of at most `limit` bytes, as under a quota."""
     return subprocess.run(
         [sys.executable, "-I", "-S", str(SCRIPT)],
-        input=json.dumps(event("Stop")).encode(), cwd=str(home.project),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30,
-        env=home.env(url, **more), start_new_session=True,
+        input=json.dumps(event("Stop")).encode(),
+        cwd=str(home.project),
+        capture_output=True,
+        timeout=30,
+        env=home.env(url, **more),
+        start_new_session=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    )
 
 
-@pytest.mark.parametrize("limit", (0, 1, 100))
-def test_a_quota_leaves_no_partial_file(home, receiver, limit):
+@pytest.mark.parametrize("limit", [0, 1, 100])
+def test_a_quota_leaves_no_partial_file(home, receiver, limit) -> None:
     """A write that fails in the middle: exit 0, silence, nothing left, nothing sent."""
     assert outcome(limited(home, receiver.url, limit)) == SILENT
     assert [path for path in home.state.rglob("*") if not path.is_dir()] == []
     told = limited(home, receiver.url, limit, TELEMHQ_HOOK_DEBUG="1")
-    assert told.returncode == 0 and told.stdout == b""
+    assert told.returncode == 0
+    assert told.stdout == b""
     assert told.stderr.startswith(b"TelemHQ hook skipped: ")
-    assert str(home.state).encode() in told.stderr and TOKEN.encode() not in told.stderr
-    assert not receiver.requests and not home.processes()
+    assert str(home.state).encode() in told.stderr
+    assert TOKEN.encode() not in told.stderr
+    assert not receiver.requests
+    assert not home.processes()
 
 
 TINY_DISK = r"""
@@ -364,20 +379,32 @@ def run_on_tiny_disk(home, kind, url, **more):
     unshare = shutil.which("unshare")
     for flags in (["-m"], ["-r", "-m"]) if unshare else ():
         done = subprocess.run(
-            [unshare] + flags + ["/bin/sh", "-c", TINY_DISK, "sh", str(home.state),
-             kind, sys.executable, str(SCRIPT)],
-            input=json.dumps(event("Stop")).encode(), cwd=str(home.project),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60,
+            [
+                unshare,
+                *flags,
+                "/bin/sh",
+                "-c",
+                TINY_DISK,
+                "sh",
+                str(home.state),
+                kind,
+                sys.executable,
+                str(SCRIPT),
+            ],
+            input=json.dumps(event("Stop")).encode(),
+            cwd=str(home.project),
+            capture_output=True,
+            timeout=60,
             env=dict(home.env(url, **more), PATH="/usr/sbin:/usr/bin:/sbin:/bin"),
-        )  # fmt: skip
+        )
         if done.stdout.startswith((b"exit", b"TelemHQ")):
             return done
     pytest.skip("no mount namespace here: a tmpfs cannot be mounted")
 
 
 @pytest.mark.skipif(not LINUX, reason="tmpfs in a mount namespace is Linux")
-@pytest.mark.parametrize("kind", ("full", "files", "files 1", "files 1 2", "readonly"))
-def test_a_full_or_read_only_disk_is_survived(home, receiver, kind):
+@pytest.mark.parametrize("kind", ["full", "files", "files 1", "files 1 2", "readonly"])
+def test_a_full_or_read_only_disk_is_survived(home, receiver, kind) -> None:
     """No space, no inodes, read-only: exit 0, silence, no partial file left."""
     done = run_on_tiny_disk(home, kind, receiver.url)
     assert (done.stdout, done.stderr) == (b"exit 0\n", b"")
@@ -385,7 +412,7 @@ def test_a_full_or_read_only_disk_is_survived(home, receiver, kind):
 
 
 @pytest.mark.skipif(not LINUX, reason="tmpfs in a mount namespace is Linux")
-def test_a_disk_with_room_for_the_ping_alone_keeps_it(home):
+def test_a_disk_with_room_for_the_ping_alone_keeps_it(home) -> None:
     """Where there is room for the ping and nothing else, it is there, whole."""
     done = run_on_tiny_disk(home, "files 1 2 3", dead_url())
     assert re.fullmatch(rb"exit 0\n/\S+/outbox/\d{20}-\w+\.json\n", done.stdout)
@@ -393,10 +420,11 @@ def test_a_disk_with_room_for_the_ping_alone_keeps_it(home):
 
 
 @pytest.mark.skipif(not LINUX, reason="tmpfs in a mount namespace is Linux")
-def test_the_tiny_disk_works_when_it_is_not_full(home, receiver):
+def test_the_tiny_disk_works_when_it_is_not_full(home, receiver) -> None:
     """The same hook on the same small disk delivers as long as there is room."""
     done = run_on_tiny_disk(home, "roomy", receiver.url, TELEMHQ_FOREGROUND="1")
-    assert done.stdout.startswith(b"exit 0\n") and done.stderr == b""
+    assert done.stdout.startswith(b"exit 0\n")
+    assert done.stderr == b""
     assert len(receiver.pings) == 1
 
 
@@ -426,19 +454,21 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", sorted(STATES))
-def test_a_damaged_state_is_as_none(home, shared, base, name):
+def test_a_damaged_state_is_as_none(home, shared, base, name) -> None:
     """Whatever state.json holds, the next hook delivers, and writes a sane one."""
     (base / "state.json").write_bytes(STATES[name])
     assert (
         outcome(home.hook(event("Stop"), shared.url, TELEMHQ_FOREGROUND="1")) == SILENT
     )
-    assert len(shared.pings) == 1 and home.waiting() == []
+    assert len(shared.pings) == 1
+    assert home.waiting() == []
     state = home.state_json()
-    assert state["failures"] == 0 and abs(state["delivered_at"] - time.time()) < 60
+    assert state["failures"] == 0
+    assert abs(state["delivered_at"] - time.time()) < 60
 
 
-@pytest.mark.parametrize("kind", ("directory", "fifo", "link"))
-def test_a_state_that_is_no_file_never_blocks(home, shared, base, kind):
+@pytest.mark.parametrize("kind", ["directory", "fifo", "link"])
+def test_a_state_that_is_no_file_never_blocks(home, shared, base, kind) -> None:
     """A FIFO, a directory or a link in place of state.json does not stop delivery."""
     path = base / "state.json"
     if kind == "directory":
@@ -450,10 +480,11 @@ def test_a_state_that_is_no_file_never_blocks(home, shared, base, kind):
     assert (
         outcome(home.hook(event("Stop"), shared.url, TELEMHQ_FOREGROUND="1")) == SILENT
     )
-    assert len(shared.pings) == 1 and home.waiting() == []
+    assert len(shared.pings) == 1
+    assert home.waiting() == []
 
 
-def test_a_state_from_the_future_does_not_stop_delivery(home, shared, base):
+def test_a_state_from_the_future_does_not_stop_delivery(home, shared, base) -> None:
     """A back-off that was set at a time that has not come yet is none."""
     ahead = time.time() + 2 * 365 * 86400
     state = {"failures": 9, "set_at": ahead, "not_before": ahead + 900}
@@ -462,16 +493,18 @@ def test_a_state_from_the_future_does_not_stop_delivery(home, shared, base):
     assert len(shared.pings) == 1
 
 
-def test_a_sane_back_off_does_stop_it(home, shared, base):
+def test_a_sane_back_off_does_stop_it(home, shared, base) -> None:
     """The counter-example: a back-off set a moment ago keeps the ping waiting."""
     state = {"failures": 1, "set_at": time.time() - 1, "not_before": time.time() + 900}
     (base / "state.json").write_text(json.dumps(state))
     home.hook(event("Stop"), shared.url, TELEMHQ_FOREGROUND="1")
-    assert shared.pings == [] and len(home.waiting()) == 1 and not home.processes()
+    assert shared.pings == []
+    assert len(home.waiting()) == 1
+    assert not home.processes()
 
 
-@pytest.mark.parametrize("failures", (10**6, 2**52))
-def test_a_million_failures_are_clamped(home, directory_name, failures):
+@pytest.mark.parametrize("failures", [10**6, 2**52])
+def test_a_million_failures_are_clamped(home, directory_name, failures) -> None:
     """However many failures there were: the next back-off is at most 15 min."""
     url = dead_url()
     home.hook(event("Stop"), url, TELEMHQ_FOREGROUND="1")
@@ -485,7 +518,7 @@ def test_a_million_failures_are_clamped(home, directory_name, failures):
     assert begun + 1 < state["not_before"] <= time.time() + 900
 
 
-def test_no_state_holds_delivery_back_for_more_than_a_day(script, tmp_path):
+def test_no_state_holds_delivery_back_for_more_than_a_day(script, tmp_path) -> None:
     """A back-off that would last for years ends after a day at the latest."""
     now = time.time()
     for not_before in (now + 10 * 365 * 86400, 1e15, 2**52):
@@ -497,11 +530,11 @@ def test_no_state_holds_delivery_back_for_more_than_a_day(script, tmp_path):
 
 @pytest.mark.parametrize(
     "set_at, not_before, left",
-    ((0, 0, 0), (-10, 20, 20), (0, 20, 20), (-10, 0, 0), (-30, -10, 0), (1, 20, 0)),
+    [(0, 0, 0), (-10, 20, 20), (0, 20, 20), (-10, 0, 0), (-30, -10, 0), (1, 20, 0)],
 )
 def test_a_back_off_holds_between_its_two_times(
     script, tmp_path, set_at, not_before, left
-):
+) -> None:
     """It holds only while set_at <= now < not_before."""
     now = float(int(time.time()))
     state = {"set_at": now + set_at, "not_before": now + not_before}
@@ -512,15 +545,20 @@ def test_a_back_off_holds_between_its_two_times(
 # -- Strange things in the outbox ------------------------------------------------------
 
 
-def fill_with_oddities(outbox, precious):
+def fill_with_oddities(outbox, precious) -> None:
     """Everything that is no ping, under names of pings and others."""
-    old = "%020d-" % (time.time_ns() - 10**9)
+    old = f"{time.time_ns() - 10**9:020d}-"
     for name, content in (
-        ("empty", b""), ("nuls", b"\0" * 2000), ("half", b'{"ping": {"event_id": "x'),
-        ("large", b" " * (1 << 20)), ("list", b"[]"), ("text", b"hello"),
-        ("other", b'{"ping": 5, "local": 5}'), ("none", b'{"ping": {}, "local": {}}'),
+        ("empty", b""),
+        ("nuls", b"\0" * 2000),
+        ("half", b'{"ping": {"event_id": "x'),
+        ("large", b" " * (1 << 20)),
+        ("list", b"[]"),
+        ("text", b"hello"),
+        ("other", b'{"ping": 5, "local": 5}'),
+        ("none", b'{"ping": {}, "local": {}}'),
         ("deep", b"[" * 60000),
-    ):  # fmt: skip
+    ):
         (outbox / (old + name + ".json")).write_bytes(content)
     os.mkfifo(str(outbox / (old + "fifo.json")))
     (outbox / (old + "link.json")).symlink_to(precious)
@@ -533,8 +571,8 @@ def fill_with_oddities(outbox, precious):
     (outbox / ".unfinished").write_text("half")
 
 
-@pytest.mark.parametrize("foreground", ("0", "1"))
-def test_oddities_in_the_outbox_stop_nothing(home, shared, base, foreground):
+@pytest.mark.parametrize("foreground", ["0", "1"])
+def test_oddities_in_the_outbox_stop_nothing(home, shared, base, foreground) -> None:
     """FIFOs, links, directories, torn files: the hook's ping is delivered."""
     precious = home.path / "precious.json"
     precious.write_text(json.dumps({"ping": {"CANARY": 1}, "local": {}}))
@@ -572,7 +610,7 @@ def every_command_line():
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
-                with open("/proc/%s/cmdline" % entry, "rb") as file:
+                with open(f"/proc/{entry}/cmdline", "rb") as file:
                     found.append(file.read())
             except OSError:
                 pass
@@ -592,10 +630,10 @@ SESSION = (
 )
 
 
-@pytest.mark.parametrize("answer", ("dead", 200, 302, 400))
-def test_neither_url_nor_content_is_ever_on_disk(home, receiver, answer):
+@pytest.mark.parametrize("answer", ["dead", 200, 302, 400])
+def test_neither_url_nor_content_is_ever_on_disk(home, receiver, answer) -> None:
     """The token, the URL and the events' content are in no file and no file name."""
-    secret = "SECRET%032x" % time.time_ns()
+    secret = f"SECRET{time.time_ns():032x}"
 
     def echo(request):
         """A server that tells all it knows, in every place of its answer."""
@@ -627,9 +665,9 @@ def test_neither_url_nor_content_is_ever_on_disk(home, receiver, answer):
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_neither_url_nor_content_is_in_any_processs_arguments(home, receiver):
+def test_neither_url_nor_content_is_in_any_processs_arguments(home, receiver) -> None:
     """`ps` shows other users nothing: the sender gets the URL by its environment."""
-    secret, release = "SECRET%032x" % time.time_ns(), threading.Event()
+    secret, release = f"SECRET{time.time_ns():032x}", threading.Event()
     receiver.answer = lambda request: release.wait(30) and 200
     home.hook(event("UserPromptSubmit"), receiver.url.replace(TOKEN, secret))
     receiver.wait_for(1)

@@ -1,5 +1,7 @@
 """The privacy gate: what leaves, in which shape, and that nothing else ever does."""
 
+from __future__ import annotations
+
 import ast
 import hashlib
 import hmac
@@ -12,6 +14,7 @@ import subprocess
 import pytest
 
 from support import FIXTURES, SCRIPT, event
+from typing import NoReturn
 
 NS = 1700000000 * 10**9 + 123456789  # 2023-11-14T22:13:20.123Z
 GIT = shutil.which("git")
@@ -223,20 +226,22 @@ def expected_ping(script, name):
     }
     found.update(EXPECTED[name])
     found["transcript_path_hash"] = sha12(
-        "/home/dev/.claude/projects/-home-dev-acme-api/%s.jsonl"
-        % found["transcript_path_hash"]
+        "/home/dev/.claude/projects/-home-dev-acme-api/{}.jsonl".format(
+            found["transcript_path_hash"]
+        )
     )
     return found
 
 
-def test_every_real_event_is_in_the_table():
+def test_every_real_event_is_in_the_table() -> None:
     """Each event that the real client was seen to fire has its expected ping."""
     names = {path.stem for path in (FIXTURES / "events").iterdir()}
-    assert names == set(EXPECTED) and len(names) >= 30
+    assert names == set(EXPECTED)
+    assert len(names) >= 30
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_a_real_event_becomes_exactly_this_ping(script, name):
+def test_a_real_event_becomes_exactly_this_ping(script, name) -> None:
     """Each real event gives the documented fields, and not one field more."""
     ping = ping_of(script, event(name))
     assert re.fullmatch("[0-9a-f]{32}", ping.pop("event_id"))
@@ -245,7 +250,7 @@ def test_a_real_event_becomes_exactly_this_ping(script, name):
     assert ping == expected_ping(script, name)
 
 
-def test_every_real_event_arrives_as_the_pure_function_says(home, receiver, script):
+def test_every_real_event_arrives_as_the_pure_function_says(home, receiver, script) -> None:
     """Run as Claude Code runs it, each event's ping arrives with the same fields."""
     sent = {}
     for name in sorted(EXPECTED):
@@ -265,7 +270,7 @@ def test_every_real_event_arrives_as_the_pure_function_says(home, receiver, scri
     assert left == []
 
 
-def test_every_event_has_an_id_of_its_own(script):
+def test_every_event_has_an_id_of_its_own(script) -> None:
     """The same event twice is two pings: their ids are random."""
     ids = {ping_of(script, event("Stop"))["event_id"] for _ in range(50)}
     assert len(ids) == 50
@@ -340,7 +345,7 @@ NOT_STRINGS = (None, True, 5, 1.5, [], ["a"], {}, {"a": "b"})
 
 
 @pytest.mark.parametrize("field", IDENTIFIERS)
-def test_a_string_leaves_only_in_the_shape_of_an_identifier(script, field):
+def test_a_string_leaves_only_in_the_shape_of_an_identifier(script, field) -> None:
     """ASCII letters, digits and _ . : -, 1 to 128: anything else is left out, whole."""
     for value in GOOD_IDENTIFIERS:
         assert ping_of(script, *put(field, value))[field] == value
@@ -350,29 +355,29 @@ def test_a_string_leaves_only_in_the_shape_of_an_identifier(script, field):
 
 
 @pytest.mark.parametrize(
-    "name", ("claude-opus-5-5[1m]", "claude-sonnet-4@20250514", "eu.anthropic.x-v1:0")
+    "name", ["claude-opus-5-5[1m]", "claude-sonnet-4@20250514", "eu.anthropic.x-v1:0"]
 )
-def test_a_model_may_also_have_at_and_brackets(script, name):
+def test_a_model_may_also_have_at_and_brackets(script, name) -> None:
     """Models are named so by Vertex, by Bedrock and for long contexts."""
     assert ping_of(script, event("Stop", model=name))["model"] == name
 
 
 @pytest.mark.parametrize(
     "name",
-    (
+    [
         "arn:aws:bedrock:eu-west-1:123456789012:inference-profile/eu.anthropic.x",
         "projects/acme/models/x",
         "my model",
         "[1m]",
-    ),
+    ],
 )
-def test_a_cloud_accounts_arn_is_no_model(script, name):
+def test_a_cloud_accounts_arn_is_no_model(script, name) -> None:
     """No slash and no space: an ARN with an account's number in it stays home."""
     assert "model" not in ping_of(script, event("Stop", model=name))
 
 
-@pytest.mark.parametrize("value", (0, 1, 25, 1.5, 2**50))
-def test_a_number_leaves_as_it_is(script, value):
+@pytest.mark.parametrize("value", [0, 1, 25, 1.5, 2**50])
+def test_a_number_leaves_as_it_is(script, value) -> None:
     """Durations are sent unchanged."""
     ping = ping_of(script, event("PostToolUse-Bash", duration_ms=value))
     assert ping["duration_ms"] == value
@@ -380,17 +385,17 @@ def test_a_number_leaves_as_it_is(script, value):
 
 @pytest.mark.parametrize(
     "value",
-    (-1, float("nan"), float("inf"), -float("inf"), 10**400, True, "25", None, [1], {}),
+    [-1, float("nan"), float("inf"), -float("inf"), 10**400, True, "25", None, [1], {}],
     ids=lambda value: repr(value)[:20],
 )
-def test_what_is_no_finite_count_is_no_number(script, value):
+def test_what_is_no_finite_count_is_no_number(script, value) -> None:
     """A number that no JSON reader could take, or that is none, is left out."""
     ping = ping_of(script, event("PostToolUse-Bash", duration_ms=value))
     assert "duration_ms" not in ping
 
 
-@pytest.mark.parametrize("field", ("is_interrupt", "stop_hook_active"))
-def test_a_flag_is_true_or_false_and_nothing_else(script, field):
+@pytest.mark.parametrize("field", ["is_interrupt", "stop_hook_active"])
+def test_a_flag_is_true_or_false_and_nothing_else(script, field) -> None:
     """Booleans are sent as booleans; what only looks like one is left out."""
     for value in (True, False):
         assert ping_of(script, event("Stop", **{field: value}))[field] is value
@@ -400,7 +405,7 @@ def test_a_flag_is_true_or_false_and_nothing_else(script, field):
 
 @pytest.mark.parametrize(
     "source, field, value, expected",
-    (
+    [
         ("prompt", "prompt_chars", "héllo", 5),
         ("prompt", "prompt_chars", "", 0),
         ("prompt", "prompt_chars", ["CANARY"], None),
@@ -411,15 +416,15 @@ def test_a_flag_is_true_or_false_and_nothing_else(script, field):
         ("background_tasks", "background_tasks", "CANARY", None),
         ("background_tasks", "background_tasks", 7, None),
         ("background_tasks", "background_tasks", {"CANARY": 1}, None),
-    ),
+    ],
 )
-def test_of_content_only_its_size_leaves(script, source, field, value, expected):
+def test_of_content_only_its_size_leaves(script, source, field, value, expected) -> None:
     """Texts are counted in characters, background tasks as a list's length."""
     assert ping_of(script, event("Stop", **{source: value})).get(field) == expected
 
 
-@pytest.mark.parametrize("name", ("PermissionDenied", "Stop", "Future", "SessionStart"))
-def test_a_reason_leaves_from_session_end_only(script, name):
+@pytest.mark.parametrize("name", ["PermissionDenied", "Stop", "Future", "SessionStart"])
+def test_a_reason_leaves_from_session_end_only(script, name) -> None:
     """Elsewhere `reason` is text: it stays home even when it is one word."""
     found = event("SessionEnd-other", hook_event_name=name, reason="secretword")
     assert "reason" not in ping_of(script, found)
@@ -430,7 +435,7 @@ def test_a_reason_leaves_from_session_end_only(script, name):
 
 @pytest.mark.parametrize(
     "code",
-    (
+    [
         "authentication_failed",
         "oauth_org_not_allowed",
         "account_on_hold",
@@ -445,9 +450,9 @@ def test_a_reason_leaves_from_session_end_only(script, name):
         "max_output_tokens",
         "cloud_credential_error",
         "x" * 40,
-    ),
+    ],
 )
-def test_a_stop_failures_code_is_sent(script, code):
+def test_a_stop_failures_code_is_sent(script, code) -> None:
     """Claude Code's own error codes tell what stopped the turn."""
     ping = ping_of(script, event("StopFailure", error=code))
     assert (ping["error"], ping["status"]) == (code, "failed")
@@ -455,7 +460,7 @@ def test_a_stop_failures_code_is_sent(script, code):
 
 @pytest.mark.parametrize(
     "text",
-    (
+    [
         "Rate_limit",
         "rate limit",
         "rate-limit",
@@ -469,18 +474,19 @@ def test_a_stop_failures_code_is_sent(script, code):
         {"type": "rate_limit"},
         ["rate_limit"],
         429,
-    ),
+    ],
     ids=repr,
 )
-def test_a_stop_failure_without_a_code_is_failed_all_the_same(script, text):
+def test_a_stop_failure_without_a_code_is_failed_all_the_same(script, text) -> None:
     """What is no lower-case code could be a message: left out; the status stays."""
     ping = ping_of(script, event("StopFailure", error=text))
-    assert "error" not in ping and ping["status"] == "failed"
+    assert "error" not in ping
+    assert ping["status"] == "failed"
 
 
 @pytest.mark.parametrize(
     "text, exit_code",
-    (
+    [
         ("Exit code 3\nCANARY_STDERR", 3),
         ("Exit code 0", 0),
         ("Exit code 127\n", 127),
@@ -493,11 +499,11 @@ def test_a_stop_failure_without_a_code_is_failed_all_the_same(script, text):
         ("The Exit code 3", None),
         ("rate_limit", None),
         ("", None),
-    ),
+    ],
 )
 def test_of_a_failed_tools_text_only_exit_code_and_length_leave(
     script, text, exit_code
-):
+) -> None:
     """The text holds output and paths: `tool_error`, its code, its length."""
     ping = ping_of(script, event("PostToolUseFailure-Bash", error=text))
     assert (ping["error"], ping["status"]) == ("tool_error", "failed")
@@ -505,65 +511,75 @@ def test_of_a_failed_tools_text_only_exit_code_and_length_leave(
     assert ping["error_chars"] == len(text)
 
 
-@pytest.mark.parametrize("digits", (5, 10, 11, 12, 20, 400, 5000))
-def test_an_exit_code_is_the_whole_number_or_none(script, digits):
+@pytest.mark.parametrize("digits", [5, 10, 11, 12, 20, 400, 5000])
+def test_an_exit_code_is_the_whole_number_or_none(script, digits) -> None:
     """An absurd exit code is never cut into another one."""
     text = "Exit code " + "7" * digits + "\nx"
     ping = ping_of(script, event("PostToolUseFailure-Bash", error=text))
     assert ping.get("exit_code") in (None, int("7" * min(digits, 400)))
 
 
-@pytest.mark.parametrize("value", (None, {}, {"message": "CANARY"}, ["x"], 3, True))
-def test_a_failed_tool_without_a_text_is_a_tool_error(script, value):
+@pytest.mark.parametrize("value", [None, {}, {"message": "CANARY"}, ["x"], 3, True])
+def test_a_failed_tool_without_a_text_is_a_tool_error(script, value) -> None:
     """PostToolUseFailure says `tool_error` whatever its `error` is."""
     ping = ping_of(script, event("PostToolUseFailure-Bash", error=value))
     assert (ping["error"], ping["status"]) == ("tool_error", "failed")
-    assert "exit_code" not in ping and "error_chars" not in ping
+    assert "exit_code" not in ping
+    assert "error_chars" not in ping
 
 
-@pytest.mark.parametrize("name", ("Stop", "PostToolUse", "SessionEnd", "Future", None))
+@pytest.mark.parametrize("name", ["Stop", "PostToolUse", "SessionEnd", "Future", None])
 @pytest.mark.parametrize(
-    "value", ("CANARY text", "rate_limit", {"a": 1}, ["x"], 3, True)
+    "value", ["CANARY text", "rate_limit", {"a": 1}, ["x"], 3, True]
 )
-def test_any_other_event_that_carries_an_error_says_just_that(script, name, value):
+def test_any_other_event_that_carries_an_error_says_just_that(script, name, value) -> None:
     """An error of another event is the word `error`, and the status is failed."""
     ping = ping_of(script, event("Stop", hook_event_name=name, error=value))
     assert (ping["error"], ping["status"]) == ("error", "failed")
 
 
-@pytest.mark.parametrize("value", (None, "", False, {}, []))
-def test_an_empty_error_is_no_error(script, value):
+@pytest.mark.parametrize("value", [None, "", False, {}, []])
+def test_an_empty_error_is_no_error(script, value) -> None:
     """An event whose `error` is there but empty has not failed."""
     ping = ping_of(script, event("Stop", error=value))
-    assert "error" not in ping and ping["status"] == "success"
+    assert "error" not in ping
+    assert ping["status"] == "success"
 
 
 # -- What is absent, what is new -------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_a_field_that_is_null_is_left_out(script, name):
+def test_a_field_that_is_null_is_left_out(script, name) -> None:
     """No ping ever holds a null, whichever field of the event is one."""
     found = event(name)
     for key in found:
         ping = ping_of(script, dict(found, **{key: None}))
         assert None not in ping.values()
         assert "null" not in script.encode_json(ping)
-    ping = ping_of(script, {key: None for key in found}, project=None)
+    ping = ping_of(script, dict.fromkeys(found), project=None)
     assert set(ping) <= {
-        "provider", "tool", "status", "hook_version", "event_id", "timestamp",
-        "event_bytes", "error",
-    }  # fmt: skip
+        "provider",
+        "tool",
+        "status",
+        "hook_version",
+        "event_id",
+        "timestamp",
+        "event_bytes",
+        "error",
+    }
 
 
-def test_an_empty_event_is_a_ping_still(script):
+def test_an_empty_event_is_a_ping_still(script) -> None:
     """A ping is made of any JSON object, even an empty one."""
     ping = ping_of(script, {}, project="unknown")
-    assert ping["provider"] == "anthropic" and ping["status"] == "success"
-    assert ping["project"] == "unknown" and "session_id" not in ping
+    assert ping["provider"] == "anthropic"
+    assert ping["status"] == "success"
+    assert ping["project"] == "unknown"
+    assert "session_id" not in ping
 
 
-def test_what_a_future_event_brings_stays_home(script):
+def test_what_a_future_event_brings_stays_home(script) -> None:
     """Unknown events are named and timed; their unknown fields do not leave."""
     found = {
         "hook_event_name": "QuantumLeap",
@@ -590,21 +606,30 @@ def test_what_a_future_event_brings_stays_home(script):
     }
     ping = ping_of(script, found)
     assert set(ping) == {
-        "provider", "tool", "status", "hook_version", "event_id", "timestamp",
-        "event_bytes", "event", "project", "session_id",
-    }  # fmt: skip
-    assert ping["event"] == "QuantumLeap" and "secret" not in script.encode_json(ping)
+        "provider",
+        "tool",
+        "status",
+        "hook_version",
+        "event_id",
+        "timestamp",
+        "event_bytes",
+        "event",
+        "project",
+        "session_id",
+    }
+    assert ping["event"] == "QuantumLeap"
+    assert "secret" not in script.encode_json(ping)
 
 
-@pytest.mark.parametrize("value", (None, "", "build-7", "a b", "x" * 129))
-def test_a_machine_is_named_only_where_the_user_named_it(script, value):
+@pytest.mark.parametrize("value", [None, "", "build-7", "a b", "x" * 129])
+def test_a_machine_is_named_only_where_the_user_named_it(script, value) -> None:
     """TELEMHQ_MACHINE adds `machine`; without it, no host name leaves."""
     environ = {} if value is None else {"TELEMHQ_MACHINE": value}
     expected = value if value == "build-7" else None
     assert ping_of(script, event("Stop"), environ).get("machine") == expected
 
 
-def test_the_gate_passes_nothing_that_is_not_in_its_table(script):
+def test_the_gate_passes_nothing_that_is_not_in_its_table(script) -> None:
     """The allow-list decides alone: unknown names and wrong shapes do not pass it."""
     assert script.gate({"prompt": "x", "cwd": "/x", "project_path": "x"}) == {}
     for name in script.GATE:
@@ -613,7 +638,7 @@ def test_the_gate_passes_nothing_that_is_not_in_its_table(script):
                 assert script.gate({name: value}) == {}, (name, value)
 
 
-def test_no_field_of_the_gate_takes_an_overlong_text(script):
+def test_no_field_of_the_gate_takes_an_overlong_text(script) -> None:
     """Whatever may one day go wrong before the gate: 128 characters are the most."""
     assert script.gate({"project": "a" * 128, "tool": "a" * 128}) != {}
     for name in script.GATE:
@@ -634,17 +659,17 @@ PATHS = (
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path)[:20])
-@pytest.mark.parametrize("field", ("cwd", "transcript_path"))
-def test_a_path_leaves_as_twelve_hex_of_its_hash(script, field, path):
+@pytest.mark.parametrize("field", ["cwd", "transcript_path"])
+def test_a_path_leaves_as_twelve_hex_of_its_hash(script, field, path) -> None:
     """Paths are sent as the first 12 hex of SHA-256, lone surrogates passed through."""
     ping = ping_of(script, event("Stop", **{field: path}))
     assert ping[field + "_hash"] == sha12(path)
 
 
 @pytest.mark.parametrize(
-    "key", (b"k", b"x" * 200, b"\xff\xfe", "ключ".encode()), ids=repr
+    "key", [b"k", b"x" * 200, b"\xff\xfe", "ключ".encode()], ids=repr
 )
-def test_a_hash_key_makes_it_an_hmac(script, key):
+def test_a_hash_key_makes_it_an_hmac(script, key) -> None:
     """TELEMHQ_HASH_KEY makes a guessable path unguessable: HMAC-SHA-256."""
     environ = {"TELEMHQ_HASH_KEY": key.decode("utf-8", "surrogateescape")}
     for path in PATHS:
@@ -654,14 +679,15 @@ def test_a_hash_key_makes_it_an_hmac(script, key):
         assert ping["cwd_hash"] == ping["transcript_path_hash"] == expected
 
 
-@pytest.mark.parametrize("value", ("", None, 5, True, ["/x"], {"path": "/x"}), ids=repr)
-def test_no_path_is_no_hash(script, value):
+@pytest.mark.parametrize("value", ["", None, 5, True, ["/x"], {"path": "/x"}], ids=repr)
+def test_no_path_is_no_hash(script, value) -> None:
     """transcript_path may be empty: then there is no hash of it."""
     ping = ping_of(script, event("Stop", cwd=value, transcript_path=value))
-    assert "cwd_hash" not in ping and "transcript_path_hash" not in ping
+    assert "cwd_hash" not in ping
+    assert "transcript_path_hash" not in ping
 
 
-def test_key_and_strange_paths_work_through_the_process(home, receiver):
+def test_key_and_strange_paths_work_through_the_process(home, receiver) -> None:
     """A key that is no text and a path with a lone surrogate both work."""
     raw = json.dumps(event("Stop", cwd="/w/lone\ud800")).encode()
     env = {"TELEMHQ_HASH_KEY": "\udcff\udcfe", "TELEMHQ_FOREGROUND": "1"}
@@ -677,7 +703,7 @@ def test_key_and_strange_paths_work_through_the_process(home, receiver):
 
 @pytest.mark.parametrize(
     "cwd, project_dir, name, expected",
-    (
+    [
         ("/w/acme/src", "/w/acme", "Shop", "Shop"),
         ("/w/acme", "/w/acme", None, "acme"),
         ("/w/acme/src/deep", "/w/acme", None, "acme"),
@@ -705,14 +731,14 @@ def test_key_and_strange_paths_work_through_the_process(home, receiver):
         ("/w/acme", None, "a\nb\x1b\udcff", "ab"),
         ("/w/acme", None, "\x1b\x07 ", "acme"),
         ("C:\\Users\\jane\\acme", None, None, "acme"),
-    ),
+    ],
 )
-def test_the_projects_name(script, cwd, project_dir, name, expected):
+def test_the_projects_name(script, cwd, project_dir, name, expected) -> None:
     """TELEMHQ_PROJECT, else the project directory around the cwd, else the cwd."""
     assert project(script, cwd, project_dir, name) == expected
 
 
-def test_a_cd_inside_the_project_makes_no_new_project(home, receiver):
+def test_a_cd_inside_the_project_makes_no_new_project(home, receiver) -> None:
     """A cwd below CLAUDE_PROJECT_DIR is that project, one outside is not."""
     top = str(home.project)
     for cwd in (top, top + "/src", str(home.path / "other")):
@@ -722,7 +748,7 @@ def test_a_cd_inside_the_project_makes_no_new_project(home, receiver):
     assert names == ["api", "api", "other"]
 
 
-def test_a_symbolic_link_to_the_project_is_the_project(script, tmp_path):
+def test_a_symbolic_link_to_the_project_is_the_project(script, tmp_path) -> None:
     """A cwd inside counts as inside whichever of the two names a link the way."""
     (tmp_path / "acme" / "src").mkdir(parents=True)
     (tmp_path / "current").symlink_to("acme")
@@ -732,16 +758,20 @@ def test_a_symbolic_link_to_the_project_is_the_project(script, tmp_path):
     assert project(script, tmp_path / "acme" / "away", tmp_path / "acme") == "acme"
 
 
-def git(directory, *arguments):
+def git(directory, *arguments) -> None:
     """Run git there, with no settings of this machine."""
     env = {"PATH": "/usr/bin:/bin", "HOME": str(directory), "GIT_CONFIG_NOSYSTEM": "1"}
     for who in ("AUTHOR", "COMMITTER"):
-        env.update({"GIT_%s_NAME" % who: "t", "GIT_%s_EMAIL" % who: "t@example.org"})
+        env.update({f"GIT_{who}_NAME": "t", f"GIT_{who}_EMAIL": "t@example.org"})
     subprocess.run(
-        [GIT, "-c", "protocol.file.allow=always"] + list(arguments),
-        check=True, cwd=str(directory), env=env, timeout=60,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [GIT, "-c", "protocol.file.allow=always", *list(arguments)],
+        check=True,
+        cwd=str(directory),
+        env=env,
+        timeout=60,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -768,7 +798,7 @@ def repositories(tmp_path_factory):
 @git_needed
 @pytest.mark.parametrize(
     "cwd, project_dir, expected",
-    (
+    [
         ("shop", None, "shop"),
         ("shop/src", "shop", "shop"),
         ("shop-fix", None, "shop"),
@@ -781,18 +811,18 @@ def repositories(tmp_path_factory):
         ("mall/stall", "mall", "mall"),
         ("mall/stall-fix", None, "stall"),
         ("kiosk", None, "kiosk"),
-    ),
+    ],
 )
 def test_a_git_worktree_is_its_main_repositorys_project(
     script, repositories, cwd, project_dir, expected
-):
+) -> None:
     """Real worktrees, of bare repositories too; a submodule is not a worktree."""
     where = repositories / project_dir if project_dir else None
     assert project(script, repositories / cwd, where) == expected
 
 
 @git_needed
-def test_a_worktree_is_found_through_the_process(home, receiver, repositories):
+def test_a_worktree_is_found_through_the_process(home, receiver, repositories) -> None:
     """The hook itself names a worktree's ping after the main repository."""
     cwd = repositories / "shop-fix"
     assert home.hook(event("Stop", cwd=str(cwd)), receiver.url, cwd=cwd).returncode == 0
@@ -801,7 +831,7 @@ def test_a_worktree_is_found_through_the_process(home, receiver, repositories):
 
 @pytest.mark.parametrize(
     "content, expected",
-    (
+    [
         (b"gitdir: ../shop/.git/worktrees/tree\n", "shop"),
         (b"gitdir: ../shop/.git/worktrees/tree", "shop"),
         (b"gitdir: ../shop/.git/modules/tree\n", "tree"),
@@ -813,18 +843,20 @@ def test_a_worktree_is_found_through_the_process(home, receiver, repositories):
         (b"gitdir: \0/x/.git/worktrees/tree\n", None),
         (b"gitdir: /x/.git/worktrees/tree\n" * 5000, "tree"),
         (b"\xff" * 100, "tree"),
-    ),
+    ],
 )
-def test_a_strange_git_file_is_no_error(script, tmp_path, content, expected):
+def test_a_strange_git_file_is_no_error(script, tmp_path, content, expected) -> None:
     """Whatever `.git` holds, the project has a name without control characters."""
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / ".git").write_bytes(content)
     name = project(script, tmp_path / "tree")
-    assert name.isprintable() and 0 < len(name) <= 128 and "/" not in name
+    assert name.isprintable()
+    assert 0 < len(name) <= 128
+    assert "/" not in name
     assert expected in (None, name)
 
 
-def test_a_git_that_is_a_fifo_does_not_block(home, receiver):
+def test_a_git_that_is_a_fifo_does_not_block(home, receiver) -> None:
     """A `.git` that no one ever writes to cannot stop the hook."""
     subprocess.run(["mkfifo", str(home.project / ".git")], check=True)
     found = event("Stop", cwd=str(home.project))
@@ -854,24 +886,42 @@ SHAPED = {  # fields that leave as they are when they look like an identifier
 
 
 CONTENT = (  # fields of Claude Code's events that hold content or paths
-    "prompt", "tool_input", "tool_response", "error_details", "last_assistant_message",
-    "message", "title", "custom_instructions", "compact_summary", "delta",
-    "command_args", "session_title", "task_subject", "task_description", "tool_calls",
-    "background_tasks", "session_crons", "file_path", "agent_transcript_path",
-    "scratchpad_dir", "transcript_path", "CANARY_EXTRA", "new",
-)  # fmt: skip
+    "prompt",
+    "tool_input",
+    "tool_response",
+    "error_details",
+    "last_assistant_message",
+    "message",
+    "title",
+    "custom_instructions",
+    "compact_summary",
+    "delta",
+    "command_args",
+    "session_title",
+    "task_subject",
+    "task_description",
+    "tool_calls",
+    "background_tasks",
+    "session_crons",
+    "file_path",
+    "agent_transcript_path",
+    "scratchpad_dir",
+    "transcript_path",
+    "CANARY_EXTRA",
+    "new",
+)
 
 
 def canary(dice, key):
     """A secret as a string, of any shape but the one that may leave under `key`."""
-    word = "CANARY_%06d" % dice.randrange(10**6)
+    word = f"CANARY_{dice.randrange(10**6):06d}"
     if key == "cwd":  # of which the last name may leave
         return dice.choice(("/home/%s/api", "/%s/../%s/api/")).replace("%s", word)
     texts = [
         "the secret is " + word,
-        "/home/%s/x" % word,
-        "%s/%s" % (word, word),
-        "C:\\Users\\%s" % word,
+        f"/home/{word}/x",
+        f"{word}/{word}",
+        f"C:\\Users\\{word}",
         word + "\n",
         "\ufeff" + word,
         word + "\ud800",
@@ -881,9 +931,9 @@ def canary(dice, key):
         "-" + word,
         "Exit code 3 " + word,
         "Exit code " + word,
-        '{"session_id":"%s"}' % word,
-        "https://user:%s@example.org/" % word,
-        "arn:aws:x:1:%s/y" % word,
+        f'{{"session_id":"{word}"}}',
+        f"https://user:{word}@example.org/",
+        f"arn:aws:x:1:{word}/y",
     ]
     if key not in SHAPED:
         texts += [word, word.lower(), word.lower().strip("_0123456789"), word + "[1m]"]
@@ -907,10 +957,10 @@ def strange(dice, key, depth=0):
         return ["CANARY_" + "y" * 10] * dice.randrange(1, 2000)
     if kind == 7:
         return [strange(dice, "", depth + 1) for _ in range(dice.randrange(4))]
-    inner = dice.sample(sorted(SHAPED) + ["prompt", "x"], 3)
+    inner = dice.sample([*sorted(SHAPED), "prompt", "x"], 3)
     # Only of `effort` an inner value may leave, and only `level`.
     inner = {name: strange(dice, name, depth + 1) for name in inner}
-    inner["CANARY_KEY_%d" % dice.randrange(99)] = strange(dice, "", depth + 1)
+    inner[f"CANARY_KEY_{dice.randrange(99)}"] = strange(dice, "", depth + 1)
     return inner
 
 
@@ -936,7 +986,7 @@ def mutated(dice, names):
         elif roll < 0.95:
             del found[key]
     for _ in range(dice.randrange(4)):
-        key = dice.choice(CONTENT + ("error", "reason", "model"))
+        key = dice.choice((*CONTENT, "error", "reason", "model"))
         found[key] = strange(dice, key)
     if dice.random() < 0.8:
         found["hook_event_name"] = name
@@ -945,13 +995,15 @@ def mutated(dice, names):
     return found
 
 
-def check_ping(script, text):
+def check_ping(script, text) -> None:
     """A ping's text holds no canary, no path, nothing overlong, only the gate's."""
     assert "canary" not in text.lower()
-    assert "/" not in text and "\\" not in text and "null" not in text
+    assert "/" not in text
+    assert "\\" not in text
+    assert "null" not in text
     assert len(text) < 4096
 
-    def constant(name):
+    def constant(name) -> NoReturn:
         raise AssertionError(name)
 
     ping = json.loads(text, parse_constant=constant)
@@ -966,7 +1018,7 @@ def check_ping(script, text):
 
 
 @pytest.mark.parametrize("key", CONTENT)
-def test_content_stays_home_even_when_it_looks_like_an_identifier(script, key):
+def test_content_stays_home_even_when_it_looks_like_an_identifier(script, key) -> None:
     """A one-word prompt or title has the shape of an identifier: it does not leave."""
     for name in EXPECTED:
         for value in (
@@ -980,7 +1032,7 @@ def test_content_stays_home_even_when_it_looks_like_an_identifier(script, key):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_mutated_event_gets_a_canary_through(script, seed):
+def test_no_mutated_event_gets_a_canary_through(script, seed) -> None:
     """Thousands of mutated real events: no content, no path, no exception, ever."""
     dice, names = random.Random(seed), sorted(EXPECTED)
     for i in range(1000):
@@ -996,20 +1048,26 @@ def test_no_mutated_event_gets_a_canary_through(script, seed):
         check_ping(script, script.encode_json(ping))
 
 
-def test_the_fuzz_can_find_a_leak(script):
+def test_the_fuzz_can_find_a_leak(script) -> None:
     """The check itself is not blind: each kind of leak, put in by hand, is seen."""
     good = ping_of(script, event("Stop"))
     check_ping(script, script.encode_json(good))
     leaks = {
-        "project": "a CANARY", "session_id": "a/b", "prompt": "x", "tool_name": "a b",
-        "duration_ms": 10**30, "model": None, "event": "x" * 129, "agent_id": "a\\b",
-    }  # fmt: skip
+        "project": "a CANARY",
+        "session_id": "a/b",
+        "prompt": "x",
+        "tool_name": "a b",
+        "duration_ms": 10**30,
+        "model": None,
+        "event": "x" * 129,
+        "agent_id": "a\\b",
+    }
     for name, value in leaks.items():
         with pytest.raises(AssertionError):
             check_ping(script, script.encode_json(dict(good, **{name: value})))
 
 
-def test_mutated_events_get_no_canary_out_of_the_process(home, receiver, script):
+def test_mutated_events_get_no_canary_out_of_the_process(home, receiver, script) -> None:
     """The bytes that arrive at a receiver hold no canary, in body, path or headers."""
     dice, names = random.Random(99), sorted(EXPECTED)
     for _ in range(12):
@@ -1027,7 +1085,7 @@ def test_mutated_events_get_no_canary_out_of_the_process(home, receiver, script)
 
 def test_a_session_with_transcripts_sends_fields_of_the_gate_only(
     home, receiver, script
-):
+) -> None:
     """Tokens come from the transcripts, where all content is: none of it arrives."""
     shutil.copytree(str(FIXTURES / "transcripts" / "subagent"), str(home.path / "t"))
     (transcript,) = (home.path / "t").glob("*.jsonl")
@@ -1054,7 +1112,7 @@ def test_a_session_with_transcripts_sends_fields_of_the_gate_only(
 
 def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(
     home, receiver, script
-):
+) -> None:
     """Every body comes out of the gate, also when a ping's file was changed on disk."""
     home.hook(event("Stop"), receiver.url)
     receiver.wait_for(1)
@@ -1064,7 +1122,7 @@ def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(
     ping.update(
         model=["CANARY"], error="CANARY text", cost_usd="CANARY", tools="CANARY"
     )
-    name = "%020d-%s.json" % (NS, "f" * 32)
+    name = f"{NS:020d}-{'f' * 32}.json"
     path = home.destination() / "outbox" / name
     path.write_text(json.dumps({"ping": ping, "local": {}}))
     home.hook(event("Stop"), receiver.url)
@@ -1086,28 +1144,28 @@ def parts():
 
 
 @pytest.mark.parametrize("part, most", [(0, 850), (1, 700), (2, 400)])
-def test_each_part_is_short_enough_to_be_read(part, most):
+def test_each_part_is_short_enough_to_be_read(part, most) -> None:
     """What runs while Claude Code waits takes at most 850 lines, the detached process
     700, the commands 400."""
     assert parts()[part].count("\n") <= most
 
 
-def test_no_line_is_longer_than_88_columns():
+def test_no_line_is_longer_than_88_columns() -> None:
     """The script can be read in a terminal."""
     lines = SCRIPT.read_text("utf-8").splitlines()
     assert [i + 1 for i, line in enumerate(lines) if len(line) > 88] == []
 
 
-def test_every_function_says_what_it_means():
+def test_every_function_says_what_it_means() -> None:
     """Each function and class has a docstring, but for methods named by Python."""
     missing = []
 
-    def visit(node):
+    def visit(node) -> None:
         for inner in getattr(node, "body", ()):
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
             if isinstance(inner, kinds) and not inner.name.startswith("__"):
                 if not ast.get_docstring(inner):
-                    missing.append("%s, line %d" % (inner.name, inner.lineno))
+                    missing.append(f"{inner.name}, line {inner.lineno}")
             if isinstance(inner, ast.ClassDef):
                 visit(inner)
 
@@ -1116,7 +1174,7 @@ def test_every_function_says_what_it_means():
     assert missing == []
 
 
-def test_the_gate_stands_before_all_that_touches_disk_or_network():
+def test_the_gate_stands_before_all_that_touches_disk_or_network() -> None:
     """An auditor may stop after the gate: what follows it cannot widen it."""
     tree, outside = ast.parse(parts()[0]), []
     for node in ast.walk(tree):
@@ -1132,4 +1190,5 @@ def test_the_gate_stands_before_all_that_touches_disk_or_network():
         ):
             outside.append(node.lineno)
     lines = {n.name: n.lineno for n in tree.body if isinstance(n, ast.FunctionDef)}
-    assert outside and lines["gate"] <= lines["make_ping"] < min(outside)
+    assert outside
+    assert lines["gate"] <= lines["make_ping"] < min(outside)

@@ -1,13 +1,16 @@
 """The real Claude Code, set up by `install` and as a plugin: one ping per event."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 import subprocess
 import sys
 
-import claude_code
 import pytest
+
+import claude_code
 from claude_code import client, need, text, tool
 from support import ROOT, SCRIPT, TOKEN
 
@@ -21,7 +24,7 @@ SAY = {
 }
 
 
-def without_url(world):
+def without_url(world) -> None:
     """Take the ping URL out of the client's environment."""
     env = world.env()
     del env["TELEMHQ_PING_URL"]
@@ -31,10 +34,14 @@ def without_url(world):
 def run_client(world, *arguments):
     """Run a command of the client's; its output."""
     ended = subprocess.run(
-        [client(), *arguments], env=world.env(), cwd=str(world.home.project),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [client(), *arguments],
+        env=world.env(),
+        cwd=str(world.home.project),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         timeout=150,
-    )  # fmt: skip
+    )
     said = ended.stdout.decode("utf-8", "replace")
     assert ended.returncode == 0, said
     return said
@@ -44,9 +51,13 @@ def run_ours(world, *arguments):
     """Run one of our commands; its output."""
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
-        env=world.env(), cwd=str(world.home.project), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=100,
-    )  # fmt: skip
+        env=world.env(),
+        cwd=str(world.home.project),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=100,
+    )
     return ended.returncode, ended.stdout.decode("utf-8")
 
 
@@ -88,28 +99,31 @@ def installed(tmp_path_factory):
     return claude_code.run(play_installed, tmp_path_factory.mktemp("installed"))
 
 
-def test_what_install_writes_works(installed):
+def test_what_install_writes_works(installed) -> None:
     """With the settings that `install` writes, the real client's session sends its
     pings, tool activity included; the URL comes from the settings' env block."""
     assert installed.told["install"][0] == 0
     assert [ping["event"] for ping in installed.pings] == [
-        "PostToolUse", "PostToolUseFailure", "Stop", "SessionEnd",
-    ]  # fmt: skip
+        "PostToolUse",
+        "PostToolUseFailure",
+        "Stop",
+        "SessionEnd",
+    ]
 
 
-def test_the_client_notices_nothing_of_the_installed_hooks(installed):
+def test_the_client_notices_nothing_of_the_installed_hooks(installed) -> None:
     """No hook of ours shows in a transcript as an error or with output."""
     assert installed.noticed() == []
 
 
-def test_doctor_is_content_after_a_session(installed):
+def test_doctor_is_content_after_a_session(installed) -> None:
     """After the session doctor finds nothing wrong, and prints no secret."""
     code, said = installed.told["doctor"]
     assert code == 0, said
     assert TOKEN not in said
 
 
-def test_uninstall_after_a_session(installed):
+def test_uninstall_after_a_session(installed) -> None:
     """After the session uninstall removes settings and script."""
     assert installed.told["uninstall"][0] == 0
     assert installed.told["left"] is False
@@ -148,7 +162,7 @@ def of(plugin, which):
     return [p for p in plugin.pings if p["session_id"] == plugin.told[which]]
 
 
-def test_the_plugin_sends_pings(plugin):
+def test_the_plugin_sends_pings(plugin) -> None:
     """Installed from a checkout, with the URL as its option, the plugin sends a ping
     for each of its events; nothing else needs to be set up."""
     pings = of(plugin, "first")
@@ -157,18 +171,18 @@ def test_the_plugin_sends_pings(plugin):
     assert plugin.requests[0]["path"] == "/ping/" + TOKEN
 
 
-def test_with_settings_beside_the_plugin_each_event_is_one_ping(plugin):
+def test_with_settings_beside_the_plugin_each_event_is_one_ping(plugin) -> None:
     """Where a settings file names the script as well, there is one ping per event."""
     pings = of(plugin, "second")
     assert [ping["event"] for ping in pings] == ["Stop", "SessionEnd"]
 
 
-def test_the_client_notices_nothing_of_the_plugin(plugin):
+def test_the_client_notices_nothing_of_the_plugin(plugin) -> None:
     """No hook of the plugin shows in a transcript as an error or with output."""
     assert plugin.noticed() == []
 
 
-def test_the_url_is_in_no_command_and_no_transcript(plugin):
+def test_the_url_is_in_no_command_and_no_transcript(plugin) -> None:
     """The URL's token is kept as a secret: in no command, no transcript, no settings
     but the env block that `install --url` was told to write."""
     rows = json.dumps(list(plugin.rows()))
@@ -177,14 +191,14 @@ def test_the_url_is_in_no_command_and_no_transcript(plugin):
     for found in plugin.state().values():
         assert TOKEN not in found
     config = plugin.home / ".claude"
-    cached = [path for path in (config / "plugins").rglob("*.json")]
+    cached = list((config / "plugins").rglob("*.json"))
     assert cached
     assert not [path for path in cached if TOKEN in path.read_text("utf-8")]
     hooks = json.loads((config / "settings.json").read_text("utf-8"))["hooks"]
     assert TOKEN not in json.dumps(hooks)
 
 
-def test_doctor_knows_the_plugin(plugin):
+def test_doctor_knows_the_plugin(plugin) -> None:
     """With settings beside the plugin doctor is content."""
     code, said = plugin.told["doctor"]
     assert code == 0, said
@@ -198,25 +212,31 @@ def manifest(name):
     return json.loads((ROOT / ".claude-plugin" / name).read_text("utf-8"))
 
 
-def test_the_client_finds_the_plugins_files_valid(tmp_path):
+def test_the_client_finds_the_plugins_files_valid(tmp_path) -> None:
     """`claude plugin validate` passes, for the marketplace and for the plugin."""
     need([client(), "--version"], "no Claude Code: set TELEMHQ_TEST_CLAUDE to its path")
     ended = subprocess.run(
         [client(), "plugin", "validate", str(ROOT)],
-        env={"HOME": str(tmp_path), "PATH": os.environ["PATH"],
-             "DISABLE_TELEMETRY": "1", "DISABLE_AUTOUPDATER": "1",
-             "DISABLE_ERROR_REPORTING": "1",
-             "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={
+            "HOME": str(tmp_path),
+            "PATH": os.environ["PATH"],
+            "DISABLE_TELEMETRY": "1",
+            "DISABLE_AUTOUPDATER": "1",
+            "DISABLE_ERROR_REPORTING": "1",
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         timeout=100,
-    )  # fmt: skip
+    )
     said = ended.stdout.decode("utf-8", "replace")
     assert ended.returncode == 0, said
     for event in manifest("plugin.json")["hooks"]:
-        assert "hooks: %s command" % event in said
+        assert f"hooks: {event} command" in said
 
 
-def test_the_plugin_registers_the_examples_events():
+def test_the_plugin_registers_the_examples_events() -> None:
     """The plugin's hooks are those of settings.example.json, from its own directory,
     and with the README's `trap` for a failing `claude -p`."""
     example = json.loads((ROOT / "settings.example.json").read_text("utf-8"))["hooks"]
@@ -230,14 +250,14 @@ def test_the_plugin_registers_the_examples_events():
     assert manifest("plugin.json")["hooks"] == expected
 
 
-def test_the_plugins_url_is_a_secret():
+def test_the_plugins_url_is_a_secret() -> None:
     """The ping URL is a sensitive option, which the client keeps apart."""
     option = manifest("plugin.json")["userConfig"]["ping_url"]
     assert option["sensitive"] is True
     assert {"type", "title", "description"} <= set(option)
 
 
-def test_the_versions_agree(script):
+def test_the_versions_agree(script) -> None:
     """Plugin and script are of one version; the marketplace names the plugin."""
     found = manifest("plugin.json")
     assert found["version"] == script.__version__

@@ -1,5 +1,7 @@
 """The sender: one at a time, its life, its passes, its bounds, its patience."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -12,6 +14,7 @@ import threading
 import time
 
 import pytest
+
 from support import (
     ONE_LIFE,
     SCRIPT,
@@ -43,7 +46,7 @@ def answers(found, default=200):
     return lambda request: found.get(request.ping["event_id"], default)
 
 
-def end_backoff(home, **changes):
+def end_backoff(home, **changes) -> None:
     """Let a standing back-off end now, as time would."""
     home.set_state(**dict(home.state_json(), not_before=0, **changes))
 
@@ -51,7 +54,7 @@ def end_backoff(home, **changes):
 class Gate:
     """An answer that is withheld until `open` is set."""
 
-    def __init__(self, answer=200):
+    def __init__(self, answer=200) -> None:
         self.answer, self.open = answer, threading.Event()
 
     def __call__(self, request):
@@ -71,17 +74,17 @@ def gated():
 # -- From the hook to the sender ------------------------------------------------------
 
 
-def test_the_hook_never_lists_the_outbox(home, receiver):
+def test_the_hook_never_lists_the_outbox(home, receiver) -> None:
     """However full the outbox is, the hook does not look into it."""
     place(home, receiver.url)
     traced = home.path / "listed"
-    note = """
+    note = f"""
 def note(path=".", *_):
-    with open(%r, "a") as file:
-        file.write("%%s\\n" %% path)
+    with open({str(traced)!r}, "a") as file:
+        file.write("%s\\n" % path)
 for name in ("listdir", "scandir"):
     wrap(os, name, before=note)
-""" % str(traced)
+"""
     patched(home, NO_SENDER + note, url=receiver.url, sent=event("Stop"))
     assert len(home.waiting()) == 2
     listed = traced.read_text() if traced.exists() else ""
@@ -90,22 +93,22 @@ for name in ("listdir", "scandir"):
     assert "outbox" in traced.read_text()
 
 
-def test_the_ping_is_in_the_outbox_before_the_lock_is_tried(home, receiver):
+def test_the_ping_is_in_the_outbox_before_the_lock_is_tried(home, receiver) -> None:
     """Write, rename, then the lock, then the sender: so no ping is overlooked."""
     traced = home.path / "traced"
-    note = """
+    note = f"""
 def note(text):
-    with open(%r, "a") as file:
+    with open({str(traced)!r}, "a") as file:
         file.write(text + "\\n")
 wrap(os, "replace", before=lambda a, b: note("rename" * ("/outbox/" in str(b))))
 wrap(fcntl, "flock", before=lambda fd, how: note("lock"))
 os.posix_spawn = lambda *a, **k: note("sender")
-""" % str(traced)
+"""
     patched(home, note, url=receiver.url, sent=event("Stop"))
     assert traced.read_text().split() == ["rename", "lock", "sender"]
 
 
-def test_the_lock_is_never_free_between_hook_and_sender(home, gated):
+def test_the_lock_is_never_free_between_hook_and_sender(home, gated) -> None:
     """The hook hands the held lock on: when it has returned, the sender holds it."""
     receiver, gate = gated
     home.hook(event("Stop"), receiver.url)
@@ -118,17 +121,21 @@ def test_the_lock_is_never_free_between_hook_and_sender(home, gated):
 
 
 @linux
-def test_what_kind_of_process_the_sender_is(home, gated):
+def test_what_kind_of_process_the_sender_is(home, gated) -> None:
     """A fresh interpreter, own session, no parent of ours, cwd /, null on 0 to 2."""
     receiver, _ = gated
     held, inherited = os.pipe()
     os.set_inheritable(inherited, True)
     hook = subprocess.Popen(
         [sys.executable, "-I", "-S", str(SCRIPT)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=home.env(receiver.url), cwd=str(home.project), start_new_session=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=home.env(receiver.url),
+        cwd=str(home.project),
+        start_new_session=True,
         pass_fds=[inherited],
-    )  # fmt: skip
+    )
     os.close(inherited)
     hook.communicate(json.dumps(event("Stop")).encode())
     receiver.wait_for(1)
@@ -136,8 +143,11 @@ def test_what_kind_of_process_the_sender_is(home, gated):
     proc = pathlib.Path("/proc", str(pid))
     command = (proc / "cmdline").read_bytes().split(b"\0")[:-1]
     assert [os.fsdecode(part) for part in command[1:5]] == [
-        "-I", "-S", str(SCRIPT), "--sender"
-    ]  # fmt: skip
+        "-I",
+        "-S",
+        str(SCRIPT),
+        "--sender",
+    ]
     fields = (proc / "stat").read_text().rsplit(")", 1)[1].split()
     assert int(fields[1]) not in (hook.pid, os.getpid())  # its parent
     assert (int(fields[2]), int(fields[3])) == (pid, pid)  # its group and session
@@ -151,7 +161,7 @@ def test_what_kind_of_process_the_sender_is(home, gated):
 
 
 @linux
-def test_one_sender_at_a_time(home, gated):
+def test_one_sender_at_a_time(home, gated) -> None:
     """While a sender runs, hooks start no other; it sees what they enqueue."""
     receiver, gate = gated
     home.hook(event("Stop"), receiver.url)
@@ -166,18 +176,22 @@ def test_one_sender_at_a_time(home, gated):
     assert home.waiting() == []
 
 
-def test_fifty_hooks_at_once(home, receiver):
+def test_fifty_hooks_at_once(home, receiver) -> None:
     """Fifty hooks at once: fifty pings delivered, once each, one request at a time."""
     begun = [
         subprocess.Popen(
             [sys.executable, "-I", "-S", str(SCRIPT)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=home.env(receiver.url), cwd=str(home.project), start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=home.env(receiver.url),
+            cwd=str(home.project),
+            start_new_session=True,
         )
         for _ in range(50)
-    ]  # fmt: skip
+    ]
     for number, hook in enumerate(begun):
-        sent = event("Stop", prompt_id="prompt-%d" % number)
+        sent = event("Stop", prompt_id=f"prompt-{number}")
         hook.stdin.write(json.dumps(sent).encode())
         hook.stdin.flush()
     for hook in begun:  # all have started: now all go on
@@ -189,13 +203,13 @@ def test_fifty_hooks_at_once(home, receiver):
     receiver.wait_for(50, timeout=30)
     home.quiet()
     prompts = sorted(ping["prompt_id"] for ping in receiver.pings)
-    assert prompts == sorted("prompt-%d" % number for number in range(50))
+    assert prompts == sorted(f"prompt-{number}" for number in range(50))
     assert receiver.most_at_once == 1
     assert home.waiting() == []
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_ping_in_the_last_moment(home, receiver, moment):
+def test_a_ping_in_the_last_moment(home, receiver, moment) -> None:
     """A ping that comes around the unlock is delivered without another hook."""
     place(home, receiver.url)
     hook = """
@@ -204,16 +218,16 @@ seen = []
 def hook(fd, how):
     if how & fcntl.LOCK_UN and not seen:
         seen.append(1)
-        subprocess.run([sys.executable, "-I", "-S", script], input=%r, env=%r)
-wrap(fcntl, "flock", %s=hook)
-""" % (json.dumps(event("Stop")).encode(), home.env(receiver.url), moment)
+        subprocess.run([sys.executable, "-I", "-S", script], input={!r}, env={!r})
+wrap(fcntl, "flock", {}=hook)
+""".format(json.dumps(event("Stop")).encode(), home.env(receiver.url), moment)
     run_sender(home, receiver.url, hook)
     home.quiet()
     assert len(set(ids(receiver.requests))) == 2
     assert home.waiting() == []
 
 
-def test_a_file_system_without_locks(home, receiver):
+def test_a_file_system_without_locks(home, receiver) -> None:
     """An error of the lock other than "busy" counts as free: hook and sender go on."""
     broken = """
 import errno
@@ -230,7 +244,7 @@ fcntl.flock = broken
     assert home.waiting() == []
 
 
-def test_a_busy_lock_ends_a_sender(home, receiver):
+def test_a_busy_lock_ends_a_sender(home, receiver) -> None:
     """A sender that finds the lock taken sends nothing and ends."""
     place(home, receiver.url)
     with open(str(home.destination() / "lock"), "a") as file:
@@ -241,7 +255,7 @@ def test_a_busy_lock_ends_a_sender(home, receiver):
 
 
 @pytest.mark.parametrize("name", ["lock", "state.json"])
-def test_a_lost_file_is_no_loss(home, receiver, name):
+def test_a_lost_file_is_no_loss(home, receiver, name) -> None:
     """Lock and state may be deleted: the next hook delivers as ever."""
     place(home, receiver.url, 2)
     run_sender(home, receiver.url)
@@ -251,20 +265,22 @@ def test_a_lost_file_is_no_loss(home, receiver, name):
     wait_until(lambda: not home.waiting())
 
 
-def test_killing_the_hooks_group_spares_the_sender(home, gated):
+def test_killing_the_hooks_group_spares_the_sender(home, gated) -> None:
     """The group that Claude Code kills does not hold the sender."""
     receiver, gate = gated
     patched(
-        home, "wrap(os, 'posix_spawn', after=lambda *_: os.killpg(0, signal.SIGKILL))",
-        url=receiver.url, sent=event("Stop"),
-    )  # fmt: skip
+        home,
+        "wrap(os, 'posix_spawn', after=lambda *_: os.killpg(0, signal.SIGKILL))",
+        url=receiver.url,
+        sent=event("Stop"),
+    )
     receiver.wait_for(1)
     gate.open.set()
     wait_until(lambda: not home.waiting())
     assert len(receiver.requests) == 1
 
 
-def test_killing_the_hook_with_all_its_children(home, receiver):
+def test_killing_the_hook_with_all_its_children(home, receiver) -> None:
     """A sender that is killed together with the hook: the next hook delivers."""
     family = """
 def family(*args, **kwargs):
@@ -283,7 +299,7 @@ spawn, os.posix_spawn = os.posix_spawn, family
 # -- A sender's life ------------------------------------------------------------------
 
 
-def test_a_sender_ends_when_the_outbox_is_empty(home, receiver):
+def test_a_sender_ends_when_the_outbox_is_empty(home, receiver) -> None:
     """No daemon: what has delivered everything is gone."""
     home.hook(event("Stop"), receiver.url)
     wait_until(lambda: not home.waiting())
@@ -291,7 +307,7 @@ def test_a_sender_ends_when_the_outbox_is_empty(home, receiver):
 
 
 @linux
-def test_a_server_that_comes_back(home):
+def test_a_server_that_comes_back(home) -> None:
     """A sender that failed stays, without the lock; a tracker that returns within its
     life gets the ping without another hook."""
     url = dead_url()
@@ -312,7 +328,7 @@ def test_a_server_that_comes_back(home):
 
 
 @linux
-def test_a_backoff_longer_than_its_life_ends_a_sender(home):
+def test_a_backoff_longer_than_its_life_ends_a_sender(home) -> None:
     """Nobody sleeps for 15 minutes in the process table."""
     with Receiver(404) as receiver:
         home.hook(event("Stop"), receiver.url)
@@ -323,33 +339,33 @@ def test_a_backoff_longer_than_its_life_ends_a_sender(home):
 
 
 @pytest.mark.parametrize("left_s, starts", [(600, False), (-1, True)])
-def test_a_standing_backoff_starts_no_sender(home, receiver, left_s, starts):
+def test_a_standing_backoff_starts_no_sender(home, receiver, left_s, starts) -> None:
     """A hook starts a sender where no back-off stands, and only there."""
     place(home, receiver.url)
     now, started = time.time(), home.path / "started"
     home.set_state(failures=1, set_at=now - 10, not_before=now + left_s)
-    note = "os.posix_spawn = lambda *a, **k: open(%r, 'w').close()" % str(started)
+    note = f"os.posix_spawn = lambda *a, **k: open({str(started)!r}, 'w').close()"
     patched(home, note, url=receiver.url, sent=event("Stop"))
     assert len(home.waiting()) == 2
     assert started.exists() == starts
 
 
 @linux
-def test_many_hooks_are_one_client(home):
+def test_many_hooks_are_one_client(home) -> None:
     """While a back-off lasts, no hook of any session starts a sender."""
     with Receiver(404) as receiver:
         home.hook(event("Stop"), receiver.url)
         wait_until(lambda: home.state_json().get("failures"))
         home.quiet()
         for number in range(12):
-            home.hook(event("Stop", session_id="session-%d" % number), receiver.url)
+            home.hook(event("Stop", session_id=f"session-{number}"), receiver.url)
             assert home.processes() == []
         assert len(receiver.requests) == 1
     assert home.state_json()["failures"] == 1
     assert len(home.waiting()) == 13
 
 
-def test_the_first_hook_after_a_backoff_delivers(home, receiver):
+def test_the_first_hook_after_a_backoff_delivers(home, receiver) -> None:
     """When the back-off is over, any event's hook starts a sender again."""
     place(home, receiver.url, 3)
     now = time.time()
@@ -362,16 +378,16 @@ def test_the_first_hook_after_a_backoff_delivers(home, receiver):
     wait_until(lambda: not home.waiting())
 
 
-def leap_after(pings):
+def leap_after(pings) -> str:
     """A patch under which a minute passes after the n-th ping was delivered."""
-    return """
+    return f"""
 real, gone = time.monotonic, []
-time.monotonic = lambda: real() + 100 * (len(gone) >= %d)
+time.monotonic = lambda: real() + 100 * (len(gone) >= {pings})
 wrap(os, "unlink", after=lambda path, *_: "/outbox/" in str(path) and gone.append(path))
-""" % pings
+"""
 
 
-def test_a_life_is_a_minute(home, receiver):
+def test_a_life_is_a_minute(home, receiver) -> None:
     """After 60 s a sender ends; what it has not tried waits for the next hook's."""
     place(home, receiver.url, 10)
     run_sender(home, receiver.url, leap_after(3))
@@ -384,7 +400,7 @@ def test_a_life_is_a_minute(home, receiver):
     assert len(set(ids(receiver.requests))) == 11
 
 
-def test_an_unexpected_error_backs_off(home):
+def test_an_unexpected_error_backs_off(home) -> None:
     """A sender that fails for an unforeseen reason does not do so at every hook."""
     with Receiver() as receiver:
         place(home, receiver.url)
@@ -405,7 +421,7 @@ socket.getaddrinfo = odd
 
 
 @pytest.mark.parametrize("variable", ["TELEMHQ_FOREGROUND", "TELEMHQ_HOOK_DEBUG"])
-def test_in_the_foreground_the_hook_delivers(home, receiver, variable):
+def test_in_the_foreground_the_hook_delivers(home, receiver, variable) -> None:
     """When the hook has returned, everything is delivered, and no process remains."""
     place(home, receiver.url, 2)
     home.hook(event("Stop"), receiver.url, **{variable: "1"})
@@ -417,7 +433,7 @@ def test_in_the_foreground_the_hook_delivers(home, receiver, variable):
 @pytest.mark.parametrize(
     "variable, attempts", [("TELEMHQ_FOREGROUND", 0), ("TELEMHQ_HOOK_DEBUG", 1)]
 )
-def test_a_backoff_in_the_foreground(home, variable, attempts):
+def test_a_backoff_in_the_foreground(home, variable, attempts) -> None:
     """A foreground hook obeys a back-off; a debugging one tries once and says so."""
     with Receiver(503) as receiver:
         place(home, receiver.url)
@@ -430,7 +446,7 @@ def test_a_backoff_in_the_foreground(home, variable, attempts):
     assert len(home.waiting()) == 2
 
 
-def test_a_busy_lock_in_the_foreground(home, receiver):
+def test_a_busy_lock_in_the_foreground(home, receiver) -> None:
     """A foreground hook waits for the lock, but 8 s at most in all."""
     place(home, receiver.url)
     ten_times = """
@@ -449,7 +465,7 @@ time.sleep = lambda s: sleep(s / 10)
     assert len(home.waiting()) == 2
 
 
-def test_a_lock_that_comes_free_in_the_foreground(home, receiver):
+def test_a_lock_that_comes_free_in_the_foreground(home, receiver) -> None:
     """A foreground hook that waited for the lock delivers when it comes free."""
     place(home, receiver.url)
     with open(str(home.destination() / "lock"), "a") as file:
@@ -462,7 +478,7 @@ def test_a_lock_that_comes_free_in_the_foreground(home, receiver):
     assert home.waiting() == []
 
 
-def test_a_machine_without_dev_fd(home, receiver):
+def test_a_machine_without_dev_fd(home, receiver) -> None:
     """Where descriptors cannot be listed (a container without /proc), pings go too."""
     hide = "real = os.listdir\ndef listdir(path='.'):\n    if path == '/dev/fd':\n"
     hide += "        raise FileNotFoundError(path)\n    return real(path)\n"
@@ -472,25 +488,25 @@ def test_a_machine_without_dev_fd(home, receiver):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
-def test_a_shell_that_ignores_sigterm_makes_no_sender_that_does(home):
+def test_a_shell_that_ignores_sigterm_makes_no_sender_that_does(home) -> None:
     """Behind `trap '' TERM` the sender can still be ended by SIGTERM."""
     with Receiver(lambda _: time.sleep(2) or 200) as receiver:
-        line = "trap '' TERM; exec %s -I -S %s" % (sys.executable, SCRIPT)
+        line = f"trap '' TERM; exec {sys.executable} -I -S {SCRIPT}"
         raw = json.dumps(event("Stop")).encode()
         subprocess.run(
             ["/bin/sh", "-c", line], input=raw, env=home.env(receiver.url), check=True
         )
         receiver.wait_for(1)
         (sender,) = home.processes()
-        with open("/proc/%d/status" % sender) as file:
+        with open(f"/proc/{sender}/status") as file:
             (ignored,) = [row.split()[1] for row in file if row.startswith("SigIgn")]
         assert not int(ignored, 16) >> (signal.SIGTERM - 1) & 1
 
 
-def test_a_tls_handshake_without_an_answer_is_retried(home):
+def test_a_tls_handshake_without_an_answer_is_retried(home) -> None:
     """A server that takes the connection and says nothing is down, not set up wrong."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        url = "https://127.0.0.1:%d/ping/%s" % (server.getsockname()[1], TOKEN)
+        url = f"https://127.0.0.1:{server.getsockname()[1]}/ping/{TOKEN}"
         place(home, url)
         run_sender(home, url, TELEMHQ_TIMEOUT="1")
     assert home.state_json()["problem"]["verdict"] == "retry"
@@ -501,7 +517,7 @@ def test_a_tls_handshake_without_an_answer_is_retried(home):
 # -- Passes ---------------------------------------------------------------------------
 
 
-def test_oldest_first(home, receiver):
+def test_oldest_first(home, receiver) -> None:
     """Pings go in the order of their events, whatever order they were written in."""
     late = place(home, receiver.url, 3)
     early = place(home, receiver.url, 3, age_s=5000)
@@ -510,7 +526,7 @@ def test_oldest_first(home, receiver):
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 302, 401, 404])
-def test_an_answer_that_is_not_about_the_ping_ends_the_pass(home, status):
+def test_an_answer_that_is_not_about_the_ping_ends_the_pass(home, status) -> None:
     """Not now, or a wrong URL: one request a pass, all is kept, nobody charged."""
     with Receiver(status) as receiver:
         waiting = place(home, receiver.url, 4)
@@ -521,7 +537,7 @@ def test_an_answer_that_is_not_about_the_ping_ends_the_pass(home, status):
 
 
 @pytest.mark.parametrize("status", [500, 503, 599])
-def test_a_5xx_is_asked_about_once_more(home, status):
+def test_a_5xx_is_asked_about_once_more(home, status) -> None:
     """On 5xx the next ping is tried once; if that fails too, it is the server."""
     with Receiver(status) as receiver:
         waiting = place(home, receiver.url, 4)
@@ -534,10 +550,10 @@ def test_a_5xx_is_asked_about_once_more(home, status):
 
 
 @pytest.mark.parametrize("silent", [True, False])
-def test_no_answer_after_connecting_is_as_a_5xx(home, silent):
+def test_no_answer_after_connecting_is_as_a_5xx(home, silent) -> None:
     """Silence or a closed connection: the next ping is tried once, then no more."""
 
-    def talk(connection):
+    def talk(connection) -> None:
         read_request(connection)
         if silent:
             wire.over.wait(30)
@@ -550,11 +566,11 @@ def test_no_answer_after_connecting_is_as_a_5xx(home, silent):
     assert (len(home.waiting()), state["failures"], state["charges"]) == (4, 1, {})
 
 
-def test_a_ping_that_alone_is_not_answered_is_charged(home):
+def test_a_ping_that_alone_is_not_answered_is_charged(home) -> None:
     """Of five the server stays silent on one: the four are delivered, it is charged."""
     silent = []
 
-    def answer(request):
+    def answer(request) -> int:
         if request.ping["event_id"] in silent:
             time.sleep(3)
         return 200
@@ -570,7 +586,7 @@ def test_a_ping_that_alone_is_not_answered_is_charged(home):
 
 
 @pytest.mark.parametrize("bad", [0, 3, 9])
-def test_one_poisoned_ping_does_not_stop_the_others(home, bad):
+def test_one_poisoned_ping_does_not_stop_the_others(home, bad) -> None:
     """One ping always answered 500: the others flow in the same pass; it is charged."""
     with Receiver() as receiver:
         waiting = place(home, receiver.url, 10)
@@ -588,7 +604,7 @@ def test_one_poisoned_ping_does_not_stop_the_others(home, bad):
 @pytest.mark.parametrize(
     "age_s, passes, aside", [(3900, 8, True), (3300, 9, False)], ids=["old", "young"]
 )
-def test_poison_needs_eight_charges_and_an_hour(home, age_s, passes, aside):
+def test_poison_needs_eight_charges_and_an_hour(home, age_s, passes, aside) -> None:
     """A ping is poison when it has 8 charges and is also an hour old, not before."""
     with Receiver() as receiver:
         (bad,) = place(home, receiver.url, age_s=age_s)
@@ -604,7 +620,7 @@ def test_poison_needs_eight_charges_and_an_hour(home, age_s, passes, aside):
     assert sum(home.state_json()["losses"].values()) == aside
 
 
-def test_two_poisoned_pings_apart(home):
+def test_two_poisoned_pings_apart(home) -> None:
     """Each ping that fails beside one that is accepted is charged by itself."""
     with Receiver() as receiver:
         waiting = place(home, receiver.url, 6)
@@ -615,7 +631,7 @@ def test_two_poisoned_pings_apart(home):
     assert list(home.state_json()["charges"].values()) == [1, 1]
 
 
-def test_a_refused_ping_behind_a_poisoned_one(home):
+def test_a_refused_ping_behind_a_poisoned_one(home) -> None:
     """A 400 right behind a 500 is set aside, and the rest of the queue flows."""
     with Receiver() as receiver:
         waiting = place(home, receiver.url, 5)
@@ -628,7 +644,9 @@ def test_a_refused_ping_behind_a_poisoned_one(home):
     assert waiting[0] in kept.name
 
 
-HUNDRED_LIVES = ONE_LIFE + """
+HUNDRED_LIVES = (
+    ONE_LIFE
+    + """
 import http.client, ssl, urllib.request
 wall, wall_ns, ahead = time.time, time.time_ns, [0]
 time.time = lambda: wall() + ahead[0]
@@ -643,9 +661,10 @@ for n in range(100):
     ahead[0] += 1000  # beyond the longest back-off of a retry
 os._exit(0)
 """
+)
 
 
-def test_a_server_that_is_down_for_a_hundred_passes(home):
+def test_a_server_that_is_down_for_a_hundred_passes(home) -> None:
     """A whole server answering 500 for a day: none charged, dropped or set aside."""
     with Receiver(500) as receiver:
         waiting = place(home, receiver.url, 5, age_s=7200)
@@ -663,7 +682,7 @@ def test_a_server_that_is_down_for_a_hundred_passes(home):
     assert home.waiting() == []
 
 
-def test_a_hundred_refused_pings(home):
+def test_a_hundred_refused_pings(home) -> None:
     """400 for the first hundred: set aside, counted; the rest goes in that pass."""
     with Receiver() as receiver:
         waiting = place(home, receiver.url, 105)
@@ -677,7 +696,7 @@ def test_a_hundred_refused_pings(home):
     assert state["failures"] == 0
 
 
-def test_the_newest_hundred_of_the_refused_are_kept(home):
+def test_the_newest_hundred_of_the_refused_are_kept(home) -> None:
     """refused/ is for a person to look at: the newest hundred; all are counted."""
     with Receiver(422) as receiver:
         waiting = place(home, receiver.url, 120)
@@ -687,7 +706,7 @@ def test_the_newest_hundred_of_the_refused_are_kept(home):
     assert sum(home.state_json()["losses"].values()) == 120
 
 
-def test_a_delivery_ends_the_row_of_failures(home):
+def test_a_delivery_ends_the_row_of_failures(home) -> None:
     """The n of the back-off is of failures in a row: a delivery starts it anew."""
     with Receiver(503) as receiver:
         place(home, receiver.url)
@@ -707,7 +726,7 @@ def test_a_delivery_ends_the_row_of_failures(home):
 # -- Pacing ---------------------------------------------------------------------------
 
 
-def test_after_an_outage_a_backlog_goes_slowly(home):
+def test_after_an_outage_a_backlog_goes_slowly(home) -> None:
     """A pass after a failed one: a probe and 24 more, then 30 to 90 s, till the end."""
     with Receiver(503) as receiver:
         waiting = place(home, receiver.url, 60)
@@ -730,7 +749,7 @@ def test_after_an_outage_a_backlog_goes_slowly(home):
         assert ids(receiver.requests)[before:] == waiting  # no outage: not paced
 
 
-def test_after_an_outage_the_first_is_a_probe(home):
+def test_after_an_outage_the_first_is_a_probe(home) -> None:
     """While the server is still not itself, a whole backlog costs it one request."""
     with Receiver(429) as receiver:
         place(home, receiver.url, 60)
@@ -740,7 +759,7 @@ def test_after_an_outage_the_first_is_a_probe(home):
             end_backoff(home)
 
 
-def test_a_life_that_ends_does_not_end_the_pacing(home):
+def test_a_life_that_ends_does_not_end_the_pacing(home) -> None:
     """A paced pass that its sender's life cuts short is followed by a paced one."""
     with Receiver(503) as receiver:
         place(home, receiver.url, 60)
@@ -754,7 +773,7 @@ def test_a_life_that_ends_does_not_end_the_pacing(home):
         assert len(receiver.requests) - before <= 5 + 25
 
 
-def test_a_large_backlog_without_an_outage_is_not_paced(home, receiver):
+def test_a_large_backlog_without_an_outage_is_not_paced(home, receiver) -> None:
     """Three hundred pings of an hour offline go in one pass when nothing has failed."""
     waiting = place(home, receiver.url, 300)
     run_sender(home, receiver.url)
@@ -765,7 +784,7 @@ def test_a_large_backlog_without_an_outage_is_not_paced(home, receiver):
 # -- Bounds, junk, a broken state -----------------------------------------------------
 
 
-def test_the_outbox_is_bounded(home):
+def test_the_outbox_is_bounded(home) -> None:
     """A hook adds to a full outbox as to any other; the sender keeps the newest 5,000,
     and counts every ping that had to go."""
     url = dead_url()
@@ -778,7 +797,7 @@ def test_the_outbox_is_bounded(home):
     assert list(home.state_json()["losses"].values()) == [200]
 
 
-def put_directory(path):
+def put_directory(path) -> None:
     """A directory with a file in it."""
     path.mkdir()
     (path / "file").write_text("x")
@@ -804,13 +823,13 @@ JUNK = {
 
 
 @pytest.mark.parametrize("named", ["as a ping", "otherwise"])
-def test_junk_in_the_outbox(home, receiver, named):
+def test_junk_in_the_outbox(home, receiver, named) -> None:
     """What is no ping blocks nothing, is not followed, not sent, not kept."""
     early = place(home, receiver.url, age_s=9000)
     outbox = home.destination() / "outbox"
     for number, put in enumerate(JUNK.values()):
-        name = "%020d-%032x.json" % (time.time_ns() - 10**12 + number, number)
-        put(outbox / (name if named == "as a ping" else "junk-%d" % number))
+        name = f"{time.time_ns() - 10**12 + number:020d}-{number:032x}.json"
+        put(outbox / (name if named == "as a ping" else f"junk-{number}"))
     late = place(home, receiver.url)
     begun = time.monotonic()
     run_sender(home, receiver.url)
@@ -821,7 +840,7 @@ def test_junk_in_the_outbox(home, receiver, named):
     assert sum(losses.values()) == len(JUNK)
 
 
-def test_a_link_is_not_followed(home, receiver):
+def test_a_link_is_not_followed(home, receiver) -> None:
     """A symbolic link to a real ping is not sent, and its target stays as it was."""
     path = only_enqueue(home, receiver.url)
     target = home.path / "elsewhere.json"
@@ -834,7 +853,7 @@ def test_a_link_is_not_followed(home, receiver):
     assert not os.path.lexists(str(path))
 
 
-def test_a_ping_file_holds_no_more_than_the_gate_lets_through(home, receiver):
+def test_a_ping_file_holds_no_more_than_the_gate_lets_through(home, receiver) -> None:
     """Fields that someone put into an outbox file do not leave with it."""
     path = only_enqueue(home, receiver.url)
     record = json.loads(path.read_text())
@@ -848,7 +867,7 @@ def test_a_ping_file_holds_no_more_than_the_gate_lets_through(home, receiver):
     assert b"/home/dev" not in request.body
 
 
-def test_unfinished_files_are_swept_after_an_hour(home, receiver):
+def test_unfinished_files_are_swept_after_an_hour(home, receiver) -> None:
     """A dot-name is a ping being written, or, an hour later, one whose writer died."""
     place(home, receiver.url)
     outbox = home.destination() / "outbox"
@@ -885,7 +904,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("content", STATES.values(), ids=STATES)
-def test_a_broken_state_counts_as_none(script, home, receiver, content):
+def test_a_broken_state_counts_as_none(script, home, receiver, content) -> None:
     """Whatever state.json holds: every value is sane; hook and sender work on."""
     place(home, receiver.url)
     (home.destination() / "state.json").write_bytes(content)
@@ -901,7 +920,7 @@ def test_a_broken_state_counts_as_none(script, home, receiver, content):
     assert home.state_json()["failures"] == 0
 
 
-def test_a_state_that_is_no_file(home, receiver):
+def test_a_state_that_is_no_file(home, receiver) -> None:
     """state.json as a FIFO or a link blocks nobody and leads nowhere."""
     place(home, receiver.url, 2)
     state = home.destination() / "state.json"
@@ -923,26 +942,24 @@ def test_a_state_that_is_no_file(home, receiver):
 DAY_S, TWO_YEARS_S = 86400, 2 * 365 * 86400
 
 
-def clock(offset_s):
+def clock(offset_s) -> str:
     """A patch that sets the wall clock wrong by so many seconds."""
     return (
         "wall, wall_ns = time.time, time.time_ns\n"
-        "time.time = lambda: wall() + (%d)\n"
-        "time.time_ns = lambda: wall_ns() + (%d) * 10**9\n" % (offset_s, offset_s)
+        f"time.time = lambda: wall() + ({offset_s})\n"
+        f"time.time_ns = lambda: wall_ns() + ({offset_s}) * 10**9\n"
     )
 
 
 @pytest.mark.parametrize(
-    "offset_s", [-DAY_S, -TWO_YEARS_S, DAY_S, TWO_YEARS_S], ids=lambda s: "%+d s" % s
+    "offset_s", [-DAY_S, -TWO_YEARS_S, DAY_S, TWO_YEARS_S], ids=lambda s: f"{s:+d} s"
 )
-def test_a_clock_that_was_wrong_for_a_while(home, offset_s):
+def test_a_clock_that_was_wrong_for_a_while(home, offset_s) -> None:
     """After a failure under a wrong clock the first hook of a sane one delivers all."""
     with Receiver(404) as receiver:  # a hold: the longest back-off that is our own
         place(home, receiver.url, 2)
         only_enqueue(home, receiver.url)
-        patched(
-            home, clock(offset_s) + NO_SENDER, url=receiver.url, sent=event("Stop")
-        )
+        patched(home, clock(offset_s) + NO_SENDER, url=receiver.url, sent=event("Stop"))
         run_sender(home, receiver.url, clock(offset_s) + ONE_LIFE)
         assert home.state_json()["failures"] == 1
         assert len(home.waiting()) == 4
@@ -955,7 +972,7 @@ def test_a_clock_that_was_wrong_for_a_while(home, offset_s):
 
 
 @pytest.mark.parametrize("offset_s", [-DAY_S, -TWO_YEARS_S, TWO_YEARS_S])
-def test_a_clock_that_goes_wrong_during_a_backoff(home, receiver, offset_s):
+def test_a_clock_that_goes_wrong_during_a_backoff(home, receiver, offset_s) -> None:
     """A clock set back, or far ahead, ends a standing back-off: delivery goes on."""
     place(home, receiver.url, 2)
     now = time.time()
@@ -969,7 +986,7 @@ def test_a_clock_that_goes_wrong_during_a_backoff(home, receiver, offset_s):
 # -- Destinations ---------------------------------------------------------------------
 
 
-def test_a_dead_destination_does_not_touch_another(home, receiver):
+def test_a_dead_destination_does_not_touch_another(home, receiver) -> None:
     """Destination A is down: B's pings go at once, and its state knows no failure."""
     with Receiver(404) as down:
         home.hook(event("Stop"), down.url)
@@ -989,7 +1006,7 @@ def test_a_dead_destination_does_not_touch_another(home, receiver):
     assert list((b / "outbox").iterdir()) == []
 
 
-def test_old_pings_never_go_to_a_new_url(home, receiver):
+def test_old_pings_never_go_to_a_new_url(home, receiver) -> None:
     """The URL changes while pings wait: the new one gets the new ones, no other."""
     with Receiver(401) as old:
         home.hook(event("Stop", prompt_id="before"), old.url)
@@ -1008,15 +1025,17 @@ def test_old_pings_never_go_to_a_new_url(home, receiver):
 
 
 @linux
-def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home):
+def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home) -> None:
     """The whole state directory and every process's arguments: no token, no content."""
     canary, arguments = "CANARY", []
 
     def look(request):
         for pid in home.processes():
             arguments.append(pathlib.Path("/proc", str(pid), "cmdline").read_bytes())
-        return 404, {"Location": receiver.url, "Retry-After": canary}, b"CANARY " + (
-            TOKEN.encode()
+        return (
+            404,
+            {"Location": receiver.url, "Retry-After": canary},
+            b"CANARY " + (TOKEN.encode()),
         )
 
     sent = [event(name) for name in ("Stop", "PostToolUseFailure-Bash", "StopFailure")]
@@ -1030,7 +1049,7 @@ def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home):
             end_backoff(home)
             run_sender(home, receiver.url)
 
-    def talk(connection):
+    def talk(connection) -> None:
         read_request(connection)
         connection.sendall(b"HTTP/1.1 503 CANARY %s\r\nCANARY\r\n\r\n" % TOKEN.encode())
 
@@ -1054,7 +1073,7 @@ def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home):
         assert TOKEN not in str(path)
 
 
-def test_the_log_is_rotated(home, receiver):
+def test_the_log_is_rotated(home, receiver) -> None:
     """sender.log does not grow without end: one old one beside it, no more."""
     place(home, receiver.url)
     path = home.destination() / "sender.log"
@@ -1072,7 +1091,7 @@ def test_the_log_is_rotated(home, receiver):
     assert logs == ["sender.log", "sender.log.1"]
 
 
-def test_everything_it_writes_is_private(home):
+def test_everything_it_writes_is_private(home) -> None:
     """Whatever a sender writes is 0600 in directories of 0700, under any umask."""
     with Receiver(400) as receiver:
         place(home, receiver.url)
@@ -1084,7 +1103,7 @@ def test_everything_it_writes_is_private(home):
     assert (home.destination() / "refused").stat().st_mode & 0o7777 == 0o700
 
 
-def test_a_sender_prints_nothing(home):
+def test_a_sender_prints_nothing(home) -> None:
     """Neither success nor failure is told on stdout or stderr; the exit status is 0."""
     for status in (200, 400, 404, 503):
         with Receiver(status) as receiver:
@@ -1094,7 +1113,7 @@ def test_a_sender_prints_nothing(home):
 
 
 @pytest.mark.parametrize("argument", ["-1", "0", "99", "x", ""])
-def test_a_descriptor_that_is_not_the_lock(home, receiver, argument):
+def test_a_descriptor_that_is_not_the_lock(home, receiver, argument) -> None:
     """`--sender` with anything but the lock's descriptor: exit 0, nothing printed."""
     place(home, receiver.url)
     run = patched(home, ONE_LIFE, "--sender", argument, url=receiver.url)

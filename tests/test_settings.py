@@ -1,5 +1,7 @@
 """Variables and URLs, and that README and settings files say what the script does."""
 
+from __future__ import annotations
+
 import ast
 import json
 import os
@@ -50,17 +52,19 @@ NONSENSE = (
 
 
 @pytest.mark.parametrize("name, value", NONSENSE)
-def test_nonsense_is_ignored_and_named_in_debug_mode(home, receiver, name, value):
+def test_nonsense_is_ignored_and_named_in_debug_mode(home, receiver, name, value) -> None:
     """A value that makes no sense stops nothing; debug mode names its variable."""
     told = debug(home, receiver.url, **{name: value})
     assert [line for line in told.splitlines() if name in line and "ignored" in line]
     assert "skipped" not in told
     (ping,) = receiver.pings
-    assert ping["project"] == "api" and "machine" not in ping
-    assert home.state.is_dir() and not (home.project / "relative").exists()
+    assert ping["project"] == "api"
+    assert "machine" not in ping
+    assert home.state.is_dir()
+    assert not (home.project / "relative").exists()
 
 
-def test_nonsense_is_ignored_silently_in_hook_mode(home, receiver):
+def test_nonsense_is_ignored_silently_in_hook_mode(home, receiver) -> None:
     """All of it at once: nothing is said, and the ping is delivered."""
     done = home.hook(event("Stop"), receiver.url, **dict(NONSENSE))
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -69,7 +73,7 @@ def test_nonsense_is_ignored_silently_in_hook_mode(home, receiver):
 
 @pytest.mark.parametrize(
     "name, value",
-    (
+    [
         ("TELEMHQ_MACHINE", "build-7"),
         ("TELEMHQ_PROJECT", "My shop"),
         ("TELEMHQ_HASH_KEY", "any text / at all"),
@@ -81,23 +85,24 @@ def test_nonsense_is_ignored_silently_in_hook_mode(home, receiver):
         ("TELEMHQ_USAGE", "0"),
         ("TELEMHQ_GIT", "1"),
         ("TELEMHQ_STATE_DIR", "~/elsewhere"),
-    ),
+    ],
 )
-def test_a_good_value_is_taken_without_a_word(home, receiver, name, value):
+def test_a_good_value_is_taken_without_a_word(home, receiver, name, value) -> None:
     """What makes sense is not complained about."""
     assert "ignored" not in debug(home, receiver.url, **{name: value})
     assert len(receiver.pings) == 1
 
 
-def test_an_empty_variable_is_as_none(home, receiver):
+def test_an_empty_variable_is_as_none(home, receiver) -> None:
     """A variable that is set to nothing counts as not set, and is no nonsense."""
     assert "ignored" not in debug(home, receiver.url, **{n: "" for n, _ in NONSENSE})
-    assert receiver.pings[0]["project"] == "api" and home.state.is_dir()
+    assert receiver.pings[0]["project"] == "api"
+    assert home.state.is_dir()
 
 
 @pytest.mark.parametrize(
     "given, seconds",
-    (
+    [
         (None, 10),
         ("", 10),
         ("5", 5),
@@ -109,21 +114,21 @@ def test_an_empty_variable_is_as_none(home, receiver):
         ("3600", 30),
         ("nan", 10),
         ("soon", 10),
-    ),
+    ],
 )
-def test_the_timeout_is_clamped(script, given, seconds):
+def test_the_timeout_is_clamped(script, given, seconds) -> None:
     """TELEMHQ_TIMEOUT: 10 seconds, clamped to 1 to 30; nonsense is the default."""
     found = settings(script, **({} if given is None else {"TELEMHQ_TIMEOUT": given}))
     assert found.timeout_s == seconds
 
 
-@pytest.mark.parametrize("given", ("0", "-3", "inf", "-inf", "1e400", "1" * 400))
-def test_no_timeout_is_outside_its_bounds(script, given):
+@pytest.mark.parametrize("given", ["0", "-3", "inf", "-inf", "1e400", "1" * 400])
+def test_no_timeout_is_outside_its_bounds(script, given) -> None:
     """A timeout can never be switched off or made endless."""
     assert 1 <= settings(script, TELEMHQ_TIMEOUT=given).timeout_s <= 30
 
 
-def test_project_and_machine_arrive(home, receiver):
+def test_project_and_machine_arrive(home, receiver) -> None:
     """TELEMHQ_PROJECT names the project, TELEMHQ_MACHINE the machine."""
     env = {"TELEMHQ_PROJECT": "My shop/é", "TELEMHQ_MACHINE": "build-7"}
     debug(home, receiver.url, **env)
@@ -131,16 +136,16 @@ def test_project_and_machine_arrive(home, receiver):
     assert (ping["project"], ping["machine"]) == ("My shop/é", "build-7")
 
 
-@pytest.mark.parametrize("value", ("", "0", "false", "nonsense"))
-def test_debug_mode_is_off_unless_asked_for(home, receiver, value):
+@pytest.mark.parametrize("value", ["", "0", "false", "nonsense"])
+def test_debug_mode_is_off_unless_asked_for(home, receiver, value) -> None:
     """TELEMHQ_HOOK_DEBUG: only a yes makes the hook talk; nonsense does not."""
     done = home.hook(event("Stop"), receiver.url, TELEMHQ_HOOK_DEBUG=value)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert receiver.wait_for(1)
 
 
-@pytest.mark.parametrize("value", ("0", "no", "", "nonsense"))
-def test_foreground_is_off_unless_asked_for(home, receiver, value):
+@pytest.mark.parametrize("value", ["0", "no", "", "nonsense"])
+def test_foreground_is_off_unless_asked_for(home, receiver, value) -> None:
     """Without a yes the hook itself waits for no server."""
     done = home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND=value)
     assert done.returncode == 0
@@ -162,7 +167,7 @@ STATE_DIRS = (
 
 
 @pytest.mark.parametrize("given, expected", STATE_DIRS)
-def test_where_the_state_is_kept(home, given, expected):
+def test_where_the_state_is_kept(home, given, expected) -> None:
     """TELEMHQ_STATE_DIR, else telemhq/ in CLAUDE_CONFIG_DIR, else in ~/.claude."""
     env = {k: v.replace("$HOME", str(home.path)) for k, v in given.items()}
     before = set(home.path.rglob("*"))
@@ -280,14 +285,14 @@ BAD_URLS = (
 
 
 @pytest.mark.parametrize("url", GOOD_URLS)
-def test_a_good_url_is_a_destination(script, url):
+def test_a_good_url_is_a_destination(script, url) -> None:
     """https anywhere, and http to this machine, by name, IPv4 or IPv6, with a port."""
     found = script.find_destination(script.Settings({"TELEMHQ_PING_URL": url}))
     assert found.url == url
 
 
 @pytest.mark.parametrize("url", BAD_URLS, ids=ascii)
-def test_a_bad_url_is_no_destination(script, url):
+def test_a_bad_url_is_no_destination(script, url) -> None:
     """Other schemes, user:password@, no host, bad ports, spaces: refused."""
     for more in ({}, {"TELEMHQ_ALLOW_HTTP": "1"}):
         environ = dict({"TELEMHQ_PING_URL": url}, **more)
@@ -297,7 +302,7 @@ def test_a_bad_url_is_no_destination(script, url):
 
 @pytest.mark.parametrize(
     "url, word",
-    (
+    [
         ("https://user:password@telemhq.com/", "user:password@"),
         ("https://user@telemhq.com/", "user:password@"),
         ("ftp://telemhq.com/", "https://"),
@@ -307,16 +312,16 @@ def test_a_bad_url_is_no_destination(script, url):
         ("https://telemhq.com/a b", "space"),
         ("https://telemhq.com/\r\nX: y", "space"),
         ("http://telemhq.com/", "TELEMHQ_ALLOW_HTTP=1"),
-    ),
+    ],
 )
-def test_a_bad_url_is_refused_with_a_clear_reason(script, url, word):
+def test_a_bad_url_is_refused_with_a_clear_reason(script, url, word) -> None:
     """Debug mode and doctor say what is wrong with the URL."""
     with pytest.raises(script.Skipped, match=re.escape(word)):
         script.find_destination(script.Settings({"TELEMHQ_PING_URL": url}))
 
 
 @pytest.mark.parametrize("url", HTTP_ELSEWHERE)
-def test_http_elsewhere_needs_to_be_allowed(script, url):
+def test_http_elsewhere_needs_to_be_allowed(script, url) -> None:
     """A token never travels in the clear, unless TELEMHQ_ALLOW_HTTP=1 says it may."""
     for value in ("", "0", "nonsense"):
         environ = {"TELEMHQ_PING_URL": url, "TELEMHQ_ALLOW_HTTP": value}
@@ -328,15 +333,15 @@ def test_http_elsewhere_needs_to_be_allowed(script, url):
 
 @pytest.mark.parametrize(
     "url, expected",
-    (
+    [
         ("HTTPS://Telemhq.Com/ping/X", ("https", "telemhq.com", "")),
         ("http://127.0.0.1:8080/ping/x", ("http", "127.0.0.1", "8080")),
         ("https://[2001:DB8::1]:8443/x", ("https", "2001:db8::1", "8443")),
         ("https://telemhq.com?x@y:1/", ("https", "telemhq.com", "")),
         ("https://telemhq.com#x@y:1/", ("https", "telemhq.com", "")),
-    ),
+    ],
 )
-def test_a_url_is_split_as_urllib_will_split_it(script, url, expected):
+def test_a_url_is_split_as_urllib_will_split_it(script, url, expected) -> None:
     """The host that is judged is the host that urllib connects to."""
     from urllib.parse import urlsplit
 
@@ -347,46 +352,48 @@ def test_a_url_is_split_as_urllib_will_split_it(script, url, expected):
 
 @pytest.mark.parametrize(
     "url",
-    (
+    [
         "file:///etc/passwd",
         "ftp://127.0.0.1/ping/" + TOKEN,
         "data:text/plain," + TOKEN,
-        "https://user:%s@telemhq.com/" % TOKEN,
-        "https://telemhq.com/ping/%s\r\nX: y" % TOKEN,
+        f"https://user:{TOKEN}@telemhq.com/",
+        f"https://telemhq.com/ping/{TOKEN}\r\nX: y",
         "telemhq.com/ping/" + TOKEN,
-        "https://telemhq.com/ping/%s " % TOKEN,
+        f"https://telemhq.com/ping/{TOKEN} ",
         "http://192.0.2.7/ping/" + TOKEN,
         "http://127.evil.com/ping/" + TOKEN,
         "https://telemhq.com/ping/\udcff" + TOKEN,
         "",
         None,
-    ),
+    ],
     ids=ascii,
 )
-def test_a_hook_without_a_usable_url_does_nothing(home, url):
+def test_a_hook_without_a_usable_url_does_nothing(home, url) -> None:
     """Silence, exit 0, nothing written; debug mode says why, without the URL."""
     before = set(home.path.rglob("*"))
     done = home.hook(event("Stop"), url)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     told = debug(home, url)
-    assert told.startswith("TelemHQ hook skipped: ") and told.count("\n") == 1
-    assert "TELEMHQ_PING_URL" in told and TOKEN not in told
-    assert set(home.path.rglob("*")) == before and home.processes() == []
+    assert told.startswith("TelemHQ hook skipped: ")
+    assert told.count("\n") == 1
+    assert "TELEMHQ_PING_URL" in told
+    assert TOKEN not in told
+    assert set(home.path.rglob("*")) == before
+    assert home.processes() == []
 
 
-@pytest.mark.parametrize("change", (("http:", "HTTP:"), ("127.0.0.1", "localhost")))
-def test_a_url_in_other_words_delivers(home, receiver, change):
+@pytest.mark.parametrize("change", [("http:", "HTTP:"), ("127.0.0.1", "localhost")])
+def test_a_url_in_other_words_delivers(home, receiver, change) -> None:
     """A scheme in capitals and a loopback name lead to the tracker all the same."""
     told = debug(home, receiver.url.replace(*change))
-    assert len(receiver.pings) == 1 and "HTTP 200" in told
+    assert len(receiver.pings) == 1
+    assert "HTTP 200" in told
 
 
-def test_a_fragment_is_not_sent_and_a_query_is(home, receiver):
+def test_a_fragment_is_not_sent_and_a_query_is(home, receiver) -> None:
     """What urllib sends of a URL is its path and query."""
     debug(home, receiver.url + "?a=%20b#secret")
-    assert [request.path for request in receiver.requests] == [
-        "/ping/%s?a=%%20b" % TOKEN
-    ]
+    assert [request.path for request in receiver.requests] == [f"/ping/{TOKEN}?a=%20b"]
 
 
 # -- README and settings files ---------------------------------------------------------
@@ -411,30 +418,31 @@ def readme_rows(pattern, after=""):
     return [found.group(1) for found in re.finditer("(?m)^" + pattern, text)]
 
 
-def test_the_docstring_names_every_variable(script):
+def test_the_docstring_names_every_variable(script) -> None:
     """The contract at the script's top lists the variables that its code reads."""
     text = SCRIPT.read_text("utf-8")
     docstring = ast.get_docstring(ast.parse(text), clean=False)
     code = text.replace(docstring, "")
     listed = set(re.findall(r"(?m)^    (TELEMHQ_[A-Z_]+)  ", docstring))
-    assert listed == variables(code) and len(listed) >= 9
+    assert listed == variables(code)
+    assert len(listed) >= 9
 
 
-def test_the_readmes_table_names_every_variable():
+def test_the_readmes_table_names_every_variable() -> None:
     """README's table of variables has a row for each of the code's, no more."""
     rows = readme_rows(r"\| `(TELEMHQ_[A-Z_]+)`")
     code = variables(SCRIPT.read_text("utf-8"))
     assert sorted(rows) == sorted(code)
 
 
-def test_the_readmes_table_of_what_is_sent_is_the_gate(script):
+def test_the_readmes_table_of_what_is_sent_is_the_gate(script) -> None:
     """README's sent table names each field that can leave, and no other."""
     cells = readme_rows(r"\| (`[^|]+)\|", "## What is sent")
     fields = [name for cell in cells for name in re.findall("`([a-z0-9_]+)`", cell)]
     assert sorted(fields) == sorted(script.GATE)
 
 
-def test_settings_example_is_complete_and_as_documented():
+def test_settings_example_is_complete_and_as_documented() -> None:
     """Stop, StopFailure and SessionEnd, one command each, a timeout, no env block."""
     entry = {"type": "command", "command": COMMAND, "timeout": 10}
     names = ("Stop", "StopFailure", "SessionEnd")
@@ -443,9 +451,9 @@ def test_settings_example_is_complete_and_as_documented():
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs sh")
-@pytest.mark.parametrize("command", (COMMAND, TELEMHQS_COMMAND))
-@pytest.mark.parametrize("link", (False, True), ids=("copied", "linked"))
-def test_the_documented_commands_work(home, receiver, command, link):
+@pytest.mark.parametrize("command", [COMMAND, TELEMHQS_COMMAND])
+@pytest.mark.parametrize("link", [False, True], ids=("copied", "linked"))
+def test_the_documented_commands_work(home, receiver, command, link) -> None:
     """Ours and TelemHQ's own settings block work, for a copy and for a link."""
     hooks = home.path / ".claude" / "hooks"
     hooks.mkdir(parents=True)
@@ -458,10 +466,14 @@ def test_the_documented_commands_work(home, receiver, command, link):
     env["PATH"] = os.path.dirname(sys.executable) + ":" + env["PATH"]
     for name in ("Stop", "StopFailure", "SessionEnd-other"):
         done = subprocess.run(
-            ["/bin/sh", "-c", command], input=json.dumps(event(name)).encode(),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
-            cwd=str(home.project), start_new_session=True, timeout=30,
-        )  # fmt: skip
+            ["/bin/sh", "-c", command],
+            input=json.dumps(event(name)).encode(),
+            capture_output=True,
+            env=env,
+            cwd=str(home.project),
+            start_new_session=True,
+            timeout=30,
+        )
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     events = {ping["event"] for ping in receiver.wait_for(3)}
     assert events == {"Stop", "StopFailure", "SessionEnd"}
@@ -471,7 +483,7 @@ def test_the_documented_commands_work(home, receiver, command, link):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs sh")
-def test_a_missing_script_does_not_block_claude_code(home):
+def test_a_missing_script_does_not_block_claude_code(home) -> None:
     """Python exits 2 for a missing script, which blocks: the `|| true` makes it 0."""
     hooks = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]
     env = home.env(dead_url())
@@ -479,9 +491,13 @@ def test_a_missing_script_does_not_block_claude_code(home):
     for command in {entry["hooks"][0]["command"] for (entry,) in hooks.values()}:
         codes = [
             subprocess.run(
-                ["/bin/sh", "-c", text], input=b"{}", stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, env=env, cwd=str(home.project), timeout=30,
+                ["/bin/sh", "-c", text],
+                input=b"{}",
+                capture_output=True,
+                env=env,
+                cwd=str(home.project),
+                timeout=30,
             ).returncode
             for text in (command, command.replace(" || true", ""))
-        ]  # fmt: skip
+        ]
         assert codes == [0, 2]

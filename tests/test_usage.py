@@ -4,6 +4,9 @@ A message's size is a number n, and all its counts are multiples of it: sizes th
 powers of two tell from a sum which messages are in it, and how often.
 """
 
+from __future__ import annotations
+
+import contextlib
 import ctypes
 import datetime
 import hashlib
@@ -20,6 +23,7 @@ import time
 import uuid
 
 import pytest
+
 from support import FIXTURES, SCRIPT, Home, Receiver, event, wait_until
 
 OPUS, HAIKU = "claude-opus-5-5", "claude-haiku-5"
@@ -32,9 +36,14 @@ MULTIPLES = {  # a ping's count: how many times the size of a message
     "total_tokens": 16,
 }
 USAGE_FIELDS = set(MULTIPLES) | {
-    "models", "tools", "tool_calls", "tool_failures", "cost_usd", "usage_complete",
+    "models",
+    "tools",
+    "tool_calls",
+    "tool_failures",
+    "cost_usd",
+    "usage_complete",
     "git_branch",
-}  # fmt: skip
+}
 DAY_S = 86400.0
 
 
@@ -56,17 +65,28 @@ def size_of(ping):
 def usage_of(n):
     """The `usage` of an API message of size n."""
     return {
-        "input_tokens": n, "cache_creation_input_tokens": 7 * n,
-        "cache_read_input_tokens": 5 * n, "output_tokens": 3 * n,
-        "output_tokens_details": {"thinking_tokens": 2 * n}, "service_tier": "standard",
-    }  # fmt: skip
+        "input_tokens": n,
+        "cache_creation_input_tokens": 7 * n,
+        "cache_read_input_tokens": 5 * n,
+        "output_tokens": 3 * n,
+        "output_tokens_details": {"thinking_tokens": 2 * n},
+        "service_tier": "standard",
+    }
 
 
 def prompt(at, **changes):
     """The user row that a prompt becomes."""
     message = {"role": "user", "content": "CANARY_TEXT é 漢字 😀"}
-    return dict({"type": "user", "promptId": str(uuid.uuid4()), "timestamp": at,
-                 "isSidechain": False, "message": message}, **changes)  # fmt: skip
+    return dict(
+        {
+            "type": "user",
+            "promptId": str(uuid.uuid4()),
+            "timestamp": at,
+            "isSidechain": False,
+            "message": message,
+        },
+        **changes,
+    )
 
 
 def message(
@@ -77,17 +97,34 @@ def message(
     tools: names of tools it calls. usage: instead of that of size n.
     """
     content = [
-        {"type": "tool_use", "id": "toolu_" + uuid.uuid4().hex, "name": name,
-         "input": {"command": "CANARY_INPUT"}} for name in tools
-    ]  # fmt: skip
+        {
+            "type": "tool_use",
+            "id": "toolu_" + uuid.uuid4().hex,
+            "name": name,
+            "input": {"command": "CANARY_INPUT"},
+        }
+        for name in tools
+    ]
     found = {
-        "id": key or "msg_" + uuid.uuid4().hex, "type": "message", "role": "assistant",
-        "model": model, "stop_reason": stop, "stop_sequence": None,
+        "id": key or "msg_" + uuid.uuid4().hex,
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "stop_reason": stop,
+        "stop_sequence": None,
         "usage": usage or usage_of(n),
         "content": content or [{"type": "text", "text": "CANARY_TEXT"}],
-    }  # fmt: skip
-    return dict({"type": "assistant", "timestamp": at, "isSidechain": False,
-                 "gitBranch": "main", "message": found}, **changes)  # fmt: skip
+    }
+    return dict(
+        {
+            "type": "assistant",
+            "timestamp": at,
+            "isSidechain": False,
+            "gitBranch": "main",
+            "message": found,
+        },
+        **changes,
+    )
 
 
 def result(at, error=False):
@@ -104,8 +141,13 @@ def result(at, error=False):
 
 def ledger(sizes, cost):
     """A `cost-state` row: the client's own sums; `sizes` is model -> size."""
-    names = {"inputTokens": 1, "outputTokens": 3, "cacheReadInputTokens": 5,
-             "cacheCreationInputTokens": 7, "thinkingTokens": 2}  # fmt: skip
+    names = {
+        "inputTokens": 1,
+        "outputTokens": 3,
+        "cacheReadInputTokens": 5,
+        "cacheCreationInputTokens": 7,
+        "thinkingTokens": 2,
+    }
     models = {
         model: {name: n * times for name, times in names.items()}
         for model, n in sizes.items()
@@ -116,7 +158,7 @@ def ledger(sizes, cost):
 def iso(seconds):
     """Seconds since 1970 as a row's timestamp."""
     found = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return found.strftime("%Y-%m-%dT%H:%M:%S.") + "%03dZ" % (found.microsecond // 1000)
+    return found.strftime("%Y-%m-%dT%H:%M:%S.") + f"{found.microsecond // 1000:03d}Z"
 
 
 class Session:
@@ -125,7 +167,7 @@ class Session:
     begun: seconds since 1970; an hour ago, so that no sender waits for late rows.
     """
 
-    def __init__(self, home, receiver, begun=None):
+    def __init__(self, home, receiver, begun=None) -> None:
         self.home, self.receiver, self.id = home, receiver, str(uuid.uuid4())
         self.begun = round(time.time() - 3600 if begun is None else begun, 3)
         self.path = home.path / ".claude" / "projects" / "-acme" / (self.id + ".jsonl")
@@ -134,16 +176,16 @@ class Session:
         self.later, self.taken = receiver.__dict__.setdefault("later", {}), 0
         receiver.answer = self.answer
 
-    def answer(self, request):
+    def answer(self, request) -> int:
         """The tracker takes its time: meanwhile the client writes what `hold` said."""
         self.later.pop(request.ping.get("event_id"), int)()
         return 200
 
     def agent(self, name="a1"):
         """The path of a subagent's transcript."""
-        return self.path.with_suffix("") / "subagents" / ("agent-%s.jsonl" % name)
+        return self.path.with_suffix("") / "subagents" / f"agent-{name}.jsonl"
 
-    def add(self, *rows, to=None):
+    def add(self, *rows, to=None) -> None:
         """Append rows (dicts or bytes) to the transcript, or to the file `to`."""
         lines = []
         for row in rows:
@@ -166,18 +208,28 @@ class Session:
         then: rows that the client adds, or a function to call, once it was sent.
         """
         ns = int((self.begun + at) * 1e9)
-        ping = dict({
-            "provider": "anthropic", "tool": "claude-code", "hook_version": "1.0.0",
-            "event_id": uuid.uuid4().hex, "event": name, "timestamp": iso(ns / 1e9),
-            "status": "success", "project": "api", "session_id": self.id,
-            "cwd_hash": "c" * 12, "transcript_path_hash": "d" * 12,
-        }, **fields)  # fmt: skip
+        ping = dict(
+            {
+                "provider": "anthropic",
+                "tool": "claude-code",
+                "hook_version": "1.0.0",
+                "event_id": uuid.uuid4().hex,
+                "event": name,
+                "timestamp": iso(ns / 1e9),
+                "status": "success",
+                "project": "api",
+                "session_id": self.id,
+                "cwd_hash": "c" * 12,
+                "transcript_path_hash": "d" * 12,
+            },
+            **fields,
+        )
         record = {"ping": ping, "local": {"transcript": str(self.path), "git": git}}
         outbox = self.base / "outbox"
         if not outbox.is_dir():
             for directory in (self.home.state, self.base, outbox):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = outbox / ("%020d-%s.json" % (ns, ping["event_id"]))
+        path = outbox / (f"{ns:020d}-{ping['event_id']}.json")
         path.write_text(json.dumps(record))
         if then:
             add = then if callable(then) else lambda: self.add(*then)
@@ -201,7 +253,7 @@ class Session:
         found = [p for p in self.receiver.pings if p.get("session_id") == self.id]
         return [ping for ping in found if ping["event"] in names]
 
-    def hook(self, name, url=None, env=None, **changes):
+    def hook(self, name, url=None, env=None, **changes) -> None:
         """Run the hook with a real event, as if it came from this session."""
         found = dict(session_id=self.id, transcript_path=str(self.path), **changes)
         url = url or self.receiver.url
@@ -212,7 +264,7 @@ class Session:
         """The files of all accounts."""
         return sorted((self.base / "accounts").glob("*.json"))
 
-    def later_by(self, seconds):
+    def later_by(self, seconds) -> None:
         """Let time pass since the last event of all sessions, and since the last
         sweep.
         """
@@ -227,13 +279,17 @@ def url_hash(url):
     return hashlib.sha256(url.encode()).hexdigest()[:12]
 
 
-def send(home, url, **env):
+def send(home, url, **env) -> None:
     """Run a sender in the foreground until the outbox is empty."""
     command = [sys.executable, "-I", "-S", str(SCRIPT), "--sender", "-1"]
     done = subprocess.run(
-        command, env=home.env(url, **env), stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=90,
-    )  # fmt: skip
+        command,
+        env=home.env(url, **env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=90,
+    )
     assert (done.returncode, done.stdout) == (0, b"")
 
 
@@ -242,7 +298,7 @@ def summed(pings, *names):
     return {name: sum(ping.get(name, 0) for ping in pings) for name in names}
 
 
-def after(seconds, function, *arguments):
+def after(seconds, function, *arguments) -> None:
     """Call `function` a little later, in a thread."""
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
@@ -295,11 +351,20 @@ class Replay:
     REGISTERED = {
         "SessionEnd alone": ("SessionEnd",),
         "Stop and SessionEnd": ("Stop", "StopFailure", "SessionEnd"),
-        "all": ("SessionStart", "UserPromptSubmit", "PreToolUse", "PostToolUse", "Stop",
-                "StopFailure", "SubagentStop", "Notification", "SessionEnd"),
-    }  # fmt: skip
+        "all": (
+            "SessionStart",
+            "UserPromptSubmit",
+            "PreToolUse",
+            "PostToolUse",
+            "Stop",
+            "StopFailure",
+            "SubagentStop",
+            "Notification",
+            "SessionEnd",
+        ),
+    }
 
-    def __init__(self, name, home, receiver):
+    def __init__(self, name, home, receiver) -> None:
         folder = FIXTURES / "transcripts" / name
         self.expected = json.loads((folder / "expected.json").read_text("utf-8"))
         self.session = Session(home, receiver)
@@ -307,9 +372,10 @@ class Replay:
         self.files, self.events, self.ledgers = {}, [], []
         raw = {path: path.read_bytes() for path in sorted(folder.rglob("*.jsonl"))}
         self.first = min(
-            self.time(found) for file in raw.values()
+            self.time(found)
+            for file in raw.values()
             for found in re.findall(rb'"timestamp":"([^"]+)"', file)
-        )  # fmt: skip
+        )
         for path, text in raw.items():
             text = re.sub(rb'"timestamp":"([^"]+)"', self.shifted, text)
             text = text.replace(old.encode(), new.encode())
@@ -323,7 +389,7 @@ class Replay:
         found = text.decode().replace("Z", "+00:00")
         return datetime.datetime.fromisoformat(found).timestamp()
 
-    def shifted(self, match):
+    def shifted(self, match) -> bytes:
         seconds = self.time(match.group(1)) - self.first + self.session.begun
         return b'"timestamp":"%s"' % iso(seconds).encode()
 
@@ -338,7 +404,7 @@ class Replay:
                     at = self.time(row["timestamp"].encode()) - self.session.begun
                 yield path, row, end, at
 
-    def find_events(self):
+    def find_events(self) -> None:
         """When Claude Code fired what."""
         runs = 0
         for path, row, end, at in self.rows():
@@ -366,7 +432,7 @@ class Replay:
         """When the first prompt's row was written."""
         return min(at for _, row, _, at in self.rows() if row.get("promptId"))
 
-    def play(self, registered, chance, row_by_row=False, stops=4):
+    def play(self, registered, chance, row_by_row=False, stops=4) -> None:
         """Put the events of the registered kinds into the outbox, each with a cut of
         the files to be on disk when it is charged.
         """
@@ -415,14 +481,14 @@ class Replay:
                 found[i] = max(found[i], found[i - 1])
         return found
 
-    def show(self, state):
+    def show(self, state) -> None:
         """Let the files have grown to `state`: path -> bytes."""
         for path, size in state.items():
             there = path.stat().st_size if path.exists() else 0
             if size > there:
                 self.session.add(self.files[path][there:size], to=path)
 
-    def check(self, whole=True):
+    def check(self, whole=True) -> None:
         """The sums over all pings are the client's own."""
         pings, wanted = self.session.usage(), self.expected["unique_messages_total"]
         wanted = {
@@ -454,14 +520,14 @@ TRANSCRIPTS = sorted(path.name for path in (FIXTURES / "transcripts").iterdir())
 
 @pytest.mark.parametrize("registered", sorted(Replay.REGISTERED))
 @pytest.mark.parametrize("name", TRANSCRIPTS)
-def test_sum_is_exact_for_every_cut(home, receiver, name, registered):
+def test_sum_is_exact_for_every_cut(home, receiver, name, registered) -> None:
     """However much of a transcript is there when each ping is charged, and whatever
     events are registered, the sums over the pings are the client's own ledger.
     """
     replays = []
     for seed in range(8):
         replay = Replay(name, home, receiver)
-        replay.play(registered, random.Random("%s %s %d" % (name, registered, seed)))
+        replay.play(registered, random.Random(f"{name} {registered} {seed}"))
         replays.append(replay)
     send(home, receiver.url)
     assert not home.waiting()
@@ -470,7 +536,7 @@ def test_sum_is_exact_for_every_cut(home, receiver, name, registered):
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
-def test_sum_is_exact_row_by_row(home, receiver, name):
+def test_sum_is_exact_row_by_row(home, receiver, name) -> None:
     """A ping after every single row of a transcript: the sums are the ledger still."""
     replay = Replay(name, home, receiver)
     replay.play("all", random.Random(1), row_by_row=True)
@@ -489,7 +555,7 @@ def turn(at, n, **changes):
 
 
 @pytest.mark.parametrize("source", ["startup", "clear"])
-def test_new_session_is_charged_from_the_start_of_its_file(session, source):
+def test_new_session_is_charged_from_the_start_of_its_file(session, source) -> None:
     """A session met at its startup or after /clear has no history: every row counts,
     also one that is older than the SessionStart event.
     """
@@ -510,7 +576,7 @@ MET_LATE = {
 }
 
 
-def prepare_met_late(session, source, late):
+def prepare_met_late(session, source, late) -> None:
     """A session with a history, failed tools in it, that goes on."""
     history = [*turn(0, 1, tools=["Bash"]), result(5, error=True), *turn(10, 2)]
     session.add(*([] if late else history))
@@ -525,7 +591,7 @@ met_late = together(MET_LATE, prepare_met_late)
 
 
 @pytest.mark.parametrize("case", MET_LATE)
-def test_resumed_or_forked_session_has_a_history(met_late, case):
+def test_resumed_or_forked_session_has_a_history(met_late, case) -> None:
     """Of a session first met when it is resumed or forked, rows older than that are
     never billed, nor is its ledger, which has them in it; the copy of a fork may come
     late.
@@ -533,17 +599,19 @@ def test_resumed_or_forked_session_has_a_history(met_late, case):
     pings = met_late[case].usage()
     assert [size_of(ping) for ping in pings] == [4, 8, 0]
     assert summed(pings, "tool_calls", "tool_failures", "cost_usd") == {
-        "tool_calls": 0, "tool_failures": 0, "cost_usd": 0
-    }  # fmt: skip
+        "tool_calls": 0,
+        "tool_failures": 0,
+        "cost_usd": 0,
+    }
 
 
 COPIED = {first: [first] for first in ("startup", "fork", "Stop", "SessionEnd")}
 
 
-def prepare_copied(session, first):
+def prepare_copied(session, first) -> None:
     """A session with another's turn and one of its own, as young as that."""
-    copied = dict(requestSessionId=str(uuid.uuid4()))
-    own = dict(requestSessionId=session.id)
+    copied = {"requestSessionId": str(uuid.uuid4())}
+    own = {"requestSessionId": session.id}
     session.add(*turn(0, 1, tools=["Bash"], stop="tool_use", **copied), result(2))
     session.add(message(3, 2, **copied), *turn(10, 4, **own), ledger({OPUS: 7}, 7.0))
     if first in ("startup", "fork"):
@@ -557,7 +625,7 @@ copied = together(COPIED, prepare_copied)
 
 
 @pytest.mark.parametrize("case", COPIED)
-def test_rows_copied_from_another_session_never_count(copied, case):
+def test_rows_copied_from_another_session_never_count(copied, case) -> None:
     """A row whose requestSessionId is another session's is that session's bill, however
     young it is and whatever event the session was met at.
     """
@@ -566,7 +634,7 @@ def test_rows_copied_from_another_session_never_count(copied, case):
     assert summed(pings, "cost_usd", "tool_calls") == {"cost_usd": 0, "tool_calls": 0}
 
 
-def test_fork_of_a_real_session_is_charged_for_its_own_turn_only(home, receiver):
+def test_fork_of_a_real_session_is_charged_for_its_own_turn_only(home, receiver) -> None:
     """A fork's file repeats its parent's rows with old times and ids: of a real one
     only what was said after the fork is billed.
     """
@@ -590,12 +658,18 @@ def test_fork_of_a_real_session_is_charged_for_its_own_turn_only(home, receiver)
 
 MIDDLE = {
     first: [first]
-    for first in ("Stop", "StopFailure", "SubagentStop", "PostToolUse", "Notification",
-                  "SessionStart")
-}  # fmt: skip
+    for first in (
+        "Stop",
+        "StopFailure",
+        "SubagentStop",
+        "PostToolUse",
+        "Notification",
+        "SessionStart",
+    )
+}
 
 
-def prepare_middle(session, first):
+def prepare_middle(session, first) -> None:
     """A session of three turns, met at the end of the second."""
     session.add(*turn(0, 1, tools=["Bash"]), result(2, error=True), prompt(10))
     session.add(message(11, 2, stop="tool_use", tools=["Read"]))
@@ -609,7 +683,7 @@ middle = together(MIDDLE, prepare_middle)
 
 
 @pytest.mark.parametrize("case", MIDDLE)
-def test_session_met_in_the_middle_is_charged_from_its_last_prompt(middle, case):
+def test_session_met_in_the_middle_is_charged_from_its_last_prompt(middle, case) -> None:
     """When the first event met is another one, what is older than the last prompt
     before it is history; a tool's result is no prompt. Such an account has no cost to
     tell.
@@ -617,11 +691,13 @@ def test_session_met_in_the_middle_is_charged_from_its_last_prompt(middle, case)
     pings = middle[case].usage()
     assert sum(size_of(ping) for ping in pings) == 2 + 4 + 8
     assert summed(pings, "tool_calls", "tool_failures", "cost_usd") == {
-        "tool_calls": 1, "tool_failures": 1, "cost_usd": 0
-    }  # fmt: skip
+        "tool_calls": 1,
+        "tool_failures": 1,
+        "cost_usd": 0,
+    }
 
 
-def test_session_met_in_its_first_turn_is_whole(session):
+def test_session_met_in_its_first_turn_is_whole(session) -> None:
     """A session met late, but before its second prompt, has no history: it is charged
     whole, and its cost is told.
     """
@@ -632,7 +708,7 @@ def test_session_met_in_its_first_turn_is_whole(session):
     assert session.usage()[-1]["cost_usd"] == 0.25
 
 
-def test_session_end_alone_has_it_all(session):
+def test_session_end_alone_has_it_all(session) -> None:
     """Who wants few pings registers SessionEnd alone: its ping has the whole session,
     all its turns and its cost.
     """
@@ -644,7 +720,7 @@ def test_session_end_alone_has_it_all(session):
     assert "usage_complete" not in ping
 
 
-def test_session_end_alone_leaves_an_earlier_run_alone(session):
+def test_session_end_alone_leaves_an_earlier_run_alone(session) -> None:
     """A session whose first run ended before the hook was there has that as history:
     its end alone tells of the run that it ends.
     """
@@ -659,7 +735,7 @@ def test_session_end_alone_leaves_an_earlier_run_alone(session):
 AGAIN = {name: [name] for name in ("startup", "clear", "resume", "fork", "compact")}
 
 
-def prepare_again(session, source):
+def prepare_again(session, source) -> None:
     """A session that ended, used more without a word, and began again."""
     session.add(*turn(0, 1))
     session.hold("SessionStart", -1, source="startup")
@@ -674,7 +750,7 @@ again = together(AGAIN, prepare_again)
 
 
 @pytest.mark.parametrize("case", AGAIN)
-def test_account_is_never_reopened(again, case):
+def test_account_is_never_reopened(again, case) -> None:
     """A session that goes on goes on being charged: no later SessionStart makes history
     of what was not billed yet, or bills again what was.
     """
@@ -683,7 +759,7 @@ def test_account_is_never_reopened(again, case):
     assert [ping.get("cost_usd") for ping in pings] == [None, 0.25, None, 0.75]
 
 
-def test_each_destination_has_accounts_of_its_own(session, home):
+def test_each_destination_has_accounts_of_its_own(session, home) -> None:
     """Two destinations are told everything each."""
     session.add(*turn(0, 1))
     session.hold("Stop", 2)
@@ -701,7 +777,7 @@ def test_each_destination_has_accounts_of_its_own(session, home):
 # -- One row per API message -----------------------------------------------------------
 
 
-def test_message_counts_once_however_many_rows_repeat_it(session):
+def test_message_counts_once_however_many_rows_repeat_it(session) -> None:
     """The client repeats a message's usage in the row of each content block: it counts
     once, also when a ping was charged between two of its rows.
     """
@@ -713,15 +789,16 @@ def test_message_counts_once_however_many_rows_repeat_it(session):
 
 
 OUTPUTS = {
-    "%s, %s" % (list(outputs), "a ping after each" if between else "one ping"): (
-        outputs, between
+    "{}, {}".format(list(outputs), "a ping after each" if between else "one ping"): (
+        outputs,
+        between,
     )
     for outputs in ((1, 1, 300), (300, 1, 1), (1, 300, 2), (1, None, 20), (None, 300))
     for between in (False, True)
-}  # fmt: skip
+}
 
 
-def prepare_outputs(session, outputs, between):
+def prepare_outputs(session, outputs, between) -> None:
     """The rows of one message, with these output counts."""
     rows = [
         message(i, 0, "msg_a", usage=dict(usage_of(1), output_tokens=n))
@@ -729,7 +806,7 @@ def prepare_outputs(session, outputs, between):
     ]
     steps = [[row] for row in rows] if between else [rows]
     session.add(prompt(0), *steps[0])
-    for i, then in enumerate(steps[1:] + [()]):
+    for i, then in enumerate([*steps[1:], ()]):
         session.hold("Stop", 10 + i, then=then)
 
 
@@ -737,7 +814,7 @@ outputs = together(OUTPUTS, prepare_outputs)
 
 
 @pytest.mark.parametrize("case", OUTPUTS)
-def test_row_with_the_most_output_counts(outputs, case):
+def test_row_with_the_most_output_counts(outputs, case) -> None:
     """Older rows of a message hold partial output counts: the largest counts, and when
     a smaller one is charged already, the difference rides on a later ping.
     """
@@ -746,19 +823,21 @@ def test_row_with_the_most_output_counts(outputs, case):
     assert summed(outputs[case].usage(), *MULTIPLES) == wanted
 
 
-def test_row_with_the_most_output_counts_as_a_whole(session):
+def test_row_with_the_most_output_counts_as_a_whole(session) -> None:
     """One row of a message counts, the one with the most output: not the largest of
     each count over all its rows.
     """
-    rows = [message(1, 0, "msg_a", usage=dict(usage_of(64), output_tokens=1)),
-            message(2, 4, "msg_a")]  # fmt: skip
+    rows = [
+        message(1, 0, "msg_a", usage=dict(usage_of(64), output_tokens=1)),
+        message(2, 4, "msg_a"),
+    ]
     session.add(prompt(0), *rows)
     session.hold("Stop", 3)
     send(session.home, session.receiver.url)
     assert summed(session.usage(), *MULTIPLES) == used(4)
 
 
-def test_last_256_messages_are_remembered(session):
+def test_last_256_messages_are_remembered(session) -> None:
     """A message that is repeated 255 messages later, in another read, counts once."""
     session.add(prompt(0), message(1, 1, "msg_first"))
     session.add(*[message(2, 1) for _ in range(255)])
@@ -767,12 +846,12 @@ def test_last_256_messages_are_remembered(session):
     assert session.send() == [("Stop", 256), ("Stop", 512)]
 
 
-def test_busy_subagent_makes_no_message_of_another_file_count_twice(session):
+def test_busy_subagent_makes_no_message_of_another_file_count_twice(session) -> None:
     """A message half-written when a ping was charged counts once, however many messages
     a sub-agent had in between.
     """
     session.add(prompt(0), message(1, 1, "msg_main", "tool_use", tools=["Agent"]))
-    rows = [message(2, 1, "msg_agent%d" % i, "tool_use") for i in range(300)]
+    rows = [message(2, 1, f"msg_agent{i}", "tool_use") for i in range(300)]
     session.add(*rows, to=session.agent())
     session.hold("SubagentStop", 3, then=[message(4, 1, "msg_main"), message(5, 512)])
     session.hold("Stop", 6)
@@ -817,7 +896,7 @@ NO_MESSAGE = {
 }
 
 
-def prepare_no_message(session, row):
+def prepare_no_message(session, row) -> None:
     """The row between two turns."""
     session.add(*turn(0, 2), row, *turn(10, 4))
     session.hold("SessionStart", 0, source="startup")
@@ -830,7 +909,7 @@ no_message = together(
 
 
 @pytest.mark.parametrize("case", NO_MESSAGE)
-def test_row_that_is_no_api_message_counts_nothing(no_message, case):
+def test_row_that_is_no_api_message_counts_nothing(no_message, case) -> None:
     """The client's own words, its reports of API errors, and whatever else a transcript
     may hold, count nothing and cost no other row its count.
     """
@@ -839,11 +918,16 @@ def test_row_that_is_no_api_message_counts_nothing(no_message, case):
     assert (ping["model"], ping.get("usage_complete", True)) == (OPUS, True)
 
 
-NO_TIME = {"none": {}, "empty": {"timestamp": ""}, "text": {"timestamp": "yesterday"},
-           "number": {"timestamp": "17"}, "list": {"timestamp": ["2026"]}}  # fmt: skip
+NO_TIME = {
+    "none": {},
+    "empty": {"timestamp": ""},
+    "text": {"timestamp": "yesterday"},
+    "number": {"timestamp": "17"},
+    "list": {"timestamp": ["2026"]},
+}
 
 
-def prepare_no_time(session, changes):
+def prepare_no_time(session, changes) -> None:
     """A turn whose rows have no usable time, between two others."""
     rows = [{k: v for k, v in row.items() if k != "timestamp"} for row in turn(0, 2)]
     session.add(*turn(0, 1), *[dict(row, **changes) for row in rows], *turn(10, 4))
@@ -857,7 +941,7 @@ no_time = together(
 
 
 @pytest.mark.parametrize("case", NO_TIME)
-def test_row_without_a_usable_time_loses_nothing(no_time, case):
+def test_row_without_a_usable_time_loses_nothing(no_time, case) -> None:
     """A row without a time counts where it stands; one with a time that cannot be read
     may be left out; neither makes history of what stands before it.
     """
@@ -865,7 +949,7 @@ def test_row_without_a_usable_time_loses_nothing(no_time, case):
     assert size_of(ping) in ([7] if case == "none" else [5, 7])
 
 
-def test_half_written_line_waits_for_its_end(session):
+def test_half_written_line_waits_for_its_end(session) -> None:
     """A line is read when it is whole, never before, and never twice."""
     session.add(prompt(0), message(1, 1))
     whole = session.path.read_bytes().replace(b"CANARY_TEXT", "漢".encode())
@@ -882,7 +966,7 @@ def test_half_written_line_waits_for_its_end(session):
 # -- Sub-agents ------------------------------------------------------------------------
 
 
-def test_subagents_have_transcripts_of_their_own(session):
+def test_subagents_have_transcripts_of_their_own(session) -> None:
     """Each sub-agent's file below the session's is charged, at any depth, from where
     its last read ended; other files there are not transcripts.
     """
@@ -896,7 +980,7 @@ def test_subagents_have_transcripts_of_their_own(session):
     session.add(message(2, 2048), to=deep.parent / "agent-deep.meta.json")
     session.add(message(2, 4096), to=session.path.with_suffix("") / "agent-x.jsonl")
 
-    def then():
+    def then() -> None:
         session.add(message(20, 16), to=session.agent())
         session.add(message(20, 32), to=deep)
         session.add(message(20, 64), to=session.agent("a3"))
@@ -908,7 +992,7 @@ def test_subagents_have_transcripts_of_their_own(session):
     assert sent == [("Stop", 15), ("SubagentStop", 112), ("SessionEnd", 0)]
 
 
-def test_subagent_that_outlives_the_turn_rides_on_a_later_ping(session):
+def test_subagent_that_outlives_the_turn_rides_on_a_later_ping(session) -> None:
     """A Stop is not the end of the work: what a sub-agent does after it is in the next
     ping, and nothing of it is lost at the session's end.
     """
@@ -925,7 +1009,7 @@ def test_subagent_that_outlives_the_turn_rides_on_a_later_ping(session):
     assert (last.get("cost_usd"), last.get("usage_complete", True)) == (1.0, True)
 
 
-def test_ledger_stands_before_subagents_rows_in_one_read(session):
+def test_ledger_stands_before_subagents_rows_in_one_read(session) -> None:
     """The ledger at the end of the session's own file covers its sub-agents'
     files too.
     """
@@ -937,7 +1021,7 @@ def test_ledger_stands_before_subagents_rows_in_one_read(session):
     assert (ping.get("cost_usd"), ping.get("usage_complete", True)) == (0.5, True)
 
 
-def test_history_of_subagents_is_history(session):
+def test_history_of_subagents_is_history(session) -> None:
     """What sub-agents did before the session was met is never billed either."""
     session.add(*turn(0, 1), *turn(10, 2))
     session.add(message(1, 4), to=session.agent())
@@ -969,7 +1053,7 @@ LATE = {  # event: what is there, where the awaited row appears, that row
 
 
 @pytest.mark.parametrize("name", sorted(LATE))
-def test_sender_waits_for_what_comes_100_ms_late(live, name):
+def test_sender_waits_for_what_comes_100_ms_late(live, name) -> None:
     """Stop fires before the turn's last row is in the file, SubagentStop before the
     agent's, /clear before the ledger: the ping has it all the same, and is complete.
     """
@@ -987,7 +1071,7 @@ def test_sender_waits_for_what_comes_100_ms_late(live, name):
     assert ping.get("cost_usd") == (0.5 if "SessionEnd" in name else None)
 
 
-def test_second_stop_waits_for_a_row_of_its_own(live):
+def test_second_stop_waits_for_a_row_of_its_own(live) -> None:
     """A last message that was charged to an earlier ping is not the one that a Stop
     waits for.
     """
@@ -1045,7 +1129,7 @@ def never(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", sorted(NEVER))
-def test_ping_says_when_what_it_waited_for_never_came(never, case):
+def test_ping_says_when_what_it_waited_for_never_came(never, case) -> None:
     """A ping waits until its event is 2 s old, then goes with usage_complete false;
     what comes later rides on the session's next ping.
     """
@@ -1056,14 +1140,14 @@ def test_ping_says_when_what_it_waited_for_never_came(never, case):
 
 
 @pytest.mark.parametrize("name", ["Stop", "SubagentStop", "SessionEnd-other"])
-def test_without_a_transcript_nothing_is_waited_for(live, name):
+def test_without_a_transcript_nothing_is_waited_for(live, name) -> None:
     """Where there is no transcript, the ping goes at once and without usage."""
     ping, seconds = hurried(live, name, agent_transcript_path=str(live.agent()))
     assert not USAGE_FIELDS & set(ping)
     assert seconds < 1.7
 
 
-def test_stop_failure_waits_for_nothing(live):
+def test_stop_failure_waits_for_nothing(live) -> None:
     """A turn that ended in an API error has no last message to wait for."""
     live.add(prompt(0), message(0, 1, stop="tool_use", tools=["Bash"]))
     ping, seconds = hurried(live, "StopFailure")
@@ -1072,7 +1156,7 @@ def test_stop_failure_waits_for_nothing(live):
     assert seconds < 1.7
 
 
-def test_agent_without_a_file_is_not_waited_for(live):
+def test_agent_without_a_file_is_not_waited_for(live) -> None:
     """Compaction's agent has no transcript of its own: its SubagentStop does not
     wait.
     """
@@ -1085,7 +1169,7 @@ def test_agent_without_a_file_is_not_waited_for(live):
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no ledger", "ledger"])
-def test_foreground_clear_is_not_waited_for(live, there):
+def test_foreground_clear_is_not_waited_for(live, there) -> None:
     """/clear writes its ledger after the hook: one that delivers itself waits in vain,
     so it does not; a ledger that is there is used.
     """
@@ -1097,7 +1181,7 @@ def test_foreground_clear_is_not_waited_for(live, there):
     assert seconds < 1.7
 
 
-def test_foreground_session_end_waits_for_its_ledger(live):
+def test_foreground_session_end_waits_for_its_ledger(live) -> None:
     """Any other end of a session has its ledger in time, and is waited for."""
     live.add(*turn(-1, 1))
     after(0.4, lambda: live.add(ledger({OPUS: 1}, 0.5)))
@@ -1105,7 +1189,7 @@ def test_foreground_session_end_waits_for_its_ledger(live):
     assert (ping.get("cost_usd"), ping.get("usage_complete", True)) == (0.5, True)
 
 
-def test_old_events_are_not_waited_for(session):
+def test_old_events_are_not_waited_for(session) -> None:
     """Pings that waited in the outbox are charged with what is there, without a
     pause.
     """
@@ -1128,7 +1212,7 @@ WINDOW = {
 }
 
 
-def prepare_window(session, name, of_agent):
+def prepare_window(session, name, of_agent) -> None:
     """Rows up to 1.9 s after an event, and one 2.1 s after it."""
     to = session.agent() if of_agent else None
     session.add(*turn(0, 1))
@@ -1141,7 +1225,7 @@ def prepare_window(session, name, of_agent):
 window = together(WINDOW, prepare_window)
 
 
-def test_turns_closer_than_2_s_do_not_run_into_each_other(session):
+def test_turns_closer_than_2_s_do_not_run_into_each_other(session) -> None:
     """A prompt after the event begins another turn, whose rows are for its own Stop."""
     session.add(*turn(0, 1), *turn(2.2, 2))
     session.hold("Stop", 2)
@@ -1151,12 +1235,12 @@ def test_turns_closer_than_2_s_do_not_run_into_each_other(session):
 
 
 @pytest.mark.parametrize("case", WINDOW)
-def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(window, case):
+def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(window, case) -> None:
     """What was written more than 2 s after an event is not poured into its ping."""
     assert [size_of(ping) for ping in window[case].usage()] == [3, 12]
 
 
-def test_next_turn_is_for_the_next_ping_however_soon_it_begins(session):
+def test_next_turn_is_for_the_next_ping_however_soon_it_begins(session) -> None:
     """A prompt that follows at once, and what it leads to, is not that Stop's."""
     session.add(*turn(0, 1), prompt(1.3), message(1.9, 2, stop="tool_use"))
     session.add(message(2.5, 4))
@@ -1166,16 +1250,16 @@ def test_next_turn_is_for_the_next_ping_however_soon_it_begins(session):
     assert [ping["duration_ms"] for ping in session.usage()] == [1200, 1300]
 
 
-def test_outage_does_not_pour_a_day_into_its_first_stop(session):
+def test_outage_does_not_pour_a_day_into_its_first_stop(session) -> None:
     """After an outage every turn's ping has that turn's usage."""
     for i in range(6):
-        session.add(*turn(100 * i, 1 << i, tools=["Tool%d" % i]))
+        session.add(*turn(100 * i, 1 << i, tools=[f"Tool{i}"]))
         session.hold("Stop", 100 * i + 1.5)
     session.add(ledger({OPUS: 63}, 0.5))
     session.hold("SessionEnd", 700)
     assert session.send() == [("Stop", 1 << i) for i in range(6)] + [("SessionEnd", 0)]
     pings = session.usage()
-    assert [p.get("tools") for p in pings[:6]] == [{"Tool%d" % i: 1} for i in range(6)]
+    assert [p.get("tools") for p in pings[:6]] == [{f"Tool{i}": 1} for i in range(6)]
     assert [ping["duration_ms"] for ping in pings[:6]] == [1500] * 6
     assert (pings[6].get("cost_usd"), pings[6].get("usage_complete", True)) == (
         0.5,
@@ -1183,7 +1267,7 @@ def test_outage_does_not_pour_a_day_into_its_first_stop(session):
     )
 
 
-def test_session_end_takes_all(session):
+def test_session_end_takes_all(session) -> None:
     """The last ping of a session leaves nothing behind, whatever its rows' times
     say.
     """
@@ -1193,11 +1277,19 @@ def test_session_end_takes_all(session):
     assert session.usage()[0]["cost_usd"] == 0.5
 
 
-def test_other_events_carry_no_usage(session):
+def test_other_events_carry_no_usage(session) -> None:
     """Only Stop, StopFailure, SubagentStop and SessionEnd carry usage."""
     session.add(*turn(0, 1))
-    names = """SessionStart UserPromptSubmit PreToolUse PostToolUse PostToolUseFailure
-            Notification PreCompact SubagentStart""".split()
+    names = [
+        "SessionStart",
+        "UserPromptSubmit",
+        "PreToolUse",
+        "PostToolUse",
+        "PostToolUseFailure",
+        "Notification",
+        "PreCompact",
+        "SubagentStart",
+    ]
     for i, name in enumerate(names):
         session.hold(name, 2 + i / 10)
     assert session.send() == [(name, None) for name in names]
@@ -1208,7 +1300,7 @@ def test_other_events_carry_no_usage(session):
 
 
 @pytest.mark.parametrize("delivered", ["at once", "after the end"])
-def test_ledger_settles_what_is_in_no_row(session, delivered):
+def test_ledger_settles_what_is_in_no_row(session, delivered) -> None:
     """Compaction and titles are calls of no row: the last ping has them, so that the
     sums are the ledger's, also when all pings are delivered after the session's end.
     """
@@ -1244,7 +1336,7 @@ LEDGERS = {  # the ledger's models, after rows of OPUS: 3; what is charged on to
 }
 
 
-def prepare_ledger(session, models, _):
+def prepare_ledger(session, models, _) -> None:
     """A session of one turn of two messages."""
     session.add(*turn(0, 1), message(2, 2))
     session.hold("Stop", 3, then=[ledger(models, 0.5)])
@@ -1255,7 +1347,7 @@ ledgers = together(LEDGERS, prepare_ledger)
 
 
 @pytest.mark.parametrize("case", LEDGERS)
-def test_ledger_doubles_nothing_and_takes_nothing_back(ledgers, case):
+def test_ledger_doubles_nothing_and_takes_nothing_back(ledgers, case) -> None:
     """The ledger's sums are compared: a model that it names otherwise is not charged
     again, and a ledger that says less than the rows changes nothing.
     """
@@ -1267,7 +1359,7 @@ def test_ledger_doubles_nothing_and_takes_nothing_back(ledgers, case):
         assert last["models"] == {name: used(n) for name, n in settled.items()}
 
 
-def test_difference_is_never_negative_in_any_count(session):
+def test_difference_is_never_negative_in_any_count(session) -> None:
     """A count of which the ledger has less than the rows is left as it is; the others
     are settled.
     """
@@ -1291,21 +1383,21 @@ def test_difference_is_never_negative_in_any_count(session):
     ],
     ids=repr,
 )
-def test_cost_is_what_has_not_been_reported_yet(session, costs, told):
+def test_cost_is_what_has_not_been_reported_yet(session, costs, told) -> None:
     """The ledger grows over resumes of a session: each end tells what is new in it,
     never something negative, and never anything twice.
     """
     runs = [[*turn(10 * i, 1), ledger({OPUS: i + 1}, n)] for i, n in enumerate(costs)]
     session.hold("SessionStart", -1, source="startup", then=runs[0])
     for i in range(len(runs)):
-        session.hold("SessionEnd", 10 * i + 3, then=(runs + [()])[i + 1])
+        session.hold("SessionEnd", 10 * i + 3, then=([*runs, ()])[i + 1])
     session.send()
     found = [ping["cost_usd"] for ping in session.usage()]
     assert found == pytest.approx(told, abs=1e-9)
 
 
 @pytest.mark.parametrize("first", ["Stop", "SessionStart"])
-def test_account_with_a_history_is_not_settled(session, first):
+def test_account_with_a_history_is_not_settled(session, first) -> None:
     """The ledger of a session that was met late holds its history: neither its
     difference nor its cost is sent.
     """
@@ -1318,7 +1410,7 @@ def test_account_with_a_history_is_not_settled(session, first):
     assert "cost_usd" not in session.usage()[-1]
 
 
-def test_ledger_of_an_earlier_run_is_not_the_last_word(session):
+def test_ledger_of_an_earlier_run_is_not_the_last_word(session) -> None:
     """A ledger counts only when nothing was said after it; what it would have settled
     is settled at the session's next end.
     """
@@ -1335,7 +1427,7 @@ def test_ledger_of_an_earlier_run_is_not_the_last_word(session):
 # -- The rest of what a ping tells -----------------------------------------------------
 
 
-def test_models_are_told_apart_when_there_are_several(session):
+def test_models_are_told_apart_when_there_are_several(session) -> None:
     """With more than one model at work, `models` has the counts of each; `model` is
     that of the last message in the main chain, whatever sub-agents use.
     """
@@ -1350,15 +1442,17 @@ def test_models_are_told_apart_when_there_are_several(session):
     session.send()
     first, second, third = session.usage()
     assert first["models"] == {
-        HAIKU: used(9), OPUS: used(2), "claude-sonnet-5@eu": used(4)
-    }  # fmt: skip
+        HAIKU: used(9),
+        OPUS: used(2),
+        "claude-sonnet-5@eu": used(4),
+    }
     assert (first["model"], size_of(first)) == (OPUS, 15)
     assert (second["model"], size_of(second), "models" in second) == (HAIKU, 16, False)
     assert (third["model"], size_of(third)) == (HAIKU, 32)
     assert third["models"] == {OPUS: used(32)}  # not the main chain's last
 
 
-def test_tools_are_counted(session):
+def test_tools_are_counted(session) -> None:
     """Each tool call counts once, under its name when that is an identifier; a failure
     is a result that says so, in sub-agents too.
     """
@@ -1382,9 +1476,9 @@ def test_tools_are_counted(session):
     assert second["tools"] == {"Bash": 1}
 
 
-def test_twenty_most_used_tools_are_named(session):
+def test_twenty_most_used_tools_are_named(session) -> None:
     """Of many tools the 20 most used are named; all calls are counted."""
-    calls = {"Tool%02d" % i: 1 + (i * 7) % 30 for i in range(30)}
+    calls = {f"Tool{i:02d}": 1 + (i * 7) % 30 for i in range(30)}
     names = [name for name, n in calls.items() for _ in range(n)]
     session.add(prompt(0), message(1, 1, tools=names))
     session.hold("Stop", 2)
@@ -1395,7 +1489,7 @@ def test_twenty_most_used_tools_are_named(session):
     assert ping["tool_calls"] == sum(calls.values())
 
 
-def test_stop_tells_how_long_the_turn_took(session):
+def test_stop_tells_how_long_the_turn_took(session) -> None:
     """On Stop `duration_ms` runs from the prompt's row to the event: not from a tool's
     result, not from a row that the client put in, not from the next prompt.
     """
@@ -1424,7 +1518,7 @@ BRANCHES = {  # the newest row's: the ping's
 }
 
 
-def prepare_branch(session, branch, _):
+def prepare_branch(session, branch, _) -> None:
     """Pings that ask for the branch and others."""
     session.add(prompt(0), message(1, 1, gitBranch="older"))
     newest = message(6, 1, gitBranch=branch)
@@ -1437,7 +1531,7 @@ branches = together(BRANCHES, prepare_branch)
 
 
 @pytest.mark.parametrize("case", BRANCHES)
-def test_branch_is_told_only_when_asked_for(branches, case):
+def test_branch_is_told_only_when_asked_for(branches, case) -> None:
     """TELEMHQ_GIT=1 adds the branch as the ping's newest row names it, when it is
     shaped like one; without it no ping has it.
     """
@@ -1446,7 +1540,7 @@ def test_branch_is_told_only_when_asked_for(branches, case):
 
 
 @pytest.mark.parametrize("value, told", [(None, None), ("0", None), ("1", "main")])
-def test_variable_for_the_branch(live, value, told):
+def test_variable_for_the_branch(live, value, told) -> None:
     """Without TELEMHQ_GIT=1 the hook's ping has no branch."""
     live.add(*turn(-1, 1))
     env = {} if value is None else {"TELEMHQ_GIT": value}
@@ -1457,7 +1551,7 @@ def test_variable_for_the_branch(live, value, told):
 # -- Sessions that ended without a word ------------------------------------------------
 
 
-def test_lost_session_makes_one_ping(session):
+def test_lost_session_makes_one_ping(session) -> None:
     """A session that was killed makes one SessionLost ping a day later: its usage, its
     project, hashes and ids; the next days nothing more.
     """
@@ -1471,15 +1565,33 @@ def test_lost_session_makes_one_ping(session):
     assert session.send() == [("SessionLost", 6)]
     ping = session.usage()[-1]
     assert set(ping) - set(MULTIPLES) == {
-        "provider", "tool", "hook_version", "event_id", "event", "timestamp", "status",
-        "project", "machine", "session_id", "cwd_hash", "transcript_path_hash", "model",
-        "tool_calls", "tool_failures", "tools", "usage_complete",
-    }  # fmt: skip
+        "provider",
+        "tool",
+        "hook_version",
+        "event_id",
+        "event",
+        "timestamp",
+        "status",
+        "project",
+        "machine",
+        "session_id",
+        "cwd_hash",
+        "transcript_path_hash",
+        "model",
+        "tool_calls",
+        "tool_failures",
+        "tools",
+        "usage_complete",
+    }
     told = {
         name: ping[name] for name in ("project", "machine", "session_id", "cwd_hash")
     }
-    assert told == {"project": "api", "machine": "mini", "session_id": session.id,
-                    "cwd_hash": "c" * 12}  # fmt: skip
+    assert told == {
+        "project": "api",
+        "machine": "mini",
+        "session_id": session.id,
+        "cwd_hash": "c" * 12,
+    }
     assert (ping["provider"], ping["tool"]) == ("anthropic", "claude-code")
     assert (ping["status"], ping["usage_complete"]) == ("success", False)
     assert (ping["tool_calls"], ping["tools"]) == (1, {"Bash": 1})
@@ -1489,7 +1601,7 @@ def test_lost_session_makes_one_ping(session):
 
 
 @pytest.mark.parametrize("name", ["SessionStart", "Notification", "PostToolUse"])
-def test_lost_session_may_have_had_any_event(session, name):
+def test_lost_session_may_have_had_any_event(session, name) -> None:
     """Whatever event a session was met at, what it used is not lost with it."""
     session.hold(name, 0.5, source="startup")
     session.send()
@@ -1508,7 +1620,7 @@ def test_lost_session_may_have_had_any_event(session, name):
     ],
     ids=["ended", "all is reported", "not yet quiet for a day", "all is reported, old"],
 )
-def test_session_that_is_not_lost(session, ended, rows, hours):
+def test_session_that_is_not_lost(session, ended, rows, hours) -> None:
     """A session that ended, or with nothing unreported, or with a word within the last
     24 hours, is not lost.
     """
@@ -1520,7 +1632,7 @@ def test_session_that_is_not_lost(session, ended, rows, hours):
     assert session.send() == []
 
 
-def test_lost_session_that_goes_on_after_all_is_exact(session):
+def test_lost_session_that_goes_on_after_all_is_exact(session) -> None:
     """A session that was taken for lost goes on where it was; lost again, it makes
     another ping.
     """
@@ -1544,7 +1656,7 @@ def test_lost_session_that_goes_on_after_all_is_exact(session):
 
 
 @pytest.mark.parametrize("foreground", [0, 1])
-def test_lost_session_is_found_by_any_hook(home, receiver, foreground):
+def test_lost_session_is_found_by_any_hook(home, receiver, foreground) -> None:
     """Whatever session's hook comes first after a day, it has the lost one told; one
     that delivers itself leaves that to the next at most.
     """
@@ -1559,7 +1671,7 @@ def test_lost_session_is_found_by_any_hook(home, receiver, foreground):
     assert [size_of(ping) for ping in lost.usage()] == [1]
 
 
-def test_lost_sessions_are_told_apart(home, receiver):
+def test_lost_sessions_are_told_apart(home, receiver) -> None:
     """Two lost sessions that used the same make two pings with two ids."""
     sessions = [Session(home, receiver) for _ in range(2)]
     for session in sessions:
@@ -1573,7 +1685,7 @@ def test_lost_sessions_are_told_apart(home, receiver):
     assert pings[0]["event_id"] != pings[1]["event_id"]
 
 
-def test_lost_session_has_one_id_even_after_a_power_cut(session):
+def test_lost_session_has_one_id_even_after_a_power_cut(session) -> None:
     """The id of a SessionLost ping follows from the session and what is charged: an
     account that is as it was before makes the same ping again, to the byte.
     """
@@ -1590,7 +1702,7 @@ def test_lost_session_has_one_id_even_after_a_power_cut(session):
     assert bodies[0] == bodies[1]
 
 
-def test_sweep_takes_place_once_a_day(session):
+def test_sweep_takes_place_once_a_day(session) -> None:
     """Sessions are looked for at most once a day, whatever number of senders runs."""
     session.add(*turn(0, 1))
     session.hold("Notification", 2)
@@ -1604,7 +1716,7 @@ def test_sweep_takes_place_once_a_day(session):
     assert time.time() - session.home.state_json()["swept_at"] < 600
 
 
-def test_session_whose_pings_wait_is_not_lost(session):
+def test_session_whose_pings_wait_is_not_lost(session) -> None:
     """After an outage of days the pings that waited are charged, each with its own: a
     session whose end waits in the outbox did not end without a word.
     """
@@ -1619,7 +1731,7 @@ def test_session_whose_pings_wait_is_not_lost(session):
     assert session.usage()[-1].get("cost_usd") == 0.5
 
 
-def test_session_whose_pings_wait_for_the_tracker_is_not_lost(session):
+def test_session_whose_pings_wait_for_the_tracker_is_not_lost(session) -> None:
     """As long as pings wait, because the tracker is away, no session counts as lost."""
     session.hold("SessionStart", -1, source="startup")
     session.send()
@@ -1638,7 +1750,7 @@ def test_session_whose_pings_wait_for_the_tracker_is_not_lost(session):
 
 
 @pytest.mark.parametrize("days, kept", [(29, 1), (31, 0)])
-def test_accounts_are_dropped_30_days_after_their_last_event(session, days, kept):
+def test_accounts_are_dropped_30_days_after_their_last_event(session, days, kept) -> None:
     """What is known of a session goes 30 days after its last event; a session resumed
     after that has all of it as history.
     """
@@ -1658,7 +1770,7 @@ def test_accounts_are_dropped_30_days_after_their_last_event(session, days, kept
 @pytest.mark.parametrize(
     "content", [b"", b"\0\0\0", b"{", b"[]", b"{}", b'{"files": 7}']
 )
-def test_broken_account_costs_no_ping(session, content):
+def test_broken_account_costs_no_ping(session, content) -> None:
     """Whatever an account's file holds, pings are made, sent, and charged again
     soon.
     """
@@ -1676,14 +1788,14 @@ def test_broken_account_costs_no_ping(session, content):
     assert not session.home.waiting()
 
 
-def test_broken_account_hides_no_lost_session(session):
+def test_broken_account_hides_no_lost_session(session) -> None:
     """Lost sessions are found among accounts that cannot be read, and told."""
     session.add(*turn(0, 1))
     session.hold("Notification", 2)
     session.send()
     broken = [b"", b"{}", b"{", b"[]", b'{"owed": 7, "ended": 0}'] * 10
     for i, content in enumerate(broken):
-        (session.base / "accounts" / ("%016x.json" % i)).write_bytes(content)
+        (session.base / "accounts" / f"{i:016x}.json").write_bytes(content)
     session.later_by(DAY_S + 60)
     assert session.send() == [("SessionLost", 1)]
 
@@ -1694,7 +1806,7 @@ def test_broken_account_hides_no_lost_session(session):
 class Opened:
     """What is opened in some directories, as the kernel tells it (inotify, Linux)."""
 
-    def __init__(self, *directories):
+    def __init__(self, *directories) -> None:
         if not sys.platform.startswith("linux"):
             pytest.skip("inotify is Linux's")
         self.libc = ctypes.CDLL(None, use_errno=True)
@@ -1707,26 +1819,30 @@ class Opened:
     def names(self):
         """Names of the files, and of the directories ("" for one that is watched)."""
         found, raw = [], b""
-        try:
+        with contextlib.suppress(BlockingIOError):
             raw = os.read(self.fd, 1 << 16)
-        except BlockingIOError:
-            pass
         while raw:
             length = struct.unpack_from("iIII", raw)[3]
             found.append(raw[16 : 16 + length].rstrip(b"\0").decode())
             raw = raw[16 + length :]
         return found
 
-    def close(self):
+    def close(self) -> None:
         os.close(self.fd)
 
 
 @pytest.mark.parametrize(
     "hook, sender, read",
-    [("0", "1", False), ("0", "0", False), ("1", "0", True), (None, "0", True),
-     ("off", "1", False), ("no!", "1", False)],
-)  # fmt: skip
-def test_usage_0_opens_no_transcript(live, hook, sender, read):
+    [
+        ("0", "1", False),
+        ("0", "0", False),
+        ("1", "0", True),
+        (None, "0", True),
+        ("off", "1", False),
+        ("no!", "1", False),
+    ],
+)
+def test_usage_0_opens_no_transcript(live, hook, sender, read) -> None:
     """For pings of a hook with TELEMHQ_USAGE=0 no transcript is opened, ever, by
     whatever session's sender; for those of any other hook it is. Not understood means
     off.
@@ -1757,7 +1873,7 @@ def test_usage_0_opens_no_transcript(live, hook, sender, read):
         assert not [p for p in live.receiver.pings if USAGE_FIELDS & set(p)]
 
 
-def test_each_ping_keeps_the_settings_of_the_hook_that_made_it(home, receiver):
+def test_each_ping_keeps_the_settings_of_the_hook_that_made_it(home, receiver) -> None:
     """One sender may empty the outbox for hooks of other sessions with other settings:
     what shapes a ping is that of its own hook, none of it the sender's.
     """
@@ -1778,8 +1894,15 @@ def test_each_ping_keeps_the_settings_of_the_hook_that_made_it(home, receiver):
         session.add(*turn(-1, 1))
         session.hook("Stop", env=settings[name])
     home.set_state()
-    send(home, receiver.url, TELEMHQ_USAGE=0, TELEMHQ_PROJECT="sender", TELEMHQ_GIT=0,
-         TELEMHQ_MACHINE="sender", TELEMHQ_HASH_KEY="sender")  # fmt: skip
+    send(
+        home,
+        receiver.url,
+        TELEMHQ_USAGE=0,
+        TELEMHQ_PROJECT="sender",
+        TELEMHQ_GIT=0,
+        TELEMHQ_MACHINE="sender",
+        TELEMHQ_HASH_KEY="sender",
+    )
     pings = {name: session.usage()[0] for name, session in sessions.items()}
     found = {
         name: (
@@ -1812,51 +1935,62 @@ def peak_kb(pid):
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-def make_fifo(path):
+def make_fifo(path) -> None:
     """A FIFO that nobody writes."""
     os.mkfifo(str(path))
 
 
-def make_gigabyte(path):
+def make_gigabyte(path) -> None:
     """1 GB without a line's end."""
     with open(str(path), "wb") as file:
         file.truncate(1 << 30)
 
 
-def make_no_line(path):
+def make_no_line(path) -> None:
     """120 MB without a line's end, small enough to be read."""
     with open(str(path), "wb") as file:
         file.truncate(120 << 20)
 
 
-def make_long_line(path):
+def make_long_line(path) -> None:
     """A line of 50 MB that looks as if it counted."""
     with open(str(path), "ab") as file:
         file.write(b'{"type":"user","promptId":"x","usage":"')
         file.write(b"CANARY " * (50 << 17) + b'"}\n')
 
 
-def make_not_utf8(path):
+def make_not_utf8(path) -> None:
     """Every byte there is."""
     path.write_bytes(bytes(range(256)) * 1000)
 
 
-def make_link(path):
+def make_link(path) -> None:
     """A symbolic link to a device without an end."""
     os.symlink("/dev/zero", str(path))
 
 
-MAKERS = (None, pathlib.Path.touch, pathlib.Path.mkdir, make_fifo, make_gigabyte,
-          make_no_line, make_long_line, make_not_utf8, make_link)  # fmt: skip
+MAKERS = (
+    None,
+    pathlib.Path.touch,
+    pathlib.Path.mkdir,
+    make_fifo,
+    make_gigabyte,
+    make_no_line,
+    make_long_line,
+    make_not_utf8,
+    make_link,
+)
 BROKEN = {
     getattr(make, "__name__", "missing") + (", an agent's" if of_agent else ""): (
-        make, of_agent
+        make,
+        of_agent,
     )
-    for make in MAKERS for of_agent in (False, True)
-}  # fmt: skip
+    for make in MAKERS
+    for of_agent in (False, True)
+}
 
 
-def prepare_broken(session, make, of_agent):
+def prepare_broken(session, make, of_agent) -> None:
     """A session whose own transcript, or an agent's, is none."""
     path = session.agent() if of_agent else session.path
     session.add(*turn(0, 1))
@@ -1877,7 +2011,7 @@ broken = together(BROKEN, prepare_broken)
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_transcript_costs_the_ping_its_usage_only(broken, case):
+def test_broken_transcript_costs_the_ping_its_usage_only(broken, case) -> None:
     """Missing, empty, a directory, a FIFO, 1 GB, not UTF-8, a line of 50 MB: the ping
     goes, in time, and bounded memory is used for it.
     """
@@ -1894,14 +2028,14 @@ def test_broken_transcript_costs_the_ping_its_usage_only(broken, case):
     assert broken[case].took < 30  # for all of them
 
 
-def test_long_line_is_passed_over_in_any_two_reads(session):
+def test_long_line_is_passed_over_in_any_two_reads(session) -> None:
     """A line too long to keep is passed over also when its end is written much later:
     nothing inside it counts, and all behind it does.
     """
     inner = b'"usage":{"input_tokens":1},'
     session.add(*turn(0, 1), b'{"type":"assistant",' + inner * (9 << 20 >> 4))
 
-    def then():
+    def then() -> None:
         session.add(inner * 1000 + b'"x":1}\n', *turn(10, 2))
 
     session.hold("Stop", 2, then=then)
@@ -1916,7 +2050,7 @@ REPLACED = {
 }
 
 
-def prepare_replaced(session, how, of_agent):
+def prepare_replaced(session, how, of_agent) -> None:
     """A session whose transcript, or an agent's, is replaced after its first Stop."""
     path = session.agent() if of_agent else session.path
     session.add(*turn(0, 1))
@@ -1924,7 +2058,7 @@ def prepare_replaced(session, how, of_agent):
     session.add(*rows, to=path)
     session.hold("SessionStart", -1, source="startup")
 
-    def then():
+    def then() -> None:
         raw, other = path.read_bytes(), path.with_suffix(".new")
         if how == "emptied":
             os.truncate(str(path), 0)
@@ -1946,7 +2080,7 @@ replaced = together(REPLACED, prepare_replaced)
 
 
 @pytest.mark.parametrize("case", REPLACED)
-def test_replaced_transcript_counts_nothing_twice(replaced, case):
+def test_replaced_transcript_counts_nothing_twice(replaced, case) -> None:
     """A transcript that shrank or was replaced is skipped to its end; what comes behind
     is counted, and the client's ledger settles the rest.
     """
@@ -1974,9 +2108,12 @@ HOSTILE = {  # texts where a name or an id should be
     "branch": [message(1, 1, gitBranch=WORDS)],
     "branch, not asked for": [message(1, 1, gitBranch="CANARY-branch")],
     "tool": [message(1, 1, tools=[WORDS, "Bash"])],
-    "tool call": [in_place_of("", content=[{"type": "tool_use", "id": [WORDS],
-                                            "name": {"a": WORDS}}]),
-                  in_place_of("", content=[{"type": "tool_use", "id": WORDS}])],
+    "tool call": [
+        in_place_of(
+            "", content=[{"type": "tool_use", "id": [WORDS], "name": {"a": WORDS}}]
+        ),
+        in_place_of("", content=[{"type": "tool_use", "id": WORDS}]),
+    ],
     "message": [in_place_of("id")],
     "content": [in_place_of("content")],
     "model": [in_place_of("model")],
@@ -1988,7 +2125,7 @@ HOSTILE = {  # texts where a name or an id should be
     "time": [message(1, 1, timestamp=WORDS)],
     "type": [dict(message(1, 1), type=WORDS)],
     "others": [message(1, 1, requestId=WORDS, slug=WORDS, requestedModel=WORDS)],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -2012,7 +2149,7 @@ def seen_words(tmp_path_factory):
                 session.hold(event_name, 2, git=git, source="startup")
         steps = dict(receiver.later)
 
-        def look():
+        def look() -> None:
             for path in home.state.rglob("*"):
                 raw = path.read_bytes() if path.is_file() else b""
                 if b"CANARY" in raw:
@@ -2022,7 +2159,7 @@ def seen_words(tmp_path_factory):
                             where = path.parent.name, raw[max(0, at - 40) : at + 20]
                             found.setdefault(name, []).append(where)
 
-        def answer(request):
+        def answer(request) -> int:
             steps.get(request.ping["event_id"], int)()
             look()
             return 200
@@ -2045,7 +2182,7 @@ def seen_words(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS + sorted(HOSTILE))
-def test_nothing_of_a_transcript_but_counts_ids_and_names_is_kept(seen_words, name):
+def test_nothing_of_a_transcript_but_counts_ids_and_names_is_kept(seen_words, name) -> None:
     """No text of a transcript reaches a ping, an account, the log or any other file, at
     no time: not of the real ones, and not where a text stands in place of a name.
     """
@@ -2055,7 +2192,7 @@ def test_nothing_of_a_transcript_but_counts_ids_and_names_is_kept(seen_words, na
 # -- What is lost is counted -----------------------------------------------------------
 
 
-def test_tokens_of_a_refused_ping_are_counted_as_lost(session):
+def test_tokens_of_a_refused_ping_are_counted_as_lost(session) -> None:
     """Delivered pings and what is counted as lost are the ledger together: a ping that
     the tracker refuses takes its tokens into the count of losses, a delivered one none.
     """
@@ -2065,7 +2202,7 @@ def test_tokens_of_a_refused_ping_are_counted_as_lost(session):
     session.hold("Stop", 22)
     answer = session.receiver.answer
 
-    def refuse(request):
+    def refuse(request) -> int:
         answer(request)
         return 400 if request.ping["total_tokens"] == 2 * 16 else 200
 
@@ -2076,7 +2213,7 @@ def test_tokens_of_a_refused_ping_are_counted_as_lost(session):
     assert sum(losses.values()) - losses["tokens"] == 1
 
 
-def test_tokens_of_an_overflowed_ping_are_counted_when_it_was_charged(session):
+def test_tokens_of_an_overflowed_ping_are_counted_when_it_was_charged(session) -> None:
     """A ping that the bound forces out was charged, and its tokens are lost and
     counted; or it was not, and its tokens are in the session's next ping.
     """
@@ -2091,8 +2228,8 @@ def test_tokens_of_an_overflowed_ping_are_counted_when_it_was_charged(session):
     old = {path.name for path in session.home.waiting()}
     ping = {"provider": "anthropic", "status": "success", "event": "Notification"}
     for i in range(5000):
-        record = {"ping": dict(ping, event_id="%032x" % i), "local": {}}
-        (outbox / ("%020d-%032x.json" % (ns + i, i))).write_text(json.dumps(record))
+        record = {"ping": dict(ping, event_id=f"{i:032x}"), "local": {}}
+        (outbox / f"{ns + i:020d}-{i:032x}.json").write_text(json.dumps(record))
     session.home.set_state()
     session.hook("Notification", env=foreground)
     waiting = session.home.waiting()
@@ -2114,7 +2251,7 @@ def test_tokens_of_an_overflowed_ping_are_counted_when_it_was_charged(session):
 # -- The whole way, by hooks alone -----------------------------------------------------
 
 
-def test_whole_way_of_a_session(live):
+def test_whole_way_of_a_session(live) -> None:
     """Hooks, detached senders and a client that writes late: the sums are the
     ledger.
     """

@@ -4,14 +4,17 @@ The steps are those of the real script in a process of its own; only `os` is wra
 from outside. A fresh sender then finishes.
 """
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
 import threading
 
 import pytest
-from support import SCRIPT, Home
 from test_usage import DAY_S, HAIKU, OPUS, Session, ledger, message, size_of, turn
+
+from support import SCRIPT, Home
 
 NURSERY = r"""
 # For each line on stdin, runs the script as a sender in a forked child (which saves the
@@ -74,11 +77,12 @@ for line in sys.stdin:
 class Nursery:
     """Runs senders, of which one step fails."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", NURSERY, str(SCRIPT)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.limit = threading.Timer(240, self.process.kill)
         self.limit.start()
 
@@ -89,7 +93,7 @@ class Nursery:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def close(self):
+    def close(self) -> None:
         self.limit.cancel()
         self.process.stdin.close()
         self.process.wait(60)
@@ -109,14 +113,14 @@ def at_every_step(nursery, receiver, path, how, prepare):
     been.
     """
     nth, steps = 0, 0
-    while nth == steps or how != "killed" and nth < steps:
+    while nth == steps or (how != "killed" and nth < steps):
         nth += 1
-        session = Session(Home(path / ("home%d" % nth)), receiver)
+        session = Session(Home(path / f"home{nth}"), receiver)
         prepare(session)
         status, steps, name = nursery.run(session.home, receiver.url, nth, how)
         assert status == (9 if how == "killed" and nth <= steps else 0), (status, name)
         if nth <= steps:
-            yield "%s at step %d, %s" % (how, nth, name), session
+            yield f"{how} at step {nth}, {name}", session
     assert nth > 15  # opened, written, renamed: an account, a ping, the state
 
 
@@ -136,7 +140,7 @@ def told(session):
     return [json.loads(min(found)) for found in bodies.values()]
 
 
-def prepare_session(session):
+def prepare_session(session) -> None:
     """A whole session, its pings waiting."""
     session.add(*turn(0, 1), ledger({OPUS: 1, HAIKU: 8}, 0.5))
     session.hold("SessionStart", -1, source="startup")
@@ -145,7 +149,7 @@ def prepare_session(session):
 
 
 @pytest.mark.parametrize("how", ["killed", "no space, once", "no space, from then on"])
-def test_sender_that_fails_at_any_step_charges_once(nursery, receiver, tmp_path, how):
+def test_sender_that_fails_at_any_step_charges_once(nursery, receiver, tmp_path, how) -> None:
     """Whatever step of charging a sender dies at, or the disk refuses: what was used is
     told exactly once over all pings, and a ping that is repeated is the same bytes.
     Only a disk that refuses even to open the account may make history of the first
@@ -174,7 +178,7 @@ def test_sender_that_fails_at_any_step_charges_once(nursery, receiver, tmp_path,
 def prepare_lost_session(nursery):
     """A session with an account, then killed, a day ago."""
 
-    def prepare(session):
+    def prepare(session) -> None:
         session.hold("SessionStart", -1, source="startup")
         nursery.run(session.home, session.receiver.url)
         session.add(*turn(0, 1), *turn(10, 2))
@@ -186,7 +190,7 @@ def prepare_lost_session(nursery):
 @pytest.mark.parametrize(
     "how, goes_on", [("killed", False), ("killed", True), ("no space, once", False)]
 )
-def test_lost_session_is_told_once(nursery, receiver, tmp_path, how, goes_on):
+def test_lost_session_is_told_once(nursery, receiver, tmp_path, how, goes_on) -> None:
     """A crash while a SessionLost ping is made cannot make two: what is repeated has
     the same id and the same bytes. The session may even go on: nothing is told twice.
     """
