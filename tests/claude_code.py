@@ -23,11 +23,11 @@ import subprocess
 import sys
 import threading
 import time
+from typing import Any, Callable, Iterator, NoReturn
 
 import pytest
 
 from support import ROOT, SCRIPT, Home, Receiver, wait_until
-from typing import NoReturn
 
 SCENARIO_S = 180  # one scenario; on an idle machine the longest takes 30 s
 NAMESPACE = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
@@ -48,12 +48,12 @@ COUNTS = {  # a ping's name of a count: the API's name, the client's ledger's
 # -- What the model says -------------------------------------------------------
 
 
-def text(words):
+def text(words: str) -> dict[str, Any]:
     """A text block of an answer."""
     return {"type": "text", "text": words}
 
 
-def tool(name, **tool_input):
+def tool(name: str, **tool_input: object) -> dict[str, Any]:
     """A tool_use block of an answer: the client really runs it."""
     return {
         "type": "tool_use",
@@ -63,17 +63,17 @@ def tool(name, **tool_input):
     }
 
 
-def slow(seconds, *blocks):
+def slow(seconds: float, *blocks: dict[str, Any]) -> Callable[[], list[dict[str, Any]]]:
     """An answer that begins only after a while."""
 
-    def answer():
+    def answer() -> list[dict[str, Any]]:
         time.sleep(seconds)
         return list(blocks)
 
     return answer
 
 
-def _random_id(kind) -> str:
+def _random_id(kind: str) -> str:
     return f"{kind}_{random.getrandbits(96):024x}"
 
 
@@ -95,7 +95,7 @@ class Messages:
 
             do_HEAD = do_GET
 
-            def do_POST(self):
+            def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = self.rfile.read(length)
                 if not self.path.startswith("/v1/messages?"):
@@ -111,14 +111,16 @@ class Messages:
                 with contextlib.suppress(OSError):
                     self.stream(session_id, asked["model"], answer)
 
-            def send(self, kind, body, status=200) -> None:
+            def send(self, kind: str, body: bytes, status: int = 200) -> None:
                 self.send_response(status)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
 
-            def stream(self, session_id, model, blocks) -> None:
+            def stream(
+                self, session_id: str, model: str, blocks: list[dict[str, Any]]
+            ) -> None:
                 message = {
                     "id": _random_id("msg"),
                     "type": "message",
@@ -147,7 +149,7 @@ class Messages:
                 outer.bill.append(entry)
                 self.tell("message_stop")
 
-            def block(self, index, block) -> None:
+            def block(self, index: int, block: dict[str, Any]) -> None:
                 if block["type"] == "text":
                     empty = dict(block, text="")
                     delta = {"type": "text_delta", "text": block["text"]}
@@ -159,12 +161,12 @@ class Messages:
                 self.tell("content_block_delta", index=index, delta=delta)
                 self.tell("content_block_stop", index=index)
 
-            def tell(self, kind, **fields) -> None:
+            def tell(self, kind: str, **fields: object) -> None:
                 found = json.dumps(dict(fields, type=kind))
                 self.wfile.write(f"event: {kind}\ndata: {found}\n\n".encode())
                 self.wfile.flush()
 
-            def log_message(self, *_) -> None:
+            def log_message(self, *_: object) -> None:
                 """Nothing: the tests read `asked` and `bill`."""
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -172,7 +174,7 @@ class Messages:
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
-    def answer(self, messages):
+    def answer(self, messages: list[dict[str, Any]]) -> Any:
         """The answer that is next after the last prompt with a word of the script."""
         said = 0
         for message in reversed(messages):
@@ -189,14 +191,14 @@ class Messages:
         return [text("CANARY_ASSISTANT has nothing to add")]
 
 
-def _words(content):
+def _words(content: Any) -> str:
     """The text of a user message, without tool results."""
     if isinstance(content, str):
         return content
     return " ".join(block.get("text", "") for block in content)
 
 
-def _counts():
+def _counts() -> dict[str, Any]:
     """The usage of one message: numbers that no wrong sum of them matches by chance."""
     return {
         "input_tokens": random.randrange(100, 1000),
@@ -210,7 +212,7 @@ def _counts():
 # -- The world the client lives in ------------------------------------------------
 
 
-def hooks(*events, matcher=None):
+def hooks(*events: str, matcher: str | None = None) -> dict[str, Any]:
     """A settings block: the example's command for other events."""
     group = dict(json.loads(EXAMPLE.read_text("utf-8"))["hooks"]["Stop"][0])
     if matcher:
@@ -221,14 +223,14 @@ def hooks(*events, matcher=None):
 class World:
     """One HOME with the script installed, the receiver, the stand-in, the client."""
 
-    def __init__(self, path) -> None:
+    def __init__(self, path: str) -> None:
         self.home = Home(path)
         self.receiver = Receiver()
         self.messages = Messages()
         self.runs, self.children = [], []
         (self.home.path / ".claude" / "hooks").mkdir(parents=True)
 
-    def install(self, *blocks) -> None:
+    def install(self, *blocks: dict[str, Any]) -> None:
         """Copy the script, and paste these blocks into the user's settings.json."""
         folder = self.home.path / ".claude" / "hooks"
         shutil.copy(str(SCRIPT), str(folder / SCRIPT.name))
@@ -239,7 +241,7 @@ class World:
         settings = folder.parent / "settings.json"
         settings.write_text(json.dumps({"hooks": found}))
 
-    def env(self):
+    def env(self) -> dict[str, str]:
         """The client's environment: clean, offline, the tracker's URL exported."""
         found = self.home.env(
             self.receiver.url,
@@ -255,7 +257,7 @@ class World:
         found["PATH"] = os.path.dirname(sys.executable) + ":" + found["PATH"]
         return found
 
-    def start(self, form, *options):
+    def start(self, form: str, *options: str) -> subprocess.Popen[bytes]:
         """Start the client; `form` is that of its output."""
         command = [client(), "-p", "--dangerously-skip-permissions"]
         command += ["--output-format", form, *options]
@@ -270,14 +272,14 @@ class World:
         self.children.append(child)
         return child
 
-    def claude(self, prompt, *options):
+    def claude(self, prompt: str, *options: str) -> dict[str, Any]:
         """One session of one prompt, `claude -p`; gives the client's own result."""
         begun = time.monotonic()
         child = self.start("json", *options, prompt)
         stdout, stderr = child.communicate()
         return self.ended(json.loads(stdout), stderr, time.monotonic() - begun)
 
-    def talk(self, *prompts):
+    def talk(self, *prompts: str) -> dict[str, Any]:
         """One session of several turns; gives the client's own last result."""
         talk = Talk(self)
         for prompt in prompts:
@@ -285,13 +287,15 @@ class World:
         talk.end()
         return result
 
-    def ended(self, result, stderr, seconds):
+    def ended(
+        self, result: dict[str, Any], stderr: bytes, seconds: float
+    ) -> dict[str, Any]:
         """Keep what the client said about one run."""
         stderr = stderr.decode("utf-8", "replace")
         self.runs.append({"result": result, "stderr": stderr, "seconds": seconds})
         return result
 
-    def transcript(self, session_id):
+    def transcript(self, session_id: str) -> pathlib.Path:
         """The path of a session's transcript."""
         projects = self.home.path / ".claude" / "projects"
         return next(projects.glob(f"*/{session_id}.jsonl"))
@@ -309,7 +313,7 @@ class World:
         self.home.end()
         self.receiver.close()
 
-    def seen(self):
+    def seen(self) -> dict[str, Any]:
         """What a test may want to know, as JSON."""
         requests = [
             {
@@ -325,12 +329,12 @@ class World:
 class Talk:
     """A session that goes on: the client on its stream-json input."""
 
-    def __init__(self, world, *options) -> None:
+    def __init__(self, world: World, *options: str) -> None:
         options += ("--verbose", "--input-format", "stream-json")
         self.world, self.begun, self.result = world, time.monotonic(), None
         self.child = world.start("stream-json", *options)
 
-    def say(self, prompt, answered=True):
+    def say(self, prompt: str, answered: bool = True) -> dict[str, Any]:
         """Give one prompt; wait for the turn's result, unless told not to."""
         row = {"type": "user", "message": {"role": "user", "content": prompt}}
         self.child.stdin.write(json.dumps(row).encode() + b"\n")
@@ -357,7 +361,7 @@ class Talk:
 class Seen:
     """What became of a scenario."""
 
-    def __init__(self, path, found) -> None:
+    def __init__(self, path: pathlib.Path, found: dict[str, Any]) -> None:
         self.home = path
         self.requests, self.runs = found["requests"], found["runs"]
         self.bill, self.told = found["bill"], found["told"]
@@ -365,13 +369,13 @@ class Seen:
             json.loads(request["body"].encode("latin-1")) for request in self.requests
         ]
 
-    def rows(self):
+    def rows(self) -> Iterator[dict[str, Any]]:
         """Every row of every transcript, the subagents' among them."""
         for path in (self.home / ".claude" / "projects").rglob("*.jsonl"):
             for line in path.read_bytes().splitlines():
                 yield json.loads(line)
 
-    def noticed(self):
+    def noticed(self) -> list[dict[str, Any]]:
         """The rows in which the client tells of a hook's error or output."""
         found = []
         for row in self.rows():
@@ -381,7 +385,7 @@ class Seen:
                 found.append(row)
         return found
 
-    def state(self):
+    def state(self) -> dict[str, str]:
         """What every file that the script keeps holds, by path."""
         found = (self.home / ".claude" / "telemhq").rglob("*")
         return {str(p): p.read_bytes().decode("latin-1") for p in found if p.is_file()}
@@ -390,13 +394,13 @@ class Seen:
 # -- The namespace ---------------------------------------------------------------
 
 
-def client():
+def client() -> str:
     """The client's path."""
     default = ROOT / ".cache" / "claude" / "package" / "claude"
     return os.environ.get("TELEMHQ_TEST_CLAUDE") or str(default)
 
 
-def need(command, why) -> None:
+def need(command: list[str], why: str) -> None:
     """Skip the test, saying why, where a command does not work."""
     try:
         tried = subprocess.run(
@@ -414,7 +418,7 @@ def need(command, why) -> None:
     (pytest.fail if needed else pytest.skip)(f"{why} ({found})")
 
 
-def run(scenario, path, **arguments):
+def run(scenario: Callable[..., Any], path: pathlib.Path, **arguments: object) -> Seen:
     """Run `scenario(world, **arguments)` where only loopback exists; what was Seen."""
     need([client(), "--version"], "no Claude Code: set TELEMHQ_TEST_CLAUDE to its path")
     need([*NAMESPACE, "true"], "no network namespace")
@@ -436,10 +440,10 @@ def _loopback_up() -> None:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
 
 
-def main(module, scenario, home, arguments) -> None:
+def main(module: str, scenario: str, home: str, arguments: str) -> None:
     """Inside the namespace: play the scenario, print what was seen."""
 
-    def too_long(*_) -> NoReturn:
+    def too_long(*_: object) -> NoReturn:
         raise TimeoutError("the scenario took too long")
 
     _loopback_up()

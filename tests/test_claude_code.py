@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pathlib
 import time
 
 import pytest
 
 import claude_code
-from claude_code import hooks, slow, text, tool
+from claude_code import Seen, World, hooks, slow, text, tool
 
 EXAMPLE = claude_code.EXAMPLE
 PARENT = claude_code.PARENT
@@ -42,7 +43,7 @@ SCRIPT = {
 }
 
 
-def install(world) -> None:
+def install(world: World) -> None:
     """The example's events, and the README's optional ones for tool activity."""
     world.install(
         json.loads(EXAMPLE.read_text("utf-8")),
@@ -55,19 +56,19 @@ def install(world) -> None:
 # -- A session: tools, two of which fail, then an API error ----------------------
 
 
-def play_session(world) -> None:
+def play_session(world: World) -> None:
     install(world)
     world.talk("WORK CANARY_PROMPT", "FAIL", "PLAIN")
     world.settle()
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What became of a session of three turns."""
     return claude_code.run(play_session, tmp_path_factory.mktemp("session"))
 
 
-def test_each_event_arrives_as_one_ping(seen) -> None:
+def test_each_event_arrives_as_one_ping(seen: Seen) -> None:
     """Turns, tool calls and failures arrive in order, once each."""
     names = "event", "status", "tool_name", "error", "exit_code", "reason"
     found = [tuple(ping.get(name) for name in names) for ping in seen.pings]
@@ -83,7 +84,7 @@ def test_each_event_arrives_as_one_ping(seen) -> None:
     ]
 
 
-def test_each_ping_says_where_it_belongs(seen) -> None:
+def test_each_ping_says_where_it_belongs(seen: Seen) -> None:
     """All pings carry the session's id, the project's name and hash, their own id."""
     session_id = seen.runs[0]["result"]["session_id"]
     cwd = hashlib.sha256(str(seen.home / "acme" / "api").encode()).hexdigest()[:12]
@@ -97,7 +98,7 @@ def test_each_ping_says_where_it_belongs(seen) -> None:
     assert timestamps == sorted(timestamps)
 
 
-def test_nothing_that_was_said_or_done_leaves(seen) -> None:
+def test_nothing_that_was_said_or_done_leaves(seen: Seen) -> None:
     """No prompt, answer, command, output, file name or path in any byte received."""
     said, sent = json.dumps(list(seen.rows())), json.dumps(seen.requests)
     for canary in ("PROMPT", "SAY", "OUT", "FILE", "STDERR", "NOT_THERE"):
@@ -107,12 +108,12 @@ def test_nothing_that_was_said_or_done_leaves(seen) -> None:
         assert content not in sent
 
 
-def test_nothing_that_was_said_or_done_is_kept(seen) -> None:
+def test_nothing_that_was_said_or_done_is_kept(seen: Seen) -> None:
     """No prompt, answer, command, output or file name in any file of the script's."""
     assert [path for path, held in seen.state().items() if "CANARY" in held] == []
 
 
-def test_claude_code_never_notices(seen) -> None:
+def test_claude_code_never_notices(seen: Seen) -> None:
     """No hook error, no output of a hook, in the transcript or on stderr."""
     assert [row for row in seen.rows() if row.get("subtype") == "stop_hook_summary"]
     assert seen.noticed() == []
@@ -122,14 +123,14 @@ def test_claude_code_never_notices(seen) -> None:
 # -- TelemHQ's own settings block -------------------------------------------------
 
 
-def play_telemhq_block(world) -> None:
+def play_telemhq_block(world: World) -> None:
     world.install(TELEMHQ)
     world.messages.script = SCRIPT
     world.talk("PLAIN", "FAIL", "PLAIN")
     world.settle()
 
 
-def test_the_block_on_telemhqs_page_works_unchanged(tmp_path) -> None:
+def test_the_block_on_telemhqs_page_works_unchanged(tmp_path: pathlib.Path) -> None:
     """Who pasted TelemHQ's block sees turns and failures, and the client nothing."""
     seen = claude_code.run(play_telemhq_block, tmp_path)
     found = [(ping["event"], ping["status"]) for ping in seen.pings]
@@ -141,7 +142,7 @@ def test_the_block_on_telemhqs_page_works_unchanged(tmp_path) -> None:
 # -- A client that ends in an API error --------------------------------------------
 
 
-def play_failing_runs(world) -> None:
+def play_failing_runs(world: World) -> None:
     block = json.loads(EXAMPLE.read_text("utf-8"))
     hook = block["hooks"]["StopFailure"][0]["hooks"][0]
     hook["command"] = "trap '' TERM; " + hook["command"]
@@ -152,7 +153,7 @@ def play_failing_runs(world) -> None:
         world.settle()
 
 
-def test_a_failing_run_says_so_before_it_ends(tmp_path) -> None:
+def test_a_failing_run_says_so_before_it_ends(tmp_path: pathlib.Path) -> None:
     """With the README's `trap`, StopFailure arrives although `claude -p` sends its hook
     a SIGTERM after some 15 ms, before Python is up."""
     seen = claude_code.run(play_failing_runs, tmp_path)
@@ -164,10 +165,10 @@ def test_a_failing_run_says_so_before_it_ends(tmp_path) -> None:
 # -- A slow server -----------------------------------------------------------------
 
 
-def play_slow_server(world) -> None:
+def play_slow_server(world: World) -> None:
     install(world)
 
-    def two_seconds(_) -> int:
+    def two_seconds(_: object) -> int:
         time.sleep(2)
         return 200
 
@@ -179,7 +180,7 @@ def play_slow_server(world) -> None:
             world.settle()
 
 
-def test_a_slow_server_does_not_slow_the_session(tmp_path) -> None:
+def test_a_slow_server_does_not_slow_the_session(tmp_path: pathlib.Path) -> None:
     """The client takes as long when each ping takes the server 2 s."""
     seen = claude_code.run(play_slow_server, tmp_path)
     seconds = [run["seconds"] for run in seen.runs]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
+from typing import Any
 
 import pytest
 
 import claude_code
-from claude_code import COUNTS, Talk, hooks, slow, text, tool
+from claude_code import COUNTS, Seen, Talk, World, hooks, slow, text, tool
 from support import wait_until
 
 DAY_S = 86400
@@ -48,7 +49,7 @@ WHOLE += ["compacted", "cleared"]
 PARTS = ["forked", "met later", "killed", "killed and resumed"]
 
 
-def play_all(world, more):
+def play_all(world: World, more: bool) -> dict[str, Any]:
     """Every kind of session, one after the other; their results, by name."""
     example = json.loads(claude_code.EXAMPLE.read_text("utf-8"))
     world.messages.script = SCRIPT
@@ -84,7 +85,7 @@ def play_all(world, more):
     return results
 
 
-def kill_in_mid_turn(world):
+def kill_in_mid_turn(world: World) -> dict[str, Any]:
     """A session whose second turn has used tokens when the client dies."""
     talk = Talk(world)
     result = talk.say("PLAIN")
@@ -98,7 +99,7 @@ def kill_in_mid_turn(world):
     return result
 
 
-def a_day_passes(world) -> None:
+def a_day_passes(world: World) -> None:
     """As if nothing had happened for a day; then someone starts a session."""
     world.settle()
     then = time.time() - DAY_S - 60
@@ -110,13 +111,15 @@ def a_day_passes(world) -> None:
 
 
 @pytest.fixture(scope="module", params=["the example's events", "more events"])
-def seen(request, tmp_path_factory):
+def seen(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Seen:
     """What became of all sessions; `told` has the client's own results, by name."""
     more = request.param == "more events"
     return claude_code.run(play_all, tmp_path_factory.mktemp("all"), more=more)
 
 
-def play_session_end_alone(world):
+def play_session_end_alone(world: World) -> dict[str, Any]:
     """Sessions of people who want one ping each; their results, by name."""
     world.messages.script = SCRIPT
     met = world.claude("TOOLS")["session_id"]
@@ -131,26 +134,26 @@ def play_session_end_alone(world):
 
 
 @pytest.fixture(scope="module")
-def seen_at_the_end(tmp_path_factory):
+def seen_at_the_end(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What became of sessions with a hook for SessionEnd alone."""
     path = tmp_path_factory.mktemp("end")
     return claude_code.run(play_session_end_alone, path)
 
 
-def pings_of(seen, name):
+def pings_of(seen: Seen, name: str) -> list[dict[str, Any]]:
     """The pings of one session."""
     session_id = seen.told[name]["session_id"]
     return [ping for ping in seen.pings if ping["session_id"] == session_id]
 
 
-def charged(seen, name, *events):
+def charged(seen: Seen, name: str, *events: str) -> dict[str, int]:
     """The counts of a session's pings (of these events), added up."""
     pings = pings_of(seen, name)
     pings = [ping for ping in pings if not events or ping["event"] in events]
     return {count: sum(ping.get(count, 0) for ping in pings) for count in COUNTS}
 
 
-def billed(seen, name):
+def billed(seen: Seen, name: str) -> dict[str, int]:
     """The counts that the API gave out to a session."""
     session_id = seen.told[name]["session_id"]
     bill = [entry for entry in seen.bill if entry["session_id"] == session_id]
@@ -158,19 +161,19 @@ def billed(seen, name):
 
 
 @pytest.mark.parametrize("name", WHOLE + PARTS)
-def test_tokens_are_those_of_the_api(seen, name) -> None:
+def test_tokens_are_those_of_the_api(seen: Seen, name: str) -> None:
     """A session's pings add up to what the API billed, each message once."""
     assert charged(seen, name) == billed(seen, name)
 
 
 @pytest.mark.parametrize("name", ["several turns", "resumed", "met later"])
-def test_session_end_alone_has_it_all(seen_at_the_end, name) -> None:
+def test_session_end_alone_has_it_all(seen_at_the_end: Seen, name: str) -> None:
     """Who registers nothing else gets a whole session's tokens with its end."""
     assert charged(seen_at_the_end, name) == billed(seen_at_the_end, name)
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_tokens_are_those_of_the_clients_ledger(seen, name) -> None:
+def test_tokens_are_those_of_the_clients_ledger(seen: Seen, name: str) -> None:
     """A session's pings add up to the client's own result, to the token."""
     usage = seen.told[name]["modelUsage"].values()
     ledger = {count: sum(u[n[1]] for u in usage) for count, n in COUNTS.items()}
@@ -178,7 +181,7 @@ def test_tokens_are_those_of_the_clients_ledger(seen, name) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_cost_is_that_of_the_clients_ledger(seen, name) -> None:
+def test_cost_is_that_of_the_clients_ledger(seen: Seen, name: str) -> None:
     """A whole session's pings add up to the client's own total cost."""
     pings = pings_of(seen, name)
     cost = sum(ping.get("cost_usd", 0) for ping in pings)
@@ -186,7 +189,7 @@ def test_cost_is_that_of_the_clients_ledger(seen, name) -> None:
 
 
 @pytest.mark.parametrize("name", ["forked", "met later"])
-def test_no_cost_of_a_session_with_a_history(seen, name) -> None:
+def test_no_cost_of_a_session_with_a_history(seen: Seen, name: str) -> None:
     """The ledger holds what was before the hook: its cost is never billed again."""
     pings = pings_of(seen, name)
     assert pings
@@ -194,7 +197,7 @@ def test_no_cost_of_a_session_with_a_history(seen, name) -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "tools", "parallel"])
-def test_a_stop_carries_its_whole_turn(seen, name) -> None:
+def test_a_stop_carries_its_whole_turn(seen: Seen, name: str) -> None:
     """The last message too, although the client writes it after it fired Stop."""
     assert charged(seen, name, "Stop") == billed(seen, name)
     (stop,) = [ping for ping in pings_of(seen, name) if ping["event"] == "Stop"]
@@ -202,14 +205,14 @@ def test_a_stop_carries_its_whole_turn(seen, name) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_a_session_end_waits_for_the_ledger(seen, name) -> None:
+def test_a_session_end_waits_for_the_ledger(seen: Seen, name: str) -> None:
     """Written after /clear, before any other end; not at all when no turn was made."""
     ends = [ping for ping in pings_of(seen, name) if ping["event"] == "SessionEnd"]
     assert len(ends) == (3 if name == "resumed" else 1)
     assert not any("usage_complete" in ping for ping in ends)
 
 
-def test_a_session_that_was_killed_is_reported(seen) -> None:
+def test_a_session_that_was_killed_is_reported(seen: Seen) -> None:
     """A day after kill -9, one SessionLost ping carries what no event reported."""
     for name in ("killed", "killed and resumed"):
         pings = pings_of(seen, name)
@@ -219,12 +222,12 @@ def test_a_session_that_was_killed_is_reported(seen) -> None:
         assert lost["total_tokens"] > 0
 
 
-def test_a_session_that_ended_is_not_reported_again(seen) -> None:
+def test_a_session_that_ended_is_not_reported_again(seen: Seen) -> None:
     """The sweep makes one ping per lost session, and none for the others."""
     assert [ping["event"] for ping in seen.pings].count("SessionLost") == 2
 
 
-def test_tools_are_counted(seen) -> None:
+def test_tools_are_counted(seen: Seen) -> None:
     """Calls and failures, by tool, of all turns and subagents."""
     found = {}
     for name in ("tools", "parallel", "agent"):
@@ -236,7 +239,7 @@ def test_tools_are_counted(seen) -> None:
     assert stop["tools"] == {"Bash": 2, "Read": 1}
 
 
-def test_models_are_named(seen) -> None:
+def test_models_are_named(seen: Seen) -> None:
     """A subagent's model appears beside the main chain's."""
     usage = seen.told["agent"]["modelUsage"]
     assert len(usage) == 2
@@ -250,19 +253,19 @@ def test_models_are_named(seen) -> None:
     }
 
 
-def test_a_stop_says_how_long_the_turn_took(seen) -> None:
+def test_a_stop_says_how_long_the_turn_took(seen: Seen) -> None:
     """From the prompt to Stop, within what the client's run took."""
     (stop,) = [ping for ping in pings_of(seen, "tools") if ping["event"] == "Stop"]
     assert 100 < stop["duration_ms"] < 1000 * seen.runs[2]["seconds"]
 
 
-def test_nothing_but_counts_is_sent_or_kept(seen) -> None:
+def test_nothing_but_counts_is_sent_or_kept(seen: Seen) -> None:
     """No canary of prompt, answer, command or output in a ping or on disk."""
     assert "CANARY" not in json.dumps(seen.requests)
     assert [path for path, held in seen.state().items() if "CANARY" in held] == []
 
 
-def test_claude_code_never_notices(seen) -> None:
+def test_claude_code_never_notices(seen: Seen) -> None:
     """No hook error, no output of a hook, in any transcript or on stderr."""
     assert seen.noticed() == []
     assert [run["stderr"] for run in seen.runs if run["stderr"]] == []

@@ -5,13 +5,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import pathlib
 import pty
 import re
 import shutil
+import socket
 import stat
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,6 +33,10 @@ from support import (
     wait_until,
 )
 
+if TYPE_CHECKING:
+    # relative path: mode, and a file's content or a link's target
+    Tree = dict[str, tuple[int, bytes | str | None]]
+
 URL = "https://tracker.invalid/ping/" + TOKEN
 OTHER_HOOK = {"hooks": [{"type": "command", "command": "~/bin/notify 'done' | cat"}]}
 EVENTS = ["Stop", "StopFailure", "SessionEnd"]
@@ -43,11 +50,18 @@ if sys.prefix != sys.base_prefix:
 class Ended:
     """How a command ended: `code`, `out`, `err`."""
 
-    def __init__(self, code, out, err=b"") -> None:
+    def __init__(self, code: int, out: bytes, err: bytes = b"") -> None:
         self.code, self.out, self.err = code, out.decode("utf-8"), err.decode("utf-8")
 
 
-def run(home, *arguments, sent=b"", script=SCRIPT, python=sys.executable, **env):
+def run(
+    home: Home,
+    *arguments: object,
+    sent: bytes = b"",
+    script: pathlib.Path = SCRIPT,
+    python: str = sys.executable,
+    **env: Any,
+) -> Ended:
     """Run a command; its output never holds the token."""
     url = env.pop("url", None)
     done = subprocess.run(
@@ -63,12 +77,12 @@ def run(home, *arguments, sent=b"", script=SCRIPT, python=sys.executable, **env)
     return Ended(done.returncode, done.stdout, done.stderr)
 
 
-def settings_path(home):
+def settings_path(home: Home) -> pathlib.Path:
     """The user's settings file."""
     return home.path / ".claude" / "settings.json"
 
 
-def write_settings(home, content):
+def write_settings(home: Home, content: object) -> pathlib.Path:
     """Give the user's settings file these bytes, or this value as JSON."""
     path = settings_path(home)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,12 +92,12 @@ def write_settings(home, content):
     return path
 
 
-def read(path):
+def read(path: pathlib.Path) -> Any:
     """The JSON in a file."""
     return json.loads(path.read_text("utf-8-sig"))
 
 
-def commands_in(settings):
+def commands_in(settings: dict[str, Any]) -> list[tuple[str, str | None, str]]:
     """[(event, matcher, command)] in settings, in order."""
     return [
         (name, group.get("matcher"), hook["command"])
@@ -93,12 +107,12 @@ def commands_in(settings):
     ]
 
 
-def installed(home):
+def installed(home: Home) -> pathlib.Path:
     """Where install puts the script."""
     return home.path / ".claude" / "hooks" / SCRIPT.name
 
 
-def tree(path):
+def tree(path: pathlib.Path) -> Tree:
     """{relative path: (mode, content or link)} of everything below a directory."""
     found = {}
     for top, directories, files in os.walk(str(path)):
@@ -114,7 +128,7 @@ def tree(path):
     return found
 
 
-def on_a_terminal(home, typed, *arguments):
+def on_a_terminal(home: Home, typed: bytes, *arguments: str) -> tuple[int, str]:
     """Run a command on a terminal, type something; (exit status, output)."""
     pid, fd = pty.fork()
     if not pid:
@@ -154,7 +168,7 @@ def on_a_terminal(home, typed, *arguments):
     ],
     ids=" ".join,
 )
-def test_bad_usage_exits_2_with_a_message(home, arguments) -> None:
+def test_bad_usage_exits_2_with_a_message(home: Home, arguments: list[str]) -> None:
     """Bad usage gets argparse's message on stderr and exit status 2."""
     ended = run(home, *arguments)
     assert ended.code == 2
@@ -162,7 +176,7 @@ def test_bad_usage_exits_2_with_a_message(home, arguments) -> None:
     assert ended.out == ""
 
 
-def test_help_names_each_command(home) -> None:
+def test_help_names_each_command(home: Home) -> None:
     """--help tells of every command, and of every variable."""
     ended = run(home, "--help")
     assert ended.code == 0
@@ -178,7 +192,7 @@ def test_help_names_each_command(home) -> None:
         assert word in ended.out
 
 
-def test_on_a_terminal_without_arguments_it_helps(home) -> None:
+def test_on_a_terminal_without_arguments_it_helps(home: Home) -> None:
     """A person who runs the file without arguments gets the help."""
     code, out = on_a_terminal(home, b"")
     assert code == 0
@@ -187,7 +201,7 @@ def test_on_a_terminal_without_arguments_it_helps(home) -> None:
 
 
 @pytest.mark.parametrize("python", pythons())
-def test_every_python_runs_the_commands(home, python) -> None:
+def test_every_python_runs_the_commands(home: Home, python: str) -> None:
     """The commands compile and run on every supported Python."""
     assert run(home, "--version", python=python).out.strip() == "telemhq_ping 1.0.0"
     ended = run(home, "install", "--url", URL, python=python)
@@ -197,7 +211,7 @@ def test_every_python_runs_the_commands(home, python) -> None:
     assert list(home.path.rglob("settings.json*")) == []
 
 
-def test_it_says_that_an_old_python_will_not_do(home) -> None:
+def test_it_says_that_an_old_python_will_not_do(home: Home) -> None:
     """A Python older than 3.8 ends a command with status 1 and a reason."""
     old = pythons(7, 8)
     if not old:
@@ -207,7 +221,9 @@ def test_it_says_that_an_old_python_will_not_do(home) -> None:
     assert "3.8" in ended.err
 
 
-def test_a_terminal_without_unicode_is_no_reason_to_fail(home, receiver) -> None:
+def test_a_terminal_without_unicode_is_no_reason_to_fail(
+    home: Home, receiver: Receiver
+) -> None:
     """Where a check mark cannot be printed, doctor still reports."""
     run(home, "install", "--url", receiver.url)
     ended = run(home, "doctor", PYTHONIOENCODING="ascii")
@@ -215,7 +231,7 @@ def test_a_terminal_without_unicode_is_no_reason_to_fail(home, receiver) -> None
     assert "? hook for Stop" in ended.out
 
 
-def test_without_a_home_it_says_so(home) -> None:
+def test_without_a_home_it_says_so(home: Home) -> None:
     """Where nothing tells the home directory, install refuses and writes nothing."""
     if os.geteuid():
         pytest.skip("only root can become an unknown user")
@@ -246,7 +262,7 @@ def test_without_a_home_it_says_so(home) -> None:
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"Stop"', b"\xff\xfe{}"])
-def test_hook_mode_never_exits_2(home, raw) -> None:
+def test_hook_mode_never_exits_2(home: Home, raw: bytes) -> None:
     """Without arguments it is the hook: whatever comes on stdin, exit 0 and silence."""
     done = home.hook(raw)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -256,7 +272,7 @@ def test_hook_mode_never_exits_2(home, raw) -> None:
 
 
 @pytest.fixture(scope="module")
-def demonstration(tmp_path_factory):
+def demonstration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Tree, Ended]:
     """One demo in a fresh HOME, with a TMPDIR of its own: (home, before, ended)."""
     home = Home(tmp_path_factory.mktemp("demo") / "home")
     temporary = home.path / "tmp"
@@ -266,7 +282,7 @@ def demonstration(tmp_path_factory):
     return home, before, ended
 
 
-def shown(ended):
+def shown(ended: Ended) -> dict[str, Any]:
     """{event: ping} of the first ping of each event in a demo's output."""
     found = {}
     ping = r"(?m)^(\w+): .*\n.*\n  left: ((?:.|\n)*?\n  \})"
@@ -275,7 +291,9 @@ def shown(ended):
     return found
 
 
-def test_demo_shows_the_ping_of_each_event(demonstration) -> None:
+def test_demo_shows_the_ping_of_each_event(
+    demonstration: tuple[Home, Tree, Ended],
+) -> None:
     """The demo shows the exact JSON that left for each of six events, and exits 0."""
     _, _, ended = demonstration
     assert ended.code == 0, ended.err
@@ -294,14 +312,14 @@ def test_demo_shows_the_ping_of_each_event(demonstration) -> None:
     assert '"event": "Stop"' in ended.out
 
 
-def test_demo_shows_tokens_and_cost(demonstration) -> None:
+def test_demo_shows_tokens_and_cost(demonstration: tuple[Home, Tree, Ended]) -> None:
     """The demo's Stop has the tokens of a transcript, its SessionEnd the cost."""
     pings = shown(demonstration[2])
     assert pings["Stop"]["total_tokens"] > 0
     assert pings["SessionEnd"]["cost_usd"] > 0
 
 
-def test_demo_shows_what_stays_home(demonstration) -> None:
+def test_demo_shows_what_stays_home(demonstration: tuple[Home, Tree, Ended]) -> None:
     """The demo names the fields that stay home, and prints none of their content."""
     _, _, ended = demonstration
     home = re.findall(r"stayed home: (.*)", ended.out)
@@ -317,7 +335,9 @@ def test_demo_shows_what_stays_home(demonstration) -> None:
         assert content not in ended.out
 
 
-def test_demo_shows_times_and_survives_an_outage(demonstration) -> None:
+def test_demo_shows_times_and_survives_an_outage(
+    demonstration: tuple[Home, Tree, Ended],
+) -> None:
     """The demo gives the times of each event; one is delivered after an outage."""
     _, _, ended = demonstration
     times = re.findall(r"(\d+) ms in the hook, delivered after (\d+) ms", ended.out)
@@ -327,7 +347,7 @@ def test_demo_shows_times_and_survives_an_outage(demonstration) -> None:
     assert "receiver goes away" in ended.out
 
 
-def test_demo_leaves_nothing_behind(demonstration) -> None:
+def test_demo_leaves_nothing_behind(demonstration: tuple[Home, Tree, Ended]) -> None:
     """After the demo HOME and TMPDIR are as before, and no sender is alive."""
     home, before, _ = demonstration
     assert tree(home.path) == before
@@ -340,7 +360,9 @@ def test_demo_leaves_nothing_behind(demonstration) -> None:
 @pytest.mark.parametrize(
     "name", ["Stop", "PostToolUseFailure-Bash", "SessionEnd-other"]
 )
-def test_preview_prints_the_ping_that_the_hook_sends(home, receiver, name) -> None:
+def test_preview_prints_the_ping_that_the_hook_sends(
+    home: Home, receiver: Receiver, name: str
+) -> None:
     """preview prints what the hook sends for the same event, but for id and time."""
     env = {"TELEMHQ_PROJECT": "acme", "TELEMHQ_HASH_KEY": "k", "TELEMHQ_USAGE": 0}
     sent = json.dumps(event(name)).encode()
@@ -355,7 +377,7 @@ def test_preview_prints_the_ping_that_the_hook_sends(home, receiver, name) -> No
     assert shown == ping
 
 
-def test_preview_has_samples(home) -> None:
+def test_preview_has_samples(home: Home) -> None:
     """`preview Stop` shows the ping of a built-in sample, without any URL set."""
     ended = run(home, "preview", "Stop")
     assert ended.code == 0
@@ -364,14 +386,14 @@ def test_preview_has_samples(home) -> None:
     assert not (home.path / ".claude").exists()
 
 
-def test_preview_uses_the_settings_env_block(home) -> None:
+def test_preview_uses_the_settings_env_block(home: Home) -> None:
     """Variables of the settings' env block shape a preview, as they do a hook."""
     write_settings(home, {"env": {"TELEMHQ_PROJECT": "from-settings"}})
     assert json.loads(run(home, "preview", "Stop").out)["project"] == "from-settings"
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"12"])
-def test_preview_of_no_event_fails(home, raw) -> None:
+def test_preview_of_no_event_fails(home: Home, raw: bytes) -> None:
     """What is no event gets a message and exit status 1."""
     ended = run(home, "preview", sent=raw)
     assert ended.code == 1
@@ -407,7 +429,7 @@ SHAPES = {
 }
 
 
-def check_command(home, command) -> None:
+def check_command(home: Home, command: str) -> None:
     """The command runs the installed script with an interpreter that is there."""
     python, _, rest = command.replace("trap '' TERM; ", "", 1).partition(" ")
     assert os.path.isabs(python)
@@ -417,7 +439,7 @@ def check_command(home, command) -> None:
     assert rest[6:-8].replace("~", str(home.path)) == str(installed(home))
 
 
-def test_install_into_an_empty_home(home) -> None:
+def test_install_into_an_empty_home(home: Home) -> None:
     """Without settings: they are made, 0600; the script is copied, 0700."""
     ended = run(home, "install", "--url", URL)
     assert ended.code == 0
@@ -437,7 +459,7 @@ def test_install_into_an_empty_home(home) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o077])
-def test_install_does_not_depend_on_the_umask(home, umask) -> None:
+def test_install_does_not_depend_on_the_umask(home: Home, umask: int) -> None:
     """Whatever the umask, what install makes is for its user only."""
     before = os.umask(umask)
     try:
@@ -453,7 +475,7 @@ def test_install_does_not_depend_on_the_umask(home, umask) -> None:
 
 
 @pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
-def test_install_keeps_everything_else(home, raw) -> None:
+def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
     """Order, meaning, unicode, indent, line ends and mode of the settings stay. A
     second run changes nothing. After a third with another URL, and uninstall, HOME is
     as it was, byte for byte and mode for mode."""
@@ -496,7 +518,7 @@ def test_install_keeps_everything_else(home, raw) -> None:
     assert tree(home.path) == at_first
 
 
-def test_install_makes_a_backup(home) -> None:
+def test_install_makes_a_backup(home: Home) -> None:
     """The settings as they were stay beside the new ones, under a timestamp, 0600."""
     raw = SHAPES["present"]
     path = write_settings(home, raw)
@@ -508,7 +530,7 @@ def test_install_makes_a_backup(home) -> None:
 
 
 @pytest.mark.parametrize("dangling", [False, True])
-def test_install_follows_symlinks(home, dangling) -> None:
+def test_install_follows_symlinks(home: Home, dangling: bool) -> None:
     """A settings file that is a link stays one; what it names is changed."""
     real = home.path / "dotfiles" / "claude.json"
     real.parent.mkdir()
@@ -540,7 +562,7 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("raw", MALFORMED.values(), ids=MALFORMED.keys())
-def test_malformed_settings_are_refused(home, raw) -> None:
+def test_malformed_settings_are_refused(home: Home, raw: bytes) -> None:
     """What is no valid settings file is left alone: exit 1, and its name is told."""
     path = write_settings(home, raw)
     before = tree(home.path)
@@ -551,7 +573,7 @@ def test_malformed_settings_are_refused(home, raw) -> None:
         assert tree(home.path) == before
 
 
-def test_read_only_settings_are_refused(home) -> None:
+def test_read_only_settings_are_refused(home: Home) -> None:
     """A read-only settings file is left alone by install and uninstall: exit 1."""
     path = write_settings(home, SHAPES["present"])
     path.chmod(0o444)
@@ -569,7 +591,7 @@ def test_read_only_settings_are_refused(home) -> None:
     assert "read-only" in ended.err
 
 
-def test_settings_that_are_a_directory_are_refused(home) -> None:
+def test_settings_that_are_a_directory_are_refused(home: Home) -> None:
     """Where settings.json is a directory, install says so and exits 1."""
     settings_path(home).mkdir(parents=True)
     ended = run(home, "install")
@@ -590,7 +612,7 @@ THEIRS = [
 
 
 @pytest.mark.parametrize("command", THEIRS[:4])
-def test_other_peoples_hooks_are_never_touched(home, command) -> None:
+def test_other_peoples_hooks_are_never_touched(home: Home, command: str) -> None:
     """Neither install nor uninstall changes a hook that is not ours."""
     hook = {"type": "command", "command": command, "timeout": 3, "extra": [1]}
     theirs = {"Stop": [{"hooks": [hook]}], "PreToolUse": [{"hooks": [hook]}]}
@@ -605,7 +627,9 @@ def test_other_peoples_hooks_are_never_touched(home, command) -> None:
 
 
 @pytest.mark.parametrize("command", THEIRS[-4:])
-def test_a_hook_that_runs_the_script_its_own_way_is_enough(home, command) -> None:
+def test_a_hook_that_runs_the_script_its_own_way_is_enough(
+    home: Home, command: str
+) -> None:
     """Where a person's command runs the script, none is added: one ping, not two. With
     it there, uninstall leaves the script, and says so."""
     hooks = {"Stop": [{"hooks": [{"type": "command", "command": command}]}]}
@@ -628,7 +652,7 @@ OURS = [
 
 
 @pytest.mark.parametrize("command", OURS)
-def test_an_upgrade_replaces_only_our_commands(home, command) -> None:
+def test_an_upgrade_replaces_only_our_commands(home: Home, command: str) -> None:
     """An old command of ours is replaced where it stands; its neighbours stay."""
     mine = {"type": "command", "command": command, "note": "kept"}
     neighbour = {"type": "command", "command": "~/bin/notify"}
@@ -656,7 +680,7 @@ def test_an_upgrade_replaces_only_our_commands(home, command) -> None:
     }
 
 
-def test_dry_run_changes_nothing(home) -> None:
+def test_dry_run_changes_nothing(home: Home) -> None:
     """--dry-run shows the diff, and leaves every file alone."""
     write_settings(home, SHAPES["present"])
     before = tree(home.path)
@@ -679,7 +703,7 @@ OLD_URLS = [
 
 
 @pytest.mark.parametrize("old", OLD_URLS)
-def test_the_diff_masks_the_urls(home, old) -> None:
+def test_the_diff_masks_the_urls(home: Home, old: str) -> None:
     """The diff shows no more of the old URL, and of the new one, than the host."""
     command = f"TELEMHQ_PING_URL='https://h.invalid/ping/{TOKEN}' python3 x"
     raw = f'{{"env": {{"A": "1", "TELEMHQ_PING_URL": {old}, "Z": "2"}}, '
@@ -705,7 +729,7 @@ def test_the_diff_masks_the_urls(home, old) -> None:
         "https://telemhq.com/ping/ " + TOKEN,
     ],
 )
-def test_install_refuses_an_unusable_url(home, url) -> None:
+def test_install_refuses_an_unusable_url(home: Home, url: str) -> None:
     """A URL that the hook would ignore is refused, with the reason, and without it."""
     ended = run(home, "install", "--url", url)
     assert ended.code == 1
@@ -713,7 +737,7 @@ def test_install_refuses_an_unusable_url(home, url) -> None:
     assert not (home.path / ".claude").exists()
 
 
-def test_tools_registers_tool_activity(home) -> None:
+def test_tools_registers_tool_activity(home: Home) -> None:
     """--tools adds PostToolUse, for four tools, and PostToolUseFailure, for all."""
     run(home, "install", "--tools")
     found = commands_in(read(settings_path(home)))
@@ -726,7 +750,7 @@ def test_tools_registers_tool_activity(home) -> None:
     ]
 
 
-def test_project_writes_its_local_settings(home) -> None:
+def test_project_writes_its_local_settings(home: Home) -> None:
     """--project DIR writes DIR/.claude/settings.local.json, and no user settings; its
     uninstall is the inverse."""
     before = tree(home.path)
@@ -739,7 +763,7 @@ def test_project_writes_its_local_settings(home) -> None:
     assert tree(home.path) == before
 
 
-def test_a_projects_uninstall_leaves_the_users_alone(home) -> None:
+def test_a_projects_uninstall_leaves_the_users_alone(home: Home) -> None:
     """While the user's settings name the script, a project's uninstall leaves it."""
     run(home, "install", "--url", URL)
     before = tree(home.path)
@@ -755,7 +779,7 @@ def test_a_projects_uninstall_leaves_the_users_alone(home) -> None:
     assert after == before
 
 
-def test_a_project_that_is_not_there_is_refused(home) -> None:
+def test_a_project_that_is_not_there_is_refused(home: Home) -> None:
     """A directory that is not there is not made."""
     ended = run(home, "install", "--project", home.path / "typo")
     assert ended.code == 1
@@ -763,7 +787,7 @@ def test_a_project_that_is_not_there_is_refused(home) -> None:
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 
-def test_claude_config_dir_is_honoured(home) -> None:
+def test_claude_config_dir_is_honoured(home: Home) -> None:
     """With CLAUDE_CONFIG_DIR, settings and script are there, and ~/.claude is not made;
     a space in the path is no problem."""
     config = home.path / "my config"
@@ -785,7 +809,9 @@ def test_claude_config_dir_is_honoured(home) -> None:
     assert not config.exists()
 
 
-def test_the_command_avoids_a_virtual_environment(home, tmp_path) -> None:
+def test_the_command_avoids_a_virtual_environment(
+    home: Home, tmp_path: pathlib.Path
+) -> None:
     """Run by a virtual environment's Python, install names the Python behind it."""
     made = tmp_path / "venv"
     make = [sys.executable, "-m", "venv", "--without-pip", str(made)]
@@ -798,7 +824,7 @@ def test_the_command_avoids_a_virtual_environment(home, tmp_path) -> None:
     check_command(home, command)
 
 
-def test_the_command_is_no_shim(home) -> None:
+def test_the_command_is_no_shim(home: Home) -> None:
     """Run through pyenv's shim, install names the interpreter itself."""
     shim = shutil.which("python3", path=os.path.expanduser("~/.pyenv/shims"))
     if not shim:
@@ -809,7 +835,7 @@ def test_the_command_is_no_shim(home) -> None:
     assert "shims" not in commands_in(read(settings_path(home)))[0][2]
 
 
-def test_the_installed_command_sends_pings(home, receiver) -> None:
+def test_the_installed_command_sends_pings(home: Home, receiver: Receiver) -> None:
     """The command that install writes, with the env block's URL, delivers a ping from a
     shell with a minimal environment."""
     run(home, "install", "--url", receiver.url)
@@ -826,7 +852,7 @@ def test_the_installed_command_sends_pings(home, receiver) -> None:
     home.quiet()
 
 
-def test_the_installed_command_never_blocks(home) -> None:
+def test_the_installed_command_never_blocks(home: Home) -> None:
     """With the script gone, the command exits 0: 2 would block Claude Code."""
     run(home, "install")
     command = commands_in(read(settings_path(home)))[0][2]
@@ -837,13 +863,13 @@ def test_the_installed_command_never_blocks(home) -> None:
     assert done.returncode == 0
 
 
-def test_install_says_what_is_missing(home) -> None:
+def test_install_says_what_is_missing(home: Home) -> None:
     """Without any URL, install says what to do next."""
     assert "export TELEMHQ_PING_URL" in run(home, "install").out
     assert "export TELEMHQ_PING_URL" not in run(home, "install", url=URL).out
 
 
-def test_the_installed_script_can_install(home) -> None:
+def test_the_installed_script_can_install(home: Home) -> None:
     """The installed copy runs the commands, itself too; then nothing changes."""
     run(home, "install", "--url", URL)
     before = tree(home.path)
@@ -854,7 +880,7 @@ def test_the_installed_script_can_install(home) -> None:
 # -- uninstall -------------------------------------------------------------------
 
 
-def test_uninstall_removes_script_and_state(home, receiver) -> None:
+def test_uninstall_removes_script_and_state(home: Home, receiver: Receiver) -> None:
     """Nothing of ours stays, neither the state nor the directories."""
     run(home, "install", "--url", receiver.url)
     home.hook(event("Stop"), receiver.url)
@@ -865,7 +891,7 @@ def test_uninstall_removes_script_and_state(home, receiver) -> None:
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 
-def test_uninstall_leaves_what_others_put_there(home) -> None:
+def test_uninstall_leaves_what_others_put_there(home: Home) -> None:
     """Other files in Claude Code's directory, and in the state directory, stay."""
     run(home, "install")
     theirs = [home.path / ".claude" / "hooks" / "mine.py", home.state / "notes.txt"]
@@ -877,7 +903,7 @@ def test_uninstall_leaves_what_others_put_there(home) -> None:
     assert not installed(home).exists()
 
 
-def test_uninstall_after_other_changes_takes_only_ours(home) -> None:
+def test_uninstall_after_other_changes_takes_only_ours(home: Home) -> None:
     """What a person has changed since the install stays changed; no backup remains."""
     write_settings(home, {"a": 1, "hooks": {"Stop": [OTHER_HOOK]}})
     run(home, "install", "--url", URL)
@@ -893,7 +919,7 @@ def test_uninstall_after_other_changes_takes_only_ours(home) -> None:
     assert os.listdir(str(settings_path(home).parent)) == ["settings.json"]
 
 
-def test_a_second_uninstall_changes_nothing(home) -> None:
+def test_a_second_uninstall_changes_nothing(home: Home) -> None:
     """Where nothing is installed, uninstall leaves all as it is, and exits 0."""
     write_settings(home, SHAPES["empty hooks"])
     before = tree(home.path)
@@ -901,7 +927,7 @@ def test_a_second_uninstall_changes_nothing(home) -> None:
     assert tree(home.path) == before
 
 
-def test_uninstall_refuses_while_pings_wait(home) -> None:
+def test_uninstall_refuses_while_pings_wait(home: Home) -> None:
     """Off a terminal, pings that wait are removed only with --yes."""
     url = dead_url()
     run(home, "install", "--url", url)
@@ -919,7 +945,7 @@ def test_uninstall_refuses_while_pings_wait(home) -> None:
 @pytest.mark.parametrize(
     "typed, code", [(b"y\n", 0), (b"n\n", 1), (b"\n", 1), (b"\x04", 1)]
 )
-def test_uninstall_asks_on_a_terminal(home, typed, code) -> None:
+def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> None:
     """On a terminal uninstall asks; only a yes removes pings that wait."""
     url = dead_url()
     run(home, "install", "--url", url)
@@ -931,7 +957,7 @@ def test_uninstall_asks_on_a_terminal(home, typed, code) -> None:
     assert installed(home).exists() == home.state.exists() == bool(code)
 
 
-def test_what_was_removed_stays_removed(home) -> None:
+def test_what_was_removed_stays_removed(home: Home) -> None:
     """A sender that slept through uninstall does not bring the state back."""
     url = dead_url()
     run(home, "install", "--url", url)
@@ -947,7 +973,7 @@ def test_what_was_removed_stays_removed(home) -> None:
 
 
 @pytest.fixture
-def well(home, receiver):
+def well(home: Home, receiver: Receiver) -> Home:
     """A HOME where all is well: installed for `receiver`, one ping delivered."""
     run(home, "install", "--url", receiver.url)
     home.hook(event("Stop"), receiver.url)
@@ -956,7 +982,7 @@ def well(home, receiver):
     return home
 
 
-def diagnosis(home, **env):
+def diagnosis(home: Home, **env: object) -> tuple[int, str, str]:
     """doctor's exit status, its good lines and its bad ones, as two texts."""
     ended = run(home, "doctor", **env)
     lines = ended.out.splitlines()
@@ -968,7 +994,7 @@ def diagnosis(home, **env):
     return ended.code, "\n".join(good), "\n".join(bad)
 
 
-def test_doctor_is_content(well, receiver) -> None:
+def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
     """All is well: a good line per check, exit 0; the host was asked by GET, once."""
     code, good, bad = diagnosis(well)
     assert (code, bad) == (0, "")
@@ -989,14 +1015,14 @@ def test_doctor_is_content(well, receiver) -> None:
     assert receiver.requests[1].body == b""
 
 
-def test_doctor_changes_nothing(well) -> None:
+def test_doctor_changes_nothing(well: Home) -> None:
     """doctor writes no file."""
     before = tree(well.path)
     diagnosis(well)
     assert tree(well.path) == before
 
 
-def test_doctor_in_an_empty_home(home) -> None:
+def test_doctor_in_an_empty_home(home: Home) -> None:
     """With nothing installed doctor names each missing hook and the URL, exit 1."""
     code, _, bad = diagnosis(home)
     assert code == 1
@@ -1006,7 +1032,7 @@ def test_doctor_in_an_empty_home(home) -> None:
     assert "TELEMHQ_PING_URL is not set" in bad
 
 
-def test_doctor_names_one_missing_hook(well) -> None:
+def test_doctor_names_one_missing_hook(well: Home) -> None:
     """Where one event's hook is gone, that one is named."""
     found = read(settings_path(well))
     del found["hooks"]["SessionEnd"]
@@ -1016,13 +1042,13 @@ def test_doctor_names_one_missing_hook(well) -> None:
     assert "hook for Stop" not in bad
 
 
-def test_doctor_sees_disabled_hooks(well) -> None:
+def test_doctor_sees_disabled_hooks(well: Home) -> None:
     """disableAllHooks is named as a cause."""
     write_settings(well, dict(read(settings_path(well)), disableAllHooks=True))
     assert "disableAllHooks" in diagnosis(well)[2]
 
 
-def test_doctor_sees_a_projects_hooks(home, receiver) -> None:
+def test_doctor_sees_a_projects_hooks(home: Home, receiver: Receiver) -> None:
     """Hooks and URL in the project's settings count, where doctor runs in it."""
     run(home, "install", "--url", receiver.url, "--project", home.project)
     code, good, bad = diagnosis(home)
@@ -1030,7 +1056,7 @@ def test_doctor_sees_a_projects_hooks(home, receiver) -> None:
     assert "settings.local.json" in good
 
 
-def test_doctor_sees_malformed_settings(well) -> None:
+def test_doctor_sees_malformed_settings(well: Home) -> None:
     """A settings file that is not valid is named."""
     path = well.project / ".claude" / "settings.json"
     path.parent.mkdir()
@@ -1038,7 +1064,7 @@ def test_doctor_sees_malformed_settings(well) -> None:
     assert str(path) in diagnosis(well)[2]
 
 
-def test_doctor_misses_the_script(well) -> None:
+def test_doctor_misses_the_script(well: Home) -> None:
     """Where the script that settings name is gone, doctor says so."""
     installed(well).unlink()
     bad = diagnosis(well)[2]
@@ -1047,7 +1073,7 @@ def test_doctor_misses_the_script(well) -> None:
 
 
 @pytest.mark.parametrize("python", ["/nonexistent/python3", "python2-of-old"])
-def test_doctor_misses_the_interpreter(well, python) -> None:
+def test_doctor_misses_the_interpreter(well: Home, python: str) -> None:
     """Where the interpreter that settings name is gone, doctor says so."""
     text = settings_path(well).read_text("utf-8")
     settings_path(well).write_text(text.replace(PYTHON, python), "utf-8")
@@ -1056,7 +1082,7 @@ def test_doctor_misses_the_interpreter(well, python) -> None:
     assert python in bad
 
 
-def test_doctor_sees_an_old_interpreter(well) -> None:
+def test_doctor_sees_an_old_interpreter(well: Home) -> None:
     """An interpreter older than Python 3.8 will not do."""
     old = pythons(6, 8)
     if not old:
@@ -1066,7 +1092,7 @@ def test_doctor_sees_an_old_interpreter(well) -> None:
     assert "Python 3.8" in diagnosis(well)[2]
 
 
-def test_doctor_sees_another_version(well) -> None:
+def test_doctor_sees_another_version(well: Home) -> None:
     """Where the installed script is of another version, doctor says to install."""
     text = installed(well).read_text("utf-8")
     installed(well).write_text(text.replace('"1.0.0"', '"0.9.0"', 1), "utf-8")
@@ -1084,13 +1110,13 @@ def test_doctor_sees_another_version(well) -> None:
         ("https://tracker.invalid/ping/" + TOKEN, "network"),
     ],
 )
-def test_doctor_sees_a_wrong_url(well, url, words) -> None:
+def test_doctor_sees_a_wrong_url(well: Home, url: str, words: str) -> None:
     """An unusable URL, and a host that is not there, are named, without the token."""
     write_settings(well, dict(read(settings_path(well)), env={"TELEMHQ_PING_URL": url}))
     assert words in diagnosis(well)[2]
 
 
-def test_doctor_sees_ignored_variables(well) -> None:
+def test_doctor_sees_ignored_variables(well: Home) -> None:
     """A variable that makes no sense is named."""
     assert "TELEMHQ_TIMEOUT is ignored" in diagnosis(well, TELEMHQ_TIMEOUT="soon")[2]
 
@@ -1106,20 +1132,24 @@ ANSWERS = {
 
 
 @pytest.mark.parametrize("status", ANSWERS)
-def test_doctor_tells_what_an_answer_means(well, receiver, status) -> None:
+def test_doctor_tells_what_an_answer_means(
+    well: Home, receiver: Receiver, status: int
+) -> None:
     """A tracker that does not take pings is named, with the reason in words."""
     receiver.answer = status, {"Location": "/" + TOKEN}, b""
     assert ANSWERS[status] in diagnosis(well)[2]
 
 
 @pytest.mark.parametrize("status", [200, 204, 405])
-def test_doctor_takes_any_good_answer(well, receiver, status) -> None:
+def test_doctor_takes_any_good_answer(
+    well: Home, receiver: Receiver, status: int
+) -> None:
     """An answer to GET is good; 405, too: not every tracker knows GET."""
     receiver.answer = status
     assert diagnosis(well)[0] == 0
 
 
-def test_doctor_sees_a_dead_host(home) -> None:
+def test_doctor_sees_a_dead_host(home: Home) -> None:
     """Where nothing listens, doctor says so."""
     run(home, "install", "--url", dead_url())
     bad = diagnosis(home)[2]
@@ -1128,7 +1158,9 @@ def test_doctor_sees_a_dead_host(home) -> None:
 
 
 @pytest.mark.parametrize("age_s, fine", [(10, True), (400, False)])
-def test_doctor_minds_only_old_pings(well, receiver, age_s, fine) -> None:
+def test_doctor_minds_only_old_pings(
+    well: Home, receiver: Receiver, age_s: int, fine: bool
+) -> None:
     """Pings that wait are a problem only when they are older than five minutes."""
     place(well, receiver.url, 2, age_s)
     code, good, bad = diagnosis(well)
@@ -1137,7 +1169,7 @@ def test_doctor_minds_only_old_pings(well, receiver, age_s, fine) -> None:
     assert told in (good if fine else bad)
 
 
-def test_doctor_tells_of_a_back_off(well, receiver) -> None:
+def test_doctor_tells_of_a_back_off(well: Home, receiver: Receiver) -> None:
     """Under a back-off doctor says how long, and why, in words."""
     place(well, receiver.url, 1)
     now = time.time()
@@ -1153,7 +1185,7 @@ def test_doctor_tells_of_a_back_off(well, receiver) -> None:
     assert re.search(r"back-off: 8[34]\d s more", bad)
 
 
-def test_doctor_tells_a_pause_from_a_failure(well) -> None:
+def test_doctor_tells_a_pause_from_a_failure(well: Home) -> None:
     """The pause after an outage is not blamed on the tracker."""
     now = time.time()
     well.set_state(
@@ -1168,7 +1200,7 @@ def test_doctor_tells_a_pause_from_a_failure(well) -> None:
     assert "404" not in bad
 
 
-def test_doctor_lists_refused_and_lost(home) -> None:
+def test_doctor_lists_refused_and_lost(home: Home) -> None:
     """Refused and lost pings are listed by reason, with their tokens."""
     with Receiver(answer=422) as receiver:
         run(home, "install", "--url", receiver.url)
@@ -1184,7 +1216,7 @@ def test_doctor_lists_refused_and_lost(home) -> None:
     assert str(home.destination()) in bad
 
 
-def test_doctor_sees_pings_of_a_former_url(well) -> None:
+def test_doctor_sees_pings_of_a_former_url(well: Home) -> None:
     """Pings that wait for a URL no longer configured are counted, with the remedy."""
     place(well, dead_url(), 2)
     bad = diagnosis(well)[2]
@@ -1193,7 +1225,7 @@ def test_doctor_sees_pings_of_a_former_url(well) -> None:
 
 
 @pytest.mark.parametrize("what", ["link", "mode", "file"])
-def test_doctor_sees_an_unsound_state_directory(well, what) -> None:
+def test_doctor_sees_an_unsound_state_directory(well: Home, what: str) -> None:
     """A state directory that others could change is named."""
     if what == "mode":
         well.state.chmod(0o777)
@@ -1209,13 +1241,13 @@ def test_doctor_sees_an_unsound_state_directory(well, what) -> None:
 # -- flush -----------------------------------------------------------------------
 
 
-def backed_off(home, url) -> None:
+def backed_off(home: Home, url: str) -> None:
     """A back-off of an hour for the one destination."""
     now = time.time()
     home.set_state(failures=3, set_at=now, not_before=now + 3600)
 
 
-def test_flush_delivers_what_waits(home, receiver) -> None:
+def test_flush_delivers_what_waits(home: Home, receiver: Receiver) -> None:
     """flush sends everything, oldest first, in spite of a back-off, and says so."""
     sent = place(home, receiver.url, 5, 100)
     backed_off(home, receiver.url)
@@ -1226,7 +1258,7 @@ def test_flush_delivers_what_waits(home, receiver) -> None:
     assert home.waiting() == []
 
 
-def test_flush_reads_the_url_from_settings(home, receiver) -> None:
+def test_flush_reads_the_url_from_settings(home: Home, receiver: Receiver) -> None:
     """flush works from the URL that install has put into the settings."""
     run(home, "install", "--url", receiver.url)
     place(home, receiver.url, 1)
@@ -1234,7 +1266,7 @@ def test_flush_reads_the_url_from_settings(home, receiver) -> None:
     assert len(receiver.pings) == 1
 
 
-def test_flush_with_nothing_to_do(home, receiver) -> None:
+def test_flush_with_nothing_to_do(home: Home, receiver: Receiver) -> None:
     """An empty outbox is fine: exit 0, no request, no file written."""
     ended = run(home, "flush", url=receiver.url)
     assert ended.code == 0
@@ -1243,7 +1275,7 @@ def test_flush_with_nothing_to_do(home, receiver) -> None:
     assert not home.state.exists()
 
 
-def test_flush_keeps_what_cannot_be_sent(home) -> None:
+def test_flush_keeps_what_cannot_be_sent(home: Home) -> None:
     """With the server down nothing is lost: exit 1, and what is left is told."""
     url = dead_url()
     place(home, url, 3)
@@ -1253,14 +1285,14 @@ def test_flush_keeps_what_cannot_be_sent(home) -> None:
     assert len(home.waiting()) == 3
 
 
-def test_flush_without_a_url_fails(home) -> None:
+def test_flush_without_a_url_fails(home: Home) -> None:
     """Without a URL flush says what is missing, and exits 1."""
     ended = run(home, "flush")
     assert ended.code == 1
     assert "TELEMHQ_PING_URL is not set" in ended.err
 
 
-def test_flush_counts_refused_pings_apart(home) -> None:
+def test_flush_counts_refused_pings_apart(home: Home) -> None:
     """A ping that the tracker refuses is not called delivered."""
     with Receiver(lambda _: 422 if len(receiver.requests) == 1 else 200) as receiver:
         place(home, receiver.url, 2)
@@ -1270,10 +1302,10 @@ def test_flush_counts_refused_pings_apart(home) -> None:
     assert "refused" in ended.out
 
 
-def test_a_flush_that_hangs_says_so(home) -> None:
+def test_a_flush_that_hangs_says_so(home: Home) -> None:
     """When the watchdog ends a flush, what it said is printed, and it exits 1."""
 
-    def drip(connection) -> None:
+    def drip(connection: socket.socket) -> None:
         read_request(connection)
         for _ in range(100):
             connection.sendall(b"H")
@@ -1287,7 +1319,7 @@ def test_a_flush_that_hangs_says_so(home) -> None:
     assert ended.out
 
 
-def test_flush_leaves_former_urls_alone(home, receiver) -> None:
+def test_flush_leaves_former_urls_alone(home: Home, receiver: Receiver) -> None:
     """Pings for a former URL never go to the new one by themselves."""
     place(home, dead_url(), 2)
     assert run(home, "flush", url=receiver.url).code == 0
@@ -1295,7 +1327,7 @@ def test_flush_leaves_former_urls_alone(home, receiver) -> None:
     assert len(home.waiting()) == 2
 
 
-def test_flush_adopt_moves_former_pings(home, receiver) -> None:
+def test_flush_adopt_moves_former_pings(home: Home, receiver: Receiver) -> None:
     """--adopt sends what waits for former URLs to the present one, with accounts."""
     former = [place(home, dead_url(), 2, 50), place(home, dead_url(), 1, 20)]
     accounts = home.waiting()[0].parent.parent / "accounts"
@@ -1311,7 +1343,7 @@ def test_flush_adopt_moves_former_pings(home, receiver) -> None:
     assert stat.S_IMODE(moved.parent.stat().st_mode) == 0o700
 
 
-def test_flush_adopt_with_the_server_down(home) -> None:
+def test_flush_adopt_with_the_server_down(home: Home) -> None:
     """--adopt with the server down moves the pings and loses none."""
     place(home, dead_url(), 2)
     ended = run(home, "flush", "--adopt", url=dead_url())
@@ -1320,7 +1352,9 @@ def test_flush_adopt_with_the_server_down(home) -> None:
     assert len(home.waiting()) == 2
 
 
-def test_flush_adopt_leaves_a_sender_at_work_alone(home, receiver) -> None:
+def test_flush_adopt_leaves_a_sender_at_work_alone(
+    home: Home, receiver: Receiver
+) -> None:
     """While a sender of the former URL is at work, --adopt moves nothing: exit 1."""
     place(home, dead_url(), 1)
     with open(str(home.waiting()[0].parent.parent / "lock"), "a") as lock:
@@ -1332,7 +1366,7 @@ def test_flush_adopt_leaves_a_sender_at_work_alone(home, receiver) -> None:
     assert len(home.waiting()) == 1
 
 
-def test_flush_waits_for_a_sender(home) -> None:
+def test_flush_waits_for_a_sender(home: Home) -> None:
     """While a sender is at work flush waits; the ping is sent once."""
     with Receiver(answer=lambda r: time.sleep(1) or 200) as receiver:
         home.hook(event("Stop"), receiver.url)
@@ -1343,7 +1377,7 @@ def test_flush_waits_for_a_sender(home) -> None:
         assert len(receiver.requests) == 1
 
 
-def test_the_repository_holds_the_installed_form(home) -> None:
+def test_the_repository_holds_the_installed_form(home: Home) -> None:
     """settings.example.json registers the same events as install does."""
     run(home, "install")
     example = commands_in(read(ROOT / "settings.example.json"))

@@ -7,18 +7,21 @@ import collections
 import concurrent.futures
 import json
 import os
+import pathlib
 import random
 import signal
 import subprocess
 import sys
 import threading
 import time
+from typing import Iterable
 
 import pytest
 
 from support import (
     ONE_LIFE,
     SCRIPT,
+    Home,
     Receiver,
     event,
     patched,
@@ -31,7 +34,7 @@ from support import (
 KILLED = -signal.SIGKILL
 
 
-def at(call, when, where="", nth=1, extra="pass") -> str:
+def at(call: str, when: str, where: str = "", nth: int = 1, extra: str = "pass") -> str:
     """A patch that kills the process before or after its nth such call.
 
     where: what the call's path (or the flock's operation) must contain.
@@ -61,12 +64,14 @@ os.write = half
 LOCK, UNLOCK = str(2 | 4), "8"  # LOCK_EX | LOCK_NB, LOCK_UN: what flock is given
 
 
-def dots(home):
+def dots(home: Home) -> list[pathlib.Path]:
     """Unfinished files in every outbox."""
     return list(home.state.glob("*/outbox/.*"))
 
 
-def assert_all_delivered(home, receiver, wanted, repeats) -> None:
+def assert_all_delivered(
+    home: Home, receiver: Receiver, wanted: Iterable[str], repeats: int
+) -> None:
     """Each of the event_ids arrived, `repeats` of the requests repeat an earlier one
     byte for byte, and nothing waits, was refused or got lost."""
     wait_until(lambda: not home.waiting())
@@ -94,7 +99,9 @@ def assert_all_delivered(home, receiver, wanted, repeats) -> None:
     ],
     ids=["opened", "half-written", "before the rename"],
 )
-def test_a_hook_killed_before_the_rename(home, receiver, patch) -> None:
+def test_a_hook_killed_before_the_rename(
+    home: Home, receiver: Receiver, patch: str
+) -> None:
     """Nothing is visible in the outbox; an hour later the leftover is swept."""
     place(home, receiver.url)
     run_sender(home, receiver.url)
@@ -123,7 +130,9 @@ def test_a_hook_killed_before_the_rename(home, receiver, patch) -> None:
     ],
     ids=["after the rename", "before the lock", "after the lock", "before the sender"],
 )
-def test_a_hook_killed_after_the_rename(home, receiver, patch) -> None:
+def test_a_hook_killed_after_the_rename(
+    home: Home, receiver: Receiver, patch: str
+) -> None:
     """The ping is on disk and the lock is free: the next hook's sender delivers it."""
     killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
     assert killed.returncode == KILLED
@@ -135,7 +144,9 @@ def test_a_hook_killed_after_the_rename(home, receiver, patch) -> None:
     assert_all_delivered(home, receiver, [waiting.name[21:53]], 0)
 
 
-def test_a_hook_killed_just_after_it_started_the_sender(home, receiver) -> None:
+def test_a_hook_killed_just_after_it_started_the_sender(
+    home: Home, receiver: Receiver
+) -> None:
     """The sender has the lock and the ping by then: it needs the hook no more."""
     patch = "wrap(os, 'posix_spawn', after=die)"
     killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
@@ -156,7 +167,7 @@ wrap(fcntl, "flock", before=count)
 """
 
 
-def test_a_hook_killed_at_each_of_its_steps(home, receiver) -> None:
+def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> None:
     """Wherever a hook is killed, its ping is whole in the outbox or not there."""
     step, survived, whole = 0, False, set()
     while not survived:
@@ -178,11 +189,11 @@ def test_a_hook_killed_at_each_of_its_steps(home, receiver) -> None:
 # -- The sender -----------------------------------------------------------------------
 
 
-def test_a_sender_killed_while_it_waits_for_the_answer(home) -> None:
+def test_a_sender_killed_while_it_waits_for_the_answer(home: Home) -> None:
     """Killed after the request was sent: it is sent again, under the same event_id."""
     killed = []
 
-    def answer(_) -> int:
+    def answer(_: object) -> int:
         if not killed:
             killed.extend(home.processes())
             for pid in killed:
@@ -200,7 +211,7 @@ def test_a_sender_killed_while_it_waits_for_the_answer(home) -> None:
         assert_all_delivered(home, receiver, [waiting.name[21:53]], 1)
 
 
-def test_a_sender_killed_after_the_2xx(home, receiver) -> None:
+def test_a_sender_killed_after_the_2xx(home: Home, receiver: Receiver) -> None:
     """Killed before the file is deleted: exactly one repeat, the same event_id."""
     wanted = place(home, receiver.url, 3)
     killed = run_sender(home, receiver.url, at("unlink", "before", "/outbox/", nth=2))
@@ -211,7 +222,9 @@ def test_a_sender_killed_after_the_2xx(home, receiver) -> None:
     assert_all_delivered(home, receiver, wanted, 1)
 
 
-def test_a_sender_killed_after_the_file_was_deleted(home, receiver) -> None:
+def test_a_sender_killed_after_the_file_was_deleted(
+    home: Home, receiver: Receiver
+) -> None:
     """What is delivered and deleted is never repeated, whatever state.json missed."""
     wanted = place(home, receiver.url, 3)
     killed = run_sender(home, receiver.url, at("unlink", "after", "/outbox/", nth=2))
@@ -220,7 +233,9 @@ def test_a_sender_killed_after_the_file_was_deleted(home, receiver) -> None:
     assert_all_delivered(home, receiver, wanted, 0)
 
 
-def test_a_sender_killed_between_unlock_and_the_second_look(home, receiver) -> None:
+def test_a_sender_killed_between_unlock_and_the_second_look(
+    home: Home, receiver: Receiver
+) -> None:
     """A ping that came with the unlock is delivered by the next hook."""
     place(home, receiver.url)
     staged = home.path / "staged.json"
@@ -237,7 +252,9 @@ def test_a_sender_killed_between_unlock_and_the_second_look(home, receiver) -> N
 
 
 @pytest.mark.parametrize("status", [400, 503])
-def test_a_sender_killed_while_it_sets_aside_or_backs_off(home, status) -> None:
+def test_a_sender_killed_while_it_sets_aside_or_backs_off(
+    home: Home, status: int
+) -> None:
     """Killed at any rename: the ping waits or is set aside, and state.json is whole."""
     with Receiver(status) as receiver:
         for nth in (1, 2, 3):
@@ -256,7 +273,7 @@ def test_a_sender_killed_while_it_sets_aside_or_backs_off(home, status) -> None:
     assert home.waiting() == []
 
 
-def sender_steps(home, url):
+def sender_steps(home: Home, url: str) -> int:
     """How many of the counted calls a sender makes with two pings waiting."""
     path = home.path / "steps"
     note = f"""
@@ -273,7 +290,7 @@ os._exit = leave
     return int(path.read_text())
 
 
-def test_a_sender_killed_at_any_of_its_steps(home) -> None:
+def test_a_sender_killed_at_any_of_its_steps(home: Home) -> None:
     """Wherever a sender is killed, the next delivers all, at most one ping twice."""
     with Receiver() as receiver:
         steps = sender_steps(home, receiver.url)
@@ -293,7 +310,7 @@ def test_a_sender_killed_at_any_of_its_steps(home) -> None:
 # -- At random ------------------------------------------------------------------------
 
 
-def kill_senders(home, over, rng):
+def kill_senders(home: Home, over: threading.Event, rng: random.Random) -> int:
     """Until it is over, kill whatever sender runs, every now and then."""
     killed = 0
     while not over.wait(rng.uniform(0.05, 0.4)):
@@ -310,7 +327,7 @@ def kill_senders(home, over, rng):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
-def test_random_kills_over_five_hundred_events(home) -> None:
+def test_random_kills_over_five_hundred_events(home: Home) -> None:
     """500 hooks and senders under random SIGKILLs: every ping whose hook returned, or
     whose file was seen, is delivered; no body is torn; an event has one event_id."""
     hooks, rng = 500, random.Random(6)
@@ -318,14 +335,14 @@ def test_random_kills_over_five_hundred_events(home) -> None:
         rng.uniform(0, 0.06) if rng.random() < 0.4 else None for _ in range(hooks)
     ]
 
-    def answer(_) -> int:
+    def answer(_: object) -> int:
         time.sleep(0.01)  # so that a kill may fall between request and answer
         return 200
 
     with Receiver(answer) as receiver:
         env, over = home.env(receiver.url), threading.Event()
 
-        def run(number):
+        def run(number: int) -> bool:
             """Run one hook, killed after its delay; whether it returned by itself."""
             hook = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(SCRIPT)],

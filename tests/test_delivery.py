@@ -9,6 +9,8 @@ import random
 import socket
 import struct
 import time
+from types import ModuleType
+from typing import Callable
 
 import pytest
 
@@ -16,6 +18,7 @@ from support import (
     FIXTURES,
     ONE_LIFE,
     TOKEN,
+    Home,
     Receiver,
     Wire,
     dead_url,
@@ -44,7 +47,7 @@ socket.getaddrinfo = only_loopback
 """
 
 
-def expected_verdict(status) -> str:
+def expected_verdict(status: int) -> str:
     """DESIGN.md's sentence, written once more."""
     if status in (408, 425, 429) or status >= 500:
         return "retry"
@@ -53,18 +56,18 @@ def expected_verdict(status) -> str:
     return "delivered" if status < 300 else "refused"
 
 
-def problem(home):
+def problem(home: Home) -> str | None:
     """The verdict that state.json tells of the last problem."""
     return (home.state_json().get("problem") or {}).get("verdict")
 
 
-def backoff(home):
+def backoff(home: Home) -> float:
     """Seconds between the last failure and the next attempt, by state.json."""
     state = home.state_json()
     return state["not_before"] - state["set_at"]
 
 
-def assert_kept(home, verdict, count=1) -> None:
+def assert_kept(home: Home, verdict: str, count: int = 1) -> None:
     """Everything still waits, and a back-off of that verdict stands."""
     assert len(home.waiting()) == count
     assert problem(home) == verdict
@@ -81,7 +84,7 @@ def assert_kept(home, verdict, count=1) -> None:
 
 
 @pytest.mark.parametrize("hundreds", [2, 3, 4, 5])
-def test_every_status_has_its_verdict(script, hundreds) -> None:
+def test_every_status_has_its_verdict(script: ModuleType, hundreds: int) -> None:
     """Each status from 200 to 599 has the verdict that DESIGN.md gives it."""
     statuses = range(100 * hundreds, 100 * hundreds + 100)
     found = {status: script.verdict_of(status) for status in statuses}
@@ -89,13 +92,13 @@ def test_every_status_has_its_verdict(script, hundreds) -> None:
 
 
 @pytest.mark.parametrize("status", [101, 199, 600, 999])
-def test_a_status_of_no_class_is_no_answer(script, status) -> None:
+def test_a_status_of_no_class_is_no_answer(script: ModuleType, status: int) -> None:
     """A status outside of 200 to 599 is as no answer: the ping is tried again."""
     assert script.verdict_of(status) == "retry"
 
 
 @pytest.mark.parametrize("status", [204, 299])
-def test_a_2xx_delivers(home, status) -> None:
+def test_a_2xx_delivers(home: Home, status: int) -> None:
     """Any 2xx is an acceptance: the ping's file goes, nothing is counted as lost."""
     with Receiver(status) as receiver:
         (event_id,) = place(home, receiver.url)
@@ -107,7 +110,7 @@ def test_a_2xx_delivers(home, status) -> None:
 
 
 @pytest.mark.parametrize("status", [304, 401, 404, 451, 408, 429, 500, 599])
-def test_a_status_that_is_not_the_pings_fault_keeps_it(home, status) -> None:
+def test_a_status_that_is_not_the_pings_fault_keeps_it(home: Home, status: int) -> None:
     """On a retry or hold status the ping stays where it is, and a back-off stands."""
     with Receiver(status) as receiver:
         place(home, receiver.url)
@@ -117,7 +120,7 @@ def test_a_status_that_is_not_the_pings_fault_keeps_it(home, status) -> None:
 
 
 @pytest.mark.parametrize("status", [400, 413, 499])
-def test_a_refused_ping_is_set_aside(home, status) -> None:
+def test_a_refused_ping_is_set_aside(home: Home, status: int) -> None:
     """Any other 4xx sets the ping aside and counts it, without a back-off."""
     with Receiver(status) as receiver:
         (event_id,) = place(home, receiver.url)
@@ -134,7 +137,7 @@ def test_a_refused_ping_is_set_aside(home, status) -> None:
     assert state["not_before"] <= time.time()
 
 
-def test_what_a_request_looks_like(home, receiver) -> None:
+def test_what_a_request_looks_like(home: Home, receiver: Receiver) -> None:
     """A request is one POST of the ping, its event_id the Idempotency-Key."""
     home.hook(event("Stop"), receiver.url)
     (ping,) = receiver.wait_for(1)
@@ -155,7 +158,7 @@ def test_what_a_request_looks_like(home, receiver) -> None:
     assert {name.lower() for name in request.headers} <= allowed
 
 
-def test_the_pings_file_is_sent_as_it_is(home, receiver) -> None:
+def test_the_pings_file_is_sent_as_it_is(home: Home, receiver: Receiver) -> None:
     """The body is the ping that the hook wrote into the outbox, no more and no less."""
     path = only_enqueue(home, receiver.url)
     ping = json.loads(path.read_text())["ping"]
@@ -166,7 +169,7 @@ def test_the_pings_file_is_sent_as_it_is(home, receiver) -> None:
 # -- Back-off -------------------------------------------------------------------------
 
 
-def date(at):
+def date(at: float) -> str:
     """An HTTP date (RFC 9110's preferred form)."""
     return email.utils.formatdate(at, usegmt=True)
 
@@ -203,13 +206,15 @@ def date(at):
         ("Friday, 15-Jan-27 08:05:00 GMT", 300),  # RFC 850
     ],
 )
-def test_retry_after(script, text, expected) -> None:
+def test_retry_after(script: ModuleType, text: str | None, expected: float) -> None:
     """Retry-After is understood as seconds or date, and clamped to 24 h."""
     assert script.retry_after_s(text, NOW) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
-def test_retry_after_dates_are_gmt(script, monkeypatch, zone) -> None:
+def test_retry_after_dates_are_gmt(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, zone: str
+) -> None:
     """A date is GMT wherever the machine is, also in the form that names no zone."""
     monkeypatch.setenv("TZ", zone)
     time.tzset()
@@ -225,7 +230,7 @@ def test_retry_after_dates_are_gmt(script, monkeypatch, zone) -> None:
     "failures, most",
     [(1, 4), (2, 8), (3, 16), (8, 512), (9, 900), (64, 900), (10**6, 900)],
 )
-def test_backoff_after_a_retry(script, failures, most) -> None:
+def test_backoff_after_a_retry(script: ModuleType, failures: int, most: int) -> None:
     """After the n-th failure in a row: between 2 s and 2*2^n s, 900 s at most."""
     random.seed(7)
     waits = [script.backoff_s("retry", failures, None, NOW) for _ in range(2000)]
@@ -238,14 +243,16 @@ def test_backoff_after_a_retry(script, failures, most) -> None:
     "failures, wait",
     [(1, 900), (2, 1800), (3, 3600), (5, 14400), (6, 21600), (10**6, 21600)],
 )
-def test_backoff_after_a_hold(script, failures, wait) -> None:
+def test_backoff_after_a_hold(script: ModuleType, failures: int, wait: int) -> None:
     """A hold waits 15 min, doubling to 6 h."""
     assert script.backoff_s("hold", failures, None, NOW) == wait
 
 
 @pytest.mark.parametrize("verdict", ["retry", "hold"])
 @pytest.mark.parametrize("asked", [1, 120, 7000, 80000])
-def test_backoff_honours_retry_after(script, verdict, asked) -> None:
+def test_backoff_honours_retry_after(
+    script: ModuleType, verdict: str, asked: int
+) -> None:
     """No attempt comes before what Retry-After asks for, and not two at one moment."""
     waits = [script.backoff_s(verdict, 1, str(asked), NOW) for _ in range(200)]
     assert asked <= min(waits)
@@ -254,7 +261,7 @@ def test_backoff_honours_retry_after(script, verdict, asked) -> None:
         assert len(set(waits)) > 100
 
 
-def test_no_server_silences_us_for_more_than_a_day(script) -> None:
+def test_no_server_silences_us_for_more_than_a_day(script: ModuleType) -> None:
     """Whatever Retry-After says, the wait is 24 h at most."""
     for text in ("86399", "86400", "1" + "0" * 20, date(NOW + 90 * DAY_S)):
         for _ in range(50):
@@ -275,13 +282,15 @@ def test_no_server_silences_us_for_more_than_a_day(script) -> None:
         (NOW - 2 * DAY_S, NOW + 1000 * DAY_S, 0),
     ],
 )
-def test_how_long_a_backoff_holds(script, set_at, not_before, expected) -> None:
+def test_how_long_a_backoff_holds(
+    script: ModuleType, set_at: float, not_before: float, expected: float
+) -> None:
     """A back-off holds while set_at <= now < not_before, and never beyond a day."""
     state = {"set_at": set_at, "not_before": not_before}
     assert script.backoff_left_s(state, NOW) == pytest.approx(expected)
 
 
-def test_retry_after_reaches_the_backoff(home) -> None:
+def test_retry_after_reaches_the_backoff(home: Home) -> None:
     """A 429's Retry-After decides when the next attempt may come."""
     with Receiver(lambda _: (429, {"Retry-After": "120"}, b"")) as receiver:
         place(home, receiver.url)
@@ -289,7 +298,7 @@ def test_retry_after_reaches_the_backoff(home) -> None:
     assert 120 <= backoff(home) <= 133
 
 
-def test_a_retry_after_of_a_thousand_years(home) -> None:
+def test_a_retry_after_of_a_thousand_years(home: Home) -> None:
     """A server that asks for 10^20 s gets a day."""
     with Receiver(lambda _: (503, {"Retry-After": "1" + "0" * 20}, b"")) as receiver:
         place(home, receiver.url)
@@ -300,29 +309,29 @@ def test_a_retry_after_of_a_thousand_years(home) -> None:
 # -- No answer ------------------------------------------------------------------------
 
 
-def reset(connection) -> None:
+def reset(connection: socket.socket) -> None:
     """Take the request, then reset the connection."""
     read_request(connection)
     linger = struct.pack("ii", 1, 0)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
-def close(connection) -> None:
+def close(connection: socket.socket) -> None:
     """Take the request, then close the connection without an answer."""
     read_request(connection)
 
 
-def say(answer):
+def say(answer: bytes) -> Callable[[socket.socket], object]:
     """Take the request, then say these bytes and close."""
 
-    def talk(connection) -> None:
+    def talk(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(answer)
 
     return talk
 
 
-def test_a_dead_server(home) -> None:
+def test_a_dead_server(home: Home) -> None:
     """Connection refused: one attempt a pass, the ping is kept, a back-off stands."""
     url, traced = dead_url(), home.path / "traced"
     note = f"""
@@ -367,7 +376,7 @@ wrap(socket, "create_connection", before=note)
         "600",
     ],
 )
-def test_no_answer_of_http(home, talk) -> None:
+def test_no_answer_of_http(home: Home, talk: Callable[..., object]) -> None:
     """A server that does not answer in HTTP: one attempt, the ping is kept."""
     with Wire(talk) as wire:
         place(home, wire.url)
@@ -376,7 +385,7 @@ def test_no_answer_of_http(home, talk) -> None:
     assert_kept(home, "retry")
 
 
-def test_a_silent_server(home) -> None:
+def test_a_silent_server(home: Home) -> None:
     """A server that never answers costs one attempt of TELEMHQ_TIMEOUT seconds."""
     with Wire(lambda connection: wire.over.wait(30)) as wire:
         place(home, wire.url)
@@ -390,7 +399,7 @@ def test_a_silent_server(home) -> None:
 # -- Deadlines ------------------------------------------------------------------------
 
 
-def drip_headers(connection) -> None:
+def drip_headers(connection: socket.socket) -> None:
     """Answer for ever, a byte at a time, each in time for the socket's timeout."""
     read_request(connection)
     connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
@@ -399,7 +408,7 @@ def drip_headers(connection) -> None:
         time.sleep(0.1)
 
 
-def drip_status(connection) -> None:
+def drip_status(connection: socket.socket) -> None:
     """The same from the first byte on."""
     read_request(connection)
     for byte in b"HTTP/1.1 200" + b" " * 10000:
@@ -407,7 +416,7 @@ def drip_status(connection) -> None:
         time.sleep(0.2)
 
 
-def continue_for_ever(connection) -> None:
+def continue_for_ever(connection: socket.socket) -> None:
     """A flood of interim answers."""
     read_request(connection)
     while True:
@@ -415,11 +424,13 @@ def continue_for_ever(connection) -> None:
 
 
 @pytest.mark.parametrize("talk", [drip_headers, drip_status, continue_for_ever])
-def test_an_answer_that_never_ends_is_cut_off(home, talk) -> None:
+def test_an_answer_that_never_ends_is_cut_off(
+    home: Home, talk: Callable[..., object]
+) -> None:
     """A request ends by 1.5 times the timeout; the failure counts, the ping is kept."""
     ended = []
 
-    def timed(connection) -> None:
+    def timed(connection: socket.socket) -> None:
         begun = time.monotonic()
         try:
             talk(connection)
@@ -435,7 +446,7 @@ def test_an_answer_that_never_ends_is_cut_off(home, talk) -> None:
     assert_kept(home, "retry")
 
 
-def drip_body(connection) -> None:
+def drip_body(connection: socket.socket) -> None:
     """Accept, then an answer's body without an end, a byte at a time."""
     read_request(connection)
     connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
@@ -444,7 +455,7 @@ def drip_body(connection) -> None:
         time.sleep(0.1)
 
 
-def endless_body(connection) -> None:
+def endless_body(connection: socket.socket) -> None:
     """Accept, then a body without an end, as fast as it goes."""
     read_request(connection)
     connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -453,7 +464,7 @@ def endless_body(connection) -> None:
 
 
 @pytest.mark.parametrize("talk", [drip_body, endless_body])
-def test_a_body_is_not_read(home, talk) -> None:
+def test_a_body_is_not_read(home: Home, talk: Callable[..., object]) -> None:
     """Status and headers decide: a 2xx with an endless body delivers at once."""
     counted = home.path / "read"
     count = f"""
@@ -478,7 +489,7 @@ socket.SocketIO = Counted
     assert 0 < read <= 2 * max(4096, io.DEFAULT_BUFFER_SIZE)
 
 
-def test_a_resolver_that_hangs(home) -> None:
+def test_a_resolver_that_hangs(home: Home) -> None:
     """The watchdog counts a failure, ends the sender; the next hook does not wait."""
     with Receiver() as receiver:
         place(home, receiver.url)
@@ -500,10 +511,10 @@ socket.getaddrinfo = lambda *a, **k: hang(60)
     assert home.state_json()["failures"] == 1
 
 
-def test_the_timeout_is_clamped(home) -> None:
+def test_the_timeout_is_clamped(home: Home) -> None:
     """A TELEMHQ_TIMEOUT of nearly nothing is a second: a slow answer still counts."""
 
-    def slow(_) -> int:
+    def slow(_: object) -> int:
         time.sleep(0.6)
         return 200
 
@@ -517,7 +528,9 @@ def test_the_timeout_is_clamped(home) -> None:
 
 
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
-def test_a_redirect_is_not_followed(home, receiver, status) -> None:
+def test_a_redirect_is_not_followed(
+    home: Home, receiver: Receiver, status: int
+) -> None:
     """Wherever a 3xx points, nothing goes there; the ping is held."""
     with Receiver(lambda _: (status, {"Location": receiver.url}, b"")) as first:
         place(home, first.url)
@@ -528,7 +541,7 @@ def test_a_redirect_is_not_followed(home, receiver, status) -> None:
 
 
 @pytest.mark.parametrize("location", ["/ping/other", "file:///etc/passwd", ""])
-def test_a_redirect_to_anything_else_is_not_followed(home, location) -> None:
+def test_a_redirect_to_anything_else_is_not_followed(home: Home, location: str) -> None:
     """Neither the same server nor another scheme is a place to follow to."""
     with Receiver(lambda _: (302, {"Location": location}, b"")) as receiver:
         place(home, receiver.url)
@@ -538,7 +551,7 @@ def test_a_redirect_to_anything_else_is_not_followed(home, location) -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_http_to_loopback(home, receiver, host) -> None:
+def test_http_to_loopback(home: Home, receiver: Receiver, host: str) -> None:
     """http:// to this very machine needs no permission."""
     url = receiver.url.replace("127.0.0.1", host)
     place(home, url)
@@ -547,7 +560,7 @@ def test_http_to_loopback(home, receiver, host) -> None:
 
 
 @pytest.mark.parametrize("allowed", ["", "0", "1"])
-def test_http_to_another_machine(home, receiver, allowed) -> None:
+def test_http_to_another_machine(home: Home, receiver: Receiver, allowed: str) -> None:
     """http:// to another machine makes a ping only under TELEMHQ_ALLOW_HTTP=1."""
     there = "http://tracker.invalid/ping/" + TOKEN
     env = {"TELEMHQ_ALLOW_HTTP": allowed, "http_proxy": receiver.url}
@@ -562,12 +575,12 @@ def test_http_to_another_machine(home, receiver, allowed) -> None:
 # -- TLS ------------------------------------------------------------------------------
 
 
-def served(name):
+def served(name: str) -> Receiver:
     """A TLS receiver with one of the certificates."""
     return Receiver(tls=(str(TLS / (name + ".pem")), str(TLS / (name + ".key"))))
 
 
-def test_tls_delivers(home) -> None:
+def test_tls_delivers(home: Home) -> None:
     """https to a server whose certificate is trusted and names it delivers."""
     with served("loopback") as receiver:
         home.hook(event("Stop"), receiver.url, **CA)
@@ -587,7 +600,9 @@ def test_tls_delivers(home) -> None:
     ],
     ids=["self-signed", "self-signed, CA", "unknown CA", "wrong host", "verify off"],
 )
-def test_tls_that_is_not_verified_is_held(home, name, env) -> None:
+def test_tls_that_is_not_verified_is_held(
+    home: Home, name: str, env: dict[str, object]
+) -> None:
     """A certificate that does not prove who is there: held, and not a byte sent."""
     with served(name) as receiver:
         place(home, receiver.url, 2)
@@ -597,11 +612,11 @@ def test_tls_that_is_not_verified_is_held(home, name, env) -> None:
     assert home.state_json()["problem"]["what"].startswith("TLS")
 
 
-def test_https_never_falls_back_to_the_clear(home) -> None:
+def test_https_never_falls_back_to_the_clear(home: Home) -> None:
     """Where no TLS answers, nothing of the ping or the token is on the wire."""
     said = []
 
-    def talk(connection) -> None:
+    def talk(connection: socket.socket) -> None:
         said.append(connection.recv(65536))
         connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         said.append(connection.recv(65536))
@@ -617,7 +632,7 @@ def test_https_never_falls_back_to_the_clear(home) -> None:
     assert_kept(home, "hold")
 
 
-def test_a_python_without_tls_holds(home) -> None:
+def test_a_python_without_tls_holds(home: Home) -> None:
     """A Python that was built without TLS cannot send: held, never in the clear."""
     with served("loopback") as receiver:
         place(home, receiver.url)
@@ -643,7 +658,7 @@ ELSEWHERE = "http://tracker.invalid/ping/" + TOKEN
     "scheme, host",
     [("http", "127.0.0.1"), ("http", "localhost"), ("https", "localhost")],
 )
-def test_no_proxy_for_loopback(home, scheme, host) -> None:
+def test_no_proxy_for_loopback(home: Home, scheme: str, host: str) -> None:
     """Whatever the environment says, a proxy never sees what goes to loopback."""
     with Receiver(502) as proxy, served("loopback") as tls, Receiver() as plain:
         receiver = tls if scheme == "https" else plain
@@ -654,7 +669,7 @@ def test_no_proxy_for_loopback(home, scheme, host) -> None:
         assert proxy.requests == []
 
 
-def test_the_environments_proxy_is_honoured(home) -> None:
+def test_the_environments_proxy_is_honoured(home: Home) -> None:
     """Elsewhere the ping goes by the proxy that the environment names."""
     with Receiver() as proxy:
         env = {"TELEMHQ_ALLOW_HTTP": "1", "http_proxy": proxy.url}
@@ -666,7 +681,7 @@ def test_the_environments_proxy_is_honoured(home) -> None:
     assert home.waiting() == []
 
 
-def test_a_proxy_is_passed_by_where_no_proxy_says_so(home) -> None:
+def test_a_proxy_is_passed_by_where_no_proxy_says_so(home: Home) -> None:
     """NO_PROXY is honoured too."""
     here = NO_DNS.replace('"localhost"', '"tracker.invalid"')
     here = here.replace("lookup(host", 'lookup("127.0.0.1"')
@@ -684,7 +699,7 @@ def test_a_proxy_is_passed_by_where_no_proxy_says_so(home) -> None:
     "status, verdict",
     [(400, "hold"), (403, "hold"), (407, "hold"), (429, "retry"), (502, "retry")],
 )
-def test_a_proxy_that_opens_no_tunnel(home, status, verdict) -> None:
+def test_a_proxy_that_opens_no_tunnel(home: Home, status: int, verdict: str) -> None:
     """A proxy's own answer to CONNECT is never the ping's fault: it is kept."""
     url = ELSEWHERE.replace("http:", "https:")
     with Receiver(status) as proxy:
@@ -698,7 +713,7 @@ def test_a_proxy_that_opens_no_tunnel(home, status, verdict) -> None:
 
 
 @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "nonsense", "http://"])
-def test_a_proxy_that_cannot_be_used(home, proxy) -> None:
+def test_a_proxy_that_cannot_be_used(home: Home, proxy: str) -> None:
     """A proxy of an unknown kind: the ping is kept, and a back-off stands."""
     env = {"TELEMHQ_ALLOW_HTTP": "1", "http_proxy": proxy}
     only_enqueue(home, ELSEWHERE, **env)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import re
 import resource
 import shutil
@@ -12,10 +13,22 @@ import subprocess
 import sys
 import threading
 import time
+from types import ModuleType
+from typing import Callable, Iterator
 
 import pytest
 
-from support import FIXTURES, SCRIPT, TOKEN, Home, Receiver, dead_url, event, wait_until
+from support import (
+    FIXTURES,
+    SCRIPT,
+    TOKEN,
+    Home,
+    Receiver,
+    Request,
+    dead_url,
+    event,
+    wait_until,
+)
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 
@@ -23,25 +36,25 @@ SILENT = (0, b"", b"")
 LINUX = sys.platform.startswith("linux")
 
 
-def outcome(done):
+def outcome(done: subprocess.CompletedProcess[bytes]) -> tuple[int, bytes, bytes]:
     """What Claude Code sees of a hook: exit status, stdout, stderr."""
     return done.returncode, done.stdout, done.stderr
 
 
-def mode(path):
+def mode(path: pathlib.Path) -> int:
     """A path's permission bits."""
     return stat.S_IMODE(os.lstat(str(path)).st_mode)
 
 
 @pytest.fixture(scope="module")
-def shared():
+def shared() -> Iterator[Receiver]:
     """One receiver for the whole module: its URL's directory has one name."""
     with Receiver() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def directory_name(shared, tmp_path_factory):
+def directory_name(shared: Receiver, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The name of that destination's directory, as a hook made it."""
     home = Home(tmp_path_factory.mktemp("name") / "home")
     home.hook(event("Stop"), shared.url, TELEMHQ_FOREGROUND="1")
@@ -49,7 +62,7 @@ def directory_name(shared, tmp_path_factory):
 
 
 @pytest.fixture
-def base(home, shared, directory_name):
+def base(home: Home, shared: Receiver, directory_name: str) -> pathlib.Path:
     """The destination's directory, made by hand before any hook, with its outbox."""
     del shared.requests[:]
     found = home.state / directory_name
@@ -62,7 +75,7 @@ def base(home, shared, directory_name):
 # -- Layout ----------------------------------------------------------------------------
 
 
-def test_a_ping_waits_in_a_file_of_its_own(home) -> None:
+def test_a_ping_waits_in_a_file_of_its_own(home: Home) -> None:
     """outbox/<time_ns>-<event_id>.json holds the ping and what the sender needs."""
     before = time.time_ns()
     found = event("Stop")
@@ -76,7 +89,7 @@ def test_a_ping_waits_in_a_file_of_its_own(home) -> None:
     assert record["local"]["transcript"] == found["transcript_path"]
 
 
-def test_without_usage_the_transcripts_path_is_not_kept(home) -> None:
+def test_without_usage_the_transcripts_path_is_not_kept(home: Home) -> None:
     """The transcript's path is on disk only where usage is on for that ping."""
     home.hook(event("Stop"), dead_url(), TELEMHQ_USAGE="0", TELEMHQ_FOREGROUND="1")
     (path,) = home.waiting()
@@ -85,7 +98,7 @@ def test_without_usage_the_transcripts_path_is_not_kept(home) -> None:
         assert path.is_dir() or b"/home/dev/.claude" not in path.read_bytes()
 
 
-def test_the_outbox_sorts_by_the_time_of_the_events(home) -> None:
+def test_the_outbox_sorts_by_the_time_of_the_events(home: Home) -> None:
     """Oldest first by name: that is the order in which pings are delivered."""
     url, ids = dead_url(), []
     for _ in range(5):
@@ -95,7 +108,9 @@ def test_the_outbox_sorts_by_the_time_of_the_events(home) -> None:
     assert [path.stem[21:] for path in home.waiting()] == ids
 
 
-def test_everything_written_is_below_the_state_directory(home, receiver) -> None:
+def test_everything_written_is_below_the_state_directory(
+    home: Home, receiver: Receiver
+) -> None:
     """Neither the project nor anything else in HOME is touched."""
     before = set(home.path.rglob("*"))
     receiver.answer = lambda request: 400 if request.ping["event"] == "Stop" else 200
@@ -107,7 +122,7 @@ def test_everything_written_is_below_the_state_directory(home, receiver) -> None
     assert new == {home.path / ".claude", home.state}
 
 
-def test_each_url_has_a_directory_of_its_own_that_does_not_tell_it(home) -> None:
+def test_each_url_has_a_directory_of_its_own_that_does_not_tell_it(home: Home) -> None:
     """A destination's directory is its kind and a short hash."""
     for url in (dead_url(), dead_url() + "x", "http://127.0.0.1:9/ping/" + TOKEN):
         home.hook(event("Stop"), url)
@@ -118,7 +133,9 @@ def test_each_url_has_a_directory_of_its_own_that_does_not_tell_it(home) -> None
         assert len(list((home.state / name / "outbox").glob("[0-9]*.json"))) == 1
 
 
-def test_what_is_delivered_is_gone_and_what_is_refused_is_set_aside(home, receiver) -> None:
+def test_what_is_delivered_is_gone_and_what_is_refused_is_set_aside(
+    home: Home, receiver: Receiver
+) -> None:
     """After a delivery no ping is left; a refused one is in refused/."""
     receiver.answer = lambda request: 400 if request.ping["event"] == "Stop" else 200
     for name in ("StopFailure", "Stop"):
@@ -140,7 +157,9 @@ def test_what_is_delivered_is_gone_and_what_is_refused_is_set_aside(home, receiv
     ids=lambda where: "".join(where) or "default",
 )
 @pytest.mark.parametrize("umask", [0o000, 0o777], ids=oct)
-def test_only_the_user_can_read_what_is_written(home, receiver, where, umask) -> None:
+def test_only_the_user_can_read_what_is_written(
+    home: Home, receiver: Receiver, where: dict[str, str], umask: int
+) -> None:
     """Directories 0700, parents too, files 0600, whatever the umask."""
     receiver.answer = lambda request: 400 if len(receiver.requests) == 1 else 500
     before = set(home.path.rglob("*"))
@@ -164,7 +183,9 @@ def test_only_the_user_can_read_what_is_written(home, receiver, where, umask) ->
         assert oct(mode(path)) == oct(0o700 if path.is_dir() else 0o600), path
 
 
-def test_the_background_sender_keeps_to_the_permissions(home, receiver) -> None:
+def test_the_background_sender_keeps_to_the_permissions(
+    home: Home, receiver: Receiver
+) -> None:
     """What the detached process writes is the user's alone, too."""
     receiver.answer = 400
     process = subprocess.Popen(
@@ -183,7 +204,9 @@ def test_the_background_sender_keeps_to_the_permissions(home, receiver) -> None:
         assert oct(mode(path)) == oct(0o700 if path.is_dir() else 0o600), path
 
 
-def test_what_others_made_keeps_its_permissions(home, shared, base) -> None:
+def test_what_others_made_keeps_its_permissions(
+    home: Home, shared: Receiver, base: pathlib.Path
+) -> None:
     """A ~/.claude or an outbox that was there is never chmodded."""
     made = (home.path / ".claude", home.state, base, base / "outbox")
     for path in made:
@@ -198,35 +221,35 @@ def test_what_others_made_keeps_its_permissions(home, shared, base) -> None:
 # -- What disables it ------------------------------------------------------------------
 
 
-def make_file(path, _) -> None:
+def make_file(path: pathlib.Path, _: object) -> None:
     """A file where a directory should be."""
     path.write_text("mine")
 
 
-def make_link(path, aside) -> None:
+def make_link(path: pathlib.Path, aside: pathlib.Path) -> None:
     """A symbolic link to a directory of the same user."""
     aside.mkdir()
     path.symlink_to(aside)
 
 
-def make_dangling(path, aside) -> None:
+def make_dangling(path: pathlib.Path, aside: pathlib.Path) -> None:
     """A symbolic link that leads nowhere yet."""
     path.symlink_to(aside)
 
 
-def make_world_writable(path, _) -> None:
+def make_world_writable(path: pathlib.Path, _: object) -> None:
     """A directory in which anyone may write."""
     path.mkdir()
     path.chmod(0o777)
 
 
-def make_group_writable(path, _) -> None:
+def make_group_writable(path: pathlib.Path, _: object) -> None:
     """A directory in which a group may write."""
     path.mkdir()
     path.chmod(0o770)
 
 
-def make_foreign(path, _) -> None:
+def make_foreign(path: pathlib.Path, _: object) -> None:
     """A directory that belongs to another user."""
     path.mkdir()
     path.chmod(0o700)
@@ -253,7 +276,11 @@ needs_root = pytest.mark.skipif(
 )
 @pytest.mark.parametrize("below", ["", "/*", "/*/outbox", "/*/refused", "/*/accounts"])
 def test_what_another_could_control_disables_the_hook(
-    home, shared, directory_name, make, below
+    home: Home,
+    shared: Receiver,
+    directory_name: str,
+    make: Callable[..., object],
+    below: str,
 ) -> None:
     """From telemhq/ down: exit 0, silence, nothing written or sent; debug names it."""
     del shared.requests[:]
@@ -275,7 +302,9 @@ def test_what_another_could_control_disables_the_hook(
     assert not home.processes()
 
 
-def test_a_state_dir_of_the_users_own_choice_is_held_to_the_same(home, shared) -> None:
+def test_a_state_dir_of_the_users_own_choice_is_held_to_the_same(
+    home: Home, shared: Receiver
+) -> None:
     """TELEMHQ_STATE_DIR that is a link or open to all disables the hook."""
     del shared.requests[:]
     (home.path / "real").mkdir()
@@ -290,7 +319,7 @@ def test_a_state_dir_of_the_users_own_choice_is_held_to_the_same(home, shared) -
     assert not home.state.exists()
 
 
-def test_a_linked_claude_directory_is_fine(home, shared) -> None:
+def test_a_linked_claude_directory_is_fine(home: Home, shared: Receiver) -> None:
     """~/.claude itself may be a symbolic link, as people with dotfiles have it."""
     del shared.requests[:]
     (home.path / "dotfiles").mkdir()
@@ -303,7 +332,9 @@ def test_a_linked_claude_directory_is_fine(home, shared) -> None:
 
 
 @pytest.mark.parametrize("name", ["lock", "state.json", "sender.log", "sender.log.1"])
-def test_a_link_in_place_of_a_file_is_never_followed(home, shared, base, name) -> None:
+def test_a_link_in_place_of_a_file_is_never_followed(
+    home: Home, shared: Receiver, base: pathlib.Path, name: str
+) -> None:
     """A symbolic link where a file of ours should be does not lead us elsewhere."""
     target = home.path / "precious"
     target.write_text('{"not_before": 0}')
@@ -316,7 +347,7 @@ def test_a_link_in_place_of_a_file_is_never_followed(home, shared, base, name) -
     assert len({ping["event_id"] for ping in shared.pings}) == 2
 
 
-def _umask():
+def _umask() -> int:
     """This process's umask."""
     found = os.umask(0)
     os.umask(found)
@@ -326,7 +357,9 @@ def _umask():
 # -- A disk that refuses ---------------------------------------------------------------
 
 
-def limited(home, url, limit, **more):
+def limited(
+    home: Home, url: str, limit: int, **more: object
+) -> subprocess.CompletedProcess[bytes]:
     """A hook that may write files of at most `limit` bytes, as under a quota."""
     return subprocess.run(
         [sys.executable, "-I", "-S", str(SCRIPT)],
@@ -341,7 +374,9 @@ def limited(home, url, limit, **more):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 100])
-def test_a_quota_leaves_no_partial_file(home, receiver, limit) -> None:
+def test_a_quota_leaves_no_partial_file(
+    home: Home, receiver: Receiver, limit: int
+) -> None:
     """A write that fails in the middle: exit 0, silence, nothing left, nothing sent."""
     assert outcome(limited(home, receiver.url, limit)) == SILENT
     assert [path for path in home.state.rglob("*") if not path.is_dir()] == []
@@ -372,7 +407,9 @@ find "$1" -type f ! -name 'file*' ! -name 'filler' -print
 """
 
 
-def run_on_tiny_disk(home, kind, url, **more):
+def run_on_tiny_disk(
+    home: Home, kind: str, url: str, **more: object
+) -> subprocess.CompletedProcess[bytes]:
     """A hook in a mount namespace whose state directory is a full or read-only disk."""
     home.state.mkdir(parents=True)
     home.state.chmod(0o700)
@@ -404,7 +441,9 @@ def run_on_tiny_disk(home, kind, url, **more):
 
 @pytest.mark.skipif(not LINUX, reason="tmpfs in a mount namespace is Linux")
 @pytest.mark.parametrize("kind", ["full", "files", "files 1", "files 1 2", "readonly"])
-def test_a_full_or_read_only_disk_is_survived(home, receiver, kind) -> None:
+def test_a_full_or_read_only_disk_is_survived(
+    home: Home, receiver: Receiver, kind: str
+) -> None:
     """No space, no inodes, read-only: exit 0, silence, no partial file left."""
     done = run_on_tiny_disk(home, kind, receiver.url)
     assert (done.stdout, done.stderr) == (b"exit 0\n", b"")
@@ -412,7 +451,7 @@ def test_a_full_or_read_only_disk_is_survived(home, receiver, kind) -> None:
 
 
 @pytest.mark.skipif(not LINUX, reason="tmpfs in a mount namespace is Linux")
-def test_a_disk_with_room_for_the_ping_alone_keeps_it(home) -> None:
+def test_a_disk_with_room_for_the_ping_alone_keeps_it(home: Home) -> None:
     """Where there is room for the ping and nothing else, it is there, whole."""
     done = run_on_tiny_disk(home, "files 1 2 3", dead_url())
     assert re.fullmatch(rb"exit 0\n/\S+/outbox/\d{20}-\w+\.json\n", done.stdout)
@@ -420,7 +459,9 @@ def test_a_disk_with_room_for_the_ping_alone_keeps_it(home) -> None:
 
 
 @pytest.mark.skipif(not LINUX, reason="tmpfs in a mount namespace is Linux")
-def test_the_tiny_disk_works_when_it_is_not_full(home, receiver) -> None:
+def test_the_tiny_disk_works_when_it_is_not_full(
+    home: Home, receiver: Receiver
+) -> None:
     """The same hook on the same small disk delivers as long as there is room."""
     done = run_on_tiny_disk(home, "roomy", receiver.url, TELEMHQ_FOREGROUND="1")
     assert done.stdout.startswith(b"exit 0\n")
@@ -454,7 +495,9 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", sorted(STATES))
-def test_a_damaged_state_is_as_none(home, shared, base, name) -> None:
+def test_a_damaged_state_is_as_none(
+    home: Home, shared: Receiver, base: pathlib.Path, name: str
+) -> None:
     """Whatever state.json holds, the next hook delivers, and writes a sane one."""
     (base / "state.json").write_bytes(STATES[name])
     assert (
@@ -468,7 +511,9 @@ def test_a_damaged_state_is_as_none(home, shared, base, name) -> None:
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "link"])
-def test_a_state_that_is_no_file_never_blocks(home, shared, base, kind) -> None:
+def test_a_state_that_is_no_file_never_blocks(
+    home: Home, shared: Receiver, base: pathlib.Path, kind: str
+) -> None:
     """A FIFO, a directory or a link in place of state.json does not stop delivery."""
     path = base / "state.json"
     if kind == "directory":
@@ -484,7 +529,9 @@ def test_a_state_that_is_no_file_never_blocks(home, shared, base, kind) -> None:
     assert home.waiting() == []
 
 
-def test_a_state_from_the_future_does_not_stop_delivery(home, shared, base) -> None:
+def test_a_state_from_the_future_does_not_stop_delivery(
+    home: Home, shared: Receiver, base: pathlib.Path
+) -> None:
     """A back-off that was set at a time that has not come yet is none."""
     ahead = time.time() + 2 * 365 * 86400
     state = {"failures": 9, "set_at": ahead, "not_before": ahead + 900}
@@ -493,7 +540,9 @@ def test_a_state_from_the_future_does_not_stop_delivery(home, shared, base) -> N
     assert len(shared.pings) == 1
 
 
-def test_a_sane_back_off_does_stop_it(home, shared, base) -> None:
+def test_a_sane_back_off_does_stop_it(
+    home: Home, shared: Receiver, base: pathlib.Path
+) -> None:
     """The counter-example: a back-off set a moment ago keeps the ping waiting."""
     state = {"failures": 1, "set_at": time.time() - 1, "not_before": time.time() + 900}
     (base / "state.json").write_text(json.dumps(state))
@@ -504,7 +553,9 @@ def test_a_sane_back_off_does_stop_it(home, shared, base) -> None:
 
 
 @pytest.mark.parametrize("failures", [10**6, 2**52])
-def test_a_million_failures_are_clamped(home, directory_name, failures) -> None:
+def test_a_million_failures_are_clamped(
+    home: Home, directory_name: str, failures: int
+) -> None:
     """However many failures there were: the next back-off is at most 15 min."""
     url = dead_url()
     home.hook(event("Stop"), url, TELEMHQ_FOREGROUND="1")
@@ -518,7 +569,9 @@ def test_a_million_failures_are_clamped(home, directory_name, failures) -> None:
     assert begun + 1 < state["not_before"] <= time.time() + 900
 
 
-def test_no_state_holds_delivery_back_for_more_than_a_day(script, tmp_path) -> None:
+def test_no_state_holds_delivery_back_for_more_than_a_day(
+    script: ModuleType, tmp_path: pathlib.Path
+) -> None:
     """A back-off that would last for years ends after a day at the latest."""
     now = time.time()
     for not_before in (now + 10 * 365 * 86400, 1e15, 2**52):
@@ -533,7 +586,7 @@ def test_no_state_holds_delivery_back_for_more_than_a_day(script, tmp_path) -> N
     [(0, 0, 0), (-10, 20, 20), (0, 20, 20), (-10, 0, 0), (-30, -10, 0), (1, 20, 0)],
 )
 def test_a_back_off_holds_between_its_two_times(
-    script, tmp_path, set_at, not_before, left
+    script: ModuleType, tmp_path: pathlib.Path, set_at: int, not_before: int, left: int
 ) -> None:
     """It holds only while set_at <= now < not_before."""
     now = float(int(time.time()))
@@ -545,7 +598,7 @@ def test_a_back_off_holds_between_its_two_times(
 # -- Strange things in the outbox ------------------------------------------------------
 
 
-def fill_with_oddities(outbox, precious) -> None:
+def fill_with_oddities(outbox: pathlib.Path, precious: pathlib.Path) -> None:
     """Everything that is no ping, under names of pings and others."""
     old = f"{time.time_ns() - 10**9:020d}-"
     for name, content in (
@@ -572,7 +625,9 @@ def fill_with_oddities(outbox, precious) -> None:
 
 
 @pytest.mark.parametrize("foreground", ["0", "1"])
-def test_oddities_in_the_outbox_stop_nothing(home, shared, base, foreground) -> None:
+def test_oddities_in_the_outbox_stop_nothing(
+    home: Home, shared: Receiver, base: pathlib.Path, foreground: str
+) -> None:
     """FIFOs, links, directories, torn files: the hook's ping is delivered."""
     precious = home.path / "precious.json"
     precious.write_text(json.dumps({"ping": {"CANARY": 1}, "local": {}}))
@@ -594,7 +649,7 @@ def test_oddities_in_the_outbox_stop_nothing(home, shared, base, foreground) -> 
 # -- Secrets ---------------------------------------------------------------------------
 
 
-def every_byte(directory):
+def every_byte(directory: pathlib.Path) -> bytes:
     """All names and contents of files below a directory."""
     found = []
     for path in directory.rglob("*"):
@@ -604,7 +659,7 @@ def every_byte(directory):
     return b"\n".join(found)
 
 
-def every_command_line():
+def every_command_line() -> bytes:
     """The arguments of every process of this machine that can be seen."""
     found = []
     for entry in os.listdir("/proc"):
@@ -631,11 +686,13 @@ SESSION = (
 
 
 @pytest.mark.parametrize("answer", ["dead", 200, 302, 400])
-def test_neither_url_nor_content_is_ever_on_disk(home, receiver, answer) -> None:
+def test_neither_url_nor_content_is_ever_on_disk(
+    home: Home, receiver: Receiver, answer: object
+) -> None:
     """The token, the URL and the events' content are in no file and no file name."""
     secret = f"SECRET{time.time_ns():032x}"
 
-    def echo(request):
+    def echo(request: Request) -> tuple[int, dict[str, str], bytes]:
         """A server that tells all it knows, in every place of its answer."""
         body = request.path.encode() + request.body
         return answer, {"Location": request.path, "X-Token": secret}, body
@@ -665,7 +722,9 @@ def test_neither_url_nor_content_is_ever_on_disk(home, receiver, answer) -> None
 
 
 @pytest.mark.skipif(not LINUX, reason="reads /proc")
-def test_neither_url_nor_content_is_in_any_processs_arguments(home, receiver) -> None:
+def test_neither_url_nor_content_is_in_any_processs_arguments(
+    home: Home, receiver: Receiver
+) -> None:
     """`ps` shows other users nothing: the sender gets the URL by its environment."""
     secret, release = f"SECRET{time.time_ns():032x}", threading.Event()
     receiver.answer = lambda request: release.wait(30) and 200

@@ -6,32 +6,41 @@ import ast
 import hashlib
 import hmac
 import json
+import pathlib
 import random
 import re
 import shutil
 import subprocess
+from types import ModuleType
+from typing import Any, NoReturn
 
 import pytest
 
-from support import FIXTURES, SCRIPT, event
-from typing import NoReturn
+from support import FIXTURES, SCRIPT, Home, Receiver, event
 
 NS = 1700000000 * 10**9 + 123456789  # 2023-11-14T22:13:20.123Z
 GIT = shutil.which("git")
 git_needed = pytest.mark.skipif(not GIT, reason="git is not installed")
 
 
-def sha12(path):
+def sha12(path: str) -> str:
     """The first 12 hex of SHA-256 of a path."""
     return hashlib.sha256(path.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
-def ping_of(script, found, environ=None, project="api"):
+def ping_of(
+    script: ModuleType,
+    found: dict[str, Any],
+    environ: dict[str, str] | None = None,
+    project: str = "api",
+) -> dict[str, Any]:
     """The ping of an event through the pure function."""
     return script.make_ping(found, script.Settings(environ or {}), project, NS, 700)
 
 
-def project(script, cwd, project_dir=None, name=None):
+def project(
+    script: ModuleType, cwd: object, project_dir: object = None, name: object = None
+) -> Any:
     """The project that the hook finds for a cwd and its environment."""
     environ = {"CLAUDE_PROJECT_DIR": project_dir, "TELEMHQ_PROJECT": name}
     environ = {key: str(value) for key, value in environ.items() if value is not None}
@@ -214,7 +223,7 @@ EXPECTED = {  # fixture: the ping, but for what every ping has (`ALWAYS`)
 }
 
 
-def expected_ping(script, name):
+def expected_ping(script: ModuleType, name: str) -> dict[str, Any]:
     """The whole ping of a fixture, but for its event_id, timestamp and event_bytes."""
     found = {
         "provider": "anthropic",
@@ -241,7 +250,7 @@ def test_every_real_event_is_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_a_real_event_becomes_exactly_this_ping(script, name) -> None:
+def test_a_real_event_becomes_exactly_this_ping(script: ModuleType, name: str) -> None:
     """Each real event gives the documented fields, and not one field more."""
     ping = ping_of(script, event(name))
     assert re.fullmatch("[0-9a-f]{32}", ping.pop("event_id"))
@@ -250,7 +259,9 @@ def test_a_real_event_becomes_exactly_this_ping(script, name) -> None:
     assert ping == expected_ping(script, name)
 
 
-def test_every_real_event_arrives_as_the_pure_function_says(home, receiver, script) -> None:
+def test_every_real_event_arrives_as_the_pure_function_says(
+    home: Home, receiver: Receiver, script: ModuleType
+) -> None:
     """Run as Claude Code runs it, each event's ping arrives with the same fields."""
     sent = {}
     for name in sorted(EXPECTED):
@@ -270,7 +281,7 @@ def test_every_real_event_arrives_as_the_pure_function_says(home, receiver, scri
     assert left == []
 
 
-def test_every_event_has_an_id_of_its_own(script) -> None:
+def test_every_event_has_an_id_of_its_own(script: ModuleType) -> None:
     """The same event twice is two pings: their ids are random."""
     ids = {ping_of(script, event("Stop"))["event_id"] for _ in range(50)}
     assert len(ids) == 50
@@ -279,7 +290,7 @@ def test_every_event_has_an_id_of_its_own(script) -> None:
 # -- Shapes ----------------------------------------------------------------------------
 
 
-def put(field, value):
+def put(field: str, value: object) -> tuple[dict[str, Any], dict[str, Any]]:
     """An event with `value` where `field` comes from, and its environment."""
     if field == "event":
         return event("Stop", hook_event_name=value), {}
@@ -345,7 +356,9 @@ NOT_STRINGS = (None, True, 5, 1.5, [], ["a"], {}, {"a": "b"})
 
 
 @pytest.mark.parametrize("field", IDENTIFIERS)
-def test_a_string_leaves_only_in_the_shape_of_an_identifier(script, field) -> None:
+def test_a_string_leaves_only_in_the_shape_of_an_identifier(
+    script: ModuleType, field: str
+) -> None:
     """ASCII letters, digits and _ . : -, 1 to 128: anything else is left out, whole."""
     for value in GOOD_IDENTIFIERS:
         assert ping_of(script, *put(field, value))[field] == value
@@ -357,7 +370,7 @@ def test_a_string_leaves_only_in_the_shape_of_an_identifier(script, field) -> No
 @pytest.mark.parametrize(
     "name", ["claude-opus-5-5[1m]", "claude-sonnet-4@20250514", "eu.anthropic.x-v1:0"]
 )
-def test_a_model_may_also_have_at_and_brackets(script, name) -> None:
+def test_a_model_may_also_have_at_and_brackets(script: ModuleType, name: str) -> None:
     """Models are named so by Vertex, by Bedrock and for long contexts."""
     assert ping_of(script, event("Stop", model=name))["model"] == name
 
@@ -371,13 +384,13 @@ def test_a_model_may_also_have_at_and_brackets(script, name) -> None:
         "[1m]",
     ],
 )
-def test_a_cloud_accounts_arn_is_no_model(script, name) -> None:
+def test_a_cloud_accounts_arn_is_no_model(script: ModuleType, name: str) -> None:
     """No slash and no space: an ARN with an account's number in it stays home."""
     assert "model" not in ping_of(script, event("Stop", model=name))
 
 
 @pytest.mark.parametrize("value", [0, 1, 25, 1.5, 2**50])
-def test_a_number_leaves_as_it_is(script, value) -> None:
+def test_a_number_leaves_as_it_is(script: ModuleType, value: float) -> None:
     """Durations are sent unchanged."""
     ping = ping_of(script, event("PostToolUse-Bash", duration_ms=value))
     assert ping["duration_ms"] == value
@@ -388,14 +401,18 @@ def test_a_number_leaves_as_it_is(script, value) -> None:
     [-1, float("nan"), float("inf"), -float("inf"), 10**400, True, "25", None, [1], {}],
     ids=lambda value: repr(value)[:20],
 )
-def test_what_is_no_finite_count_is_no_number(script, value) -> None:
+def test_what_is_no_finite_count_is_no_number(
+    script: ModuleType, value: object
+) -> None:
     """A number that no JSON reader could take, or that is none, is left out."""
     ping = ping_of(script, event("PostToolUse-Bash", duration_ms=value))
     assert "duration_ms" not in ping
 
 
 @pytest.mark.parametrize("field", ["is_interrupt", "stop_hook_active"])
-def test_a_flag_is_true_or_false_and_nothing_else(script, field) -> None:
+def test_a_flag_is_true_or_false_and_nothing_else(
+    script: ModuleType, field: str
+) -> None:
     """Booleans are sent as booleans; what only looks like one is left out."""
     for value in (True, False):
         assert ping_of(script, event("Stop", **{field: value}))[field] is value
@@ -418,13 +435,15 @@ def test_a_flag_is_true_or_false_and_nothing_else(script, field) -> None:
         ("background_tasks", "background_tasks", {"CANARY": 1}, None),
     ],
 )
-def test_of_content_only_its_size_leaves(script, source, field, value, expected) -> None:
+def test_of_content_only_its_size_leaves(
+    script: ModuleType, source: str, field: str, value: object, expected: int | None
+) -> None:
     """Texts are counted in characters, background tasks as a list's length."""
     assert ping_of(script, event("Stop", **{source: value})).get(field) == expected
 
 
 @pytest.mark.parametrize("name", ["PermissionDenied", "Stop", "Future", "SessionStart"])
-def test_a_reason_leaves_from_session_end_only(script, name) -> None:
+def test_a_reason_leaves_from_session_end_only(script: ModuleType, name: str) -> None:
     """Elsewhere `reason` is text: it stays home even when it is one word."""
     found = event("SessionEnd-other", hook_event_name=name, reason="secretword")
     assert "reason" not in ping_of(script, found)
@@ -452,7 +471,7 @@ def test_a_reason_leaves_from_session_end_only(script, name) -> None:
         "x" * 40,
     ],
 )
-def test_a_stop_failures_code_is_sent(script, code) -> None:
+def test_a_stop_failures_code_is_sent(script: ModuleType, code: str) -> None:
     """Claude Code's own error codes tell what stopped the turn."""
     ping = ping_of(script, event("StopFailure", error=code))
     assert (ping["error"], ping["status"]) == (code, "failed")
@@ -477,7 +496,9 @@ def test_a_stop_failures_code_is_sent(script, code) -> None:
     ],
     ids=repr,
 )
-def test_a_stop_failure_without_a_code_is_failed_all_the_same(script, text) -> None:
+def test_a_stop_failure_without_a_code_is_failed_all_the_same(
+    script: ModuleType, text: object
+) -> None:
     """What is no lower-case code could be a message: left out; the status stays."""
     ping = ping_of(script, event("StopFailure", error=text))
     assert "error" not in ping
@@ -502,7 +523,7 @@ def test_a_stop_failure_without_a_code_is_failed_all_the_same(script, text) -> N
     ],
 )
 def test_of_a_failed_tools_text_only_exit_code_and_length_leave(
-    script, text, exit_code
+    script: ModuleType, text: str, exit_code: int | None
 ) -> None:
     """The text holds output and paths: `tool_error`, its code, its length."""
     ping = ping_of(script, event("PostToolUseFailure-Bash", error=text))
@@ -512,7 +533,9 @@ def test_of_a_failed_tools_text_only_exit_code_and_length_leave(
 
 
 @pytest.mark.parametrize("digits", [5, 10, 11, 12, 20, 400, 5000])
-def test_an_exit_code_is_the_whole_number_or_none(script, digits) -> None:
+def test_an_exit_code_is_the_whole_number_or_none(
+    script: ModuleType, digits: int
+) -> None:
     """An absurd exit code is never cut into another one."""
     text = "Exit code " + "7" * digits + "\nx"
     ping = ping_of(script, event("PostToolUseFailure-Bash", error=text))
@@ -520,7 +543,9 @@ def test_an_exit_code_is_the_whole_number_or_none(script, digits) -> None:
 
 
 @pytest.mark.parametrize("value", [None, {}, {"message": "CANARY"}, ["x"], 3, True])
-def test_a_failed_tool_without_a_text_is_a_tool_error(script, value) -> None:
+def test_a_failed_tool_without_a_text_is_a_tool_error(
+    script: ModuleType, value: object
+) -> None:
     """PostToolUseFailure says `tool_error` whatever its `error` is."""
     ping = ping_of(script, event("PostToolUseFailure-Bash", error=value))
     assert (ping["error"], ping["status"]) == ("tool_error", "failed")
@@ -532,14 +557,16 @@ def test_a_failed_tool_without_a_text_is_a_tool_error(script, value) -> None:
 @pytest.mark.parametrize(
     "value", ["CANARY text", "rate_limit", {"a": 1}, ["x"], 3, True]
 )
-def test_any_other_event_that_carries_an_error_says_just_that(script, name, value) -> None:
+def test_any_other_event_that_carries_an_error_says_just_that(
+    script: ModuleType, name: str | None, value: object
+) -> None:
     """An error of another event is the word `error`, and the status is failed."""
     ping = ping_of(script, event("Stop", hook_event_name=name, error=value))
     assert (ping["error"], ping["status"]) == ("error", "failed")
 
 
 @pytest.mark.parametrize("value", [None, "", False, {}, []])
-def test_an_empty_error_is_no_error(script, value) -> None:
+def test_an_empty_error_is_no_error(script: ModuleType, value: object) -> None:
     """An event whose `error` is there but empty has not failed."""
     ping = ping_of(script, event("Stop", error=value))
     assert "error" not in ping
@@ -550,7 +577,7 @@ def test_an_empty_error_is_no_error(script, value) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_a_field_that_is_null_is_left_out(script, name) -> None:
+def test_a_field_that_is_null_is_left_out(script: ModuleType, name: str) -> None:
     """No ping ever holds a null, whichever field of the event is one."""
     found = event(name)
     for key in found:
@@ -570,7 +597,7 @@ def test_a_field_that_is_null_is_left_out(script, name) -> None:
     }
 
 
-def test_an_empty_event_is_a_ping_still(script) -> None:
+def test_an_empty_event_is_a_ping_still(script: ModuleType) -> None:
     """A ping is made of any JSON object, even an empty one."""
     ping = ping_of(script, {}, project="unknown")
     assert ping["provider"] == "anthropic"
@@ -579,7 +606,7 @@ def test_an_empty_event_is_a_ping_still(script) -> None:
     assert "session_id" not in ping
 
 
-def test_what_a_future_event_brings_stays_home(script) -> None:
+def test_what_a_future_event_brings_stays_home(script: ModuleType) -> None:
     """Unknown events are named and timed; their unknown fields do not leave."""
     found = {
         "hook_event_name": "QuantumLeap",
@@ -622,14 +649,16 @@ def test_what_a_future_event_brings_stays_home(script) -> None:
 
 
 @pytest.mark.parametrize("value", [None, "", "build-7", "a b", "x" * 129])
-def test_a_machine_is_named_only_where_the_user_named_it(script, value) -> None:
+def test_a_machine_is_named_only_where_the_user_named_it(
+    script: ModuleType, value: str | None
+) -> None:
     """TELEMHQ_MACHINE adds `machine`; without it, no host name leaves."""
     environ = {} if value is None else {"TELEMHQ_MACHINE": value}
     expected = value if value == "build-7" else None
     assert ping_of(script, event("Stop"), environ).get("machine") == expected
 
 
-def test_the_gate_passes_nothing_that_is_not_in_its_table(script) -> None:
+def test_the_gate_passes_nothing_that_is_not_in_its_table(script: ModuleType) -> None:
     """The allow-list decides alone: unknown names and wrong shapes do not pass it."""
     assert script.gate({"prompt": "x", "cwd": "/x", "project_path": "x"}) == {}
     for name in script.GATE:
@@ -638,7 +667,7 @@ def test_the_gate_passes_nothing_that_is_not_in_its_table(script) -> None:
                 assert script.gate({name: value}) == {}, (name, value)
 
 
-def test_no_field_of_the_gate_takes_an_overlong_text(script) -> None:
+def test_no_field_of_the_gate_takes_an_overlong_text(script: ModuleType) -> None:
     """Whatever may one day go wrong before the gate: 128 characters are the most."""
     assert script.gate({"project": "a" * 128, "tool": "a" * 128}) != {}
     for name in script.GATE:
@@ -660,7 +689,9 @@ PATHS = (
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: ascii(path)[:20])
 @pytest.mark.parametrize("field", ["cwd", "transcript_path"])
-def test_a_path_leaves_as_twelve_hex_of_its_hash(script, field, path) -> None:
+def test_a_path_leaves_as_twelve_hex_of_its_hash(
+    script: ModuleType, field: str, path: str
+) -> None:
     """Paths are sent as the first 12 hex of SHA-256, lone surrogates passed through."""
     ping = ping_of(script, event("Stop", **{field: path}))
     assert ping[field + "_hash"] == sha12(path)
@@ -669,7 +700,7 @@ def test_a_path_leaves_as_twelve_hex_of_its_hash(script, field, path) -> None:
 @pytest.mark.parametrize(
     "key", [b"k", b"x" * 200, b"\xff\xfe", "ключ".encode()], ids=repr
 )
-def test_a_hash_key_makes_it_an_hmac(script, key) -> None:
+def test_a_hash_key_makes_it_an_hmac(script: ModuleType, key: bytes) -> None:
     """TELEMHQ_HASH_KEY makes a guessable path unguessable: HMAC-SHA-256."""
     environ = {"TELEMHQ_HASH_KEY": key.decode("utf-8", "surrogateescape")}
     for path in PATHS:
@@ -680,14 +711,16 @@ def test_a_hash_key_makes_it_an_hmac(script, key) -> None:
 
 
 @pytest.mark.parametrize("value", ["", None, 5, True, ["/x"], {"path": "/x"}], ids=repr)
-def test_no_path_is_no_hash(script, value) -> None:
+def test_no_path_is_no_hash(script: ModuleType, value: object) -> None:
     """transcript_path may be empty: then there is no hash of it."""
     ping = ping_of(script, event("Stop", cwd=value, transcript_path=value))
     assert "cwd_hash" not in ping
     assert "transcript_path_hash" not in ping
 
 
-def test_key_and_strange_paths_work_through_the_process(home, receiver) -> None:
+def test_key_and_strange_paths_work_through_the_process(
+    home: Home, receiver: Receiver
+) -> None:
     """A key that is no text and a path with a lone surrogate both work."""
     raw = json.dumps(event("Stop", cwd="/w/lone\ud800")).encode()
     env = {"TELEMHQ_HASH_KEY": "\udcff\udcfe", "TELEMHQ_FOREGROUND": "1"}
@@ -733,12 +766,20 @@ def test_key_and_strange_paths_work_through_the_process(home, receiver) -> None:
         ("C:\\Users\\jane\\acme", None, None, "acme"),
     ],
 )
-def test_the_projects_name(script, cwd, project_dir, name, expected) -> None:
+def test_the_projects_name(
+    script: ModuleType,
+    cwd: object,
+    project_dir: str | None,
+    name: str | None,
+    expected: str,
+) -> None:
     """TELEMHQ_PROJECT, else the project directory around the cwd, else the cwd."""
     assert project(script, cwd, project_dir, name) == expected
 
 
-def test_a_cd_inside_the_project_makes_no_new_project(home, receiver) -> None:
+def test_a_cd_inside_the_project_makes_no_new_project(
+    home: Home, receiver: Receiver
+) -> None:
     """A cwd below CLAUDE_PROJECT_DIR is that project, one outside is not."""
     top = str(home.project)
     for cwd in (top, top + "/src", str(home.path / "other")):
@@ -748,7 +789,9 @@ def test_a_cd_inside_the_project_makes_no_new_project(home, receiver) -> None:
     assert names == ["api", "api", "other"]
 
 
-def test_a_symbolic_link_to_the_project_is_the_project(script, tmp_path) -> None:
+def test_a_symbolic_link_to_the_project_is_the_project(
+    script: ModuleType, tmp_path: pathlib.Path
+) -> None:
     """A cwd inside counts as inside whichever of the two names a link the way."""
     (tmp_path / "acme" / "src").mkdir(parents=True)
     (tmp_path / "current").symlink_to("acme")
@@ -758,7 +801,7 @@ def test_a_symbolic_link_to_the_project_is_the_project(script, tmp_path) -> None
     assert project(script, tmp_path / "acme" / "away", tmp_path / "acme") == "acme"
 
 
-def git(directory, *arguments) -> None:
+def git(directory: pathlib.Path, *arguments: str) -> None:
     """Run git there, with no settings of this machine."""
     env = {"PATH": "/usr/bin:/bin", "HOME": str(directory), "GIT_CONFIG_NOSYSTEM": "1"}
     for who in ("AUTHOR", "COMMITTER"):
@@ -775,7 +818,7 @@ def git(directory, *arguments) -> None:
 
 
 @pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
+def repositories(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """A repository, its bare clones, worktrees of each, and one with a submodule."""
     top = tmp_path_factory.mktemp("git")
     (top / "shop" / "src").mkdir(parents=True)
@@ -814,7 +857,11 @@ def repositories(tmp_path_factory):
     ],
 )
 def test_a_git_worktree_is_its_main_repositorys_project(
-    script, repositories, cwd, project_dir, expected
+    script: ModuleType,
+    repositories: pathlib.Path,
+    cwd: str,
+    project_dir: str | None,
+    expected: str,
 ) -> None:
     """Real worktrees, of bare repositories too; a submodule is not a worktree."""
     where = repositories / project_dir if project_dir else None
@@ -822,7 +869,9 @@ def test_a_git_worktree_is_its_main_repositorys_project(
 
 
 @git_needed
-def test_a_worktree_is_found_through_the_process(home, receiver, repositories) -> None:
+def test_a_worktree_is_found_through_the_process(
+    home: Home, receiver: Receiver, repositories: pathlib.Path
+) -> None:
     """The hook itself names a worktree's ping after the main repository."""
     cwd = repositories / "shop-fix"
     assert home.hook(event("Stop", cwd=str(cwd)), receiver.url, cwd=cwd).returncode == 0
@@ -845,7 +894,9 @@ def test_a_worktree_is_found_through_the_process(home, receiver, repositories) -
         (b"\xff" * 100, "tree"),
     ],
 )
-def test_a_strange_git_file_is_no_error(script, tmp_path, content, expected) -> None:
+def test_a_strange_git_file_is_no_error(
+    script: ModuleType, tmp_path: pathlib.Path, content: bytes, expected: str | None
+) -> None:
     """Whatever `.git` holds, the project has a name without control characters."""
     (tmp_path / "tree").mkdir()
     (tmp_path / "tree" / ".git").write_bytes(content)
@@ -856,7 +907,7 @@ def test_a_strange_git_file_is_no_error(script, tmp_path, content, expected) -> 
     assert expected in (None, name)
 
 
-def test_a_git_that_is_a_fifo_does_not_block(home, receiver) -> None:
+def test_a_git_that_is_a_fifo_does_not_block(home: Home, receiver: Receiver) -> None:
     """A `.git` that no one ever writes to cannot stop the hook."""
     subprocess.run(["mkfifo", str(home.project / ".git")], check=True)
     found = event("Stop", cwd=str(home.project))
@@ -912,7 +963,7 @@ CONTENT = (  # fields of Claude Code's events that hold content or paths
 )
 
 
-def canary(dice, key):
+def canary(dice: random.Random, key: str) -> str:
     """A secret as a string, of any shape but the one that may leave under `key`."""
     word = f"CANARY_{dice.randrange(10**6):06d}"
     if key == "cwd":  # of which the last name may leave
@@ -942,7 +993,7 @@ def canary(dice, key):
     return dice.choice(texts)
 
 
-def strange(dice, key, depth=0):
+def strange(dice: random.Random, key: str, depth: int = 0) -> Any:
     """Any JSON value, with canaries wherever there is a string in it."""
     kind = dice.randrange(9 if depth < 3 else 7)
     if kind < 3:
@@ -964,7 +1015,7 @@ def strange(dice, key, depth=0):
     return inner
 
 
-def with_canaries(dice, value, key):
+def with_canaries(dice: random.Random, value: Any, key: str) -> Any:
     """`value` with a canary in place of every string in it."""
     if isinstance(value, dict):
         return {k: with_canaries(dice, v, k) for k, v in value.items()}
@@ -973,7 +1024,7 @@ def with_canaries(dice, value, key):
     return canary(dice, key) if isinstance(value, str) else value
 
 
-def mutated(dice, names):
+def mutated(dice: random.Random, names: list[str]) -> dict[str, Any]:
     """A real event, some of it replaced, with canaries where strings were."""
     found = event(dice.choice(names))
     name = found["hook_event_name"]
@@ -995,7 +1046,7 @@ def mutated(dice, names):
     return found
 
 
-def check_ping(script, text) -> None:
+def check_ping(script: ModuleType, text: str) -> None:
     """A ping's text holds no canary, no path, nothing overlong, only the gate's."""
     assert "canary" not in text.lower()
     assert "/" not in text
@@ -1003,7 +1054,7 @@ def check_ping(script, text) -> None:
     assert "null" not in text
     assert len(text) < 4096
 
-    def constant(name) -> NoReturn:
+    def constant(name: str) -> NoReturn:
         raise AssertionError(name)
 
     ping = json.loads(text, parse_constant=constant)
@@ -1018,7 +1069,9 @@ def check_ping(script, text) -> None:
 
 
 @pytest.mark.parametrize("key", CONTENT)
-def test_content_stays_home_even_when_it_looks_like_an_identifier(script, key) -> None:
+def test_content_stays_home_even_when_it_looks_like_an_identifier(
+    script: ModuleType, key: str
+) -> None:
     """A one-word prompt or title has the shape of an identifier: it does not leave."""
     for name in EXPECTED:
         for value in (
@@ -1032,7 +1085,7 @@ def test_content_stays_home_even_when_it_looks_like_an_identifier(script, key) -
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_no_mutated_event_gets_a_canary_through(script, seed) -> None:
+def test_no_mutated_event_gets_a_canary_through(script: ModuleType, seed: int) -> None:
     """Thousands of mutated real events: no content, no path, no exception, ever."""
     dice, names = random.Random(seed), sorted(EXPECTED)
     for i in range(1000):
@@ -1048,7 +1101,7 @@ def test_no_mutated_event_gets_a_canary_through(script, seed) -> None:
         check_ping(script, script.encode_json(ping))
 
 
-def test_the_fuzz_can_find_a_leak(script) -> None:
+def test_the_fuzz_can_find_a_leak(script: ModuleType) -> None:
     """The check itself is not blind: each kind of leak, put in by hand, is seen."""
     good = ping_of(script, event("Stop"))
     check_ping(script, script.encode_json(good))
@@ -1067,7 +1120,9 @@ def test_the_fuzz_can_find_a_leak(script) -> None:
             check_ping(script, script.encode_json(dict(good, **{name: value})))
 
 
-def test_mutated_events_get_no_canary_out_of_the_process(home, receiver, script) -> None:
+def test_mutated_events_get_no_canary_out_of_the_process(
+    home: Home, receiver: Receiver, script: ModuleType
+) -> None:
     """The bytes that arrive at a receiver hold no canary, in body, path or headers."""
     dice, names = random.Random(99), sorted(EXPECTED)
     for _ in range(12):
@@ -1084,7 +1139,7 @@ def test_mutated_events_get_no_canary_out_of_the_process(home, receiver, script)
 
 
 def test_a_session_with_transcripts_sends_fields_of_the_gate_only(
-    home, receiver, script
+    home: Home, receiver: Receiver, script: ModuleType
 ) -> None:
     """Tokens come from the transcripts, where all content is: none of it arrives."""
     shutil.copytree(str(FIXTURES / "transcripts" / "subagent"), str(home.path / "t"))
@@ -1111,7 +1166,7 @@ def test_a_session_with_transcripts_sends_fields_of_the_gate_only(
 
 
 def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(
-    home, receiver, script
+    home: Home, receiver: Receiver, script: ModuleType
 ) -> None:
     """Every body comes out of the gate, also when a ping's file was changed on disk."""
     home.hook(event("Stop"), receiver.url)
@@ -1136,7 +1191,7 @@ def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(
 # -- Short enough to be read -----------------------------------------------------------
 
 
-def parts():
+def parts() -> tuple[str, str, str]:
     """The script's text: what a hook runs, the sender's, the commands'."""
     hook, rest = SCRIPT.read_text("utf-8").split("SENDER = r'''\n")
     sender, rest = rest.split("'''\n", 1)
@@ -1144,7 +1199,7 @@ def parts():
 
 
 @pytest.mark.parametrize("part, most", [(0, 850), (1, 700), (2, 400)])
-def test_each_part_is_short_enough_to_be_read(part, most) -> None:
+def test_each_part_is_short_enough_to_be_read(part: int, most: int) -> None:
     """What runs while Claude Code waits takes at most 850 lines, the detached process
     700, the commands 400."""
     assert parts()[part].count("\n") <= most
@@ -1160,7 +1215,7 @@ def test_every_function_says_what_it_means() -> None:
     """Each function and class has a docstring, but for methods named by Python."""
     missing = []
 
-    def visit(node) -> None:
+    def visit(node: ast.AST) -> None:
         for inner in getattr(node, "body", ()):
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
             if isinstance(inner, kinds) and not inner.name.startswith("__"):

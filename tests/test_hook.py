@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pathlib
 import re
 import select
 import shutil
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import threading
 import time
+from types import ModuleType
+from typing import Any, Callable, Iterable, Iterator
 
 import pytest
 
@@ -35,12 +38,18 @@ LINUX = sys.platform.startswith("linux")
 linux_only = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 
-def outcome(done):
+def outcome(done: subprocess.CompletedProcess[bytes]) -> tuple[int, bytes, bytes]:
     """What Claude Code sees of a hook: exit status, stdout, stderr."""
     return done.returncode, done.stdout, done.stderr
 
 
-def start(home, url, flags="-I -S", script=SCRIPT, **more):
+def start(
+    home: Home,
+    url: str | None,
+    flags: str = "-I -S",
+    script: object = SCRIPT,
+    **more: object,
+) -> subprocess.Popen[bytes]:
     """Start the hook with pipes, in a session of its own; gives the Popen."""
     return subprocess.Popen(
         ["/bin/sh", "-c", f"exec {sys.executable} {flags} {script}"],
@@ -53,7 +62,7 @@ def start(home, url, flags="-I -S", script=SCRIPT, **more):
     )
 
 
-def finish(process):
+def finish(process: subprocess.Popen[bytes]) -> int:
     """Wait for a hook's end and close its pipes; its exit status."""
     status = process.wait(30)
     for pipe in (process.stdin, process.stdout, process.stderr):
@@ -76,7 +85,9 @@ class Held(Receiver):
 # -- What takes its time: started first, looked at last --------------------------------
 
 
-def slow_one(home, pieces, close=False, **more):
+def slow_one(
+    home: Home, pieces: Iterable[bytes], close: bool = False, **more: Any
+) -> tuple[tuple[int, bytes, bytes], float]:
     """Run a hook whose stdin gets `pieces` and stays open; (outcome, seconds)."""
     process, begun = start(home, **more), time.monotonic()
     for piece in pieces:
@@ -94,7 +105,7 @@ def slow_one(home, pieces, close=False, **more):
 class Slow:
     """The runs that wait for 5 or 8 seconds, all at once and beside the other tests."""
 
-    def __init__(self, new_home) -> None:
+    def __init__(self, new_home: Callable[[str], pathlib.Path]) -> None:
         self.found, self.threads, self.homes = {}, {}, []
         self.new_home, self.server, self.held = new_home, Receiver(), Held()
         self.silent = Wire(lambda connection: self.silent.over.wait(60))
@@ -102,18 +113,25 @@ class Slow:
         self.busy.hook(STOP, self.held.url)  # its sender has the lock until the end
         self.held.wait_for(1)
 
-    def home(self):
+    def home(self) -> Home:
         self.homes.append(Home(self.new_home("slow") / "home"))
         return self.homes[-1]
 
-    def begin(self, name, home, url, pieces, **more) -> None:
+    def begin(
+        self,
+        name: str,
+        home: Home,
+        url: str | None,
+        pieces: Iterable[bytes],
+        **more: Any,
+    ) -> None:
         def run() -> None:
             self.found[name] = slow_one(home, pieces, url=url, **more)
 
         self.threads[name] = threading.Thread(target=run)
         self.threads[name].start()
 
-    def __call__(self, name):
+    def __call__(self, name: str) -> tuple[tuple[int, bytes, bytes], float]:
         """(outcome, seconds) of the run `name`, as soon as it is over."""
         self.threads[name].join(60)
         return self.found[name]
@@ -129,7 +147,7 @@ class Slow:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def slow(tmp_path_factory):
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
     """The slow runs: started before the first test, looked at by the last ones."""
     found = Slow(tmp_path_factory.mktemp)
     found.begin("nothing", found.home(), found.server.url, [])
@@ -152,7 +170,7 @@ def slow(tmp_path_factory):
 # -- Every Python ----------------------------------------------------------------------
 
 
-def short(value):
+def short(value: object) -> str:
     """A test's id: of a path, the part that tells the Python's version."""
     return str(value).split("/versions/")[-1].split("/")[0] or "empty"
 
@@ -166,7 +184,9 @@ def test_some_pythons_were_found() -> None:
 
 
 @every_python
-def test_an_event_is_delivered_in_the_background(home, receiver, python) -> None:
+def test_an_event_is_delivered_in_the_background(
+    home: Home, receiver: Receiver, python: str
+) -> None:
     """Exit 0, silence; a moment later the ping arrives, once; the outbox is empty."""
     for name in ("Stop", "PostToolUseFailure-Bash"):
         assert outcome(home.hook(event(name), receiver.url, python=python)) == SILENT
@@ -188,7 +208,9 @@ def test_an_event_is_delivered_in_the_background(home, receiver, python) -> None
 
 
 @every_python
-def test_an_event_waits_on_disk_while_the_tracker_is_away(home, python) -> None:
+def test_an_event_waits_on_disk_while_the_tracker_is_away(
+    home: Home, python: str
+) -> None:
     """It is on disk before the hook exits, and arrives when the tracker is back."""
     url = dead_url()
     for _ in range(2):
@@ -205,7 +227,9 @@ def test_an_event_waits_on_disk_while_the_tracker_is_away(home, python) -> None:
 
 
 @every_python
-def test_foreground_and_debug_deliver_before_they_exit(home, receiver, python) -> None:
+def test_foreground_and_debug_deliver_before_they_exit(
+    home: Home, receiver: Receiver, python: str
+) -> None:
     """TELEMHQ_FOREGROUND=1, TELEMHQ_HOOK_DEBUG=1: delivered, no process left."""
     env = {"TELEMHQ_FOREGROUND": "1"}
     assert outcome(home.hook(STOP, receiver.url, python=python, **env)) == SILENT
@@ -252,7 +276,7 @@ NASTY = {  # stdin: whether a ping can be made of it
 
 
 @every_python
-def test_nothing_on_stdin_makes_the_hook_fail_or_talk(home, python) -> None:
+def test_nothing_on_stdin_makes_the_hook_fail_or_talk(home: Home, python: str) -> None:
     """Empty, torn, binary, deep, not UTF-8: exit 0, silence; a ping if possible."""
     home.hook(STOP, NOWHERE)
     home.set_state(set_at=time.time() - 1, not_before=time.time() + 900)
@@ -270,7 +294,7 @@ def test_nothing_on_stdin_makes_the_hook_fail_or_talk(home, python) -> None:
 
 
 @every_python
-def test_no_expensive_module_is_imported_in_the_hook(home, python) -> None:
+def test_no_expensive_module_is_imported_in_the_hook(home: Home, python: str) -> None:
     """The hook itself imports neither urllib, json, hashlib, re nor subprocess."""
     home.hook(STOP, NOWHERE)
     home.set_state(set_at=time.time() - 1, not_before=time.time() + 900)
@@ -312,7 +336,7 @@ def test_no_expensive_module_is_imported_in_the_hook(home, python) -> None:
 
 
 @pytest.mark.parametrize("python", pythons(6, 8) or [None], ids=short)
-def test_an_older_python_does_nothing_and_is_silent(home, python) -> None:
+def test_an_older_python_does_nothing_and_is_silent(home: Home, python: str) -> None:
     """Where `python3` is older than 3.8, Claude Code does not notice that either."""
     if python is None:
         pytest.skip("no CPython 3.6 or 3.7 here")
@@ -323,7 +347,7 @@ def test_an_older_python_does_nothing_and_is_silent(home, python) -> None:
 # -- stdin -----------------------------------------------------------------------------
 
 
-def test_an_event_of_100_mb_is_a_ping(home) -> None:
+def test_an_event_of_100_mb_is_a_ping(home: Home) -> None:
     """A huge event is read to its end; its ping is as small as any."""
     raw = STOP[:-1] + b', "tool_response": "' + b"x" * (100 << 20) + b'"}'
     assert outcome(home.hook(raw, NOWHERE, timeout=60)) == SILENT
@@ -333,7 +357,7 @@ def test_an_event_of_100_mb_is_a_ping(home) -> None:
 
 
 @pytest.mark.parametrize("url", [None, "", "telemhq.com/ping/x", NOWHERE])
-def test_stdin_is_read_to_its_end(home, url) -> None:
+def test_stdin_is_read_to_its_end(home: Home, url: str | None) -> None:
     """An early close would show the user an EPIPE error, whatever there is to do."""
     process = start(home, url)
     for _ in range(40):
@@ -344,7 +368,7 @@ def test_stdin_is_read_to_its_end(home, url) -> None:
     assert finish(process) == 0
 
 
-def test_an_event_in_small_pieces_is_one_event(home) -> None:
+def test_an_event_in_small_pieces_is_one_event(home: Home) -> None:
     """A parent that writes slowly is waited for."""
     process = start(home, NOWHERE)
     for byte in range(0, len(STOP), 40):
@@ -363,7 +387,9 @@ def test_an_event_in_small_pieces_is_one_event(home) -> None:
 @pytest.mark.parametrize(
     "closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- 2>&-", "<&- >&-", "<&- >&- 2>&-"]
 )
-def test_closed_descriptors_are_survived(home, receiver, closed, debug) -> None:
+def test_closed_descriptors_are_survived(
+    home: Home, receiver: Receiver, closed: str, debug: str
+) -> None:
     """stdin, stdout or stderr closed by the parent: exit 0, and the ping arrives."""
     done = subprocess.run(
         ["/bin/sh", "-c", f"exec {sys.executable} -I -S {SCRIPT} {closed}"],
@@ -382,7 +408,9 @@ def test_closed_descriptors_are_survived(home, receiver, closed, debug) -> None:
         assert path.is_dir() or b"TelemHQ hook" not in path.read_bytes()
 
 
-def test_a_stderr_that_nobody_reads_loses_no_ping(home, receiver) -> None:
+def test_a_stderr_that_nobody_reads_loses_no_ping(
+    home: Home, receiver: Receiver
+) -> None:
     """In debug mode a broken stderr is no reason to fail, and not to drop the ping."""
     process = start(home, receiver.url, TELEMHQ_HOOK_DEBUG="1", TELEMHQ_MACHINE="a b")
     process.stderr.close()
@@ -393,7 +421,9 @@ def test_a_stderr_that_nobody_reads_loses_no_ping(home, receiver) -> None:
     assert len(home.waiting()) + len(receiver.pings) == 1
 
 
-def test_a_full_stderr_pipe_does_not_matter_in_hook_mode(home, receiver) -> None:
+def test_a_full_stderr_pipe_does_not_matter_in_hook_mode(
+    home: Home, receiver: Receiver
+) -> None:
     """Claude Code's pipes may be unread: the hook has nothing to say."""
     process = start(home, receiver.url)
     process.stdin.write(STOP)
@@ -408,7 +438,9 @@ def test_a_full_stderr_pipe_does_not_matter_in_hook_mode(home, receiver) -> None
 
 
 @pytest.mark.parametrize("pipe", ["stdout", "stderr"])
-def test_the_hooks_pipes_end_while_the_sender_still_works(home, pipe) -> None:
+def test_the_hooks_pipes_end_while_the_sender_still_works(
+    home: Home, pipe: str
+) -> None:
     """Claude Code waits for the end of the hook's pipes: the sender holds none."""
     with Held() as held:
         process = start(home, held.url)
@@ -423,7 +455,7 @@ def test_the_hooks_pipes_end_while_the_sender_still_works(home, pipe) -> None:
             assert len(home.processes()) == 1
 
 
-def test_an_inherited_descriptor_is_not_handed_on(home) -> None:
+def test_an_inherited_descriptor_is_not_handed_on(home: Home) -> None:
     """Whatever descriptors the hook was born with, the sender has none of them."""
     read, write = os.pipe()
     os.set_inheritable(write, True)
@@ -444,7 +476,7 @@ def test_an_inherited_descriptor_is_not_handed_on(home) -> None:
 
 
 @linux_only
-def test_the_sender_has_left_the_hooks_family_and_place(home) -> None:
+def test_the_sender_has_left_the_hooks_family_and_place(home: Home) -> None:
     """Own session and parent, cwd outside the project, devnull on 0-2, the lock."""
     with Held() as held:
         process = start(home, held.url)
@@ -468,7 +500,7 @@ def test_the_sender_has_left_the_hooks_family_and_place(home) -> None:
         assert b"-S" in line
 
 
-def test_a_killed_process_group_does_not_take_the_sender_along(home) -> None:
+def test_a_killed_process_group_does_not_take_the_sender_along(home: Home) -> None:
     """killpg of the hook's group, as on a timeout: that very sender delivers."""
     with Held() as held:
         process = start(home, held.url)
@@ -486,7 +518,7 @@ def test_a_killed_process_group_does_not_take_the_sender_along(home) -> None:
         assert len(held.requests) == 1
 
 
-def descendants(pid):
+def descendants(pid: int) -> list[int]:
     """The ids of a process's children, and theirs, by parent id (Linux)."""
     parents = {}
     for entry in os.listdir("/proc"):
@@ -507,7 +539,9 @@ def descendants(pid):
 
 
 @linux_only
-def test_a_hook_killed_with_all_its_descendants_loses_nothing(home, receiver) -> None:
+def test_a_hook_killed_with_all_its_descendants_loses_nothing(
+    home: Home, receiver: Receiver
+) -> None:
     """Claude Code kills the group and all children: what was committed is delivered."""
     committed = set()
     for delay_ms in (5, 15, 20, 25, 30, 35, 40, 50, 60, 80):
@@ -528,7 +562,9 @@ def test_a_hook_killed_with_all_its_descendants_loses_nothing(home, receiver) ->
 
 
 @linux_only
-def test_a_hook_stopped_as_soon_as_its_ping_is_on_disk_loses_nothing(home, receiver) -> None:
+def test_a_hook_stopped_as_soon_as_its_ping_is_on_disk_loses_nothing(
+    home: Home, receiver: Receiver
+) -> None:
     """SIGKILL at the first sight of the file, sender or not: the next hook delivers."""
     committed = set()
     for _ in range(4):
@@ -586,7 +622,7 @@ MODULES = (
 )
 
 
-def make_hostile(directory, names) -> None:
+def make_hostile(directory: pathlib.Path, names: Iterable[str]) -> None:
     """Modules that report that they were imported, then go on as if they were empty."""
     directory.mkdir(parents=True, exist_ok=True)
     for name in names:
@@ -595,7 +631,7 @@ def make_hostile(directory, names) -> None:
 
 @pytest.mark.parametrize("variable", ["", "TELEMHQ_FOREGROUND", "TELEMHQ_HOOK_DEBUG"])
 def test_the_projects_modules_and_pythons_variables_are_ignored(
-    home, receiver, variable
+    home: Home, receiver: Receiver, variable: str
 ) -> None:
     """json.py in the project, hostile PYTHONPATH and PYTHONSTARTUP: not imported."""
     more = ("os", "sitecustomize", "usercustomize", "encodings", "startup")
@@ -629,7 +665,7 @@ def test_the_projects_modules_and_pythons_variables_are_ignored(
     ids=short,
 )
 def test_telemhqs_own_command_ignores_what_lies_beside_the_script(
-    home, receiver, python, foreground
+    home: Home, receiver: Receiver, python: str, foreground: str
 ) -> None:
     """Run without -I, a json.py beside the script or in the project is not json."""
     hooks = home.path / "hooks"
@@ -652,7 +688,7 @@ def test_telemhqs_own_command_ignores_what_lies_beside_the_script(
     assert not (home.path / "hit").exists()
 
 
-def test_a_hostile_module_would_be_noticed(home) -> None:
+def test_a_hostile_module_would_be_noticed(home: Home) -> None:
     """The counter-example: a plain Python run there imports the project's json."""
     make_hostile(home.project, ["json"])
     subprocess.run(
@@ -665,7 +701,7 @@ def test_a_hostile_module_would_be_noticed(home) -> None:
     assert (home.path / "hit").read_text() == "json\n"
 
 
-def test_a_project_that_was_deleted_is_no_error(home, receiver) -> None:
+def test_a_project_that_was_deleted_is_no_error(home: Home, receiver: Receiver) -> None:
     """A hook whose cwd is gone delivers all the same."""
     gone = home.path / "gone"
     gone.mkdir()
@@ -690,7 +726,9 @@ def test_a_project_that_was_deleted_is_no_error(home, receiver) -> None:
     + [("", sys.executable), ("x y", sys.executable)],
     ids=short,
 )
-def test_without_a_url_the_hook_does_nothing(home, url, python) -> None:
+def test_without_a_url_the_hook_does_nothing(
+    home: Home, url: str | None, python: str
+) -> None:
     """TELEMHQ_PING_URL unset, empty or invalid: exit 0, silence, nothing written."""
     before = set(home.path.rglob("*"))
     assert outcome(home.hook(STOP, url, python=python)) == SILENT
@@ -698,7 +736,7 @@ def test_without_a_url_the_hook_does_nothing(home, url, python) -> None:
     assert home.processes() == []
 
 
-def test_a_project_can_switch_it_off(home, receiver) -> None:
+def test_a_project_can_switch_it_off(home: Home, receiver: Receiver) -> None:
     """An empty TELEMHQ_PING_URL, as a project may set it, is the off switch."""
     assert outcome(home.hook(STOP, receiver.url)) == SILENT
     receiver.wait_for(1)
@@ -711,7 +749,7 @@ def test_a_project_can_switch_it_off(home, receiver) -> None:
 # -- Debug mode ------------------------------------------------------------------------
 
 
-def debug(home, url, sent=STOP, **more):
+def debug(home: Home, url: str | None, sent: bytes = STOP, **more: object) -> list[str]:
     """The lines that debug mode prints."""
     done = home.hook(sent, url, TELEMHQ_HOOK_DEBUG="1", **more)
     assert (done.returncode, done.stdout) == (0, b"")
@@ -723,7 +761,9 @@ def debug(home, url, sent=STOP, **more):
     return text.splitlines()
 
 
-def test_debug_mode_tells_where_the_ping_went_and_what_came_of_it(home, receiver) -> None:
+def test_debug_mode_tells_where_the_ping_went_and_what_came_of_it(
+    home: Home, receiver: Receiver
+) -> None:
     """Event and id, scheme and host, status and time, and no more of the URL."""
     lines = debug(home, receiver.url)
     (ping,) = receiver.pings
@@ -737,7 +777,9 @@ def test_debug_mode_tells_where_the_ping_went_and_what_came_of_it(home, receiver
 @pytest.mark.parametrize(
     "status, kept", [(500, True), (429, True), (401, True), (302, True), (400, False)]
 )
-def test_debug_mode_tells_what_a_server_answered(home, receiver, status, kept) -> None:
+def test_debug_mode_tells_what_a_server_answered(
+    home: Home, receiver: Receiver, status: int, kept: bool
+) -> None:
     """A failed attempt is told with its status; the ping is kept, or set aside."""
     receiver.answer = status
     lines = debug(home, receiver.url)
@@ -747,7 +789,7 @@ def test_debug_mode_tells_what_a_server_answered(home, receiver, status, kept) -
     assert home.processes() == []
 
 
-def test_debug_mode_tells_that_nobody_answered(home) -> None:
+def test_debug_mode_tells_that_nobody_answered(home: Home) -> None:
     """A dead tracker: exit 0, a line that says so, and the ping waits."""
     lines = debug(home, dead_url())
     assert [line for line in lines if "refused" in line.lower()]
@@ -755,7 +797,9 @@ def test_debug_mode_tells_that_nobody_answered(home) -> None:
     assert home.processes() == []
 
 
-def test_debug_mode_ignores_a_back_off_once_and_says_so(home, receiver) -> None:
+def test_debug_mode_ignores_a_back_off_once_and_says_so(
+    home: Home, receiver: Receiver
+) -> None:
     """One attempt in spite of a standing back-off, and a line about it."""
     receiver.answer = 500
     debug(home, receiver.url)
@@ -781,14 +825,16 @@ def test_debug_mode_ignores_a_back_off_once_and_says_so(home, receiver) -> None:
         (NOWHERE, b"[" * 200000, "JSON"),
     ],
 )
-def test_debug_mode_says_why_it_was_skipped(home, url, sent, words) -> None:
+def test_debug_mode_says_why_it_was_skipped(
+    home: Home, url: str | None, sent: bytes, words: str
+) -> None:
     """`TelemHQ hook skipped: <reason, and what to do about it>`, a line, exit 0."""
     (line,) = debug(home, url, sent)
     assert line.startswith("TelemHQ hook skipped: ")
     assert words in line
 
 
-def test_debug_mode_names_what_it_ignores(home, receiver) -> None:
+def test_debug_mode_names_what_it_ignores(home: Home, receiver: Receiver) -> None:
     """A variable that makes no sense is named on a line of its own."""
     lines = debug(home, receiver.url, TELEMHQ_TIMEOUT="soon", TELEMHQ_MACHINE="a b")
     for name in ("TELEMHQ_TIMEOUT", "TELEMHQ_MACHINE"):
@@ -799,7 +845,7 @@ def test_debug_mode_names_what_it_ignores(home, receiver) -> None:
 # -- Foreground ------------------------------------------------------------------------
 
 
-def test_foreground_obeys_the_back_off(home, receiver) -> None:
+def test_foreground_obeys_the_back_off(home: Home, receiver: Receiver) -> None:
     """While a back-off stands the ping waits: an outage does not slow a CI job."""
     receiver.answer = 503
     env = {"TELEMHQ_FOREGROUND": "1"}
@@ -819,7 +865,7 @@ def test_foreground_obeys_the_back_off(home, receiver) -> None:
 
 
 @pytest.mark.parametrize("piped", [False, True], ids=("terminal", "piped"))
-def test_on_a_terminal_it_says_what_it_is(home, piped) -> None:
+def test_on_a_terminal_it_says_what_it_is(home: Home, piped: bool) -> None:
     """Started with no arguments by a person it tells its use, instead of waiting."""
     pty = pytest.importorskip("pty")
     master, slave = pty.openpty()
@@ -855,7 +901,7 @@ def test_on_a_terminal_it_says_what_it_is(home, piped) -> None:
 
 
 @every_python
-def test_help_and_version(home, script, python) -> None:
+def test_help_and_version(home: Home, script: ModuleType, python: str) -> None:
     """--version and --help answer on stdout, exit 0, and do nothing else."""
     for argument, words in (
         ("--version", script.__version__),
@@ -875,7 +921,7 @@ def test_help_and_version(home, script, python) -> None:
     assert not home.state.exists()
 
 
-def test_an_unknown_argument_is_an_error_of_the_commands(home) -> None:
+def test_an_unknown_argument_is_an_error_of_the_commands(home: Home) -> None:
     """Bad usage exits 2 and says so on stderr, and makes no ping."""
     done = subprocess.run(
         [sys.executable, "-I", "-S", str(SCRIPT), "--no-such-thing"],
@@ -894,7 +940,9 @@ def test_an_unknown_argument_is_an_error_of_the_commands(home) -> None:
     "arguments",
     [["--sender"], ["--sender", "x"], ["--sender", "99"], ["--sender", "-1"]],
 )
-def test_a_sender_started_by_hand_is_silent_and_exits_0(home, receiver, arguments) -> None:
+def test_a_sender_started_by_hand_is_silent_and_exits_0(
+    home: Home, receiver: Receiver, arguments: list[str]
+) -> None:
     """A sender whose descriptor is nonsense takes the lock itself, or ends."""
     home.hook(STOP, dead_url(), TELEMHQ_FOREGROUND="1")
     done = subprocess.run(
@@ -912,14 +960,16 @@ def test_a_sender_started_by_hand_is_silent_and_exits_0(home, receiver, argument
 
 
 @pytest.mark.parametrize("name", ["nothing", "half", "whole", "no url"])
-def test_a_stdin_that_is_never_closed_is_left_after_5_seconds(slow, name) -> None:
+def test_a_stdin_that_is_never_closed_is_left_after_5_seconds(
+    slow: Slow, name: str
+) -> None:
     """Claude Code would kill the hook at 10 s: it ends before, silent, with exit 0."""
     found, took = slow(name)
     assert found == SILENT
     assert 4.5 < took < 9.5
 
 
-def test_what_has_arrived_on_an_open_stdin_counts(slow) -> None:
+def test_what_has_arrived_on_an_open_stdin_counts(slow: Slow) -> None:
     """Of the three, the event that was whole is a ping; the torn one is none."""
     slow("whole")
     slow.server.wait_for(1)
@@ -927,14 +977,14 @@ def test_what_has_arrived_on_an_open_stdin_counts(slow) -> None:
 
 
 @pytest.mark.parametrize("name", ["silent", "silent and open", "busy"])
-def test_foreground_ends_after_8_seconds_in_all(slow, name) -> None:
+def test_foreground_ends_after_8_seconds_in_all(slow: Slow, name: str) -> None:
     """A silent server, a busy lock, an open stdin: 8 s are the most, together."""
     found, took = slow(name)
     assert found == SILENT
     assert 2 < took < 12
 
 
-def test_a_busy_lock_is_named_in_debug_mode(slow) -> None:
+def test_a_busy_lock_is_named_in_debug_mode(slow: Slow) -> None:
     """Debug mode waits for the sender at work, then says that it has the ping."""
     (status, stdout, stderr), took = slow("told")
     assert (status, stdout) == (0, b"")

@@ -8,10 +8,12 @@ import hmac
 import json
 import random
 import subprocess
+from types import ModuleType
+from typing import Any, Callable
 
 import pytest
 
-from support import SCRIPT, pythons
+from support import SCRIPT, Home, pythons
 
 GOOD = (
     "{}",
@@ -80,12 +82,12 @@ VALUES = (
 )
 
 
-def public_decode(text):
+def public_decode(text: str) -> Any:
     """What the public module makes of the value that `text` begins with."""
     return json.JSONDecoder(strict=False).raw_decode(text.strip())[0]
 
 
-def outcome(decode, text):
+def outcome(decode: Callable[[str], Any], text: str) -> str:
     """The value (as repr: NaN is not equal to itself), or that there is none."""
     try:
         return repr(decode(text))
@@ -95,7 +97,7 @@ def outcome(decode, text):
         return "RecursionError"
 
 
-def random_value(dice, depth=0):
+def random_value(dice: random.Random, depth: int = 0) -> Any:
     """A random JSON value of every type, strings of every plane and lone surrogates."""
     kind = dice.randrange(9 if depth < 4 else 7)
     if kind < 3:
@@ -113,7 +115,7 @@ def random_value(dice, depth=0):
     return {f"k{i} é": random_value(dice, depth + 1) for i in range(count)}
 
 
-def spoilt(dice, text):
+def spoilt(dice: random.Random, text: str) -> str:
     """`text` with one character dropped, doubled or exchanged."""
     if not text:
         return text
@@ -123,13 +125,15 @@ def spoilt(dice, text):
 
 
 @pytest.mark.parametrize("text", GOOD)
-def test_a_good_text_gives_what_the_json_module_gives(script, text) -> None:
+def test_a_good_text_gives_what_the_json_module_gives(
+    script: ModuleType, text: str
+) -> None:
     """Every kind of JSON value is read as json reads it, lone surrogates included."""
     assert outcome(script.decode_json, text) == repr(public_decode(text))
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_what_is_not_json_is_a_value_error(script, text) -> None:
+def test_what_is_not_json_is_a_value_error(script: ModuleType, text: str) -> None:
     """Text that begins with no JSON value raises ValueError, as in the json module."""
     with pytest.raises(ValueError):
         public_decode(text)
@@ -137,7 +141,7 @@ def test_what_is_not_json_is_a_value_error(script, text) -> None:
         script.decode_json(text)
 
 
-def test_thousands_of_random_texts_are_read_alike(script) -> None:
+def test_thousands_of_random_texts_are_read_alike(script: ModuleType) -> None:
     """Random values and spoilt texts of them read exactly as the json module reads."""
     dice = random.Random(20)
     for _ in range(3000):
@@ -152,28 +156,34 @@ def test_thousands_of_random_texts_are_read_alike(script) -> None:
 
 
 @pytest.mark.parametrize("digits", [20, 400, 5000, 100000])
-def test_an_integer_beyond_every_count_is_no_number(script, digits) -> None:
+def test_an_integer_beyond_every_count_is_no_number(
+    script: ModuleType, digits: int
+) -> None:
     """An absurdly long integer costs no time and no error: it counts as null."""
     text = '{"a": %s, "b": 1}' % ("9" * digits)
     assert script.decode_json(text) == {"a": None, "b": 1}
 
 
 @pytest.mark.parametrize("text", ["[" * 300000, '{"a":' * 300000], ids=("list", "dict"))
-def test_absurd_nesting_is_an_error_that_can_be_caught(script, text) -> None:
+def test_absurd_nesting_is_an_error_that_can_be_caught(
+    script: ModuleType, text: str
+) -> None:
     """Nesting beyond the interpreter's depth raises, it does not crash."""
     with pytest.raises((RecursionError, ValueError)):
         script.decode_json(text)
 
 
 @pytest.mark.parametrize("value", VALUES, ids=repr)
-def test_a_value_is_written_as_the_json_module_writes_it(script, value) -> None:
+def test_a_value_is_written_as_the_json_module_writes_it(
+    script: ModuleType, value: object
+) -> None:
     """Every kind of value becomes the bytes of json.dumps, compact and ASCII."""
     written = script.encode_json(value)
     assert written == json.dumps(value, separators=(",", ":"))
     assert written.isascii()
 
 
-def test_thousands_of_random_values_are_written_alike(script) -> None:
+def test_thousands_of_random_values_are_written_alike(script: ModuleType) -> None:
     """Random values are written byte for byte as the json module writes them."""
     dice = random.Random(21)
     for _ in range(3000):
@@ -183,7 +193,7 @@ def test_thousands_of_random_values_are_written_alike(script) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 55, 56, 63, 64, 65, 119, 1000, 1 << 20])
-def test_sha256_is_hashlibs(script, size) -> None:
+def test_sha256_is_hashlibs(script: ModuleType, size: int) -> None:
     """The hash is SHA-256, at every length at which its padding changes."""
     raw = random.Random(size).getrandbits(8 * size + 1).to_bytes(size + 1, "big")[:size]
     assert script.sha256_hex(raw) == hashlib.sha256(raw).hexdigest()
@@ -201,7 +211,9 @@ PATHS = (
 
 
 @pytest.mark.parametrize("path", PATHS, ids=ascii)
-def test_a_path_hash_is_the_first_12_hex_of_its_sha256(script, path) -> None:
+def test_a_path_hash_is_the_first_12_hex_of_its_sha256(
+    script: ModuleType, path: str
+) -> None:
     """Without a key a path's hash can be reproduced by anyone who knows the path."""
     raw = path.encode("utf-8", "surrogatepass")
     assert script.path_hash(path, "") == hashlib.sha256(raw).hexdigest()[:12]
@@ -211,7 +223,9 @@ def test_a_path_hash_is_the_first_12_hex_of_its_sha256(script, path) -> None:
     "key", [b"k", b"x" * 200, "ключ".encode(), b"\xff\xfe"], ids=repr
 )
 @pytest.mark.parametrize("path", PATHS, ids=ascii)
-def test_a_path_hash_under_a_key_is_an_hmac(script, path, key) -> None:
+def test_a_path_hash_under_a_key_is_an_hmac(
+    script: ModuleType, path: str, key: bytes
+) -> None:
     """Under a key the hash is HMAC-SHA-256 with the variable's own bytes as the key."""
     raw = path.encode("utf-8", "surrogatepass")
     expected = hmac.new(key, raw, "sha256").hexdigest()[:12]
@@ -247,7 +261,7 @@ print(ascii(found))
 ACCELERATORS = ("_json", "_sha2", "_sha256")
 
 
-def in_a_fresh_interpreter(python, without=()):
+def in_a_fresh_interpreter(python: str, without: tuple[str, ...] = ()) -> Any:
     """What a hook's own interpreter makes of the tables: json was never imported."""
     done = subprocess.run(
         [python, "-I", "-S", "-c", FRESH % {"without": without, "script": str(SCRIPT)}],
@@ -266,7 +280,7 @@ def in_a_fresh_interpreter(python, without=()):
 
 
 @pytest.mark.parametrize("python", pythons())
-def test_every_python_reads_and_writes_alike(python) -> None:
+def test_every_python_reads_and_writes_alike(python: str) -> None:
     """Each CPython, in a process where nobody imported json before us, agrees with it.
 
     CPython's accelerator finds its own error class only where json is loaded already.
@@ -275,13 +289,13 @@ def test_every_python_reads_and_writes_alike(python) -> None:
 
 
 @pytest.mark.parametrize("python", pythons())
-def test_an_interpreter_without_the_accelerators_gives_the_same(python) -> None:
+def test_an_interpreter_without_the_accelerators_gives_the_same(python: str) -> None:
     """Where CPython's private modules are missing, the public ones give the same."""
     assert in_a_fresh_interpreter(python, ACCELERATORS)
 
 
 @pytest.mark.parametrize("text", ["", "nope", "{", '{"a":1,}', '"open', '"\\x"'])
-def test_a_hook_tells_bad_json_from_an_error_of_its_own(home, text) -> None:
+def test_a_hook_tells_bad_json_from_an_error_of_its_own(home: Home, text: str) -> None:
     """What is no JSON is named as that in debug mode, in a real hook's process."""
     done = home.hook(text.encode(), "http://127.0.0.1:9/ping/x", TELEMHQ_HOOK_DEBUG="1")
     assert b"TelemHQ hook skipped: stdin" in done.stderr

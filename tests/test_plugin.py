@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 
 import claude_code
-from claude_code import client, need, text, tool
+from claude_code import Seen, World, client, need, text, tool
 from support import ROOT, SCRIPT, TOKEN
 
 PLUGIN = "telemhq-ping@telemhq-ping"
@@ -24,14 +27,14 @@ SAY = {
 }
 
 
-def without_url(world) -> None:
+def without_url(world: World) -> None:
     """Take the ping URL out of the client's environment."""
     env = world.env()
     del env["TELEMHQ_PING_URL"]
     world.env = lambda: env
 
 
-def run_client(world, *arguments):
+def run_client(world: World, *arguments: str) -> str:
     """Run a command of the client's; its output."""
     ended = subprocess.run(
         [client(), *arguments],
@@ -47,7 +50,7 @@ def run_client(world, *arguments):
     return said
 
 
-def run_ours(world, *arguments):
+def run_ours(world: World, *arguments: str) -> tuple[int, str]:
     """Run one of our commands; its output."""
     ended = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
@@ -61,14 +64,14 @@ def run_ours(world, *arguments):
     return ended.returncode, ended.stdout.decode("utf-8")
 
 
-def doctor(world):
+def doctor(world: World) -> tuple[int, str]:
     """doctor's status and output; its GET is no ping."""
     told = run_ours(world, "doctor")
     assert world.receiver.requests.pop().method == "GET"
     return told
 
 
-def checkout(world):
+def checkout(world: World) -> pathlib.Path:
     """A checkout: the files that the repository keeps for a plugin."""
     found = world.home.path / "checkout"
     shutil.copytree(str(ROOT / ".claude-plugin"), str(found / ".claude-plugin"))
@@ -79,7 +82,7 @@ def checkout(world):
 # -- Set up by `install` ---------------------------------------------------------
 
 
-def play_installed(world):
+def play_installed(world: World) -> dict[str, Any]:
     """`install --url URL --tools`, a session, `doctor`, `uninstall`."""
     without_url(world)
     world.messages.script = SAY
@@ -94,12 +97,12 @@ def play_installed(world):
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What became of a session set up by `install`."""
     return claude_code.run(play_installed, tmp_path_factory.mktemp("installed"))
 
 
-def test_what_install_writes_works(installed) -> None:
+def test_what_install_writes_works(installed: Seen) -> None:
     """With the settings that `install` writes, the real client's session sends its
     pings, tool activity included; the URL comes from the settings' env block."""
     assert installed.told["install"][0] == 0
@@ -111,19 +114,19 @@ def test_what_install_writes_works(installed) -> None:
     ]
 
 
-def test_the_client_notices_nothing_of_the_installed_hooks(installed) -> None:
+def test_the_client_notices_nothing_of_the_installed_hooks(installed: Seen) -> None:
     """No hook of ours shows in a transcript as an error or with output."""
     assert installed.noticed() == []
 
 
-def test_doctor_is_content_after_a_session(installed) -> None:
+def test_doctor_is_content_after_a_session(installed: Seen) -> None:
     """After the session doctor finds nothing wrong, and prints no secret."""
     code, said = installed.told["doctor"]
     assert code == 0, said
     assert TOKEN not in said
 
 
-def test_uninstall_after_a_session(installed) -> None:
+def test_uninstall_after_a_session(installed: Seen) -> None:
     """After the session uninstall removes settings and script."""
     assert installed.told["uninstall"][0] == 0
     assert installed.told["left"] is False
@@ -132,7 +135,7 @@ def test_uninstall_after_a_session(installed) -> None:
 # -- As a plugin -----------------------------------------------------------------
 
 
-def play_plugin(world, settings_too):
+def play_plugin(world: World, settings_too: bool) -> dict[str, Any]:
     """The plugin, installed from a checkout; a session; a settings file beside it."""
     without_url(world)
     world.messages.script = SAY
@@ -151,18 +154,18 @@ def play_plugin(world, settings_too):
 
 
 @pytest.fixture(scope="module")
-def plugin(tmp_path_factory):
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     """What became of a session with the plugin, and of one with settings beside it."""
     path = tmp_path_factory.mktemp("plugin")
     return claude_code.run(play_plugin, path, settings_too=True)
 
 
-def of(plugin, which):
+def of(plugin: Seen, which: str) -> list[dict[str, Any]]:
     """The pings of one of the two sessions."""
     return [p for p in plugin.pings if p["session_id"] == plugin.told[which]]
 
 
-def test_the_plugin_sends_pings(plugin) -> None:
+def test_the_plugin_sends_pings(plugin: Seen) -> None:
     """Installed from a checkout, with the URL as its option, the plugin sends a ping
     for each of its events; nothing else needs to be set up."""
     pings = of(plugin, "first")
@@ -171,18 +174,18 @@ def test_the_plugin_sends_pings(plugin) -> None:
     assert plugin.requests[0]["path"] == "/ping/" + TOKEN
 
 
-def test_with_settings_beside_the_plugin_each_event_is_one_ping(plugin) -> None:
+def test_with_settings_beside_the_plugin_each_event_is_one_ping(plugin: Seen) -> None:
     """Where a settings file names the script as well, there is one ping per event."""
     pings = of(plugin, "second")
     assert [ping["event"] for ping in pings] == ["Stop", "SessionEnd"]
 
 
-def test_the_client_notices_nothing_of_the_plugin(plugin) -> None:
+def test_the_client_notices_nothing_of_the_plugin(plugin: Seen) -> None:
     """No hook of the plugin shows in a transcript as an error or with output."""
     assert plugin.noticed() == []
 
 
-def test_the_url_is_in_no_command_and_no_transcript(plugin) -> None:
+def test_the_url_is_in_no_command_and_no_transcript(plugin: Seen) -> None:
     """The URL's token is kept as a secret: in no command, no transcript, no settings
     but the env block that `install --url` was told to write."""
     rows = json.dumps(list(plugin.rows()))
@@ -198,7 +201,7 @@ def test_the_url_is_in_no_command_and_no_transcript(plugin) -> None:
     assert TOKEN not in json.dumps(hooks)
 
 
-def test_doctor_knows_the_plugin(plugin) -> None:
+def test_doctor_knows_the_plugin(plugin: Seen) -> None:
     """With settings beside the plugin doctor is content."""
     code, said = plugin.told["doctor"]
     assert code == 0, said
@@ -207,12 +210,12 @@ def test_doctor_knows_the_plugin(plugin) -> None:
 # -- The plugin's files ----------------------------------------------------------
 
 
-def manifest(name):
+def manifest(name: str) -> Any:
     """A file of .claude-plugin."""
     return json.loads((ROOT / ".claude-plugin" / name).read_text("utf-8"))
 
 
-def test_the_client_finds_the_plugins_files_valid(tmp_path) -> None:
+def test_the_client_finds_the_plugins_files_valid(tmp_path: pathlib.Path) -> None:
     """`claude plugin validate` passes, for the marketplace and for the plugin."""
     need([client(), "--version"], "no Claude Code: set TELEMHQ_TEST_CLAUDE to its path")
     ended = subprocess.run(
@@ -257,7 +260,7 @@ def test_the_plugins_url_is_a_secret() -> None:
     assert {"type", "title", "description"} <= set(option)
 
 
-def test_the_versions_agree(script) -> None:
+def test_the_versions_agree(script: ModuleType) -> None:
     """Plugin and script are of one version; the marketplace names the plugin."""
     found = manifest("plugin.json")
     assert found["version"] == script.__version__

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 import time
+from types import ModuleType
+from typing import Callable, Iterable, Iterator
 
 import pytest
 
@@ -19,7 +21,9 @@ from support import (
     ONE_LIFE,
     SCRIPT,
     TOKEN,
+    Home,
     Receiver,
+    Request,
     Wire,
     dead_url,
     event,
@@ -36,17 +40,17 @@ linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /pr
 NO_SENDER = "os.posix_spawn = lambda *a, **k: 0\n"
 
 
-def ids(requests):
+def ids(requests: Iterable[Request]) -> list[str]:
     """The event_ids of requests, in the order of their arrival."""
     return [request.ping["event_id"] for request in list(requests)]
 
 
-def answers(found, default=200):
+def answers(found: dict[str, int], default: int = 200) -> Callable[[Request], int]:
     """An answer by event_id."""
     return lambda request: found.get(request.ping["event_id"], default)
 
 
-def end_backoff(home, **changes) -> None:
+def end_backoff(home: Home, **changes: object) -> None:
     """Let a standing back-off end now, as time would."""
     home.set_state(**dict(home.state_json(), not_before=0, **changes))
 
@@ -54,16 +58,16 @@ def end_backoff(home, **changes) -> None:
 class Gate:
     """An answer that is withheld until `open` is set."""
 
-    def __init__(self, answer=200) -> None:
+    def __init__(self, answer: int = 200) -> None:
         self.answer, self.open = answer, threading.Event()
 
-    def __call__(self, request):
+    def __call__(self, request: Request) -> int:
         self.open.wait(30)
         return self.answer
 
 
 @pytest.fixture
-def gated():
+def gated() -> Iterator[tuple[Receiver, Gate]]:
     """A receiver that withholds its answers, and its gate."""
     gate = Gate()
     with Receiver(gate) as receiver:
@@ -74,7 +78,7 @@ def gated():
 # -- From the hook to the sender ------------------------------------------------------
 
 
-def test_the_hook_never_lists_the_outbox(home, receiver) -> None:
+def test_the_hook_never_lists_the_outbox(home: Home, receiver: Receiver) -> None:
     """However full the outbox is, the hook does not look into it."""
     place(home, receiver.url)
     traced = home.path / "listed"
@@ -93,7 +97,9 @@ for name in ("listdir", "scandir"):
     assert "outbox" in traced.read_text()
 
 
-def test_the_ping_is_in_the_outbox_before_the_lock_is_tried(home, receiver) -> None:
+def test_the_ping_is_in_the_outbox_before_the_lock_is_tried(
+    home: Home, receiver: Receiver
+) -> None:
     """Write, rename, then the lock, then the sender: so no ping is overlooked."""
     traced = home.path / "traced"
     note = f"""
@@ -108,7 +114,9 @@ os.posix_spawn = lambda *a, **k: note("sender")
     assert traced.read_text().split() == ["rename", "lock", "sender"]
 
 
-def test_the_lock_is_never_free_between_hook_and_sender(home, gated) -> None:
+def test_the_lock_is_never_free_between_hook_and_sender(
+    home: Home, gated: tuple[Receiver, Gate]
+) -> None:
     """The hook hands the held lock on: when it has returned, the sender holds it."""
     receiver, gate = gated
     home.hook(event("Stop"), receiver.url)
@@ -121,7 +129,9 @@ def test_the_lock_is_never_free_between_hook_and_sender(home, gated) -> None:
 
 
 @linux
-def test_what_kind_of_process_the_sender_is(home, gated) -> None:
+def test_what_kind_of_process_the_sender_is(
+    home: Home, gated: tuple[Receiver, Gate]
+) -> None:
     """A fresh interpreter, own session, no parent of ours, cwd /, null on 0 to 2."""
     receiver, _ = gated
     held, inherited = os.pipe()
@@ -161,7 +171,7 @@ def test_what_kind_of_process_the_sender_is(home, gated) -> None:
 
 
 @linux
-def test_one_sender_at_a_time(home, gated) -> None:
+def test_one_sender_at_a_time(home: Home, gated: tuple[Receiver, Gate]) -> None:
     """While a sender runs, hooks start no other; it sees what they enqueue."""
     receiver, gate = gated
     home.hook(event("Stop"), receiver.url)
@@ -176,7 +186,7 @@ def test_one_sender_at_a_time(home, gated) -> None:
     assert home.waiting() == []
 
 
-def test_fifty_hooks_at_once(home, receiver) -> None:
+def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
     """Fifty hooks at once: fifty pings delivered, once each, one request at a time."""
     begun = [
         subprocess.Popen(
@@ -209,7 +219,7 @@ def test_fifty_hooks_at_once(home, receiver) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_ping_in_the_last_moment(home, receiver, moment) -> None:
+def test_a_ping_in_the_last_moment(home: Home, receiver: Receiver, moment: str) -> None:
     """A ping that comes around the unlock is delivered without another hook."""
     place(home, receiver.url)
     hook = """
@@ -227,7 +237,7 @@ wrap(fcntl, "flock", {}=hook)
     assert home.waiting() == []
 
 
-def test_a_file_system_without_locks(home, receiver) -> None:
+def test_a_file_system_without_locks(home: Home, receiver: Receiver) -> None:
     """An error of the lock other than "busy" counts as free: hook and sender go on."""
     broken = """
 import errno
@@ -244,7 +254,7 @@ fcntl.flock = broken
     assert home.waiting() == []
 
 
-def test_a_busy_lock_ends_a_sender(home, receiver) -> None:
+def test_a_busy_lock_ends_a_sender(home: Home, receiver: Receiver) -> None:
     """A sender that finds the lock taken sends nothing and ends."""
     place(home, receiver.url)
     with open(str(home.destination() / "lock"), "a") as file:
@@ -255,7 +265,7 @@ def test_a_busy_lock_ends_a_sender(home, receiver) -> None:
 
 
 @pytest.mark.parametrize("name", ["lock", "state.json"])
-def test_a_lost_file_is_no_loss(home, receiver, name) -> None:
+def test_a_lost_file_is_no_loss(home: Home, receiver: Receiver, name: str) -> None:
     """Lock and state may be deleted: the next hook delivers as ever."""
     place(home, receiver.url, 2)
     run_sender(home, receiver.url)
@@ -265,7 +275,9 @@ def test_a_lost_file_is_no_loss(home, receiver, name) -> None:
     wait_until(lambda: not home.waiting())
 
 
-def test_killing_the_hooks_group_spares_the_sender(home, gated) -> None:
+def test_killing_the_hooks_group_spares_the_sender(
+    home: Home, gated: tuple[Receiver, Gate]
+) -> None:
     """The group that Claude Code kills does not hold the sender."""
     receiver, gate = gated
     patched(
@@ -280,7 +292,7 @@ def test_killing_the_hooks_group_spares_the_sender(home, gated) -> None:
     assert len(receiver.requests) == 1
 
 
-def test_killing_the_hook_with_all_its_children(home, receiver) -> None:
+def test_killing_the_hook_with_all_its_children(home: Home, receiver: Receiver) -> None:
     """A sender that is killed together with the hook: the next hook delivers."""
     family = """
 def family(*args, **kwargs):
@@ -299,7 +311,7 @@ spawn, os.posix_spawn = os.posix_spawn, family
 # -- A sender's life ------------------------------------------------------------------
 
 
-def test_a_sender_ends_when_the_outbox_is_empty(home, receiver) -> None:
+def test_a_sender_ends_when_the_outbox_is_empty(home: Home, receiver: Receiver) -> None:
     """No daemon: what has delivered everything is gone."""
     home.hook(event("Stop"), receiver.url)
     wait_until(lambda: not home.waiting())
@@ -307,7 +319,7 @@ def test_a_sender_ends_when_the_outbox_is_empty(home, receiver) -> None:
 
 
 @linux
-def test_a_server_that_comes_back(home) -> None:
+def test_a_server_that_comes_back(home: Home) -> None:
     """A sender that failed stays, without the lock; a tracker that returns within its
     life gets the ping without another hook."""
     url = dead_url()
@@ -328,7 +340,7 @@ def test_a_server_that_comes_back(home) -> None:
 
 
 @linux
-def test_a_backoff_longer_than_its_life_ends_a_sender(home) -> None:
+def test_a_backoff_longer_than_its_life_ends_a_sender(home: Home) -> None:
     """Nobody sleeps for 15 minutes in the process table."""
     with Receiver(404) as receiver:
         home.hook(event("Stop"), receiver.url)
@@ -339,7 +351,9 @@ def test_a_backoff_longer_than_its_life_ends_a_sender(home) -> None:
 
 
 @pytest.mark.parametrize("left_s, starts", [(600, False), (-1, True)])
-def test_a_standing_backoff_starts_no_sender(home, receiver, left_s, starts) -> None:
+def test_a_standing_backoff_starts_no_sender(
+    home: Home, receiver: Receiver, left_s: int, starts: bool
+) -> None:
     """A hook starts a sender where no back-off stands, and only there."""
     place(home, receiver.url)
     now, started = time.time(), home.path / "started"
@@ -351,7 +365,7 @@ def test_a_standing_backoff_starts_no_sender(home, receiver, left_s, starts) -> 
 
 
 @linux
-def test_many_hooks_are_one_client(home) -> None:
+def test_many_hooks_are_one_client(home: Home) -> None:
     """While a back-off lasts, no hook of any session starts a sender."""
     with Receiver(404) as receiver:
         home.hook(event("Stop"), receiver.url)
@@ -365,7 +379,9 @@ def test_many_hooks_are_one_client(home) -> None:
     assert len(home.waiting()) == 13
 
 
-def test_the_first_hook_after_a_backoff_delivers(home, receiver) -> None:
+def test_the_first_hook_after_a_backoff_delivers(
+    home: Home, receiver: Receiver
+) -> None:
     """When the back-off is over, any event's hook starts a sender again."""
     place(home, receiver.url, 3)
     now = time.time()
@@ -378,7 +394,7 @@ def test_the_first_hook_after_a_backoff_delivers(home, receiver) -> None:
     wait_until(lambda: not home.waiting())
 
 
-def leap_after(pings) -> str:
+def leap_after(pings: int) -> str:
     """A patch under which a minute passes after the n-th ping was delivered."""
     return f"""
 real, gone = time.monotonic, []
@@ -387,7 +403,7 @@ wrap(os, "unlink", after=lambda path, *_: "/outbox/" in str(path) and gone.appen
 """
 
 
-def test_a_life_is_a_minute(home, receiver) -> None:
+def test_a_life_is_a_minute(home: Home, receiver: Receiver) -> None:
     """After 60 s a sender ends; what it has not tried waits for the next hook's."""
     place(home, receiver.url, 10)
     run_sender(home, receiver.url, leap_after(3))
@@ -400,7 +416,7 @@ def test_a_life_is_a_minute(home, receiver) -> None:
     assert len(set(ids(receiver.requests))) == 11
 
 
-def test_an_unexpected_error_backs_off(home) -> None:
+def test_an_unexpected_error_backs_off(home: Home) -> None:
     """A sender that fails for an unforeseen reason does not do so at every hook."""
     with Receiver() as receiver:
         place(home, receiver.url)
@@ -421,7 +437,9 @@ socket.getaddrinfo = odd
 
 
 @pytest.mark.parametrize("variable", ["TELEMHQ_FOREGROUND", "TELEMHQ_HOOK_DEBUG"])
-def test_in_the_foreground_the_hook_delivers(home, receiver, variable) -> None:
+def test_in_the_foreground_the_hook_delivers(
+    home: Home, receiver: Receiver, variable: str
+) -> None:
     """When the hook has returned, everything is delivered, and no process remains."""
     place(home, receiver.url, 2)
     home.hook(event("Stop"), receiver.url, **{variable: "1"})
@@ -433,7 +451,7 @@ def test_in_the_foreground_the_hook_delivers(home, receiver, variable) -> None:
 @pytest.mark.parametrize(
     "variable, attempts", [("TELEMHQ_FOREGROUND", 0), ("TELEMHQ_HOOK_DEBUG", 1)]
 )
-def test_a_backoff_in_the_foreground(home, variable, attempts) -> None:
+def test_a_backoff_in_the_foreground(home: Home, variable: str, attempts: int) -> None:
     """A foreground hook obeys a back-off; a debugging one tries once and says so."""
     with Receiver(503) as receiver:
         place(home, receiver.url)
@@ -446,7 +464,7 @@ def test_a_backoff_in_the_foreground(home, variable, attempts) -> None:
     assert len(home.waiting()) == 2
 
 
-def test_a_busy_lock_in_the_foreground(home, receiver) -> None:
+def test_a_busy_lock_in_the_foreground(home: Home, receiver: Receiver) -> None:
     """A foreground hook waits for the lock, but 8 s at most in all."""
     place(home, receiver.url)
     ten_times = """
@@ -465,7 +483,9 @@ time.sleep = lambda s: sleep(s / 10)
     assert len(home.waiting()) == 2
 
 
-def test_a_lock_that_comes_free_in_the_foreground(home, receiver) -> None:
+def test_a_lock_that_comes_free_in_the_foreground(
+    home: Home, receiver: Receiver
+) -> None:
     """A foreground hook that waited for the lock delivers when it comes free."""
     place(home, receiver.url)
     with open(str(home.destination() / "lock"), "a") as file:
@@ -478,7 +498,7 @@ def test_a_lock_that_comes_free_in_the_foreground(home, receiver) -> None:
     assert home.waiting() == []
 
 
-def test_a_machine_without_dev_fd(home, receiver) -> None:
+def test_a_machine_without_dev_fd(home: Home, receiver: Receiver) -> None:
     """Where descriptors cannot be listed (a container without /proc), pings go too."""
     hide = "real = os.listdir\ndef listdir(path='.'):\n    if path == '/dev/fd':\n"
     hide += "        raise FileNotFoundError(path)\n    return real(path)\n"
@@ -488,7 +508,7 @@ def test_a_machine_without_dev_fd(home, receiver) -> None:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
-def test_a_shell_that_ignores_sigterm_makes_no_sender_that_does(home) -> None:
+def test_a_shell_that_ignores_sigterm_makes_no_sender_that_does(home: Home) -> None:
     """Behind `trap '' TERM` the sender can still be ended by SIGTERM."""
     with Receiver(lambda _: time.sleep(2) or 200) as receiver:
         line = f"trap '' TERM; exec {sys.executable} -I -S {SCRIPT}"
@@ -503,7 +523,7 @@ def test_a_shell_that_ignores_sigterm_makes_no_sender_that_does(home) -> None:
         assert not int(ignored, 16) >> (signal.SIGTERM - 1) & 1
 
 
-def test_a_tls_handshake_without_an_answer_is_retried(home) -> None:
+def test_a_tls_handshake_without_an_answer_is_retried(home: Home) -> None:
     """A server that takes the connection and says nothing is down, not set up wrong."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"https://127.0.0.1:{server.getsockname()[1]}/ping/{TOKEN}"
@@ -517,7 +537,7 @@ def test_a_tls_handshake_without_an_answer_is_retried(home) -> None:
 # -- Passes ---------------------------------------------------------------------------
 
 
-def test_oldest_first(home, receiver) -> None:
+def test_oldest_first(home: Home, receiver: Receiver) -> None:
     """Pings go in the order of their events, whatever order they were written in."""
     late = place(home, receiver.url, 3)
     early = place(home, receiver.url, 3, age_s=5000)
@@ -526,7 +546,9 @@ def test_oldest_first(home, receiver) -> None:
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 302, 401, 404])
-def test_an_answer_that_is_not_about_the_ping_ends_the_pass(home, status) -> None:
+def test_an_answer_that_is_not_about_the_ping_ends_the_pass(
+    home: Home, status: int
+) -> None:
     """Not now, or a wrong URL: one request a pass, all is kept, nobody charged."""
     with Receiver(status) as receiver:
         waiting = place(home, receiver.url, 4)
@@ -537,7 +559,7 @@ def test_an_answer_that_is_not_about_the_ping_ends_the_pass(home, status) -> Non
 
 
 @pytest.mark.parametrize("status", [500, 503, 599])
-def test_a_5xx_is_asked_about_once_more(home, status) -> None:
+def test_a_5xx_is_asked_about_once_more(home: Home, status: int) -> None:
     """On 5xx the next ping is tried once; if that fails too, it is the server."""
     with Receiver(status) as receiver:
         waiting = place(home, receiver.url, 4)
@@ -550,10 +572,10 @@ def test_a_5xx_is_asked_about_once_more(home, status) -> None:
 
 
 @pytest.mark.parametrize("silent", [True, False])
-def test_no_answer_after_connecting_is_as_a_5xx(home, silent) -> None:
+def test_no_answer_after_connecting_is_as_a_5xx(home: Home, silent: bool) -> None:
     """Silence or a closed connection: the next ping is tried once, then no more."""
 
-    def talk(connection) -> None:
+    def talk(connection: socket.socket) -> None:
         read_request(connection)
         if silent:
             wire.over.wait(30)
@@ -566,11 +588,11 @@ def test_no_answer_after_connecting_is_as_a_5xx(home, silent) -> None:
     assert (len(home.waiting()), state["failures"], state["charges"]) == (4, 1, {})
 
 
-def test_a_ping_that_alone_is_not_answered_is_charged(home) -> None:
+def test_a_ping_that_alone_is_not_answered_is_charged(home: Home) -> None:
     """Of five the server stays silent on one: the four are delivered, it is charged."""
     silent = []
 
-    def answer(request) -> int:
+    def answer(request: Request) -> int:
         if request.ping["event_id"] in silent:
             time.sleep(3)
         return 200
@@ -586,7 +608,7 @@ def test_a_ping_that_alone_is_not_answered_is_charged(home) -> None:
 
 
 @pytest.mark.parametrize("bad", [0, 3, 9])
-def test_one_poisoned_ping_does_not_stop_the_others(home, bad) -> None:
+def test_one_poisoned_ping_does_not_stop_the_others(home: Home, bad: int) -> None:
     """One ping always answered 500: the others flow in the same pass; it is charged."""
     with Receiver() as receiver:
         waiting = place(home, receiver.url, 10)
@@ -604,7 +626,9 @@ def test_one_poisoned_ping_does_not_stop_the_others(home, bad) -> None:
 @pytest.mark.parametrize(
     "age_s, passes, aside", [(3900, 8, True), (3300, 9, False)], ids=["old", "young"]
 )
-def test_poison_needs_eight_charges_and_an_hour(home, age_s, passes, aside) -> None:
+def test_poison_needs_eight_charges_and_an_hour(
+    home: Home, age_s: int, passes: int, aside: bool
+) -> None:
     """A ping is poison when it has 8 charges and is also an hour old, not before."""
     with Receiver() as receiver:
         (bad,) = place(home, receiver.url, age_s=age_s)
@@ -620,7 +644,7 @@ def test_poison_needs_eight_charges_and_an_hour(home, age_s, passes, aside) -> N
     assert sum(home.state_json()["losses"].values()) == aside
 
 
-def test_two_poisoned_pings_apart(home) -> None:
+def test_two_poisoned_pings_apart(home: Home) -> None:
     """Each ping that fails beside one that is accepted is charged by itself."""
     with Receiver() as receiver:
         waiting = place(home, receiver.url, 6)
@@ -631,7 +655,7 @@ def test_two_poisoned_pings_apart(home) -> None:
     assert list(home.state_json()["charges"].values()) == [1, 1]
 
 
-def test_a_refused_ping_behind_a_poisoned_one(home) -> None:
+def test_a_refused_ping_behind_a_poisoned_one(home: Home) -> None:
     """A 400 right behind a 500 is set aside, and the rest of the queue flows."""
     with Receiver() as receiver:
         waiting = place(home, receiver.url, 5)
@@ -664,7 +688,7 @@ os._exit(0)
 )
 
 
-def test_a_server_that_is_down_for_a_hundred_passes(home) -> None:
+def test_a_server_that_is_down_for_a_hundred_passes(home: Home) -> None:
     """A whole server answering 500 for a day: none charged, dropped or set aside."""
     with Receiver(500) as receiver:
         waiting = place(home, receiver.url, 5, age_s=7200)
@@ -682,7 +706,7 @@ def test_a_server_that_is_down_for_a_hundred_passes(home) -> None:
     assert home.waiting() == []
 
 
-def test_a_hundred_refused_pings(home) -> None:
+def test_a_hundred_refused_pings(home: Home) -> None:
     """400 for the first hundred: set aside, counted; the rest goes in that pass."""
     with Receiver() as receiver:
         waiting = place(home, receiver.url, 105)
@@ -696,7 +720,7 @@ def test_a_hundred_refused_pings(home) -> None:
     assert state["failures"] == 0
 
 
-def test_the_newest_hundred_of_the_refused_are_kept(home) -> None:
+def test_the_newest_hundred_of_the_refused_are_kept(home: Home) -> None:
     """refused/ is for a person to look at: the newest hundred; all are counted."""
     with Receiver(422) as receiver:
         waiting = place(home, receiver.url, 120)
@@ -706,7 +730,7 @@ def test_the_newest_hundred_of_the_refused_are_kept(home) -> None:
     assert sum(home.state_json()["losses"].values()) == 120
 
 
-def test_a_delivery_ends_the_row_of_failures(home) -> None:
+def test_a_delivery_ends_the_row_of_failures(home: Home) -> None:
     """The n of the back-off is of failures in a row: a delivery starts it anew."""
     with Receiver(503) as receiver:
         place(home, receiver.url)
@@ -726,7 +750,7 @@ def test_a_delivery_ends_the_row_of_failures(home) -> None:
 # -- Pacing ---------------------------------------------------------------------------
 
 
-def test_after_an_outage_a_backlog_goes_slowly(home) -> None:
+def test_after_an_outage_a_backlog_goes_slowly(home: Home) -> None:
     """A pass after a failed one: a probe and 24 more, then 30 to 90 s, till the end."""
     with Receiver(503) as receiver:
         waiting = place(home, receiver.url, 60)
@@ -749,7 +773,7 @@ def test_after_an_outage_a_backlog_goes_slowly(home) -> None:
         assert ids(receiver.requests)[before:] == waiting  # no outage: not paced
 
 
-def test_after_an_outage_the_first_is_a_probe(home) -> None:
+def test_after_an_outage_the_first_is_a_probe(home: Home) -> None:
     """While the server is still not itself, a whole backlog costs it one request."""
     with Receiver(429) as receiver:
         place(home, receiver.url, 60)
@@ -759,7 +783,7 @@ def test_after_an_outage_the_first_is_a_probe(home) -> None:
             end_backoff(home)
 
 
-def test_a_life_that_ends_does_not_end_the_pacing(home) -> None:
+def test_a_life_that_ends_does_not_end_the_pacing(home: Home) -> None:
     """A paced pass that its sender's life cuts short is followed by a paced one."""
     with Receiver(503) as receiver:
         place(home, receiver.url, 60)
@@ -773,7 +797,9 @@ def test_a_life_that_ends_does_not_end_the_pacing(home) -> None:
         assert len(receiver.requests) - before <= 5 + 25
 
 
-def test_a_large_backlog_without_an_outage_is_not_paced(home, receiver) -> None:
+def test_a_large_backlog_without_an_outage_is_not_paced(
+    home: Home, receiver: Receiver
+) -> None:
     """Three hundred pings of an hour offline go in one pass when nothing has failed."""
     waiting = place(home, receiver.url, 300)
     run_sender(home, receiver.url)
@@ -784,7 +810,7 @@ def test_a_large_backlog_without_an_outage_is_not_paced(home, receiver) -> None:
 # -- Bounds, junk, a broken state -----------------------------------------------------
 
 
-def test_the_outbox_is_bounded(home) -> None:
+def test_the_outbox_is_bounded(home: Home) -> None:
     """A hook adds to a full outbox as to any other; the sender keeps the newest 5,000,
     and counts every ping that had to go."""
     url = dead_url()
@@ -797,7 +823,7 @@ def test_the_outbox_is_bounded(home) -> None:
     assert list(home.state_json()["losses"].values()) == [200]
 
 
-def put_directory(path) -> None:
+def put_directory(path: pathlib.Path) -> None:
     """A directory with a file in it."""
     path.mkdir()
     (path / "file").write_text("x")
@@ -823,7 +849,7 @@ JUNK = {
 
 
 @pytest.mark.parametrize("named", ["as a ping", "otherwise"])
-def test_junk_in_the_outbox(home, receiver, named) -> None:
+def test_junk_in_the_outbox(home: Home, receiver: Receiver, named: str) -> None:
     """What is no ping blocks nothing, is not followed, not sent, not kept."""
     early = place(home, receiver.url, age_s=9000)
     outbox = home.destination() / "outbox"
@@ -840,7 +866,7 @@ def test_junk_in_the_outbox(home, receiver, named) -> None:
     assert sum(losses.values()) == len(JUNK)
 
 
-def test_a_link_is_not_followed(home, receiver) -> None:
+def test_a_link_is_not_followed(home: Home, receiver: Receiver) -> None:
     """A symbolic link to a real ping is not sent, and its target stays as it was."""
     path = only_enqueue(home, receiver.url)
     target = home.path / "elsewhere.json"
@@ -853,7 +879,9 @@ def test_a_link_is_not_followed(home, receiver) -> None:
     assert not os.path.lexists(str(path))
 
 
-def test_a_ping_file_holds_no_more_than_the_gate_lets_through(home, receiver) -> None:
+def test_a_ping_file_holds_no_more_than_the_gate_lets_through(
+    home: Home, receiver: Receiver
+) -> None:
     """Fields that someone put into an outbox file do not leave with it."""
     path = only_enqueue(home, receiver.url)
     record = json.loads(path.read_text())
@@ -867,7 +895,9 @@ def test_a_ping_file_holds_no_more_than_the_gate_lets_through(home, receiver) ->
     assert b"/home/dev" not in request.body
 
 
-def test_unfinished_files_are_swept_after_an_hour(home, receiver) -> None:
+def test_unfinished_files_are_swept_after_an_hour(
+    home: Home, receiver: Receiver
+) -> None:
     """A dot-name is a ping being written, or, an hour later, one whose writer died."""
     place(home, receiver.url)
     outbox = home.destination() / "outbox"
@@ -904,7 +934,9 @@ STATES = {
 
 
 @pytest.mark.parametrize("content", STATES.values(), ids=STATES)
-def test_a_broken_state_counts_as_none(script, home, receiver, content) -> None:
+def test_a_broken_state_counts_as_none(
+    script: ModuleType, home: Home, receiver: Receiver, content: bytes
+) -> None:
     """Whatever state.json holds: every value is sane; hook and sender work on."""
     place(home, receiver.url)
     (home.destination() / "state.json").write_bytes(content)
@@ -920,7 +952,7 @@ def test_a_broken_state_counts_as_none(script, home, receiver, content) -> None:
     assert home.state_json()["failures"] == 0
 
 
-def test_a_state_that_is_no_file(home, receiver) -> None:
+def test_a_state_that_is_no_file(home: Home, receiver: Receiver) -> None:
     """state.json as a FIFO or a link blocks nobody and leads nowhere."""
     place(home, receiver.url, 2)
     state = home.destination() / "state.json"
@@ -942,7 +974,7 @@ def test_a_state_that_is_no_file(home, receiver) -> None:
 DAY_S, TWO_YEARS_S = 86400, 2 * 365 * 86400
 
 
-def clock(offset_s) -> str:
+def clock(offset_s: int) -> str:
     """A patch that sets the wall clock wrong by so many seconds."""
     return (
         "wall, wall_ns = time.time, time.time_ns\n"
@@ -954,7 +986,7 @@ def clock(offset_s) -> str:
 @pytest.mark.parametrize(
     "offset_s", [-DAY_S, -TWO_YEARS_S, DAY_S, TWO_YEARS_S], ids=lambda s: f"{s:+d} s"
 )
-def test_a_clock_that_was_wrong_for_a_while(home, offset_s) -> None:
+def test_a_clock_that_was_wrong_for_a_while(home: Home, offset_s: int) -> None:
     """After a failure under a wrong clock the first hook of a sane one delivers all."""
     with Receiver(404) as receiver:  # a hold: the longest back-off that is our own
         place(home, receiver.url, 2)
@@ -972,7 +1004,9 @@ def test_a_clock_that_was_wrong_for_a_while(home, offset_s) -> None:
 
 
 @pytest.mark.parametrize("offset_s", [-DAY_S, -TWO_YEARS_S, TWO_YEARS_S])
-def test_a_clock_that_goes_wrong_during_a_backoff(home, receiver, offset_s) -> None:
+def test_a_clock_that_goes_wrong_during_a_backoff(
+    home: Home, receiver: Receiver, offset_s: int
+) -> None:
     """A clock set back, or far ahead, ends a standing back-off: delivery goes on."""
     place(home, receiver.url, 2)
     now = time.time()
@@ -986,7 +1020,9 @@ def test_a_clock_that_goes_wrong_during_a_backoff(home, receiver, offset_s) -> N
 # -- Destinations ---------------------------------------------------------------------
 
 
-def test_a_dead_destination_does_not_touch_another(home, receiver) -> None:
+def test_a_dead_destination_does_not_touch_another(
+    home: Home, receiver: Receiver
+) -> None:
     """Destination A is down: B's pings go at once, and its state knows no failure."""
     with Receiver(404) as down:
         home.hook(event("Stop"), down.url)
@@ -1006,7 +1042,7 @@ def test_a_dead_destination_does_not_touch_another(home, receiver) -> None:
     assert list((b / "outbox").iterdir()) == []
 
 
-def test_old_pings_never_go_to_a_new_url(home, receiver) -> None:
+def test_old_pings_never_go_to_a_new_url(home: Home, receiver: Receiver) -> None:
     """The URL changes while pings wait: the new one gets the new ones, no other."""
     with Receiver(401) as old:
         home.hook(event("Stop", prompt_id="before"), old.url)
@@ -1025,11 +1061,11 @@ def test_old_pings_never_go_to_a_new_url(home, receiver) -> None:
 
 
 @linux
-def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home) -> None:
+def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home: Home) -> None:
     """The whole state directory and every process's arguments: no token, no content."""
     canary, arguments = "CANARY", []
 
-    def look(request):
+    def look(request: Request) -> tuple[int, dict[str, str], bytes]:
         for pid in home.processes():
             arguments.append(pathlib.Path("/proc", str(pid), "cmdline").read_bytes())
         return (
@@ -1049,7 +1085,7 @@ def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home) -> None:
             end_backoff(home)
             run_sender(home, receiver.url)
 
-    def talk(connection) -> None:
+    def talk(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(b"HTTP/1.1 503 CANARY %s\r\nCANARY\r\n\r\n" % TOKEN.encode())
 
@@ -1073,7 +1109,7 @@ def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home) -> None:
         assert TOKEN not in str(path)
 
 
-def test_the_log_is_rotated(home, receiver) -> None:
+def test_the_log_is_rotated(home: Home, receiver: Receiver) -> None:
     """sender.log does not grow without end: one old one beside it, no more."""
     place(home, receiver.url)
     path = home.destination() / "sender.log"
@@ -1091,7 +1127,7 @@ def test_the_log_is_rotated(home, receiver) -> None:
     assert logs == ["sender.log", "sender.log.1"]
 
 
-def test_everything_it_writes_is_private(home) -> None:
+def test_everything_it_writes_is_private(home: Home) -> None:
     """Whatever a sender writes is 0600 in directories of 0700, under any umask."""
     with Receiver(400) as receiver:
         place(home, receiver.url)
@@ -1103,7 +1139,7 @@ def test_everything_it_writes_is_private(home) -> None:
     assert (home.destination() / "refused").stat().st_mode & 0o7777 == 0o700
 
 
-def test_a_sender_prints_nothing(home) -> None:
+def test_a_sender_prints_nothing(home: Home) -> None:
     """Neither success nor failure is told on stdout or stderr; the exit status is 0."""
     for status in (200, 400, 404, 503):
         with Receiver(status) as receiver:
@@ -1113,7 +1149,9 @@ def test_a_sender_prints_nothing(home) -> None:
 
 
 @pytest.mark.parametrize("argument", ["-1", "0", "99", "x", ""])
-def test_a_descriptor_that_is_not_the_lock(home, receiver, argument) -> None:
+def test_a_descriptor_that_is_not_the_lock(
+    home: Home, receiver: Receiver, argument: str
+) -> None:
     """`--sender` with anything but the lock's descriptor: exit 0, nothing printed."""
     place(home, receiver.url)
     run = patched(home, ONE_LIFE, "--sender", argument, url=receiver.url)

@@ -9,22 +9,24 @@ import re
 import shutil
 import subprocess
 import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-from support import ROOT, SCRIPT, TOKEN, dead_url, event
+from support import ROOT, SCRIPT, TOKEN, Home, Receiver, dead_url, event
 
 URL = "https://telemhq.com/ping/" + TOKEN
 
 
-def debug(home, url, **more):
+def debug(home: Home, url: str | None, **more: object) -> str:
     """What debug mode says on stderr about one Stop event."""
     done = home.hook(event("Stop"), url, TELEMHQ_HOOK_DEBUG="1", **more)
     assert (done.returncode, done.stdout) == (0, b"")
     return done.stderr.decode()
 
 
-def settings(script, **environ):
+def settings(script: ModuleType, **environ: str) -> Any:
     """The settings of an environment with a URL."""
     return script.Settings(dict({"TELEMHQ_PING_URL": URL}, **environ))
 
@@ -52,7 +54,9 @@ NONSENSE = (
 
 
 @pytest.mark.parametrize("name, value", NONSENSE)
-def test_nonsense_is_ignored_and_named_in_debug_mode(home, receiver, name, value) -> None:
+def test_nonsense_is_ignored_and_named_in_debug_mode(
+    home: Home, receiver: Receiver, name: str, value: str
+) -> None:
     """A value that makes no sense stops nothing; debug mode names its variable."""
     told = debug(home, receiver.url, **{name: value})
     assert [line for line in told.splitlines() if name in line and "ignored" in line]
@@ -64,7 +68,9 @@ def test_nonsense_is_ignored_and_named_in_debug_mode(home, receiver, name, value
     assert not (home.project / "relative").exists()
 
 
-def test_nonsense_is_ignored_silently_in_hook_mode(home, receiver) -> None:
+def test_nonsense_is_ignored_silently_in_hook_mode(
+    home: Home, receiver: Receiver
+) -> None:
     """All of it at once: nothing is said, and the ping is delivered."""
     done = home.hook(event("Stop"), receiver.url, **dict(NONSENSE))
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -87,13 +93,15 @@ def test_nonsense_is_ignored_silently_in_hook_mode(home, receiver) -> None:
         ("TELEMHQ_STATE_DIR", "~/elsewhere"),
     ],
 )
-def test_a_good_value_is_taken_without_a_word(home, receiver, name, value) -> None:
+def test_a_good_value_is_taken_without_a_word(
+    home: Home, receiver: Receiver, name: str, value: str
+) -> None:
     """What makes sense is not complained about."""
     assert "ignored" not in debug(home, receiver.url, **{name: value})
     assert len(receiver.pings) == 1
 
 
-def test_an_empty_variable_is_as_none(home, receiver) -> None:
+def test_an_empty_variable_is_as_none(home: Home, receiver: Receiver) -> None:
     """A variable that is set to nothing counts as not set, and is no nonsense."""
     assert "ignored" not in debug(home, receiver.url, **{n: "" for n, _ in NONSENSE})
     assert receiver.pings[0]["project"] == "api"
@@ -116,19 +124,21 @@ def test_an_empty_variable_is_as_none(home, receiver) -> None:
         ("soon", 10),
     ],
 )
-def test_the_timeout_is_clamped(script, given, seconds) -> None:
+def test_the_timeout_is_clamped(
+    script: ModuleType, given: str | None, seconds: float
+) -> None:
     """TELEMHQ_TIMEOUT: 10 seconds, clamped to 1 to 30; nonsense is the default."""
     found = settings(script, **({} if given is None else {"TELEMHQ_TIMEOUT": given}))
     assert found.timeout_s == seconds
 
 
 @pytest.mark.parametrize("given", ["0", "-3", "inf", "-inf", "1e400", "1" * 400])
-def test_no_timeout_is_outside_its_bounds(script, given) -> None:
+def test_no_timeout_is_outside_its_bounds(script: ModuleType, given: str) -> None:
     """A timeout can never be switched off or made endless."""
     assert 1 <= settings(script, TELEMHQ_TIMEOUT=given).timeout_s <= 30
 
 
-def test_project_and_machine_arrive(home, receiver) -> None:
+def test_project_and_machine_arrive(home: Home, receiver: Receiver) -> None:
     """TELEMHQ_PROJECT names the project, TELEMHQ_MACHINE the machine."""
     env = {"TELEMHQ_PROJECT": "My shop/é", "TELEMHQ_MACHINE": "build-7"}
     debug(home, receiver.url, **env)
@@ -137,7 +147,9 @@ def test_project_and_machine_arrive(home, receiver) -> None:
 
 
 @pytest.mark.parametrize("value", ["", "0", "false", "nonsense"])
-def test_debug_mode_is_off_unless_asked_for(home, receiver, value) -> None:
+def test_debug_mode_is_off_unless_asked_for(
+    home: Home, receiver: Receiver, value: str
+) -> None:
     """TELEMHQ_HOOK_DEBUG: only a yes makes the hook talk; nonsense does not."""
     done = home.hook(event("Stop"), receiver.url, TELEMHQ_HOOK_DEBUG=value)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -145,7 +157,9 @@ def test_debug_mode_is_off_unless_asked_for(home, receiver, value) -> None:
 
 
 @pytest.mark.parametrize("value", ["0", "no", "", "nonsense"])
-def test_foreground_is_off_unless_asked_for(home, receiver, value) -> None:
+def test_foreground_is_off_unless_asked_for(
+    home: Home, receiver: Receiver, value: str
+) -> None:
     """Without a yes the hook itself waits for no server."""
     done = home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND=value)
     assert done.returncode == 0
@@ -167,7 +181,9 @@ STATE_DIRS = (
 
 
 @pytest.mark.parametrize("given, expected", STATE_DIRS)
-def test_where_the_state_is_kept(home, given, expected) -> None:
+def test_where_the_state_is_kept(
+    home: Home, given: dict[str, str], expected: str
+) -> None:
     """TELEMHQ_STATE_DIR, else telemhq/ in CLAUDE_CONFIG_DIR, else in ~/.claude."""
     env = {k: v.replace("$HOME", str(home.path)) for k, v in given.items()}
     before = set(home.path.rglob("*"))
@@ -285,14 +301,14 @@ BAD_URLS = (
 
 
 @pytest.mark.parametrize("url", GOOD_URLS)
-def test_a_good_url_is_a_destination(script, url) -> None:
+def test_a_good_url_is_a_destination(script: ModuleType, url: str) -> None:
     """https anywhere, and http to this machine, by name, IPv4 or IPv6, with a port."""
     found = script.find_destination(script.Settings({"TELEMHQ_PING_URL": url}))
     assert found.url == url
 
 
 @pytest.mark.parametrize("url", BAD_URLS, ids=ascii)
-def test_a_bad_url_is_no_destination(script, url) -> None:
+def test_a_bad_url_is_no_destination(script: ModuleType, url: str) -> None:
     """Other schemes, user:password@, no host, bad ports, spaces: refused."""
     for more in ({}, {"TELEMHQ_ALLOW_HTTP": "1"}):
         environ = dict({"TELEMHQ_PING_URL": url}, **more)
@@ -314,14 +330,16 @@ def test_a_bad_url_is_no_destination(script, url) -> None:
         ("http://telemhq.com/", "TELEMHQ_ALLOW_HTTP=1"),
     ],
 )
-def test_a_bad_url_is_refused_with_a_clear_reason(script, url, word) -> None:
+def test_a_bad_url_is_refused_with_a_clear_reason(
+    script: ModuleType, url: str, word: str
+) -> None:
     """Debug mode and doctor say what is wrong with the URL."""
     with pytest.raises(script.Skipped, match=re.escape(word)):
         script.find_destination(script.Settings({"TELEMHQ_PING_URL": url}))
 
 
 @pytest.mark.parametrize("url", HTTP_ELSEWHERE)
-def test_http_elsewhere_needs_to_be_allowed(script, url) -> None:
+def test_http_elsewhere_needs_to_be_allowed(script: ModuleType, url: str) -> None:
     """A token never travels in the clear, unless TELEMHQ_ALLOW_HTTP=1 says it may."""
     for value in ("", "0", "nonsense"):
         environ = {"TELEMHQ_PING_URL": url, "TELEMHQ_ALLOW_HTTP": value}
@@ -341,7 +359,9 @@ def test_http_elsewhere_needs_to_be_allowed(script, url) -> None:
         ("https://telemhq.com#x@y:1/", ("https", "telemhq.com", "")),
     ],
 )
-def test_a_url_is_split_as_urllib_will_split_it(script, url, expected) -> None:
+def test_a_url_is_split_as_urllib_will_split_it(
+    script: ModuleType, url: str, expected: tuple[str, str, str]
+) -> None:
     """The host that is judged is the host that urllib connects to."""
     from urllib.parse import urlsplit
 
@@ -368,7 +388,7 @@ def test_a_url_is_split_as_urllib_will_split_it(script, url, expected) -> None:
     ],
     ids=ascii,
 )
-def test_a_hook_without_a_usable_url_does_nothing(home, url) -> None:
+def test_a_hook_without_a_usable_url_does_nothing(home: Home, url: str | None) -> None:
     """Silence, exit 0, nothing written; debug mode says why, without the URL."""
     before = set(home.path.rglob("*"))
     done = home.hook(event("Stop"), url)
@@ -383,14 +403,16 @@ def test_a_hook_without_a_usable_url_does_nothing(home, url) -> None:
 
 
 @pytest.mark.parametrize("change", [("http:", "HTTP:"), ("127.0.0.1", "localhost")])
-def test_a_url_in_other_words_delivers(home, receiver, change) -> None:
+def test_a_url_in_other_words_delivers(
+    home: Home, receiver: Receiver, change: tuple[str, str]
+) -> None:
     """A scheme in capitals and a loopback name lead to the tracker all the same."""
     told = debug(home, receiver.url.replace(*change))
     assert len(receiver.pings) == 1
     assert "HTTP 200" in told
 
 
-def test_a_fragment_is_not_sent_and_a_query_is(home, receiver) -> None:
+def test_a_fragment_is_not_sent_and_a_query_is(home: Home, receiver: Receiver) -> None:
     """What urllib sends of a URL is its path and query."""
     debug(home, receiver.url + "?a=%20b#secret")
     assert [request.path for request in receiver.requests] == [f"/ping/{TOKEN}?a=%20b"]
@@ -403,12 +425,12 @@ COMMAND = "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true"
 TELEMHQS_COMMAND = "python3 ~/.claude/hooks/telemhq_ping.py"  # from TelemHQ's own pages
 
 
-def variables(text):
+def variables(text: str) -> set[str]:
     """The names of all TELEMHQ_ variables in a text."""
     return set(re.findall(r"\bTELEMHQ_[A-Z][A-Z_]*[A-Z]\b", text))
 
 
-def readme_rows(pattern, after=""):
+def readme_rows(pattern: str, after: str = "") -> list[str]:
     """The first group of `pattern` in the README's lines, from heading `after` on."""
     text = (ROOT / "README.md").read_text("utf-8")
     if after:
@@ -418,7 +440,7 @@ def readme_rows(pattern, after=""):
     return [found.group(1) for found in re.finditer("(?m)^" + pattern, text)]
 
 
-def test_the_docstring_names_every_variable(script) -> None:
+def test_the_docstring_names_every_variable(script: ModuleType) -> None:
     """The contract at the script's top lists the variables that its code reads."""
     text = SCRIPT.read_text("utf-8")
     docstring = ast.get_docstring(ast.parse(text), clean=False)
@@ -435,7 +457,7 @@ def test_the_readmes_table_names_every_variable() -> None:
     assert sorted(rows) == sorted(code)
 
 
-def test_the_readmes_table_of_what_is_sent_is_the_gate(script) -> None:
+def test_the_readmes_table_of_what_is_sent_is_the_gate(script: ModuleType) -> None:
     """README's sent table names each field that can leave, and no other."""
     cells = readme_rows(r"\| (`[^|]+)\|", "## What is sent")
     fields = [name for cell in cells for name in re.findall("`([a-z0-9_]+)`", cell)]
@@ -453,7 +475,9 @@ def test_settings_example_is_complete_and_as_documented() -> None:
 @pytest.mark.skipif(os.name != "posix", reason="needs sh")
 @pytest.mark.parametrize("command", [COMMAND, TELEMHQS_COMMAND])
 @pytest.mark.parametrize("link", [False, True], ids=("copied", "linked"))
-def test_the_documented_commands_work(home, receiver, command, link) -> None:
+def test_the_documented_commands_work(
+    home: Home, receiver: Receiver, command: str, link: bool
+) -> None:
     """Ours and TelemHQ's own settings block work, for a copy and for a link."""
     hooks = home.path / ".claude" / "hooks"
     hooks.mkdir(parents=True)
@@ -483,7 +507,7 @@ def test_the_documented_commands_work(home, receiver, command, link) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs sh")
-def test_a_missing_script_does_not_block_claude_code(home) -> None:
+def test_a_missing_script_does_not_block_claude_code(home: Home) -> None:
     """Python exits 2 for a missing script, which blocks: the `|| true` makes it 0."""
     hooks = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]
     env = home.env(dead_url())

@@ -21,10 +21,15 @@ import sys
 import threading
 import time
 import uuid
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
 
 import pytest
 
-from support import FIXTURES, SCRIPT, Home, Receiver, event, wait_until
+from support import FIXTURES, SCRIPT, Home, Receiver, Request, event, wait_until
+
+if TYPE_CHECKING:
+    Then = Sequence[dict[str, Any] | bytes] | Callable[[], object]
+    Event = tuple[float, str, dict[str, Any]]
 
 OPUS, HAIKU = "claude-opus-5-5", "claude-haiku-5"
 MULTIPLES = {  # a ping's count: how many times the size of a message
@@ -50,19 +55,19 @@ DAY_S = 86400.0
 # -- Rows, as Claude Code writes them; `at` is in seconds after the session's begin ----
 
 
-def used(n):
+def used(n: int) -> dict[str, int]:
     """The counts of a ping (or of a model in it) for messages of size n in all."""
     return {name: n * times for name, times in MULTIPLES.items()}
 
 
-def size_of(ping):
+def size_of(ping: dict[str, Any]) -> Any:
     """The size that a ping charges, None when it has no usage."""
     found = {name: ping[name] for name in MULTIPLES if name in ping}
     assert not found or found == used(found["input_tokens"]), found
     return found.get("input_tokens")
 
 
-def usage_of(n):
+def usage_of(n: int) -> dict[str, Any]:
     """The `usage` of an API message of size n."""
     return {
         "input_tokens": n,
@@ -74,7 +79,7 @@ def usage_of(n):
     }
 
 
-def prompt(at, **changes):
+def prompt(at: float, **changes: object) -> dict[str, Any]:
     """The user row that a prompt becomes."""
     message = {"role": "user", "content": "CANARY_TEXT é 漢字 😀"}
     return dict(
@@ -90,8 +95,15 @@ def prompt(at, **changes):
 
 
 def message(
-    at, n, key=None, stop="end_turn", model=OPUS, tools=(), usage=None, **changes
-):
+    at: float,
+    n: int,
+    key: str | None = None,
+    stop: str | None = "end_turn",
+    model: str = OPUS,
+    tools: Iterable[object] = (),
+    usage: object = None,
+    **changes: object,
+) -> dict[str, Any]:
     """An assistant row: one content block of the API message `key`, which is of size n.
 
     tools: names of tools it calls. usage: instead of that of size n.
@@ -127,7 +139,7 @@ def message(
     )
 
 
-def result(at, error=False):
+def result(at: float, error: bool = False) -> dict[str, Any]:
     """The user row of one tool's result."""
     found = {
         "type": "tool_result",
@@ -139,7 +151,7 @@ def result(at, error=False):
     return prompt(at, message={"role": "user", "content": [found]})
 
 
-def ledger(sizes, cost):
+def ledger(sizes: dict[str, int], cost: float) -> dict[str, Any]:
     """A `cost-state` row: the client's own sums; `sizes` is model -> size."""
     names = {
         "inputTokens": 1,
@@ -155,7 +167,7 @@ def ledger(sizes, cost):
     return {"type": "cost-state", "totalCostUSD": cost, "modelUsage": models}
 
 
-def iso(seconds):
+def iso(seconds: float) -> str:
     """Seconds since 1970 as a row's timestamp."""
     found = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
     return found.strftime("%Y-%m-%dT%H:%M:%S.") + f"{found.microsecond // 1000:03d}Z"
@@ -167,7 +179,9 @@ class Session:
     begun: seconds since 1970; an hour ago, so that no sender waits for late rows.
     """
 
-    def __init__(self, home, receiver, begun=None) -> None:
+    def __init__(
+        self, home: Home, receiver: Receiver, begun: float | None = None
+    ) -> None:
         self.home, self.receiver, self.id = home, receiver, str(uuid.uuid4())
         self.begun = round(time.time() - 3600 if begun is None else begun, 3)
         self.path = home.path / ".claude" / "projects" / "-acme" / (self.id + ".jsonl")
@@ -176,16 +190,18 @@ class Session:
         self.later, self.taken = receiver.__dict__.setdefault("later", {}), 0
         receiver.answer = self.answer
 
-    def answer(self, request) -> int:
+    def answer(self, request: Request) -> int:
         """The tracker takes its time: meanwhile the client writes what `hold` said."""
         self.later.pop(request.ping.get("event_id"), int)()
         return 200
 
-    def agent(self, name="a1"):
+    def agent(self, name: str = "a1") -> pathlib.Path:
         """The path of a subagent's transcript."""
         return self.path.with_suffix("") / "subagents" / f"agent-{name}.jsonl"
 
-    def add(self, *rows, to=None) -> None:
+    def add(
+        self, *rows: dict[str, Any] | bytes, to: pathlib.Path | None = None
+    ) -> None:
         """Append rows (dicts or bytes) to the transcript, or to the file `to`."""
         lines = []
         for row in rows:
@@ -202,7 +218,9 @@ class Session:
         with open(str(path), "ab") as file:
             file.write(b"".join(lines))
 
-    def hold(self, name, at, then=(), git=False, **fields):
+    def hold(
+        self, name: str, at: float, then: Then = (), git: bool = False, **fields: object
+    ) -> str:
         """Put the ping of an event into the outbox; its event_id.
 
         then: rows that the client adds, or a function to call, once it was sent.
@@ -236,35 +254,41 @@ class Session:
             self.later[ping["event_id"]] = add
         return ping["event_id"]
 
-    def send(self, **env):
+    def send(self, **env: object) -> list[tuple[str, int | None]]:
         """Run a sender to its end; the session's new pings as (event, size)."""
         send(self.home, self.receiver.url, **env)
         return [(ping["event"], size_of(ping)) for ping in self.new()]
 
-    def new(self):
+    def new(self) -> list[dict[str, Any]]:
         """The session's pings that came in since the last such question."""
         found = [p for p in self.receiver.pings if p.get("session_id") == self.id]
         found, self.taken = found[self.taken :], len(found)
         return found
 
-    def usage(self):
+    def usage(self) -> list[dict[str, Any]]:
         """All the session's pings that may carry usage, so far."""
         names = ("Stop", "StopFailure", "SubagentStop", "SessionEnd", "SessionLost")
         found = [p for p in self.receiver.pings if p.get("session_id") == self.id]
         return [ping for ping in found if ping["event"] in names]
 
-    def hook(self, name, url=None, env=None, **changes) -> None:
+    def hook(
+        self,
+        name: str,
+        url: str | None = None,
+        env: dict[str, Any] | None = None,
+        **changes: object,
+    ) -> None:
         """Run the hook with a real event, as if it came from this session."""
         found = dict(session_id=self.id, transcript_path=str(self.path), **changes)
         url = url or self.receiver.url
         done = self.home.hook(event(name, **found), url, **(env or {}))
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
-    def accounts(self):
+    def accounts(self) -> list[pathlib.Path]:
         """The files of all accounts."""
         return sorted((self.base / "accounts").glob("*.json"))
 
-    def later_by(self, seconds) -> None:
+    def later_by(self, seconds: float) -> None:
         """Let time pass since the last event of all sessions, and since the last
         sweep.
         """
@@ -274,12 +298,12 @@ class Session:
         self.home.set_state(**dict(self.home.state_json(), swept_at=0))
 
 
-def url_hash(url):
+def url_hash(url: str) -> str:
     """What names a destination's directory."""
     return hashlib.sha256(url.encode()).hexdigest()[:12]
 
 
-def send(home, url, **env) -> None:
+def send(home: Home, url: str, **env: object) -> None:
     """Run a sender in the foreground until the outbox is empty."""
     command = [sys.executable, "-I", "-S", str(SCRIPT), "--sender", "-1"]
     done = subprocess.run(
@@ -293,26 +317,26 @@ def send(home, url, **env) -> None:
     assert (done.returncode, done.stdout) == (0, b"")
 
 
-def summed(pings, *names):
+def summed(pings: list[dict[str, Any]], *names: str) -> dict[str, Any]:
     """The sums over pings, as TelemHQ makes them."""
     return {name: sum(ping.get(name, 0) for ping in pings) for name in names}
 
 
-def after(seconds, function, *arguments) -> None:
+def after(seconds: float, function: Callable[..., object], *arguments: object) -> None:
     """Call `function` a little later, in a thread."""
     timer = threading.Timer(seconds, function, arguments)
     timer.daemon = True
     timer.start()
 
 
-def together(table, prepare):
+def together(table: Mapping[str, Sequence[Any]], prepare: Callable[..., None]) -> Any:
     """A module's fixture: a session for each case of `table` (id -> arguments),
     prepared by `prepare(session, *arguments)`, all charged by one sender; id ->
     session.
     """
 
     @pytest.fixture(scope="module")
-    def sessions(tmp_path_factory):
+    def sessions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Session]:
         home, found = Home(tmp_path_factory.mktemp("together") / "home"), {}
         with Receiver() as receiver:
             for case, arguments in table.items():
@@ -328,13 +352,13 @@ def together(table, prepare):
 
 
 @pytest.fixture
-def session(home, receiver):
+def session(home: Home, receiver: Receiver) -> Session:
     """A session that began an hour ago, still without rows."""
     return Session(home, receiver)
 
 
 @pytest.fixture
-def live(home, receiver):
+def live(home: Home, receiver: Receiver) -> Session:
     """A session that begins now, still without rows."""
     return Session(home, receiver, time.time())
 
@@ -364,7 +388,7 @@ class Replay:
         ),
     }
 
-    def __init__(self, name, home, receiver) -> None:
+    def __init__(self, name: str, home: Home, receiver: Receiver) -> None:
         folder = FIXTURES / "transcripts" / name
         self.expected = json.loads((folder / "expected.json").read_text("utf-8"))
         self.session = Session(home, receiver)
@@ -385,15 +409,15 @@ class Replay:
         self.find_events()
 
     @staticmethod
-    def time(text):
+    def time(text: bytes) -> float:
         found = text.decode().replace("Z", "+00:00")
         return datetime.datetime.fromisoformat(found).timestamp()
 
-    def shifted(self, match) -> bytes:
+    def shifted(self, match: re.Match[bytes]) -> bytes:
         seconds = self.time(match.group(1)) - self.first + self.session.begun
         return b'"timestamp":"%s"' % iso(seconds).encode()
 
-    def rows(self):
+    def rows(self) -> Iterator[tuple[pathlib.Path, dict[str, Any], int, float]]:
         """(path, row, offset behind it, seconds after the begin), file by file."""
         for path, text in self.files.items():
             at = end = 0
@@ -428,11 +452,17 @@ class Replay:
                 self.events.append((at + 0.005, name, {}))
         self.events.sort(key=lambda found: found[:2])
 
-    def prompted(self):
+    def prompted(self) -> float:
         """When the first prompt's row was written."""
         return min(at for _, row, _, at in self.rows() if row.get("promptId"))
 
-    def play(self, registered, chance, row_by_row=False, stops=4) -> None:
+    def play(
+        self,
+        registered: str,
+        chance: random.Random,
+        row_by_row: bool = False,
+        stops: int = 4,
+    ) -> None:
         """Put the events of the registered kinds into the outbox, each with a cut of
         the files to be on disk when it is charged.
         """
@@ -457,7 +487,13 @@ class Replay:
             show = lambda state=state: self.show(state)  # noqa: E731
             self.session.hold(name, at, show, **fields)
 
-    def cuts(self, path, events, chance, row_by_row):
+    def cuts(
+        self,
+        path: pathlib.Path,
+        events: list[Event],
+        chance: random.Random,
+        row_by_row: bool,
+    ) -> list[int]:
         """How many bytes of a file are there at each event: grows, in any steps."""
         text, found = self.files[path], []
         if row_by_row:
@@ -481,14 +517,14 @@ class Replay:
                 found[i] = max(found[i], found[i - 1])
         return found
 
-    def show(self, state) -> None:
+    def show(self, state: dict[pathlib.Path, int]) -> None:
         """Let the files have grown to `state`: path -> bytes."""
         for path, size in state.items():
             there = path.stat().st_size if path.exists() else 0
             if size > there:
                 self.session.add(self.files[path][there:size], to=path)
 
-    def check(self, whole=True) -> None:
+    def check(self, whole: bool = True) -> None:
         """The sums over all pings are the client's own."""
         pings, wanted = self.session.usage(), self.expected["unique_messages_total"]
         wanted = {
@@ -520,7 +556,9 @@ TRANSCRIPTS = sorted(path.name for path in (FIXTURES / "transcripts").iterdir())
 
 @pytest.mark.parametrize("registered", sorted(Replay.REGISTERED))
 @pytest.mark.parametrize("name", TRANSCRIPTS)
-def test_sum_is_exact_for_every_cut(home, receiver, name, registered) -> None:
+def test_sum_is_exact_for_every_cut(
+    home: Home, receiver: Receiver, name: str, registered: str
+) -> None:
     """However much of a transcript is there when each ping is charged, and whatever
     events are registered, the sums over the pings are the client's own ledger.
     """
@@ -536,7 +574,7 @@ def test_sum_is_exact_for_every_cut(home, receiver, name, registered) -> None:
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS)
-def test_sum_is_exact_row_by_row(home, receiver, name) -> None:
+def test_sum_is_exact_row_by_row(home: Home, receiver: Receiver, name: str) -> None:
     """A ping after every single row of a transcript: the sums are the ledger still."""
     replay = Replay(name, home, receiver)
     replay.play("all", random.Random(1), row_by_row=True)
@@ -549,13 +587,15 @@ def test_sum_is_exact_row_by_row(home, receiver, name) -> None:
 # -- Where an account opens ------------------------------------------------------------
 
 
-def turn(at, n, **changes):
+def turn(at: float, n: int, **changes: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """A prompt and its answer, a second later."""
     return prompt(at), message(at + 1, n, **changes)
 
 
 @pytest.mark.parametrize("source", ["startup", "clear"])
-def test_new_session_is_charged_from_the_start_of_its_file(session, source) -> None:
+def test_new_session_is_charged_from_the_start_of_its_file(
+    session: Session, source: str
+) -> None:
     """A session met at its startup or after /clear has no history: every row counts,
     also one that is older than the SessionStart event.
     """
@@ -576,7 +616,7 @@ MET_LATE = {
 }
 
 
-def prepare_met_late(session, source, late) -> None:
+def prepare_met_late(session: Session, source: str, late: bool) -> None:
     """A session with a history, failed tools in it, that goes on."""
     history = [*turn(0, 1, tools=["Bash"]), result(5, error=True), *turn(10, 2)]
     session.add(*([] if late else history))
@@ -591,7 +631,9 @@ met_late = together(MET_LATE, prepare_met_late)
 
 
 @pytest.mark.parametrize("case", MET_LATE)
-def test_resumed_or_forked_session_has_a_history(met_late, case) -> None:
+def test_resumed_or_forked_session_has_a_history(
+    met_late: dict[str, Session], case: str
+) -> None:
     """Of a session first met when it is resumed or forked, rows older than that are
     never billed, nor is its ledger, which has them in it; the copy of a fork may come
     late.
@@ -608,7 +650,7 @@ def test_resumed_or_forked_session_has_a_history(met_late, case) -> None:
 COPIED = {first: [first] for first in ("startup", "fork", "Stop", "SessionEnd")}
 
 
-def prepare_copied(session, first) -> None:
+def prepare_copied(session: Session, first: str) -> None:
     """A session with another's turn and one of its own, as young as that."""
     copied = {"requestSessionId": str(uuid.uuid4())}
     own = {"requestSessionId": session.id}
@@ -625,7 +667,9 @@ copied = together(COPIED, prepare_copied)
 
 
 @pytest.mark.parametrize("case", COPIED)
-def test_rows_copied_from_another_session_never_count(copied, case) -> None:
+def test_rows_copied_from_another_session_never_count(
+    copied: dict[str, Session], case: str
+) -> None:
     """A row whose requestSessionId is another session's is that session's bill, however
     young it is and whatever event the session was met at.
     """
@@ -634,7 +678,9 @@ def test_rows_copied_from_another_session_never_count(copied, case) -> None:
     assert summed(pings, "cost_usd", "tool_calls") == {"cost_usd": 0, "tool_calls": 0}
 
 
-def test_fork_of_a_real_session_is_charged_for_its_own_turn_only(home, receiver) -> None:
+def test_fork_of_a_real_session_is_charged_for_its_own_turn_only(
+    home: Home, receiver: Receiver
+) -> None:
     """A fork's file repeats its parent's rows with old times and ids: of a real one
     only what was said after the fork is billed.
     """
@@ -669,7 +715,7 @@ MIDDLE = {
 }
 
 
-def prepare_middle(session, first) -> None:
+def prepare_middle(session: Session, first: str) -> None:
     """A session of three turns, met at the end of the second."""
     session.add(*turn(0, 1, tools=["Bash"]), result(2, error=True), prompt(10))
     session.add(message(11, 2, stop="tool_use", tools=["Read"]))
@@ -683,7 +729,9 @@ middle = together(MIDDLE, prepare_middle)
 
 
 @pytest.mark.parametrize("case", MIDDLE)
-def test_session_met_in_the_middle_is_charged_from_its_last_prompt(middle, case) -> None:
+def test_session_met_in_the_middle_is_charged_from_its_last_prompt(
+    middle: dict[str, Session], case: str
+) -> None:
     """When the first event met is another one, what is older than the last prompt
     before it is history; a tool's result is no prompt. Such an account has no cost to
     tell.
@@ -697,7 +745,7 @@ def test_session_met_in_the_middle_is_charged_from_its_last_prompt(middle, case)
     }
 
 
-def test_session_met_in_its_first_turn_is_whole(session) -> None:
+def test_session_met_in_its_first_turn_is_whole(session: Session) -> None:
     """A session met late, but before its second prompt, has no history: it is charged
     whole, and its cost is told.
     """
@@ -708,7 +756,7 @@ def test_session_met_in_its_first_turn_is_whole(session) -> None:
     assert session.usage()[-1]["cost_usd"] == 0.25
 
 
-def test_session_end_alone_has_it_all(session) -> None:
+def test_session_end_alone_has_it_all(session: Session) -> None:
     """Who wants few pings registers SessionEnd alone: its ping has the whole session,
     all its turns and its cost.
     """
@@ -720,7 +768,7 @@ def test_session_end_alone_has_it_all(session) -> None:
     assert "usage_complete" not in ping
 
 
-def test_session_end_alone_leaves_an_earlier_run_alone(session) -> None:
+def test_session_end_alone_leaves_an_earlier_run_alone(session: Session) -> None:
     """A session whose first run ended before the hook was there has that as history:
     its end alone tells of the run that it ends.
     """
@@ -735,7 +783,7 @@ def test_session_end_alone_leaves_an_earlier_run_alone(session) -> None:
 AGAIN = {name: [name] for name in ("startup", "clear", "resume", "fork", "compact")}
 
 
-def prepare_again(session, source) -> None:
+def prepare_again(session: Session, source: str) -> None:
     """A session that ended, used more without a word, and began again."""
     session.add(*turn(0, 1))
     session.hold("SessionStart", -1, source="startup")
@@ -750,7 +798,7 @@ again = together(AGAIN, prepare_again)
 
 
 @pytest.mark.parametrize("case", AGAIN)
-def test_account_is_never_reopened(again, case) -> None:
+def test_account_is_never_reopened(again: dict[str, Session], case: str) -> None:
     """A session that goes on goes on being charged: no later SessionStart makes history
     of what was not billed yet, or bills again what was.
     """
@@ -759,7 +807,7 @@ def test_account_is_never_reopened(again, case) -> None:
     assert [ping.get("cost_usd") for ping in pings] == [None, 0.25, None, 0.75]
 
 
-def test_each_destination_has_accounts_of_its_own(session, home) -> None:
+def test_each_destination_has_accounts_of_its_own(session: Session, home: Home) -> None:
     """Two destinations are told everything each."""
     session.add(*turn(0, 1))
     session.hold("Stop", 2)
@@ -777,7 +825,7 @@ def test_each_destination_has_accounts_of_its_own(session, home) -> None:
 # -- One row per API message -----------------------------------------------------------
 
 
-def test_message_counts_once_however_many_rows_repeat_it(session) -> None:
+def test_message_counts_once_however_many_rows_repeat_it(session: Session) -> None:
     """The client repeats a message's usage in the row of each content block: it counts
     once, also when a ping was charged between two of its rows.
     """
@@ -798,7 +846,9 @@ OUTPUTS = {
 }
 
 
-def prepare_outputs(session, outputs, between) -> None:
+def prepare_outputs(
+    session: Session, outputs: Sequence[int | None], between: bool
+) -> None:
     """The rows of one message, with these output counts."""
     rows = [
         message(i, 0, "msg_a", usage=dict(usage_of(1), output_tokens=n))
@@ -814,7 +864,9 @@ outputs = together(OUTPUTS, prepare_outputs)
 
 
 @pytest.mark.parametrize("case", OUTPUTS)
-def test_row_with_the_most_output_counts(outputs, case) -> None:
+def test_row_with_the_most_output_counts(
+    outputs: dict[str, Session], case: str
+) -> None:
     """Older rows of a message hold partial output counts: the largest counts, and when
     a smaller one is charged already, the difference rides on a later ping.
     """
@@ -823,7 +875,7 @@ def test_row_with_the_most_output_counts(outputs, case) -> None:
     assert summed(outputs[case].usage(), *MULTIPLES) == wanted
 
 
-def test_row_with_the_most_output_counts_as_a_whole(session) -> None:
+def test_row_with_the_most_output_counts_as_a_whole(session: Session) -> None:
     """One row of a message counts, the one with the most output: not the largest of
     each count over all its rows.
     """
@@ -837,7 +889,7 @@ def test_row_with_the_most_output_counts_as_a_whole(session) -> None:
     assert summed(session.usage(), *MULTIPLES) == used(4)
 
 
-def test_last_256_messages_are_remembered(session) -> None:
+def test_last_256_messages_are_remembered(session: Session) -> None:
     """A message that is repeated 255 messages later, in another read, counts once."""
     session.add(prompt(0), message(1, 1, "msg_first"))
     session.add(*[message(2, 1) for _ in range(255)])
@@ -846,7 +898,9 @@ def test_last_256_messages_are_remembered(session) -> None:
     assert session.send() == [("Stop", 256), ("Stop", 512)]
 
 
-def test_busy_subagent_makes_no_message_of_another_file_count_twice(session) -> None:
+def test_busy_subagent_makes_no_message_of_another_file_count_twice(
+    session: Session,
+) -> None:
     """A message half-written when a ping was charged counts once, however many messages
     a sub-agent had in between.
     """
@@ -896,7 +950,7 @@ NO_MESSAGE = {
 }
 
 
-def prepare_no_message(session, row) -> None:
+def prepare_no_message(session: Session, row: dict[str, Any] | bytes) -> None:
     """The row between two turns."""
     session.add(*turn(0, 2), row, *turn(10, 4))
     session.hold("SessionStart", 0, source="startup")
@@ -909,7 +963,9 @@ no_message = together(
 
 
 @pytest.mark.parametrize("case", NO_MESSAGE)
-def test_row_that_is_no_api_message_counts_nothing(no_message, case) -> None:
+def test_row_that_is_no_api_message_counts_nothing(
+    no_message: dict[str, Session], case: str
+) -> None:
     """The client's own words, its reports of API errors, and whatever else a transcript
     may hold, count nothing and cost no other row its count.
     """
@@ -927,7 +983,7 @@ NO_TIME = {
 }
 
 
-def prepare_no_time(session, changes) -> None:
+def prepare_no_time(session: Session, changes: dict[str, Any]) -> None:
     """A turn whose rows have no usable time, between two others."""
     rows = [{k: v for k, v in row.items() if k != "timestamp"} for row in turn(0, 2)]
     session.add(*turn(0, 1), *[dict(row, **changes) for row in rows], *turn(10, 4))
@@ -941,7 +997,9 @@ no_time = together(
 
 
 @pytest.mark.parametrize("case", NO_TIME)
-def test_row_without_a_usable_time_loses_nothing(no_time, case) -> None:
+def test_row_without_a_usable_time_loses_nothing(
+    no_time: dict[str, Session], case: str
+) -> None:
     """A row without a time counts where it stands; one with a time that cannot be read
     may be left out; neither makes history of what stands before it.
     """
@@ -949,7 +1007,7 @@ def test_row_without_a_usable_time_loses_nothing(no_time, case) -> None:
     assert size_of(ping) in ([7] if case == "none" else [5, 7])
 
 
-def test_half_written_line_waits_for_its_end(session) -> None:
+def test_half_written_line_waits_for_its_end(session: Session) -> None:
     """A line is read when it is whole, never before, and never twice."""
     session.add(prompt(0), message(1, 1))
     whole = session.path.read_bytes().replace(b"CANARY_TEXT", "漢".encode())
@@ -966,7 +1024,7 @@ def test_half_written_line_waits_for_its_end(session) -> None:
 # -- Sub-agents ------------------------------------------------------------------------
 
 
-def test_subagents_have_transcripts_of_their_own(session) -> None:
+def test_subagents_have_transcripts_of_their_own(session: Session) -> None:
     """Each sub-agent's file below the session's is charged, at any depth, from where
     its last read ended; other files there are not transcripts.
     """
@@ -992,7 +1050,9 @@ def test_subagents_have_transcripts_of_their_own(session) -> None:
     assert sent == [("Stop", 15), ("SubagentStop", 112), ("SessionEnd", 0)]
 
 
-def test_subagent_that_outlives_the_turn_rides_on_a_later_ping(session) -> None:
+def test_subagent_that_outlives_the_turn_rides_on_a_later_ping(
+    session: Session,
+) -> None:
     """A Stop is not the end of the work: what a sub-agent does after it is in the next
     ping, and nothing of it is lost at the session's end.
     """
@@ -1009,7 +1069,7 @@ def test_subagent_that_outlives_the_turn_rides_on_a_later_ping(session) -> None:
     assert (last.get("cost_usd"), last.get("usage_complete", True)) == (1.0, True)
 
 
-def test_ledger_stands_before_subagents_rows_in_one_read(session) -> None:
+def test_ledger_stands_before_subagents_rows_in_one_read(session: Session) -> None:
     """The ledger at the end of the session's own file covers its sub-agents'
     files too.
     """
@@ -1021,7 +1081,7 @@ def test_ledger_stands_before_subagents_rows_in_one_read(session) -> None:
     assert (ping.get("cost_usd"), ping.get("usage_complete", True)) == (0.5, True)
 
 
-def test_history_of_subagents_is_history(session) -> None:
+def test_history_of_subagents_is_history(session: Session) -> None:
     """What sub-agents did before the session was met is never billed either."""
     session.add(*turn(0, 1), *turn(10, 2))
     session.add(message(1, 4), to=session.agent())
@@ -1033,7 +1093,9 @@ def test_history_of_subagents_is_history(session) -> None:
 # -- Waiting for what the client writes late -------------------------------------------
 
 
-def hurried(session, *arguments, **changes):
+def hurried(
+    session: Session, *arguments: Any, **changes: Any
+) -> tuple[dict[str, Any], float]:
     """Run one hook that delivers by itself; its ping, and how long after its start."""
     begun, count = time.monotonic(), len(session.receiver.requests)
     env = dict({"TELEMHQ_FOREGROUND": 1}, **changes.pop("env", {}))
@@ -1053,7 +1115,7 @@ LATE = {  # event: what is there, where the awaited row appears, that row
 
 
 @pytest.mark.parametrize("name", sorted(LATE))
-def test_sender_waits_for_what_comes_100_ms_late(live, name) -> None:
+def test_sender_waits_for_what_comes_100_ms_late(live: Session, name: str) -> None:
     """Stop fires before the turn's last row is in the file, SubagentStop before the
     agent's, /clear before the ledger: the ping has it all the same, and is complete.
     """
@@ -1071,7 +1133,7 @@ def test_sender_waits_for_what_comes_100_ms_late(live, name) -> None:
     assert ping.get("cost_usd") == (0.5 if "SessionEnd" in name else None)
 
 
-def test_second_stop_waits_for_a_row_of_its_own(live) -> None:
+def test_second_stop_waits_for_a_row_of_its_own(live: Session) -> None:
     """A last message that was charged to an earlier ping is not the one that a Stop
     waits for.
     """
@@ -1100,7 +1162,7 @@ NEVER = {  # event: rows of the session's file, of the agent's file, what is cha
 
 
 @pytest.fixture(scope="module")
-def never(tmp_path_factory):
+def never(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """All cases of NEVER at the same time in one HOME: (ping, next ping, seconds)."""
     home, found = Home(tmp_path_factory.mktemp("never") / "home"), {}
     with Receiver() as receiver:
@@ -1129,7 +1191,9 @@ def never(tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", sorted(NEVER))
-def test_ping_says_when_what_it_waited_for_never_came(never, case) -> None:
+def test_ping_says_when_what_it_waited_for_never_came(
+    never: dict[str, Any], case: str
+) -> None:
     """A ping waits until its event is 2 s old, then goes with usage_complete false;
     what comes later rides on the session's next ping.
     """
@@ -1140,14 +1204,14 @@ def test_ping_says_when_what_it_waited_for_never_came(never, case) -> None:
 
 
 @pytest.mark.parametrize("name", ["Stop", "SubagentStop", "SessionEnd-other"])
-def test_without_a_transcript_nothing_is_waited_for(live, name) -> None:
+def test_without_a_transcript_nothing_is_waited_for(live: Session, name: str) -> None:
     """Where there is no transcript, the ping goes at once and without usage."""
     ping, seconds = hurried(live, name, agent_transcript_path=str(live.agent()))
     assert not USAGE_FIELDS & set(ping)
     assert seconds < 1.7
 
 
-def test_stop_failure_waits_for_nothing(live) -> None:
+def test_stop_failure_waits_for_nothing(live: Session) -> None:
     """A turn that ended in an API error has no last message to wait for."""
     live.add(prompt(0), message(0, 1, stop="tool_use", tools=["Bash"]))
     ping, seconds = hurried(live, "StopFailure")
@@ -1156,7 +1220,7 @@ def test_stop_failure_waits_for_nothing(live) -> None:
     assert seconds < 1.7
 
 
-def test_agent_without_a_file_is_not_waited_for(live) -> None:
+def test_agent_without_a_file_is_not_waited_for(live: Session) -> None:
     """Compaction's agent has no transcript of its own: its SubagentStop does not
     wait.
     """
@@ -1169,7 +1233,7 @@ def test_agent_without_a_file_is_not_waited_for(live) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True], ids=["no ledger", "ledger"])
-def test_foreground_clear_is_not_waited_for(live, there) -> None:
+def test_foreground_clear_is_not_waited_for(live: Session, there: bool) -> None:
     """/clear writes its ledger after the hook: one that delivers itself waits in vain,
     so it does not; a ledger that is there is used.
     """
@@ -1181,7 +1245,7 @@ def test_foreground_clear_is_not_waited_for(live, there) -> None:
     assert seconds < 1.7
 
 
-def test_foreground_session_end_waits_for_its_ledger(live) -> None:
+def test_foreground_session_end_waits_for_its_ledger(live: Session) -> None:
     """Any other end of a session has its ledger in time, and is waited for."""
     live.add(*turn(-1, 1))
     after(0.4, lambda: live.add(ledger({OPUS: 1}, 0.5)))
@@ -1189,7 +1253,7 @@ def test_foreground_session_end_waits_for_its_ledger(live) -> None:
     assert (ping.get("cost_usd"), ping.get("usage_complete", True)) == (0.5, True)
 
 
-def test_old_events_are_not_waited_for(session) -> None:
+def test_old_events_are_not_waited_for(session: Session) -> None:
     """Pings that waited in the outbox are charged with what is there, without a
     pause.
     """
@@ -1212,7 +1276,7 @@ WINDOW = {
 }
 
 
-def prepare_window(session, name, of_agent) -> None:
+def prepare_window(session: Session, name: str, of_agent: bool) -> None:
     """Rows up to 1.9 s after an event, and one 2.1 s after it."""
     to = session.agent() if of_agent else None
     session.add(*turn(0, 1))
@@ -1225,7 +1289,7 @@ def prepare_window(session, name, of_agent) -> None:
 window = together(WINDOW, prepare_window)
 
 
-def test_turns_closer_than_2_s_do_not_run_into_each_other(session) -> None:
+def test_turns_closer_than_2_s_do_not_run_into_each_other(session: Session) -> None:
     """A prompt after the event begins another turn, whose rows are for its own Stop."""
     session.add(*turn(0, 1), *turn(2.2, 2))
     session.hold("Stop", 2)
@@ -1235,12 +1299,16 @@ def test_turns_closer_than_2_s_do_not_run_into_each_other(session) -> None:
 
 
 @pytest.mark.parametrize("case", WINDOW)
-def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(window, case) -> None:
+def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(
+    window: dict[str, Session], case: str
+) -> None:
     """What was written more than 2 s after an event is not poured into its ping."""
     assert [size_of(ping) for ping in window[case].usage()] == [3, 12]
 
 
-def test_next_turn_is_for_the_next_ping_however_soon_it_begins(session) -> None:
+def test_next_turn_is_for_the_next_ping_however_soon_it_begins(
+    session: Session,
+) -> None:
     """A prompt that follows at once, and what it leads to, is not that Stop's."""
     session.add(*turn(0, 1), prompt(1.3), message(1.9, 2, stop="tool_use"))
     session.add(message(2.5, 4))
@@ -1250,7 +1318,7 @@ def test_next_turn_is_for_the_next_ping_however_soon_it_begins(session) -> None:
     assert [ping["duration_ms"] for ping in session.usage()] == [1200, 1300]
 
 
-def test_outage_does_not_pour_a_day_into_its_first_stop(session) -> None:
+def test_outage_does_not_pour_a_day_into_its_first_stop(session: Session) -> None:
     """After an outage every turn's ping has that turn's usage."""
     for i in range(6):
         session.add(*turn(100 * i, 1 << i, tools=[f"Tool{i}"]))
@@ -1267,7 +1335,7 @@ def test_outage_does_not_pour_a_day_into_its_first_stop(session) -> None:
     )
 
 
-def test_session_end_takes_all(session) -> None:
+def test_session_end_takes_all(session: Session) -> None:
     """The last ping of a session leaves nothing behind, whatever its rows' times
     say.
     """
@@ -1277,7 +1345,7 @@ def test_session_end_takes_all(session) -> None:
     assert session.usage()[0]["cost_usd"] == 0.5
 
 
-def test_other_events_carry_no_usage(session) -> None:
+def test_other_events_carry_no_usage(session: Session) -> None:
     """Only Stop, StopFailure, SubagentStop and SessionEnd carry usage."""
     session.add(*turn(0, 1))
     names = [
@@ -1300,7 +1368,7 @@ def test_other_events_carry_no_usage(session) -> None:
 
 
 @pytest.mark.parametrize("delivered", ["at once", "after the end"])
-def test_ledger_settles_what_is_in_no_row(session, delivered) -> None:
+def test_ledger_settles_what_is_in_no_row(session: Session, delivered: str) -> None:
     """Compaction and titles are calls of no row: the last ping has them, so that the
     sums are the ledger's, also when all pings are delivered after the session's end.
     """
@@ -1336,7 +1404,7 @@ LEDGERS = {  # the ledger's models, after rows of OPUS: 3; what is charged on to
 }
 
 
-def prepare_ledger(session, models, _) -> None:
+def prepare_ledger(session: Session, models: dict[str, int], _: object) -> None:
     """A session of one turn of two messages."""
     session.add(*turn(0, 1), message(2, 2))
     session.hold("Stop", 3, then=[ledger(models, 0.5)])
@@ -1347,7 +1415,9 @@ ledgers = together(LEDGERS, prepare_ledger)
 
 
 @pytest.mark.parametrize("case", LEDGERS)
-def test_ledger_doubles_nothing_and_takes_nothing_back(ledgers, case) -> None:
+def test_ledger_doubles_nothing_and_takes_nothing_back(
+    ledgers: dict[str, Session], case: str
+) -> None:
     """The ledger's sums are compared: a model that it names otherwise is not charged
     again, and a ledger that says less than the rows changes nothing.
     """
@@ -1359,7 +1429,7 @@ def test_ledger_doubles_nothing_and_takes_nothing_back(ledgers, case) -> None:
         assert last["models"] == {name: used(n) for name, n in settled.items()}
 
 
-def test_difference_is_never_negative_in_any_count(session) -> None:
+def test_difference_is_never_negative_in_any_count(session: Session) -> None:
     """A count of which the ledger has less than the rows is left as it is; the others
     are settled.
     """
@@ -1383,7 +1453,11 @@ def test_difference_is_never_negative_in_any_count(session) -> None:
     ],
     ids=repr,
 )
-def test_cost_is_what_has_not_been_reported_yet(session, costs, told) -> None:
+def test_cost_is_what_has_not_been_reported_yet(
+    session: Session,
+    costs: tuple[float, float, float],
+    told: tuple[float, float, float],
+) -> None:
     """The ledger grows over resumes of a session: each end tells what is new in it,
     never something negative, and never anything twice.
     """
@@ -1397,7 +1471,7 @@ def test_cost_is_what_has_not_been_reported_yet(session, costs, told) -> None:
 
 
 @pytest.mark.parametrize("first", ["Stop", "SessionStart"])
-def test_account_with_a_history_is_not_settled(session, first) -> None:
+def test_account_with_a_history_is_not_settled(session: Session, first: str) -> None:
     """The ledger of a session that was met late holds its history: neither its
     difference nor its cost is sent.
     """
@@ -1410,7 +1484,7 @@ def test_account_with_a_history_is_not_settled(session, first) -> None:
     assert "cost_usd" not in session.usage()[-1]
 
 
-def test_ledger_of_an_earlier_run_is_not_the_last_word(session) -> None:
+def test_ledger_of_an_earlier_run_is_not_the_last_word(session: Session) -> None:
     """A ledger counts only when nothing was said after it; what it would have settled
     is settled at the session's next end.
     """
@@ -1427,7 +1501,7 @@ def test_ledger_of_an_earlier_run_is_not_the_last_word(session) -> None:
 # -- The rest of what a ping tells -----------------------------------------------------
 
 
-def test_models_are_told_apart_when_there_are_several(session) -> None:
+def test_models_are_told_apart_when_there_are_several(session: Session) -> None:
     """With more than one model at work, `models` has the counts of each; `model` is
     that of the last message in the main chain, whatever sub-agents use.
     """
@@ -1452,7 +1526,7 @@ def test_models_are_told_apart_when_there_are_several(session) -> None:
     assert third["models"] == {OPUS: used(32)}  # not the main chain's last
 
 
-def test_tools_are_counted(session) -> None:
+def test_tools_are_counted(session: Session) -> None:
     """Each tool call counts once, under its name when that is an identifier; a failure
     is a result that says so, in sub-agents too.
     """
@@ -1476,7 +1550,7 @@ def test_tools_are_counted(session) -> None:
     assert second["tools"] == {"Bash": 1}
 
 
-def test_twenty_most_used_tools_are_named(session) -> None:
+def test_twenty_most_used_tools_are_named(session: Session) -> None:
     """Of many tools the 20 most used are named; all calls are counted."""
     calls = {f"Tool{i:02d}": 1 + (i * 7) % 30 for i in range(30)}
     names = [name for name, n in calls.items() for _ in range(n)]
@@ -1489,7 +1563,7 @@ def test_twenty_most_used_tools_are_named(session) -> None:
     assert ping["tool_calls"] == sum(calls.values())
 
 
-def test_stop_tells_how_long_the_turn_took(session) -> None:
+def test_stop_tells_how_long_the_turn_took(session: Session) -> None:
     """On Stop `duration_ms` runs from the prompt's row to the event: not from a tool's
     result, not from a row that the client put in, not from the next prompt.
     """
@@ -1518,7 +1592,7 @@ BRANCHES = {  # the newest row's: the ping's
 }
 
 
-def prepare_branch(session, branch, _) -> None:
+def prepare_branch(session: Session, branch: object, _: object) -> None:
     """Pings that ask for the branch and others."""
     session.add(prompt(0), message(1, 1, gitBranch="older"))
     newest = message(6, 1, gitBranch=branch)
@@ -1531,7 +1605,9 @@ branches = together(BRANCHES, prepare_branch)
 
 
 @pytest.mark.parametrize("case", BRANCHES)
-def test_branch_is_told_only_when_asked_for(branches, case) -> None:
+def test_branch_is_told_only_when_asked_for(
+    branches: dict[str, Session], case: str
+) -> None:
     """TELEMHQ_GIT=1 adds the branch as the ping's newest row names it, when it is
     shaped like one; without it no ping has it.
     """
@@ -1540,7 +1616,9 @@ def test_branch_is_told_only_when_asked_for(branches, case) -> None:
 
 
 @pytest.mark.parametrize("value, told", [(None, None), ("0", None), ("1", "main")])
-def test_variable_for_the_branch(live, value, told) -> None:
+def test_variable_for_the_branch(
+    live: Session, value: str | None, told: str | None
+) -> None:
     """Without TELEMHQ_GIT=1 the hook's ping has no branch."""
     live.add(*turn(-1, 1))
     env = {} if value is None else {"TELEMHQ_GIT": value}
@@ -1551,7 +1629,7 @@ def test_variable_for_the_branch(live, value, told) -> None:
 # -- Sessions that ended without a word ------------------------------------------------
 
 
-def test_lost_session_makes_one_ping(session) -> None:
+def test_lost_session_makes_one_ping(session: Session) -> None:
     """A session that was killed makes one SessionLost ping a day later: its usage, its
     project, hashes and ids; the next days nothing more.
     """
@@ -1601,7 +1679,7 @@ def test_lost_session_makes_one_ping(session) -> None:
 
 
 @pytest.mark.parametrize("name", ["SessionStart", "Notification", "PostToolUse"])
-def test_lost_session_may_have_had_any_event(session, name) -> None:
+def test_lost_session_may_have_had_any_event(session: Session, name: str) -> None:
     """Whatever event a session was met at, what it used is not lost with it."""
     session.hold(name, 0.5, source="startup")
     session.send()
@@ -1620,7 +1698,9 @@ def test_lost_session_may_have_had_any_event(session, name) -> None:
     ],
     ids=["ended", "all is reported", "not yet quiet for a day", "all is reported, old"],
 )
-def test_session_that_is_not_lost(session, ended, rows, hours) -> None:
+def test_session_that_is_not_lost(
+    session: Session, ended: bool, rows: bool, hours: int
+) -> None:
     """A session that ended, or with nothing unreported, or with a word within the last
     24 hours, is not lost.
     """
@@ -1632,7 +1712,7 @@ def test_session_that_is_not_lost(session, ended, rows, hours) -> None:
     assert session.send() == []
 
 
-def test_lost_session_that_goes_on_after_all_is_exact(session) -> None:
+def test_lost_session_that_goes_on_after_all_is_exact(session: Session) -> None:
     """A session that was taken for lost goes on where it was; lost again, it makes
     another ping.
     """
@@ -1656,7 +1736,9 @@ def test_lost_session_that_goes_on_after_all_is_exact(session) -> None:
 
 
 @pytest.mark.parametrize("foreground", [0, 1])
-def test_lost_session_is_found_by_any_hook(home, receiver, foreground) -> None:
+def test_lost_session_is_found_by_any_hook(
+    home: Home, receiver: Receiver, foreground: int
+) -> None:
     """Whatever session's hook comes first after a day, it has the lost one told; one
     that delivers itself leaves that to the next at most.
     """
@@ -1671,7 +1753,7 @@ def test_lost_session_is_found_by_any_hook(home, receiver, foreground) -> None:
     assert [size_of(ping) for ping in lost.usage()] == [1]
 
 
-def test_lost_sessions_are_told_apart(home, receiver) -> None:
+def test_lost_sessions_are_told_apart(home: Home, receiver: Receiver) -> None:
     """Two lost sessions that used the same make two pings with two ids."""
     sessions = [Session(home, receiver) for _ in range(2)]
     for session in sessions:
@@ -1685,7 +1767,7 @@ def test_lost_sessions_are_told_apart(home, receiver) -> None:
     assert pings[0]["event_id"] != pings[1]["event_id"]
 
 
-def test_lost_session_has_one_id_even_after_a_power_cut(session) -> None:
+def test_lost_session_has_one_id_even_after_a_power_cut(session: Session) -> None:
     """The id of a SessionLost ping follows from the session and what is charged: an
     account that is as it was before makes the same ping again, to the byte.
     """
@@ -1702,7 +1784,7 @@ def test_lost_session_has_one_id_even_after_a_power_cut(session) -> None:
     assert bodies[0] == bodies[1]
 
 
-def test_sweep_takes_place_once_a_day(session) -> None:
+def test_sweep_takes_place_once_a_day(session: Session) -> None:
     """Sessions are looked for at most once a day, whatever number of senders runs."""
     session.add(*turn(0, 1))
     session.hold("Notification", 2)
@@ -1716,7 +1798,7 @@ def test_sweep_takes_place_once_a_day(session) -> None:
     assert time.time() - session.home.state_json()["swept_at"] < 600
 
 
-def test_session_whose_pings_wait_is_not_lost(session) -> None:
+def test_session_whose_pings_wait_is_not_lost(session: Session) -> None:
     """After an outage of days the pings that waited are charged, each with its own: a
     session whose end waits in the outbox did not end without a word.
     """
@@ -1731,7 +1813,7 @@ def test_session_whose_pings_wait_is_not_lost(session) -> None:
     assert session.usage()[-1].get("cost_usd") == 0.5
 
 
-def test_session_whose_pings_wait_for_the_tracker_is_not_lost(session) -> None:
+def test_session_whose_pings_wait_for_the_tracker_is_not_lost(session: Session) -> None:
     """As long as pings wait, because the tracker is away, no session counts as lost."""
     session.hold("SessionStart", -1, source="startup")
     session.send()
@@ -1750,7 +1832,9 @@ def test_session_whose_pings_wait_for_the_tracker_is_not_lost(session) -> None:
 
 
 @pytest.mark.parametrize("days, kept", [(29, 1), (31, 0)])
-def test_accounts_are_dropped_30_days_after_their_last_event(session, days, kept) -> None:
+def test_accounts_are_dropped_30_days_after_their_last_event(
+    session: Session, days: int, kept: int
+) -> None:
     """What is known of a session goes 30 days after its last event; a session resumed
     after that has all of it as history.
     """
@@ -1770,7 +1854,7 @@ def test_accounts_are_dropped_30_days_after_their_last_event(session, days, kept
 @pytest.mark.parametrize(
     "content", [b"", b"\0\0\0", b"{", b"[]", b"{}", b'{"files": 7}']
 )
-def test_broken_account_costs_no_ping(session, content) -> None:
+def test_broken_account_costs_no_ping(session: Session, content: bytes) -> None:
     """Whatever an account's file holds, pings are made, sent, and charged again
     soon.
     """
@@ -1788,7 +1872,7 @@ def test_broken_account_costs_no_ping(session, content) -> None:
     assert not session.home.waiting()
 
 
-def test_broken_account_hides_no_lost_session(session) -> None:
+def test_broken_account_hides_no_lost_session(session: Session) -> None:
     """Lost sessions are found among accounts that cannot be read, and told."""
     session.add(*turn(0, 1))
     session.hold("Notification", 2)
@@ -1806,7 +1890,7 @@ def test_broken_account_hides_no_lost_session(session) -> None:
 class Opened:
     """What is opened in some directories, as the kernel tells it (inotify, Linux)."""
 
-    def __init__(self, *directories) -> None:
+    def __init__(self, *directories: pathlib.Path) -> None:
         if not sys.platform.startswith("linux"):
             pytest.skip("inotify is Linux's")
         self.libc = ctypes.CDLL(None, use_errno=True)
@@ -1816,7 +1900,7 @@ class Opened:
             watch = self.libc.inotify_add_watch(self.fd, os.fsencode(str(path)), 0x20)
             assert watch >= 0
 
-    def names(self):
+    def names(self) -> list[str]:
         """Names of the files, and of the directories ("" for one that is watched)."""
         found, raw = [], b""
         with contextlib.suppress(BlockingIOError):
@@ -1842,7 +1926,9 @@ class Opened:
         ("no!", "1", False),
     ],
 )
-def test_usage_0_opens_no_transcript(live, hook, sender, read) -> None:
+def test_usage_0_opens_no_transcript(
+    live: Session, hook: str | None, sender: str, read: bool
+) -> None:
     """For pings of a hook with TELEMHQ_USAGE=0 no transcript is opened, ever, by
     whatever session's sender; for those of any other hook it is. Not understood means
     off.
@@ -1873,7 +1959,9 @@ def test_usage_0_opens_no_transcript(live, hook, sender, read) -> None:
         assert not [p for p in live.receiver.pings if USAGE_FIELDS & set(p)]
 
 
-def test_each_ping_keeps_the_settings_of_the_hook_that_made_it(home, receiver) -> None:
+def test_each_ping_keeps_the_settings_of_the_hook_that_made_it(
+    home: Home, receiver: Receiver
+) -> None:
     """One sender may empty the outbox for hooks of other sessions with other settings:
     what shapes a ping is that of its own hook, none of it the sender's.
     """
@@ -1929,42 +2017,42 @@ def test_each_ping_keeps_the_settings_of_the_hook_that_made_it(home, receiver) -
 # -- Transcripts that are no transcripts -----------------------------------------------
 
 
-def peak_kb(pid):
+def peak_kb(pid: int) -> int:
     """The most memory that a process has had so far (Linux)."""
     status = pathlib.Path("/proc", str(pid), "status").read_text()
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-def make_fifo(path) -> None:
+def make_fifo(path: pathlib.Path) -> None:
     """A FIFO that nobody writes."""
     os.mkfifo(str(path))
 
 
-def make_gigabyte(path) -> None:
+def make_gigabyte(path: pathlib.Path) -> None:
     """1 GB without a line's end."""
     with open(str(path), "wb") as file:
         file.truncate(1 << 30)
 
 
-def make_no_line(path) -> None:
+def make_no_line(path: pathlib.Path) -> None:
     """120 MB without a line's end, small enough to be read."""
     with open(str(path), "wb") as file:
         file.truncate(120 << 20)
 
 
-def make_long_line(path) -> None:
+def make_long_line(path: pathlib.Path) -> None:
     """A line of 50 MB that looks as if it counted."""
     with open(str(path), "ab") as file:
         file.write(b'{"type":"user","promptId":"x","usage":"')
         file.write(b"CANARY " * (50 << 17) + b'"}\n')
 
 
-def make_not_utf8(path) -> None:
+def make_not_utf8(path: pathlib.Path) -> None:
     """Every byte there is."""
     path.write_bytes(bytes(range(256)) * 1000)
 
 
-def make_link(path) -> None:
+def make_link(path: pathlib.Path) -> None:
     """A symbolic link to a device without an end."""
     os.symlink("/dev/zero", str(path))
 
@@ -1990,7 +2078,9 @@ BROKEN = {
 }
 
 
-def prepare_broken(session, make, of_agent) -> None:
+def prepare_broken(
+    session: Session, make: Callable[[pathlib.Path], object] | None, of_agent: bool
+) -> None:
     """A session whose own transcript, or an agent's, is none."""
     path = session.agent() if of_agent else session.path
     session.add(*turn(0, 1))
@@ -2011,7 +2101,9 @@ broken = together(BROKEN, prepare_broken)
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_transcript_costs_the_ping_its_usage_only(broken, case) -> None:
+def test_broken_transcript_costs_the_ping_its_usage_only(
+    broken: dict[str, Session], case: str
+) -> None:
     """Missing, empty, a directory, a FIFO, 1 GB, not UTF-8, a line of 50 MB: the ping
     goes, in time, and bounded memory is used for it.
     """
@@ -2028,7 +2120,7 @@ def test_broken_transcript_costs_the_ping_its_usage_only(broken, case) -> None:
     assert broken[case].took < 30  # for all of them
 
 
-def test_long_line_is_passed_over_in_any_two_reads(session) -> None:
+def test_long_line_is_passed_over_in_any_two_reads(session: Session) -> None:
     """A line too long to keep is passed over also when its end is written much later:
     nothing inside it counts, and all behind it does.
     """
@@ -2050,7 +2142,7 @@ REPLACED = {
 }
 
 
-def prepare_replaced(session, how, of_agent) -> None:
+def prepare_replaced(session: Session, how: str, of_agent: bool) -> None:
     """A session whose transcript, or an agent's, is replaced after its first Stop."""
     path = session.agent() if of_agent else session.path
     session.add(*turn(0, 1))
@@ -2080,7 +2172,9 @@ replaced = together(REPLACED, prepare_replaced)
 
 
 @pytest.mark.parametrize("case", REPLACED)
-def test_replaced_transcript_counts_nothing_twice(replaced, case) -> None:
+def test_replaced_transcript_counts_nothing_twice(
+    replaced: dict[str, Session], case: str
+) -> None:
     """A transcript that shrank or was replaced is skipped to its end; what comes behind
     is counted, and the client's ledger settles the rest.
     """
@@ -2095,7 +2189,7 @@ def test_replaced_transcript_counts_nothing_twice(replaced, case) -> None:
 WORDS = "CANARY of a transcript, with words /and/paths"
 
 
-def in_place_of(name, **changes):
+def in_place_of(name: str, **changes: object) -> dict[str, Any]:
     """An assistant row whose message has WORDS, or `changes`, where `name` should
     be.
     """
@@ -2129,7 +2223,7 @@ HOSTILE = {  # texts where a name or an id should be
 
 
 @pytest.fixture(scope="module")
-def seen_words(tmp_path_factory):
+def seen_words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Of a real transcript each, and of HOSTILE rows, all charged: which of them left a
     text in a ping or, at any time, in a file; {name: [where]}.
     """
@@ -2159,7 +2253,7 @@ def seen_words(tmp_path_factory):
                             where = path.parent.name, raw[max(0, at - 40) : at + 20]
                             found.setdefault(name, []).append(where)
 
-        def answer(request) -> int:
+        def answer(request: Request) -> int:
             steps.get(request.ping["event_id"], int)()
             look()
             return 200
@@ -2182,7 +2276,9 @@ def seen_words(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TRANSCRIPTS + sorted(HOSTILE))
-def test_nothing_of_a_transcript_but_counts_ids_and_names_is_kept(seen_words, name) -> None:
+def test_nothing_of_a_transcript_but_counts_ids_and_names_is_kept(
+    seen_words: dict[str, list[Any]], name: str
+) -> None:
     """No text of a transcript reaches a ping, an account, the log or any other file, at
     no time: not of the real ones, and not where a text stands in place of a name.
     """
@@ -2192,7 +2288,7 @@ def test_nothing_of_a_transcript_but_counts_ids_and_names_is_kept(seen_words, na
 # -- What is lost is counted -----------------------------------------------------------
 
 
-def test_tokens_of_a_refused_ping_are_counted_as_lost(session) -> None:
+def test_tokens_of_a_refused_ping_are_counted_as_lost(session: Session) -> None:
     """Delivered pings and what is counted as lost are the ledger together: a ping that
     the tracker refuses takes its tokens into the count of losses, a delivered one none.
     """
@@ -2202,7 +2298,7 @@ def test_tokens_of_a_refused_ping_are_counted_as_lost(session) -> None:
     session.hold("Stop", 22)
     answer = session.receiver.answer
 
-    def refuse(request) -> int:
+    def refuse(request: Request) -> int:
         answer(request)
         return 400 if request.ping["total_tokens"] == 2 * 16 else 200
 
@@ -2213,7 +2309,9 @@ def test_tokens_of_a_refused_ping_are_counted_as_lost(session) -> None:
     assert sum(losses.values()) - losses["tokens"] == 1
 
 
-def test_tokens_of_an_overflowed_ping_are_counted_when_it_was_charged(session) -> None:
+def test_tokens_of_an_overflowed_ping_are_counted_when_it_was_charged(
+    session: Session,
+) -> None:
     """A ping that the bound forces out was charged, and its tokens are lost and
     counted; or it was not, and its tokens are in the session's next ping.
     """
@@ -2251,7 +2349,7 @@ def test_tokens_of_an_overflowed_ping_are_counted_when_it_was_charged(session) -
 # -- The whole way, by hooks alone -----------------------------------------------------
 
 
-def test_whole_way_of_a_session(live) -> None:
+def test_whole_way_of_a_session(live: Session) -> None:
     """Hooks, detached senders and a client that writes late: the sums are the
     ledger.
     """

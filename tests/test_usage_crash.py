@@ -7,14 +7,16 @@ from outside. A fresh sender then finishes.
 from __future__ import annotations
 
 import json
+import pathlib
 import subprocess
 import sys
 import threading
+from typing import Any, Callable, Iterator
 
 import pytest
 from test_usage import DAY_S, HAIKU, OPUS, Session, ledger, message, size_of, turn
 
-from support import SCRIPT, Home
+from support import SCRIPT, Home, Receiver
 
 NURSERY = r"""
 # For each line on stdin, runs the script as a sender in a forked child (which saves the
@@ -86,7 +88,7 @@ class Nursery:
         self.limit = threading.Timer(240, self.process.kill)
         self.limit.start()
 
-    def run(self, home, url, nth=0, how=""):
+    def run(self, home: Home, url: str, nth: int = 0, how: str = "") -> Any:
         """One sender; its status, its steps, the name of the nth."""
         job = {"env": home.env(url), "nth": nth, "how": how}
         self.process.stdin.write(json.dumps(job).encode() + b"\n")
@@ -100,14 +102,20 @@ class Nursery:
 
 
 @pytest.fixture(scope="module")
-def nursery():
+def nursery() -> Iterator[Nursery]:
     """A nursery; it ends with the module's tests."""
     found = Nursery()
     yield found
     found.close()
 
 
-def at_every_step(nursery, receiver, path, how, prepare):
+def at_every_step(
+    nursery: Nursery,
+    receiver: Receiver,
+    path: pathlib.Path,
+    how: str,
+    prepare: Callable[[Session], object],
+) -> Iterator[tuple[str, Session]]:
     """For n = 1, 2, …: a session in a HOME of its own, made by `prepare(session)`,
     whose sender's nth step fails; gives (what failed, session), until all steps have
     been.
@@ -124,7 +132,7 @@ def at_every_step(nursery, receiver, path, how, prepare):
     assert nth > 15  # opened, written, renamed: an account, a ping, the state
 
 
-def told(session):
+def told(session: Session) -> list[dict[str, Any]]:
     """The session's pings with usage, one for each event_id, in order; a repeat must be
     the same bytes.
     """
@@ -140,7 +148,7 @@ def told(session):
     return [json.loads(min(found)) for found in bodies.values()]
 
 
-def prepare_session(session) -> None:
+def prepare_session(session: Session) -> None:
     """A whole session, its pings waiting."""
     session.add(*turn(0, 1), ledger({OPUS: 1, HAIKU: 8}, 0.5))
     session.hold("SessionStart", -1, source="startup")
@@ -149,7 +157,9 @@ def prepare_session(session) -> None:
 
 
 @pytest.mark.parametrize("how", ["killed", "no space, once", "no space, from then on"])
-def test_sender_that_fails_at_any_step_charges_once(nursery, receiver, tmp_path, how) -> None:
+def test_sender_that_fails_at_any_step_charges_once(
+    nursery: Nursery, receiver: Receiver, tmp_path: pathlib.Path, how: str
+) -> None:
     """Whatever step of charging a sender dies at, or the disk refuses: what was used is
     told exactly once over all pings, and a ping that is repeated is the same bytes.
     Only a disk that refuses even to open the account may make history of the first
@@ -175,10 +185,10 @@ def test_sender_that_fails_at_any_step_charges_once(nursery, receiver, tmp_path,
         assert size <= 15, case
 
 
-def prepare_lost_session(nursery):
+def prepare_lost_session(nursery: Nursery) -> Callable[[Session], None]:
     """A session with an account, then killed, a day ago."""
 
-    def prepare(session) -> None:
+    def prepare(session: Session) -> None:
         session.hold("SessionStart", -1, source="startup")
         nursery.run(session.home, session.receiver.url)
         session.add(*turn(0, 1), *turn(10, 2))
@@ -190,7 +200,13 @@ def prepare_lost_session(nursery):
 @pytest.mark.parametrize(
     "how, goes_on", [("killed", False), ("killed", True), ("no space, once", False)]
 )
-def test_lost_session_is_told_once(nursery, receiver, tmp_path, how, goes_on) -> None:
+def test_lost_session_is_told_once(
+    nursery: Nursery,
+    receiver: Receiver,
+    tmp_path: pathlib.Path,
+    how: str,
+    goes_on: bool,
+) -> None:
     """A crash while a SessionLost ping is made cannot make two: what is repeated has
     the same id and the same bytes. The session may even go on: nothing is told twice.
     """
