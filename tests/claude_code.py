@@ -77,6 +77,91 @@ def _random_id(kind: str) -> str:
     return f"{kind}_{random.getrandbits(96):024x}"
 
 
+class Api(http.server.BaseHTTPRequestHandler):
+    """A connection of the client to the stand-in `messages`."""
+
+    messages: Messages
+
+    def do_GET(self) -> None:
+        self.send("application/json", b"{}")
+
+    do_HEAD = do_GET  # noqa: N815 - a name that http.server gives
+
+    def do_POST(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length)
+        if not self.path.startswith("/v1/messages?"):
+            self.send("application/json", b"{}")
+            return
+        asked = json.loads(body)
+        self.messages.asked.append(asked)
+        answer = self.messages.answer(asked["messages"])
+        if isinstance(answer, int):
+            error = {"type": "error", "message": "CANARY_API_ERROR"}
+            found = json.dumps({"type": "error", "error": error}).encode()
+            self.send("application/json", found, answer)
+            return
+        session_id = self.headers["X-Claude-Code-Session-Id"]
+        with contextlib.suppress(OSError):
+            self.stream(session_id, asked["model"], answer)
+
+    def send(self, kind: str, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def stream(self, session_id: str, model: str, blocks: list[dict[str, Any]]) -> None:
+        message: dict[str, Any] = {
+            "id": _random_id("msg"),
+            "type": "message",
+            "content": [],
+            "role": "assistant",
+            "model": model,
+            "stop_reason": None,
+            "stop_sequence": None,
+        }
+        counts = _counts()
+        begun = dict(counts, output_tokens=1)
+        begun.pop("output_tokens_details")
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("request-id", _random_id("req"))
+        self.end_headers()
+        self.tell("message_start", message=dict(message, usage=begun))
+        for index, block in enumerate(blocks):
+            self.block(index, block)
+        used_tool = any(block["type"] == "tool_use" for block in blocks)
+        reason = "tool_use" if used_tool else "end_turn"
+        delta = {"stop_reason": reason, "stop_sequence": None}
+        self.tell("message_delta", delta=delta, usage=counts)
+        entry = dict(counts.pop("output_tokens_details"), **counts)
+        entry.update(session_id=session_id, id=message["id"], model=model)
+        self.messages.bill.append(entry)
+        self.tell("message_stop")
+
+    def block(self, index: int, block: dict[str, Any]) -> None:
+        if block["type"] == "text":
+            empty = dict(block, text="")
+            delta = {"type": "text_delta", "text": block["text"]}
+        else:
+            empty = dict(block, input={})
+            found = json.dumps(block["input"])
+            delta = {"type": "input_json_delta", "partial_json": found}
+        self.tell("content_block_start", index=index, content_block=empty)
+        self.tell("content_block_delta", index=index, delta=delta)
+        self.tell("content_block_stop", index=index)
+
+    def tell(self, kind: str, **fields: object) -> None:
+        found = json.dumps(dict(fields, type=kind))
+        self.wfile.write(f"event: {kind}\ndata: {found}\n\n".encode())
+        self.wfile.flush()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the tests read `asked` and `bill`."""
+
+
 class Messages:
     """A stand-in for the Messages API: streams what `script` says, keeps the bill.
 
@@ -86,90 +171,11 @@ class Messages:
     """
 
     def __init__(self) -> None:
-        self.script, self.bill, self.asked = {}, [], []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.send("application/json", b"{}")
-
-            do_HEAD = do_GET
-
-            def do_POST(self) -> None:
-                length = int(self.headers.get("Content-Length") or 0)
-                body = self.rfile.read(length)
-                if not self.path.startswith("/v1/messages?"):
-                    return self.send("application/json", b"{}")
-                asked = json.loads(body)
-                outer.asked.append(asked)
-                answer = outer.answer(asked["messages"])
-                if isinstance(answer, int):
-                    error = {"type": "error", "message": "CANARY_API_ERROR"}
-                    found = json.dumps({"type": "error", "error": error}).encode()
-                    return self.send("application/json", found, answer)
-                session_id = self.headers["X-Claude-Code-Session-Id"]
-                with contextlib.suppress(OSError):
-                    self.stream(session_id, asked["model"], answer)
-
-            def send(self, kind: str, body: bytes, status: int = 200) -> None:
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-            def stream(
-                self, session_id: str, model: str, blocks: list[dict[str, Any]]
-            ) -> None:
-                message = {
-                    "id": _random_id("msg"),
-                    "type": "message",
-                    "content": [],
-                    "role": "assistant",
-                    "model": model,
-                    "stop_reason": None,
-                    "stop_sequence": None,
-                }
-                counts = _counts()
-                begun = dict(counts, output_tokens=1)
-                begun.pop("output_tokens_details")
-                self.send_response(200)
-                self.send_header("Content-Type", "text/event-stream")
-                self.send_header("request-id", _random_id("req"))
-                self.end_headers()
-                self.tell("message_start", message=dict(message, usage=begun))
-                for index, block in enumerate(blocks):
-                    self.block(index, block)
-                used_tool = any(block["type"] == "tool_use" for block in blocks)
-                reason = "tool_use" if used_tool else "end_turn"
-                delta = {"stop_reason": reason, "stop_sequence": None}
-                self.tell("message_delta", delta=delta, usage=counts)
-                entry = dict(counts.pop("output_tokens_details"), **counts)
-                entry.update(session_id=session_id, id=message["id"], model=model)
-                outer.bill.append(entry)
-                self.tell("message_stop")
-
-            def block(self, index: int, block: dict[str, Any]) -> None:
-                if block["type"] == "text":
-                    empty = dict(block, text="")
-                    delta = {"type": "text_delta", "text": block["text"]}
-                else:
-                    empty = dict(block, input={})
-                    found = json.dumps(block["input"])
-                    delta = {"type": "input_json_delta", "partial_json": found}
-                self.tell("content_block_start", index=index, content_block=empty)
-                self.tell("content_block_delta", index=index, delta=delta)
-                self.tell("content_block_stop", index=index)
-
-            def tell(self, kind: str, **fields: object) -> None:
-                found = json.dumps(dict(fields, type=kind))
-                self.wfile.write(f"event: {kind}\ndata: {found}\n\n".encode())
-                self.wfile.flush()
-
-            def log_message(self, *_: object) -> None:
-                """Nothing: the tests read `asked` and `bill`."""
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.script: dict[str, list[Any]] = {}
+        self.bill: list[dict[str, Any]] = []
+        self.asked: list[dict[str, Any]] = []
+        handler = type("Handler", (Api,), {"messages": self})
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads, self.server.block_on_close = True, False
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -227,14 +233,16 @@ class World:
         self.home = Home(path)
         self.receiver = Receiver()
         self.messages = Messages()
-        self.runs, self.children = [], []
+        self.url: str | None = self.receiver.url  # that the client's shell exports
+        self.runs: list[dict[str, Any]] = []
+        self.children: list[subprocess.Popen[bytes]] = []
         (self.home.path / ".claude" / "hooks").mkdir(parents=True)
 
     def install(self, *blocks: dict[str, Any]) -> None:
         """Copy the script, and paste these blocks into the user's settings.json."""
         folder = self.home.path / ".claude" / "hooks"
         shutil.copy(str(SCRIPT), str(folder / SCRIPT.name))
-        found = {}
+        found: dict[str, list[Any]] = {}
         for block in blocks:
             for event, groups in block["hooks"].items():
                 found.setdefault(event, []).extend(groups)
@@ -244,7 +252,7 @@ class World:
     def env(self) -> dict[str, str]:
         """The client's environment: clean, offline, the tracker's URL exported."""
         found = self.home.env(
-            self.receiver.url,
+            self.url,
             ANTHROPIC_BASE_URL=self.messages.url,
             ANTHROPIC_API_KEY="dummy",
             DISABLE_TELEMETRY=1,
@@ -291,8 +299,8 @@ class World:
         self, result: dict[str, Any], stderr: bytes, seconds: float
     ) -> dict[str, Any]:
         """Keep what the client said about one run."""
-        stderr = stderr.decode("utf-8", "replace")
-        self.runs.append({"result": result, "stderr": stderr, "seconds": seconds})
+        said = stderr.decode("utf-8", "replace")
+        self.runs.append({"result": result, "stderr": said, "seconds": seconds})
         return result
 
     def transcript(self, session_id: str) -> pathlib.Path:
@@ -331,21 +339,25 @@ class Talk:
 
     def __init__(self, world: World, *options: str) -> None:
         options += ("--verbose", "--input-format", "stream-json")
-        self.world, self.begun, self.result = world, time.monotonic(), None
+        self.world, self.begun = world, time.monotonic()
+        self.result: dict[str, Any] = {}
         self.child = world.start("stream-json", *options)
 
     def say(self, prompt: str, answered: bool = True) -> dict[str, Any]:
         """Give one prompt; wait for the turn's result, unless told not to."""
         row = {"type": "user", "message": {"role": "user", "content": prompt}}
+        assert self.child.stdin
+        assert self.child.stdout
+        assert self.child.stderr
         self.child.stdin.write(json.dumps(row).encode() + b"\n")
         self.child.stdin.flush()
-        while answered:
+        told: dict[str, Any] = {}
+        while answered and told.get("type") != "result":
             line = self.child.stdout.readline()
-            assert line, f"the client ended: {self.child.stderr.read()}"
+            assert line, f"the client ended: {self.child.stderr.read()!r}"
             told = json.loads(line)
-            if told["type"] == "result":
-                self.result = told
-                return told
+        self.result = told or self.result
+        return self.result
 
     def end(self) -> None:
         """End of input: the client ends the session by itself."""
@@ -413,7 +425,7 @@ def need(command: list[str], why: str) -> None:
             return
         found = tried.stderr.decode("utf-8", "replace").strip()
     except OSError as error:
-        found = error.strerror
+        found = str(error.strerror)
     needed = os.environ.get("TELEMHQ_TEST_NEED_CLAUDE")  # .ci/run: no test is left out
     (pytest.fail if needed else pytest.skip)(f"{why} ({found})")
 

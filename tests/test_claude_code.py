@@ -6,6 +6,7 @@ import hashlib
 import json
 import pathlib
 import time
+from typing import Any
 
 import pytest
 
@@ -29,7 +30,7 @@ TELEMHQ = {  # TelemHQ's own settings block, as its page gives it
         for event in ("Stop", "StopFailure")
     }
 }
-SCRIPT = {
+SCRIPT: dict[str, list[Any]] = {
     "WORK": [
         [text("CANARY_SAY"), tool("Bash", command="echo CANARY_OUT CANARY_COMMAND")],
         [tool("Write", file_path="CANARY_FILE.txt", content="CANARY_CONTENT")],
@@ -188,4 +189,5 @@ def test_a_slow_server_does_not_slow_the_session(tmp_path: pathlib.Path) -> None
     took = [
         hook["durationMs"] for row in seen.rows() for hook in row.get("hookInfos", ())
     ]
-    assert len(took) == 6 and sorted(took)[3] < 1000, took
+    assert len(took) == 6, took
+    assert sorted(took)[3] < 1000, took

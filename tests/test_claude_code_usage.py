@@ -14,7 +14,7 @@ from claude_code import COUNTS, Seen, Talk, World, hooks, slow, text, tool
 from support import wait_until
 
 DAY_S = 86400
-SCRIPT = {
+SCRIPT: dict[str, list[Any]] = {
     "PLAIN": [[text("CANARY_SAY")]],
     "TOOLS": [
         [text("CANARY_SAY"), tool("Bash", command="echo CANARY_OUT")],
@@ -243,7 +243,7 @@ def test_models_are_named(seen: Seen) -> None:
     """A subagent's model appears beside the main chain's."""
     usage = seen.told["agent"]["modelUsage"]
     assert len(usage) == 2
-    found = {}
+    found: dict[str, int] = {}
     for ping in pings_of(seen, "agent"):
         parts = ping.get("models", {ping.get("model"): ping})
         for model, counts in parts.items():

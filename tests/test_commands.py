@@ -114,11 +114,12 @@ def installed(home: Home) -> pathlib.Path:
 
 def tree(path: pathlib.Path) -> Tree:
     """{relative path: (mode, content or link)} of everything below a directory."""
-    found = {}
+    found: Tree = {}
     for top, directories, files in os.walk(str(path)):
         for name in directories + files:
             full = os.path.join(top, name)
-            mode, content = os.lstat(full).st_mode, None
+            mode = os.lstat(full).st_mode
+            content: bytes | str | None = None
             if stat.S_ISLNK(mode):
                 content = os.readlink(full)
             elif stat.S_ISREG(mode):
@@ -133,9 +134,7 @@ def on_a_terminal(home: Home, typed: bytes, *arguments: str) -> tuple[int, str]:
     pid, fd = pty.fork()
     if not pid:
         os.chdir(str(home.project))
-        os.execve(
-            sys.executable, [sys.executable, str(SCRIPT), *list(arguments)], home.env()
-        )
+        os.execve(sys.executable, [sys.executable, str(SCRIPT), *arguments], home.env())
     os.write(fd, typed)
     out = b""
     while True:
@@ -231,7 +230,7 @@ def test_a_terminal_without_unicode_is_no_reason_to_fail(
     assert "? hook for Stop" in ended.out
 
 
-def test_without_a_home_it_says_so(home: Home) -> None:
+def test_without_a_home_it_says_so() -> None:
     """Where nothing tells the home directory, install refuses and writes nothing."""
     if os.geteuid():
         pytest.skip("only root can become an unknown user")
@@ -284,7 +283,7 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Tree,
 
 def shown(ended: Ended) -> dict[str, Any]:
     """{event: ping} of the first ping of each event in a demo's output."""
-    found = {}
+    found: dict[str, Any] = {}
     ping = r"(?m)^(\w+): .*\n.*\n  left: ((?:.|\n)*?\n  \})"
     for name, body in re.findall(ping, ended.out):
         found.setdefault(name, json.loads(body))
@@ -364,7 +363,11 @@ def test_preview_prints_the_ping_that_the_hook_sends(
     home: Home, receiver: Receiver, name: str
 ) -> None:
     """preview prints what the hook sends for the same event, but for id and time."""
-    env = {"TELEMHQ_PROJECT": "acme", "TELEMHQ_HASH_KEY": "k", "TELEMHQ_USAGE": 0}
+    env: dict[str, Any] = {
+        "TELEMHQ_PROJECT": "acme",
+        "TELEMHQ_HASH_KEY": "k",
+        "TELEMHQ_USAGE": 0,
+    }
     sent = json.dumps(event(name)).encode()
     ended = run(home, "preview", sent=sent, url=receiver.url, **env)
     assert ended.code == 0
@@ -500,10 +503,9 @@ def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert (b"\r\n" in new) == (b"\r\n" in raw)
     assert new.count(b"\r\n") in (0, new.count(b"\n"))
-    indent = re.search(rb"\n([ \t]+)\"", raw)
-    assert re.search(rb"\n([ \t]+)\"", new).group(1) == (
-        indent.group(1) if indent else b"  "
-    )
+    indent, kept = (re.search(rb"\n([ \t]+)\"", text) for text in (raw, new))
+    assert kept
+    assert kept.group(1) == (indent.group(1) if indent else b"  ")
     if "日本".encode() in raw:
         assert "日本語 \U0001f600 naïve".encode() in new
     after, files = tree(home.path), (path, installed(home))
@@ -791,7 +793,7 @@ def test_claude_config_dir_is_honoured(home: Home) -> None:
     """With CLAUDE_CONFIG_DIR, settings and script are there, and ~/.claude is not made;
     a space in the path is no problem."""
     config = home.path / "my config"
-    env = {"CLAUDE_CONFIG_DIR": config}
+    env: dict[str, Any] = {"CLAUDE_CONFIG_DIR": config}
     with Receiver() as receiver:
         assert run(home, "install", "--url", receiver.url, **env).code == 0
         assert not (home.path / ".claude").exists()
@@ -816,7 +818,7 @@ def test_the_command_avoids_a_virtual_environment(
     made = tmp_path / "venv"
     make = [sys.executable, "-m", "venv", "--without-pip", str(made)]
     subprocess.run(make, check=True)
-    ended = run(home, "install", python=made / "bin" / "python")
+    ended = run(home, "install", python=str(made / "bin" / "python"))
     assert ended.code == 0, ended.err
     command = commands_in(read(settings_path(home)))[0][2]
     assert str(made) not in command
@@ -829,8 +831,8 @@ def test_the_command_is_no_shim(home: Home) -> None:
     shim = shutil.which("python3", path=os.path.expanduser("~/.pyenv/shims"))
     if not shim:
         pytest.skip("no pyenv here")
-    more = {"PYENV_ROOT": os.path.expanduser("~/.pyenv")}
-    ended = run(home, "install", python=shim, **more)
+    root = os.path.expanduser("~/.pyenv")
+    ended = run(home, "install", python=shim, PYENV_ROOT=root)
     assert ended.code == 0, ended.err
     assert "shims" not in commands_in(read(settings_path(home)))[0][2]
 
@@ -982,7 +984,7 @@ def well(home: Home, receiver: Receiver) -> Home:
     return home
 
 
-def diagnosis(home: Home, **env: object) -> tuple[int, str, str]:
+def diagnosis(home: Home, **env: Any) -> tuple[int, str, str]:
     """doctor's exit status, its good lines and its bad ones, as two texts."""
     ended = run(home, "doctor", **env)
     lines = ended.out.splitlines()
@@ -1241,7 +1243,7 @@ def test_doctor_sees_an_unsound_state_directory(well: Home, what: str) -> None:
 # -- flush -----------------------------------------------------------------------
 
 
-def backed_off(home: Home, url: str) -> None:
+def backed_off(home: Home) -> None:
     """A back-off of an hour for the one destination."""
     now = time.time()
     home.set_state(failures=3, set_at=now, not_before=now + 3600)
@@ -1250,7 +1252,7 @@ def backed_off(home: Home, url: str) -> None:
 def test_flush_delivers_what_waits(home: Home, receiver: Receiver) -> None:
     """flush sends everything, oldest first, in spite of a back-off, and says so."""
     sent = place(home, receiver.url, 5, 100)
-    backed_off(home, receiver.url)
+    backed_off(home)
     ended = run(home, "flush", url=receiver.url)
     assert ended.code == 0, ended.err
     assert [ping["event_id"] for ping in receiver.pings] == sent
@@ -1294,7 +1296,8 @@ def test_flush_without_a_url_fails(home: Home) -> None:
 
 def test_flush_counts_refused_pings_apart(home: Home) -> None:
     """A ping that the tracker refuses is not called delivered."""
-    with Receiver(lambda _: 422 if len(receiver.requests) == 1 else 200) as receiver:
+    with Receiver() as receiver:
+        receiver.answer = lambda _: 422 if len(receiver.requests) == 1 else 200
         place(home, receiver.url, 2)
         ended = run(home, "flush", url=receiver.url)
     assert ended.code == 0
@@ -1368,7 +1371,12 @@ def test_flush_adopt_leaves_a_sender_at_work_alone(
 
 def test_flush_waits_for_a_sender(home: Home) -> None:
     """While a sender is at work flush waits; the ping is sent once."""
-    with Receiver(answer=lambda r: time.sleep(1) or 200) as receiver:
+
+    def answer(_: object) -> int:
+        time.sleep(1)
+        return 200
+
+    with Receiver(answer) as receiver:
         home.hook(event("Stop"), receiver.url)
         receiver.wait_for(1)
         ended = run(home, "flush", url=receiver.url)

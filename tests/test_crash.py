@@ -191,7 +191,7 @@ def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> N
 
 def test_a_sender_killed_while_it_waits_for_the_answer(home: Home) -> None:
     """Killed after the request was sent: it is sent again, under the same event_id."""
-    killed = []
+    killed: list[int] = []
 
     def answer(_: object) -> int:
         if not killed:
@@ -352,10 +352,12 @@ def test_random_kills_over_five_hundred_events(home: Home) -> None:
                 start_new_session=True,
             )
             sent = json.dumps(event("Stop", prompt_id=f"storm-{number}")).encode()
+            assert hook.stdin
             hook.stdin.write(sent)
             hook.stdin.close()
-            if delays[number] is not None:
-                time.sleep(delays[number])
+            delay = delays[number]
+            if delay is not None:
+                time.sleep(delay)
                 hook.kill()
             return hook.wait(30) == 0
 

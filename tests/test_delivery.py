@@ -10,7 +10,7 @@ import socket
 import struct
 import time
 from types import ModuleType
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
@@ -34,7 +34,7 @@ from support import (
 DAY_S = 86400.0
 NOW = 1_800_000_000.0
 TLS = FIXTURES / "tls"
-CA = {"SSL_CERT_FILE": TLS / "ca.pem"}
+CA: dict[str, Any] = {"SSL_CERT_FILE": TLS / "ca.pem"}
 # A name that must not be looked up: nothing but loopback may be reached from a test.
 NO_DNS = """
 import socket
@@ -58,13 +58,14 @@ def expected_verdict(status: int) -> str:
 
 def problem(home: Home) -> str | None:
     """The verdict that state.json tells of the last problem."""
-    return (home.state_json().get("problem") or {}).get("verdict")
+    found: dict[str, str] = home.state_json().get("problem") or {}
+    return found.get("verdict")
 
 
 def backoff(home: Home) -> float:
     """Seconds between the last failure and the next attempt, by state.json."""
     state = home.state_json()
-    return state["not_before"] - state["set_at"]
+    return float(state["not_before"] - state["set_at"])
 
 
 def assert_kept(home: Home, verdict: str, count: int = 1) -> None:
@@ -387,7 +388,7 @@ def test_no_answer_of_http(home: Home, talk: Callable[..., object]) -> None:
 
 def test_a_silent_server(home: Home) -> None:
     """A server that never answers costs one attempt of TELEMHQ_TIMEOUT seconds."""
-    with Wire(lambda connection: wire.over.wait(30)) as wire:
+    with Wire(lambda _: wire.over.wait(30)) as wire:
         place(home, wire.url)
         begun = time.monotonic()
         run_sender(home, wire.url, TELEMHQ_TIMEOUT=1)
@@ -563,7 +564,7 @@ def test_http_to_loopback(home: Home, receiver: Receiver, host: str) -> None:
 def test_http_to_another_machine(home: Home, receiver: Receiver, allowed: str) -> None:
     """http:// to another machine makes a ping only under TELEMHQ_ALLOW_HTTP=1."""
     there = "http://tracker.invalid/ping/" + TOKEN
-    env = {"TELEMHQ_ALLOW_HTTP": allowed, "http_proxy": receiver.url}
+    env: dict[str, Any] = {"TELEMHQ_ALLOW_HTTP": allowed, "http_proxy": receiver.url}
     no_sender = "os.posix_spawn = lambda *a, **k: 0"
     patched(home, no_sender, url=there, sent=event("Stop"), **env)
     assert len(home.waiting()) == (allowed == "1")
@@ -601,7 +602,7 @@ def test_tls_delivers(home: Home) -> None:
     ids=["self-signed", "self-signed, CA", "unknown CA", "wrong host", "verify off"],
 )
 def test_tls_that_is_not_verified_is_held(
-    home: Home, name: str, env: dict[str, object]
+    home: Home, name: str, env: dict[str, Any]
 ) -> None:
     """A certificate that does not prove who is there: held, and not a byte sent."""
     with served(name) as receiver:
@@ -664,7 +665,8 @@ def test_no_proxy_for_loopback(home: Home, scheme: str, host: str) -> None:
         receiver = tls if scheme == "https" else plain
         url = receiver.url.replace("127.0.0.1", host)
         place(home, url)
-        run_sender(home, url, **dict(dict.fromkeys(PROXY_VARIABLES, proxy.url), **CA))
+        env: dict[str, Any] = dict.fromkeys(PROXY_VARIABLES, proxy.url)
+        run_sender(home, url, **env, **CA)
         assert len(receiver.requests) == 1
         assert proxy.requests == []
 

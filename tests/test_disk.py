@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from types import ModuleType
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -81,7 +81,9 @@ def test_a_ping_waits_in_a_file_of_its_own(home: Home) -> None:
     found = event("Stop")
     assert outcome(home.hook(found, dead_url())) == SILENT
     (path,) = home.waiting()
-    ns, event_id = re.fullmatch(r"(\d{20})-([0-9a-f]+)\.json", path.name).groups()
+    parts = re.fullmatch(r"(\d{20})-([0-9a-f]+)\.json", path.name)
+    assert parts
+    ns, event_id = parts.groups()
     assert before <= int(ns) <= time.time_ns()
     record = json.loads(path.read_text("ascii"))
     assert set(record) == {"ping", "local"}
@@ -161,7 +163,7 @@ def test_only_the_user_can_read_what_is_written(
     home: Home, receiver: Receiver, where: dict[str, str], umask: int
 ) -> None:
     """Directories 0700, parents too, files 0600, whatever the umask."""
-    receiver.answer = lambda request: 400 if len(receiver.requests) == 1 else 500
+    receiver.answer = lambda _: 400 if len(receiver.requests) == 1 else 500
     before = set(home.path.rglob("*"))
     env = {name: str(home.path / value) for name, value in where.items()}
     for _ in range(2):
@@ -193,7 +195,7 @@ def test_the_background_sender_keeps_to_the_permissions(
         stdin=subprocess.PIPE,
         env=home.env(receiver.url),
         cwd=str(home.project),
-        preexec_fn=lambda: os.umask(0) and None,
+        preexec_fn=lambda: os.umask(0) and None,  # noqa: PLW1509 - takes no lock
     )
     process.communicate(json.dumps(event("Stop")).encode(), 30)
     receiver.wait_for(1)
@@ -312,8 +314,10 @@ def test_a_state_dir_of_the_users_own_choice_is_held_to_the_same(
     (home.path / "open").mkdir()
     (home.path / "open").chmod(0o777)
     for name in ("link", "open"):
-        env = {"TELEMHQ_STATE_DIR": str(home.path / name)}
-        assert outcome(home.hook(event("Stop"), shared.url, **env)) == SILENT
+        done = home.hook(
+            event("Stop"), shared.url, TELEMHQ_STATE_DIR=str(home.path / name)
+        )
+        assert outcome(done) == SILENT
         assert list((home.path / name).iterdir()) == []
     assert not shared.requests
     assert not home.state.exists()
@@ -339,7 +343,8 @@ def test_a_link_in_place_of_a_file_is_never_followed(
     target = home.path / "precious"
     target.write_text('{"not_before": 0}')
     (base / name).symlink_to(target)
-    for more in ({}, {"TELEMHQ_FOREGROUND": "1"}):
+    settings: tuple[dict[str, Any], ...] = ({}, {"TELEMHQ_FOREGROUND": "1"})
+    for more in settings:
         assert outcome(home.hook(event("Stop"), shared.url, **more)) == SILENT
         home.quiet()
     assert target.read_text() == '{"not_before": 0}'
@@ -414,7 +419,9 @@ def run_on_tiny_disk(
     home.state.mkdir(parents=True)
     home.state.chmod(0o700)
     unshare = shutil.which("unshare")
-    for flags in (["-m"], ["-r", "-m"]) if unshare else ():
+    for flags in (["-m"], ["-r", "-m"]):
+        if not unshare:
+            break
         done = subprocess.run(
             [
                 unshare,
@@ -553,9 +560,7 @@ def test_a_sane_back_off_does_stop_it(
 
 
 @pytest.mark.parametrize("failures", [10**6, 2**52])
-def test_a_million_failures_are_clamped(
-    home: Home, directory_name: str, failures: int
-) -> None:
+def test_a_million_failures_are_clamped(home: Home, failures: int) -> None:
     """However many failures there were: the next back-off is at most 15 min."""
     url = dead_url()
     home.hook(event("Stop"), url, TELEMHQ_FOREGROUND="1")
@@ -632,7 +637,7 @@ def test_oddities_in_the_outbox_stop_nothing(
     precious = home.path / "precious.json"
     precious.write_text(json.dumps({"ping": {"CANARY": 1}, "local": {}}))
     fill_with_oddities(base / "outbox", precious)
-    env = {"TELEMHQ_FOREGROUND": foreground}
+    env: dict[str, Any] = {"TELEMHQ_FOREGROUND": foreground}
     assert outcome(home.hook(event("Stop"), shared.url, **env)) == SILENT
     wait_until(lambda: shared.requests, 30)
     home.quiet(30)
@@ -687,12 +692,12 @@ SESSION = (
 
 @pytest.mark.parametrize("answer", ["dead", 200, 302, 400])
 def test_neither_url_nor_content_is_ever_on_disk(
-    home: Home, receiver: Receiver, answer: object
+    home: Home, receiver: Receiver, answer: Any
 ) -> None:
     """The token, the URL and the events' content are in no file and no file name."""
     secret = f"SECRET{time.time_ns():032x}"
 
-    def echo(request: Request) -> tuple[int, dict[str, str], bytes]:
+    def echo(request: Request) -> tuple[Any, dict[str, str], bytes]:
         """A server that tells all it knows, in every place of its answer."""
         body = request.path.encode() + request.body
         return answer, {"Location": request.path, "X-Token": secret}, body
@@ -705,7 +710,9 @@ def test_neither_url_nor_content_is_ever_on_disk(
         found = event(name, title="CANARY_TITLE", new={"CANARY_NEW": "CANARY_NEW"})
         if answer == 200:
             found["transcript_path"] = str(transcript)
-        more = {"TELEMHQ_FOREGROUND": "1"} if name == SESSION[-1] else {}
+        more: dict[str, Any] = {}
+        if name == SESSION[-1]:
+            more["TELEMHQ_FOREGROUND"] = "1"
         assert outcome(home.hook(found, url, **more)) == SILENT
     if answer not in (200, 400):  # the sender waits for its back-off to end
         home.end()
@@ -727,7 +734,7 @@ def test_neither_url_nor_content_is_in_any_processs_arguments(
 ) -> None:
     """`ps` shows other users nothing: the sender gets the URL by its environment."""
     secret, release = f"SECRET{time.time_ns():032x}", threading.Event()
-    receiver.answer = lambda request: release.wait(30) and 200
+    receiver.answer = lambda _: release.wait(30) and 200
     home.hook(event("UserPromptSubmit"), receiver.url.replace(TOKEN, secret))
     receiver.wait_for(1)
     lines = every_command_line()

@@ -19,7 +19,7 @@ import pytest
 from support import FIXTURES, SCRIPT, Home, Receiver, event
 
 NS = 1700000000 * 10**9 + 123456789  # 2023-11-14T22:13:20.123Z
-GIT = shutil.which("git")
+GIT = shutil.which("git") or ""
 git_needed = pytest.mark.skipif(not GIT, reason="git is not installed")
 
 
@@ -32,10 +32,12 @@ def ping_of(
     script: ModuleType,
     found: dict[str, Any],
     environ: dict[str, str] | None = None,
-    project: str = "api",
+    project: str | None = "api",
 ) -> dict[str, Any]:
     """The ping of an event through the pure function."""
-    return script.make_ping(found, script.Settings(environ or {}), project, NS, 700)
+    settings = script.Settings(environ or {})
+    ping: dict[str, Any] = script.make_ping(found, settings, project, NS, 700)
+    return ping
 
 
 def project(
@@ -84,7 +86,9 @@ BROKEN = {
 }
 FAILED = {"status": "failed", "error": "tool_error", "is_interrupt": False}
 
-EXPECTED = {  # fixture: the ping, but for what every ping has (`ALWAYS`)
+EXPECTED: dict[
+    str, dict[str, Any]
+] = {  # fixture: the ping, but for what every ping has (`ALWAYS`)
     "MessageDisplay": dict(TURN, event="MessageDisplay"),
     "Notification": dict(
         CLEARED,
@@ -352,7 +356,7 @@ BAD_IDENTIFIERS = (
     "a{b}",
     "a$b",
 )
-NOT_STRINGS = (None, True, 5, 1.5, [], ["a"], {}, {"a": "b"})
+NOT_STRINGS: tuple[object, ...] = (None, True, 5, 1.5, [], ["a"], {}, {"a": "b"})
 
 
 @pytest.mark.parametrize("field", IDENTIFIERS)
@@ -363,8 +367,9 @@ def test_a_string_leaves_only_in_the_shape_of_an_identifier(
     for value in GOOD_IDENTIFIERS:
         assert ping_of(script, *put(field, value))[field] == value
     more = ("a@b", "a[b]") if field != "model" else ()
-    for value in BAD_IDENTIFIERS + more + (NOT_STRINGS if field != "machine" else ()):
-        assert field not in ping_of(script, *put(field, value)), repr(value)
+    others = NOT_STRINGS if field != "machine" else ()
+    for bad in (*BAD_IDENTIFIERS, *more, *others):
+        assert field not in ping_of(script, *put(field, bad)), repr(bad)
 
 
 @pytest.mark.parametrize(
@@ -416,8 +421,9 @@ def test_a_flag_is_true_or_false_and_nothing_else(
     """Booleans are sent as booleans; what only looks like one is left out."""
     for value in (True, False):
         assert ping_of(script, event("Stop", **{field: value}))[field] is value
-    for value in (0, 1, "true", "", None, [], {}):
-        assert field not in ping_of(script, event("Stop", **{field: value}))
+    others: tuple[object, ...] = (0, 1, "true", "", None, [], {})
+    for other in others:
+        assert field not in ping_of(script, event("Stop", **{field: other}))
 
 
 @pytest.mark.parametrize(
@@ -723,7 +729,10 @@ def test_key_and_strange_paths_work_through_the_process(
 ) -> None:
     """A key that is no text and a path with a lone surrogate both work."""
     raw = json.dumps(event("Stop", cwd="/w/lone\ud800")).encode()
-    env = {"TELEMHQ_HASH_KEY": "\udcff\udcfe", "TELEMHQ_FOREGROUND": "1"}
+    env: dict[str, Any] = {
+        "TELEMHQ_HASH_KEY": "\udcff\udcfe",
+        "TELEMHQ_FOREGROUND": "1",
+    }
     assert home.hook(raw, receiver.url, **env).returncode == 0
     (ping,) = receiver.wait_for(1)
     raw_path = "/w/lone\ud800".encode("utf-8", "surrogatepass")
@@ -783,8 +792,9 @@ def test_a_cd_inside_the_project_makes_no_new_project(
     """A cwd below CLAUDE_PROJECT_DIR is that project, one outside is not."""
     top = str(home.project)
     for cwd in (top, top + "/src", str(home.path / "other")):
-        env = {"CLAUDE_PROJECT_DIR": top}
-        assert home.hook(event("Stop", cwd=cwd), receiver.url, **env).returncode == 0
+        found = event("Stop", cwd=cwd)
+        done = home.hook(found, receiver.url, CLAUDE_PROJECT_DIR=top)
+        assert done.returncode == 0
     names = [ping["project"] for ping in receiver.wait_for(3)]
     assert names == ["api", "api", "other"]
 
@@ -807,7 +817,7 @@ def git(directory: pathlib.Path, *arguments: str) -> None:
     for who in ("AUTHOR", "COMMITTER"):
         env.update({f"GIT_{who}_NAME": "t", f"GIT_{who}_EMAIL": "t@example.org"})
     subprocess.run(
-        [GIT, "-c", "protocol.file.allow=always", *list(arguments)],
+        [GIT, "-c", "protocol.file.allow=always", *arguments],
         check=True,
         cwd=str(directory),
         env=env,
@@ -1008,9 +1018,9 @@ def strange(dice: random.Random, key: str, depth: int = 0) -> Any:
         return ["CANARY_" + "y" * 10] * dice.randrange(1, 2000)
     if kind == 7:
         return [strange(dice, "", depth + 1) for _ in range(dice.randrange(4))]
-    inner = dice.sample([*sorted(SHAPED), "prompt", "x"], 3)
+    names = dice.sample([*sorted(SHAPED), "prompt", "x"], 3)
     # Only of `effort` an inner value may leave, and only `level`.
-    inner = {name: strange(dice, name, depth + 1) for name in inner}
+    inner = {name: strange(dice, name, depth + 1) for name in names}
     inner[f"CANARY_KEY_{dice.randrange(99)}"] = strange(dice, "", depth + 1)
     return inner
 
@@ -1154,8 +1164,7 @@ def test_a_session_with_transcripts_sends_fields_of_the_gate_only(
         event("SessionEnd-other", **same),
     )
     for found in events:
-        env = {"TELEMHQ_GIT": "1"}
-        assert home.hook(found, receiver.url, **env).returncode == 0
+        assert home.hook(found, receiver.url, TELEMHQ_GIT="1").returncode == 0
     receiver.wait_for(len(events), 30)
     for request in receiver.requests:
         assert "canary" not in request.body.decode("ascii").lower()
@@ -1218,9 +1227,12 @@ def test_every_function_says_what_it_means() -> None:
     def visit(node: ast.AST) -> None:
         for inner in getattr(node, "body", ()):
             kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-            if isinstance(inner, kinds) and not inner.name.startswith("__"):
-                if not ast.get_docstring(inner):
-                    missing.append(f"{inner.name}, line {inner.lineno}")
+            if (
+                isinstance(inner, kinds)
+                and not inner.name.startswith("__")
+                and not ast.get_docstring(inner)
+            ):
+                missing.append(f"{inner.name}, line {inner.lineno}")
             if isinstance(inner, ast.ClassDef):
                 visit(inner)
 
@@ -1233,13 +1245,13 @@ def test_the_gate_stands_before_all_that_touches_disk_or_network() -> None:
     """An auditor may stop after the gate: what follows it cannot widen it."""
     tree, outside = ast.parse(parts()[0]), []
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in (
-            "open",
-            "write",
-            "replace",
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("open", "write", "replace")
+            and isinstance(node.value, ast.Name)
+            and node.value.id == "os"
         ):
-            if isinstance(node.value, ast.Name) and node.value.id == "os":
-                outside.append(node.lineno)
+            outside.append(node.lineno)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
             "urllib"
         ):

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from types import ModuleType
-from typing import Any, Callable, Iterable, Iterator
+from typing import IO, TYPE_CHECKING, Any, Callable, Iterable, Iterator, cast
 
 import pytest
 
@@ -38,7 +38,18 @@ LINUX = sys.platform.startswith("linux")
 linux_only = pytest.mark.skipif(not LINUX, reason="reads /proc")
 
 
-def outcome(done: subprocess.CompletedProcess[bytes]) -> tuple[int, bytes, bytes]:
+if TYPE_CHECKING:
+    Outcome = tuple[int, bytes, bytes]
+
+    class Piped(subprocess.Popen[bytes]):
+        """A process all whose three streams are pipes."""
+
+        stdin: IO[bytes]
+        stdout: IO[bytes]
+        stderr: IO[bytes]
+
+
+def outcome(done: subprocess.CompletedProcess[bytes]) -> Outcome:
     """What Claude Code sees of a hook: exit status, stdout, stderr."""
     return done.returncode, done.stdout, done.stderr
 
@@ -49,9 +60,9 @@ def start(
     flags: str = "-I -S",
     script: object = SCRIPT,
     **more: object,
-) -> subprocess.Popen[bytes]:
+) -> Piped:
     """Start the hook with pipes, in a session of its own; gives the Popen."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ["/bin/sh", "-c", f"exec {sys.executable} {flags} {script}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -60,9 +71,10 @@ def start(
         cwd=str(home.project),
         start_new_session=True,
     )
+    return cast("Piped", process)
 
 
-def finish(process: subprocess.Popen[bytes]) -> int:
+def finish(process: Piped) -> int:
     """Wait for a hook's end and close its pipes; its exit status."""
     status = process.wait(30)
     for pipe in (process.stdin, process.stdout, process.stderr):
@@ -75,7 +87,10 @@ class Held(Receiver):
 
     def __init__(self) -> None:
         self.release = threading.Event()
-        super().__init__(lambda request: self.release.wait(60) and 200)
+        super().__init__(lambda _: self.release.wait(60) and 200)
+
+    def __enter__(self) -> Held:  # noqa: PYI034 - Python 3.8 has no Self
+        return self
 
     def close(self) -> None:
         self.release.set()
@@ -87,7 +102,7 @@ class Held(Receiver):
 
 def slow_one(
     home: Home, pieces: Iterable[bytes], close: bool = False, **more: Any
-) -> tuple[tuple[int, bytes, bytes], float]:
+) -> tuple[Outcome, float]:
     """Run a hook whose stdin gets `pieces` and stays open; (outcome, seconds)."""
     process, begun = start(home, **more), time.monotonic()
     for piece in pieces:
@@ -106,9 +121,11 @@ class Slow:
     """The runs that wait for 5 or 8 seconds, all at once and beside the other tests."""
 
     def __init__(self, new_home: Callable[[str], pathlib.Path]) -> None:
-        self.found, self.threads, self.homes = {}, {}, []
+        self.found: dict[str, tuple[Outcome, float]] = {}
+        self.threads: dict[str, threading.Thread] = {}
+        self.homes: list[Home] = []
         self.new_home, self.server, self.held = new_home, Receiver(), Held()
-        self.silent = Wire(lambda connection: self.silent.over.wait(60))
+        self.silent = Wire(lambda _: self.silent.over.wait(60))
         self.busy = self.home()
         self.busy.hook(STOP, self.held.url)  # its sender has the lock until the end
         self.held.wait_for(1)
@@ -131,7 +148,7 @@ class Slow:
         self.threads[name] = threading.Thread(target=run)
         self.threads[name].start()
 
-    def __call__(self, name: str) -> tuple[tuple[int, bytes, bytes], float]:
+    def __call__(self, name: str) -> tuple[Outcome, float]:
         """(outcome, seconds) of the run `name`, as soon as it is over."""
         self.threads[name].join(60)
         return self.found[name]
@@ -231,7 +248,7 @@ def test_foreground_and_debug_deliver_before_they_exit(
     home: Home, receiver: Receiver, python: str
 ) -> None:
     """TELEMHQ_FOREGROUND=1, TELEMHQ_HOOK_DEBUG=1: delivered, no process left."""
-    env = {"TELEMHQ_FOREGROUND": "1"}
+    env: dict[str, Any] = {"TELEMHQ_FOREGROUND": "1"}
     assert outcome(home.hook(STOP, receiver.url, python=python, **env)) == SILENT
     assert len(receiver.pings) == 1
     assert home.processes() == []
@@ -494,7 +511,7 @@ def test_the_sender_has_left_the_hooks_family_and_place(home: Home) -> None:
         assert [found.pop(fd) for fd in (0, 1, 2)] == ["/dev/null"] * 3
         files = [path for path in found.values() if not path.startswith("socket:")]
         assert files == [str(home.destination() / "lock")]
-        line = open(f"/proc/{pid}/cmdline", "rb").read().split(b"\0")
+        line = pathlib.Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
         assert os.fsencode(str(SCRIPT)) in line
         assert b"-I" in line
         assert b"-S" in line
@@ -507,10 +524,8 @@ def test_a_killed_process_group_does_not_take_the_sender_along(home: Home) -> No
         process.stdin.write(STOP)
         process.stdin.close()
         held.wait_for(1)
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it had ended: an empty group
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # the hook had ended: its group is empty
         finish(process)
         held.release.set()
         wait_until(lambda: home.waiting() == [])
@@ -520,7 +535,7 @@ def test_a_killed_process_group_does_not_take_the_sender_along(home: Home) -> No
 
 def descendants(pid: int) -> list[int]:
     """The ids of a process's children, and theirs, by parent id (Linux)."""
-    parents = {}
+    parents: dict[int, list[str]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
@@ -531,7 +546,8 @@ def descendants(pid: int) -> list[int]:
             parents.setdefault(int(text.rsplit(") ", 1)[1].split()[1]), []).append(
                 entry
             )
-    found, todo = [], [pid]
+    found: list[int] = []
+    todo = [pid]
     while todo:
         children = [int(child) for child in parents.get(todo.pop(), [])]
         found, todo = found + children, todo + children
@@ -543,7 +559,7 @@ def test_a_hook_killed_with_all_its_descendants_loses_nothing(
     home: Home, receiver: Receiver
 ) -> None:
     """Claude Code kills the group and all children: what was committed is delivered."""
-    committed = set()
+    committed: set[str] = set()
     for delay_ms in (5, 15, 20, 25, 30, 35, 40, 50, 60, 80):
         process = start(home, receiver.url)
         process.stdin.write(STOP)
@@ -566,7 +582,7 @@ def test_a_hook_stopped_as_soon_as_its_ping_is_on_disk_loses_nothing(
     home: Home, receiver: Receiver
 ) -> None:
     """SIGKILL at the first sight of the file, sender or not: the next hook delivers."""
-    committed = set()
+    committed: set[str] = set()
     for _ in range(4):
         process = start(home, receiver.url)
         process.stdin.write(STOP)
@@ -637,7 +653,7 @@ def test_the_projects_modules_and_pythons_variables_are_ignored(
     more = ("os", "sitecustomize", "usercustomize", "encodings", "startup")
     make_hostile(home.project, MODULES + more)
     make_hostile(home.path / "evil", MODULES + more)
-    env = {
+    env: dict[str, Any] = {
         "PYTHONPATH": "{}:.:{}".format(home.path / "evil", home.project),
         "PYTHONSTARTUP": str(home.path / "evil" / "startup.py"),
         "PYTHONHOME": str(home.path / "evil"),
@@ -749,7 +765,7 @@ def test_a_project_can_switch_it_off(home: Home, receiver: Receiver) -> None:
 # -- Debug mode ------------------------------------------------------------------------
 
 
-def debug(home: Home, url: str | None, sent: bytes = STOP, **more: object) -> list[str]:
+def debug(home: Home, url: str | None, sent: bytes = STOP, **more: Any) -> list[str]:
     """The lines that debug mode prints."""
     done = home.hook(sent, url, TELEMHQ_HOOK_DEBUG="1", **more)
     assert (done.returncode, done.stdout) == (0, b"")
@@ -848,7 +864,7 @@ def test_debug_mode_names_what_it_ignores(home: Home, receiver: Receiver) -> Non
 def test_foreground_obeys_the_back_off(home: Home, receiver: Receiver) -> None:
     """While a back-off stands the ping waits: an outage does not slow a CI job."""
     receiver.answer = 503
-    env = {"TELEMHQ_FOREGROUND": "1"}
+    env: dict[str, Any] = {"TELEMHQ_FOREGROUND": "1"}
     assert outcome(home.hook(STOP, receiver.url, **env)) == SILENT
     assert outcome(home.hook(STOP, receiver.url, **env)) == SILENT
     assert len(receiver.requests) == 1
@@ -879,7 +895,7 @@ def test_on_a_terminal_it_says_what_it_is(home: Home, piped: bool) -> None:
         start_new_session=True,
     )
     os.close(slave)
-    text, source = b"", process.stdout.fileno() if piped else master
+    text, source = b"", process.stdout.fileno() if process.stdout else master
     # Less than a hook would wait for stdin.
     while select.select([source], [], [], 4)[0]:
         try:
@@ -893,7 +909,7 @@ def test_on_a_terminal_it_says_what_it_is(home: Home, piped: bool) -> None:
     assert process.wait(30) == 0
     assert status in (0, None)
     os.close(master)
-    if piped:
+    if process.stdout:
         process.stdout.close()
     assert b"TelemHQ" in text
     assert b"TELEMHQ_PING_URL" in text

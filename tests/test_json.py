@@ -62,7 +62,7 @@ BAD = (
     "\ufeff{}",
     "<html>",
 )
-VALUES = (
+VALUES: tuple[object, ...] = (
     {},
     [],
     "",

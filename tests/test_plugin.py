@@ -18,7 +18,7 @@ from claude_code import Seen, World, client, need, text, tool
 from support import ROOT, SCRIPT, TOKEN
 
 PLUGIN = "telemhq-ping@telemhq-ping"
-SAY = {
+SAY: dict[str, list[Any]] = {
     "WORK": [
         [tool("Bash", command="echo CANARY_OUT")],
         [tool("Bash", command="echo CANARY_ERR >&2; exit 3")],
@@ -29,9 +29,7 @@ SAY = {
 
 def without_url(world: World) -> None:
     """Take the ping URL out of the client's environment."""
-    env = world.env()
-    del env["TELEMHQ_PING_URL"]
-    world.env = lambda: env
+    world.url = None
 
 
 def run_client(world: World, *arguments: str) -> str:
@@ -87,7 +85,7 @@ def play_installed(world: World) -> dict[str, Any]:
     without_url(world)
     world.messages.script = SAY
     asked = "install", "--url", world.receiver.url, "--tools"
-    told = {"install": run_ours(world, *asked)}
+    told: dict[str, Any] = {"install": run_ours(world, *asked)}
     world.claude("WORK")
     world.settle()
     told["doctor"] = doctor(world)

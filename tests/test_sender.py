@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from types import ModuleType
-from typing import Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import pytest
 
@@ -61,7 +61,7 @@ class Gate:
     def __init__(self, answer: int = 200) -> None:
         self.answer, self.open = answer, threading.Event()
 
-    def __call__(self, request: Request) -> int:
+    def __call__(self, _: Request) -> int:
         self.open.wait(30)
         return self.answer
 
@@ -201,12 +201,15 @@ def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
         for _ in range(50)
     ]
     for number, hook in enumerate(begun):
+        assert hook.stdin
         sent = event("Stop", prompt_id=f"prompt-{number}")
         hook.stdin.write(json.dumps(sent).encode())
         hook.stdin.flush()
     for hook in begun:  # all have started: now all go on
+        assert hook.stdin
         hook.stdin.close()
     for hook in begun:
+        assert hook.stdout
         assert hook.stdout.read() == b""
         hook.stdout.close()
         assert hook.wait(30) == 0
@@ -442,7 +445,8 @@ def test_in_the_foreground_the_hook_delivers(
 ) -> None:
     """When the hook has returned, everything is delivered, and no process remains."""
     place(home, receiver.url, 2)
-    home.hook(event("Stop"), receiver.url, **{variable: "1"})
+    env: dict[str, Any] = {variable: "1"}
+    home.hook(event("Stop"), receiver.url, **env)
     assert len(receiver.requests) == 3
     assert home.waiting() == []
     assert home.processes() == []
@@ -457,7 +461,8 @@ def test_a_backoff_in_the_foreground(home: Home, variable: str, attempts: int) -
         place(home, receiver.url)
         now = time.time()
         home.set_state(failures=3, set_at=now - 5, not_before=now + 500)
-        run = home.hook(event("Stop"), receiver.url, **{variable: "1"})
+        env: dict[str, Any] = {variable: "1"}
+        run = home.hook(event("Stop"), receiver.url, **env)
         # One attempt on the server's 5xx also asks for a second ping's opinion.
         assert (len(receiver.requests) > 0) == attempts
     assert (b"back-off" in run.stderr) == attempts
@@ -474,9 +479,14 @@ time.sleep = lambda s: sleep(s / 10)
 """
     with open(str(home.destination() / "lock"), "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        env = {"TELEMHQ_FOREGROUND": "1"}
         begun = time.monotonic()
-        run = patched(home, ten_times, url=receiver.url, sent=event("Stop"), **env)
+        run = patched(
+            home,
+            ten_times,
+            url=receiver.url,
+            sent=event("Stop"),
+            TELEMHQ_FOREGROUND="1",
+        )
         assert 0.7 < time.monotonic() - begun < 5
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
     assert receiver.requests == []
@@ -510,7 +520,12 @@ def test_a_machine_without_dev_fd(home: Home, receiver: Receiver) -> None:
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_a_shell_that_ignores_sigterm_makes_no_sender_that_does(home: Home) -> None:
     """Behind `trap '' TERM` the sender can still be ended by SIGTERM."""
-    with Receiver(lambda _: time.sleep(2) or 200) as receiver:
+
+    def answer(_: object) -> int:
+        time.sleep(2)
+        return 200
+
+    with Receiver(answer) as receiver:
         line = f"trap '' TERM; exec {sys.executable} -I -S {SCRIPT}"
         raw = json.dumps(event("Stop")).encode()
         subprocess.run(
@@ -1063,15 +1078,18 @@ def test_old_pings_never_go_to_a_new_url(home: Home, receiver: Receiver) -> None
 @linux
 def test_neither_token_nor_content_is_on_disk_or_in_an_argument(home: Home) -> None:
     """The whole state directory and every process's arguments: no token, no content."""
-    canary, arguments = "CANARY", []
+    canary = "CANARY"
+    arguments: list[bytes] = []
 
-    def look(request: Request) -> tuple[int, dict[str, str], bytes]:
-        for pid in home.processes():
-            arguments.append(pathlib.Path("/proc", str(pid), "cmdline").read_bytes())
+    def look(_: Request) -> tuple[int, dict[str, str], bytes]:
+        arguments.extend(
+            pathlib.Path("/proc", str(pid), "cmdline").read_bytes()
+            for pid in home.processes()
+        )
         return (
             404,
             {"Location": receiver.url, "Retry-After": canary},
-            b"CANARY " + (TOKEN.encode()),
+            b"CANARY " + TOKEN.encode(),
         )
 
     sent = [event(name) for name in ("Stop", "PostToolUseFailure-Bash", "StopFailure")]

@@ -19,7 +19,7 @@ from support import ROOT, SCRIPT, TOKEN, Home, Receiver, dead_url, event
 URL = "https://telemhq.com/ping/" + TOKEN
 
 
-def debug(home: Home, url: str | None, **more: object) -> str:
+def debug(home: Home, url: str | None, **more: Any) -> str:
     """What debug mode says on stderr about one Stop event."""
     done = home.hook(event("Stop"), url, TELEMHQ_HOOK_DEBUG="1", **more)
     assert (done.returncode, done.stdout) == (0, b"")
@@ -72,7 +72,8 @@ def test_nonsense_is_ignored_silently_in_hook_mode(
     home: Home, receiver: Receiver
 ) -> None:
     """All of it at once: nothing is said, and the ping is delivered."""
-    done = home.hook(event("Stop"), receiver.url, **dict(NONSENSE))
+    env: dict[str, Any] = dict(NONSENSE)
+    done = home.hook(event("Stop"), receiver.url, **env)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
     assert receiver.wait_for(1)[0]["project"] == "api"
 
@@ -168,7 +169,7 @@ def test_foreground_is_off_unless_asked_for(
     assert "sender.log" in os.listdir(str(home.destination()))
 
 
-STATE_DIRS = (
+STATE_DIRS: tuple[tuple[dict[str, str], str], ...] = (
     ({}, "~/.claude/telemhq"),
     ({"CLAUDE_CONFIG_DIR": "~/config"}, "~/config/telemhq"),
     ({"CLAUDE_CONFIG_DIR": "$HOME/config"}, "~/config/telemhq"),
@@ -185,7 +186,9 @@ def test_where_the_state_is_kept(
     home: Home, given: dict[str, str], expected: str
 ) -> None:
     """TELEMHQ_STATE_DIR, else telemhq/ in CLAUDE_CONFIG_DIR, else in ~/.claude."""
-    env = {k: v.replace("$HOME", str(home.path)) for k, v in given.items()}
+    env: dict[str, Any] = {
+        k: v.replace("$HOME", str(home.path)) for k, v in given.items()
+    }
     before = set(home.path.rglob("*"))
     done = home.hook(event("Stop"), dead_url(), TELEMHQ_FOREGROUND="1", **env)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
@@ -440,10 +443,10 @@ def readme_rows(pattern: str, after: str = "") -> list[str]:
     return [found.group(1) for found in re.finditer("(?m)^" + pattern, text)]
 
 
-def test_the_docstring_names_every_variable(script: ModuleType) -> None:
+def test_the_docstring_names_every_variable() -> None:
     """The contract at the script's top lists the variables that its code reads."""
     text = SCRIPT.read_text("utf-8")
-    docstring = ast.get_docstring(ast.parse(text), clean=False)
+    docstring = ast.get_docstring(ast.parse(text), clean=False) or ""
     code = text.replace(docstring, "")
     listed = set(re.findall(r"(?m)^    (TELEMHQ_[A-Z_]+)  ", docstring))
     assert listed == variables(code)

@@ -21,7 +21,16 @@ import sys
 import threading
 import time
 import uuid
-from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    ClassVar,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 
 import pytest
 
@@ -141,7 +150,7 @@ def message(
 
 def result(at: float, error: bool = False) -> dict[str, Any]:
     """The user row of one tool's result."""
-    found = {
+    found: dict[str, Any] = {
         "type": "tool_result",
         "tool_use_id": "toolu_1",
         "content": "CANARY_RESULT",
@@ -187,12 +196,16 @@ class Session:
         self.path = home.path / ".claude" / "projects" / "-acme" / (self.id + ".jsonl")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.base = home.state / ("telemhq-" + url_hash(receiver.url))
-        self.later, self.taken = receiver.__dict__.setdefault("later", {}), 0
+        self.later: dict[str, Callable[[], object]]
+        self.later = receiver.__dict__.setdefault("later", {})
+        self.taken = 0
+        self.took = 0.0
+        self.peaks: list[int] = []
         receiver.answer = self.answer
 
     def answer(self, request: Request) -> int:
         """The tracker takes its time: meanwhile the client writes what `hold` said."""
-        self.later.pop(request.ping.get("event_id"), int)()
+        self.later.pop(str(request.ping.get("event_id")), int)()
         return 200
 
     def agent(self, name: str = "a1") -> pathlib.Path:
@@ -208,10 +221,10 @@ class Session:
             if isinstance(row, bytes):
                 lines.append(row)
                 continue
-            row = dict({"sessionId": self.id, "cwd": "/home/dev/acme/api"}, **row)
-            if isinstance(row.get("timestamp"), (int, float)):
-                row["timestamp"] = iso(self.begun + row["timestamp"])
-            text = json.dumps(row, separators=(",", ":"), ensure_ascii=False)
+            whole = dict({"sessionId": self.id, "cwd": "/home/dev/acme/api"}, **row)
+            if isinstance(whole.get("timestamp"), (int, float)):
+                whole["timestamp"] = iso(self.begun + whole["timestamp"])
+            text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False)
             lines.append(text.encode() + b"\n")
         path = to or self.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +239,7 @@ class Session:
         then: rows that the client adds, or a function to call, once it was sent.
         """
         ns = int((self.begun + at) * 1e9)
-        ping = dict(
+        ping: dict[str, Any] = dict(
             {
                 "provider": "anthropic",
                 "tool": "claude-code",
@@ -252,7 +265,7 @@ class Session:
         if then:
             add = then if callable(then) else lambda: self.add(*then)
             self.later[ping["event_id"]] = add
-        return ping["event_id"]
+        return str(ping["event_id"])
 
     def send(self, **env: object) -> list[tuple[str, int | None]]:
         """Run a sender to its end; the session's new pings as (event, size)."""
@@ -372,7 +385,7 @@ class Replay:
     files: path -> bytes. events: (seconds after the begin, name, fields), in order.
     """
 
-    REGISTERED = {
+    REGISTERED: ClassVar[dict[str, tuple[str, ...]]] = {
         "SessionEnd alone": ("SessionEnd",),
         "Stop and SessionEnd": ("Stop", "StopFailure", "SessionEnd"),
         "all": (
@@ -393,15 +406,17 @@ class Replay:
         self.expected = json.loads((folder / "expected.json").read_text("utf-8"))
         self.session = Session(home, receiver)
         old, new = self.expected["session_id"], self.session.id
-        self.files, self.events, self.ledgers = {}, [], []
+        self.files: dict[pathlib.Path, bytes] = {}
+        self.events: list[Event] = []
+        self.ledgers: list[int] = []
         raw = {path: path.read_bytes() for path in sorted(folder.rglob("*.jsonl"))}
         self.first = min(
             self.time(found)
             for file in raw.values()
             for found in re.findall(rb'"timestamp":"([^"]+)"', file)
         )
-        for path, text in raw.items():
-            text = re.sub(rb'"timestamp":"([^"]+)"', self.shifted, text)
+        for path, given in raw.items():
+            text = re.sub(rb'"timestamp":"([^"]+)"', self.shifted, given)
             text = text.replace(old.encode(), new.encode())
             text = text.replace(b"CANARY_TEXT", "CANARY_TEXT é 漢字 😀".encode())
             below = path.relative_to(folder).as_posix().replace(old, new)
@@ -420,7 +435,7 @@ class Replay:
     def rows(self) -> Iterator[tuple[pathlib.Path, dict[str, Any], int, float]]:
         """(path, row, offset behind it, seconds after the begin), file by file."""
         for path, text in self.files.items():
-            at = end = 0
+            at, end = 0.0, 0
             for line in text.splitlines(True):
                 end += len(line)
                 row = json.loads(line)
@@ -524,7 +539,7 @@ class Replay:
             if size > there:
                 self.session.add(self.files[path][there:size], to=path)
 
-    def check(self, whole: bool = True) -> None:
+    def check(self) -> None:
         """The sums over all pings are the client's own."""
         pings, wanted = self.session.usage(), self.expected["unique_messages_total"]
         wanted = {
@@ -1094,12 +1109,12 @@ def test_history_of_subagents_is_history(session: Session) -> None:
 
 
 def hurried(
-    session: Session, *arguments: Any, **changes: Any
+    session: Session, name: str, **changes: Any
 ) -> tuple[dict[str, Any], float]:
     """Run one hook that delivers by itself; its ping, and how long after its start."""
     begun, count = time.monotonic(), len(session.receiver.requests)
     env = dict({"TELEMHQ_FOREGROUND": 1}, **changes.pop("env", {}))
-    session.hook(*arguments, env=env, **changes)
+    session.hook(name, env=env, **changes)
     request = session.receiver.requests[count]
     return request.ping, request.at - begun
 
@@ -1120,17 +1135,18 @@ def test_sender_waits_for_what_comes_100_ms_late(live: Session, name: str) -> No
     agent's, /clear before the ledger: the ping has it all the same, and is complete.
     """
     rows, agent, row = LATE[name]
-    name, to, fields = name.split()[0], live.agent() if agent else None, {}
+    hooked, to = name.split(maxsplit=1)[0], live.agent() if agent else None
+    fields: dict[str, Any] = {}
     live.add(*rows)
     if to:
         live.add(message(0, 1, "half", "tool_use"), to=to)
         fields["agent_transcript_path"] = str(to)
-    live.hook(name, **fields)
+    live.hook(hooked, **fields)
     after(0.1, lambda: live.add(row, to=to))
     (ping,) = live.receiver.wait_for(1)
-    wanted = {"SubagentStop": 2 + 1 + 4}.get(name, 4)
+    wanted = {"SubagentStop": 2 + 1 + 4}.get(hooked, 4)
     assert (size_of(ping), ping.get("usage_complete", True)) == (wanted, True)
-    assert ping.get("cost_usd") == (0.5 if "SessionEnd" in name else None)
+    assert ping.get("cost_usd") == (0.5 if "SessionEnd" in hooked else None)
 
 
 def test_second_stop_waits_for_a_row_of_its_own(live: Session) -> None:
@@ -1171,12 +1187,12 @@ def never(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         for case, (rows, of_agent, _) in NEVER.items():
             live = sessions[case]
             live.add(*rows)
-            fields = {}
+            fields: dict[str, Any] = {}
             if of_agent:
                 live.add(*of_agent, to=live.agent())
             if case.startswith("SubagentStop"):
                 fields["agent_transcript_path"] = str(live.agent())
-            live.hook(case.split(",")[0], **fields)
+            live.hook(case.split(",", 1)[0], **fields)
         receiver.wait_for(len(NEVER), 60)
         home.quiet()
         at = {r.ping["session_id"]: r.at - begun for r in receiver.requests}
@@ -1377,7 +1393,7 @@ def test_ledger_settles_what_is_in_no_row(session: Session, delivered: str) -> N
     session.hold("SessionStart", -1, source="startup")
     if delivered == "after the end":
         session.add(*ends)
-        ends = ()
+        ends = []
     session.hold("Stop", 2)
     session.hold("Stop", 12, then=ends)
     session.hold("SessionEnd", 13)
@@ -1388,7 +1404,9 @@ def test_ledger_settles_what_is_in_no_row(session: Session, delivered: str) -> N
     assert ping["model"] == OPUS
 
 
-LEDGERS = {  # the ledger's models, after rows of OPUS: 3; what is charged on top
+LEDGERS: dict[
+    str, tuple[dict[str, int], Any]
+] = {  # the ledger's models, after rows of OPUS: 3; what is charged on top
     "the same": ({OPUS: 3}, {}),
     "[1m]": ({OPUS + "[1m]": 3}, {}),
     "@version": ({OPUS + "@20260101": 3}, {}),
@@ -1558,7 +1576,7 @@ def test_twenty_most_used_tools_are_named(session: Session) -> None:
     session.hold("Stop", 2)
     session.send()
     (ping,) = session.usage()
-    most = sorted(calls, key=calls.get)[-20:]
+    most = sorted(calls, key=lambda name: calls[name])[-20:]
     assert ping["tools"] == {name: calls[name] for name in most}
     assert ping["tool_calls"] == sum(calls.values())
 
@@ -2091,8 +2109,10 @@ def prepare_broken(
         make(path)
     if make is make_long_line:
         session.add(message(1.5, 4), to=path)
-    session.peaks = []
-    look = lambda: session.peaks.extend(map(peak_kb, session.home.processes()))  # noqa
+
+    def look() -> None:
+        session.peaks.extend(map(peak_kb, session.home.processes()))
+
     session.hold("Stop", 2, then=look)
     session.hold("Stop", 3)
 
@@ -2222,14 +2242,29 @@ HOSTILE = {  # texts where a name or an id should be
 }
 
 
+def note_words(
+    home: Home, sessions: dict[str, Session], found: dict[str, list[Any]]
+) -> None:
+    """Add to `found` which sessions' words are in a file now, and where."""
+    for path in home.state.rglob("*"):
+        raw = path.read_bytes() if path.is_file() else b""
+        if b"CANARY" in raw:
+            at = raw.index(b"CANARY")
+            for name, session in sessions.items():
+                if session.id.encode() in raw or path.name == "sender.log":
+                    where = path.parent.name, raw[max(0, at - 40) : at + 20]
+                    found.setdefault(name, []).append(where)
+
+
 @pytest.fixture(scope="module")
 def seen_words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """Of a real transcript each, and of HOSTILE rows, all charged: which of them left a
     text in a ping or, at any time, in a file; {name: [where]}.
     """
-    home, found = Home(tmp_path_factory.mktemp("words") / "home"), {}
+    home = Home(tmp_path_factory.mktemp("words") / "home")
+    found: dict[str, list[Any]] = {}
     with Receiver() as receiver:
-        sessions = {}
+        sessions: dict[str, Session] = {}
         for name in TRANSCRIPTS:
             replay = Replay(name, home, receiver)
             replay.play("all", random.Random(7))
@@ -2241,21 +2276,11 @@ def seen_words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]
             for event_name in ("SessionStart", "Stop", "Stop", "SessionEnd", "Stop"):
                 git = name != "branch, not asked for"
                 session.hold(event_name, 2, git=git, source="startup")
-        steps = dict(receiver.later)
-
-        def look() -> None:
-            for path in home.state.rglob("*"):
-                raw = path.read_bytes() if path.is_file() else b""
-                if b"CANARY" in raw:
-                    at = raw.index(b"CANARY")
-                    for name, session in sessions.items():
-                        if session.id.encode() in raw or path.name == "sender.log":
-                            where = path.parent.name, raw[max(0, at - 40) : at + 20]
-                            found.setdefault(name, []).append(where)
+        steps = dict(receiver.__dict__["later"])
 
         def answer(request: Request) -> int:
             steps.get(request.ping["event_id"], int)()
-            look()
+            note_words(home, sessions, found)
             return 200
 
         receiver.answer = answer
@@ -2264,7 +2289,7 @@ def seen_words(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]
             session.add(prompt(50), message(51, 1))
         sessions["branch"].later_by(DAY_S + 60)
         send(home, receiver.url)
-        look()
+        note_words(home, sessions, found)
         for name, session in sessions.items():
             bodies = [
                 r.body for r in receiver.requests if session.id.encode() in r.body

@@ -91,12 +91,15 @@ class Nursery:
     def run(self, home: Home, url: str, nth: int = 0, how: str = "") -> Any:
         """One sender; its status, its steps, the name of the nth."""
         job = {"env": home.env(url), "nth": nth, "how": how}
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(json.dumps(job).encode() + b"\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
     def close(self) -> None:
         self.limit.cancel()
+        assert self.process.stdin
         self.process.stdin.close()
         self.process.wait(60)
 
@@ -136,7 +139,7 @@ def told(session: Session) -> list[dict[str, Any]]:
     """The session's pings with usage, one for each event_id, in order; a repeat must be
     the same bytes.
     """
-    bodies = {}
+    bodies: dict[str, set[bytes]] = {}
     for request in session.receiver.requests:
         if session.id.encode() in request.body:
             bodies.setdefault(request.headers["Idempotency-Key"], set()).add(
