@@ -14,9 +14,9 @@ import threading
 from typing import Any, Callable, Iterator
 
 import pytest
-from test_usage import DAY_S, HAIKU, OPUS, Session, ledger, message, size_of, turn
 
 from support import SCRIPT, Home, Receiver
+from test_usage import DAY_S, HAIKU, OPUS, Session, ledger, message, size_of, turn
 
 NURSERY = r"""
 # For each line on stdin, runs the script as a sender in a forked child (which saves the
