@@ -4,14 +4,16 @@
 A hook script for Claude Code: one file, standard library only, Python 3.8 or newer.
 
 What runs when
-    hook     (no arguments, an event on stdin) makes the event a ping, puts it into the
-             outbox, starts a sender, exits. No network.
-    sender   (--sender FD) detached, at most one per destination: POSTs what waits, the
-             oldest first; ends when the outbox is empty, at the latest after 60 s.
+    hook()      what the settings' command calls, with an event on stdin: makes the event
+                a ping, puts it into the outbox, starts a sender, exits. No network.
+    sender()    detached, at most one per destination: POSTs what waits, the oldest
+                first; ends when the outbox is empty, at the latest after 60 s.
     For the commands, which a person runs, see --help.
 How to read it
-    Down to the first banner stands all that runs while Claude Code waits. Below it are
-    two texts: SENDER, which the sender compiles, and COMMANDS.
+    From top to bottom it follows a ping; no section uses one below it. Down to the first
+    banner stands all that runs while Claude Code waits, down to the second what runs in
+    the background. It is imported, for Python keeps a module's bytecode; a script is
+    compiled at every run, which is slower, and works as well.
 What leaves
     The fields of GATE, each only in the shape it has there: numbers, booleans, hashes,
     identifiers, the project's name. Never a prompt, an answer, a command, a tool's
@@ -19,7 +21,8 @@ What leaves
 What is read and written
     The event; the project's .git when it is a file; by the sender, for counts only, the
     transcript. All that is written is below $TELEMHQ_STATE_DIR, else telemhq/ in
-    $CLAUDE_CONFIG_DIR, else ~/.claude/telemhq/ (directories 0700, files 0600).
+    $CLAUDE_CONFIG_DIR, else ~/.claude/telemhq/ (directories 0700, files 0600), and
+    Python's own __pycache__ beside this file.
 Variables
     TELEMHQ_PING_URL    where pings go; unset, empty or invalid: nothing happens
     TELEMHQ_PROJECT     the project's name, instead of its directory's
@@ -27,185 +30,465 @@ Variables
     TELEMHQ_HASH_KEY    makes the hashes of paths HMACs under this key
     TELEMHQ_USAGE       0: open no transcript, send no tokens
     TELEMHQ_GIT         1: send the git branch
+    TELEMHQ_TOOL_NAMES  0: send no names of MCP servers, their tools and custom agents
     TELEMHQ_TIMEOUT     seconds for one socket operation (10; 1 to 30)
-    TELEMHQ_FOREGROUND  1: deliver inside the hook (containers, CI)
+    TELEMHQ_FOREGROUND  1: the hook waits for the delivery (containers, CI)
     TELEMHQ_ALLOW_HTTP  1: allow http:// to other machines
     TELEMHQ_STATE_DIR   where the state is kept
-    TELEMHQ_HOOK_DEBUG  1: deliver inside the hook and tell on stderr what happens
+    TELEMHQ_HOOK_DEBUG  1: deliver while the hook waits, tell on stderr what happens
 Exit status
     Hook and sender: 0, whatever happens; nothing on stdout, and nothing on stderr but
     under TELEMHQ_HOOK_DEBUG. Commands: 0 done, 1 failed, 2 bad usage.
 """
 
+from __future__ import annotations
+
 import sys
 
-if __name__ == "__main__" and not sys.flags.isolated:  # no project's json.py
+# Before any other import: no json.py of a project, or beside this file, is ours.
+if __name__ == "__main__" and not sys.flags.isolated:
     ours = (sys.base_prefix + "/", sys.base_exec_prefix + "/", sys.base_prefix + "\\")
     sys.path[:] = [path for path in sys.path if path.startswith(ours)]
+elif sys.flags.no_site:
+    beside = __file__[: -len(__name__ + ".py") - 1]
+    sys.path[:] = [path for path in sys.path if path not in ("", beside)]
 
 import os
 import stat
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections import Counter
+    from http.server import HTTPServer
+    from queue import Queue
+    from typing import Any, Callable, Dict, Iterator, NoReturn
+    from urllib.request import OpenerDirector
+
+    Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
+    Shape = Callable[[object], bool]
+    Tell = Callable[[str], None]  # says a line to a person, or swallows it
+
 __version__ = "1.0.0"
 
+SCRIPT = "telemhq_ping.py"
+
 STDIN_WAIT_S = 5.0  # a stdin that is never closed; Claude Code kills us at 10
-FOREGROUND_S = 8.0  # delivery inside the hook, in all; below the hook's timeout of 10
+STDIN_MAX_BYTES = 256 << 20  # events hold whole files; beyond this it is none
+FOREGROUND_S = 8.0  # delivery while the hook waits, in all; below its timeout of 10
 LIFE_S = 60.0  # a sender's: longer than a restart of the tracker
+LINGER_S = 5.0  # a sender's wait for the next tool event: they come some seconds apart
+LOOK_S = 0.1  # between a waiting sender's looks at the outbox; 10 us each
 TIMEOUT_S = (10.0, 1.0, 30.0)  # one socket operation: default, least, most
 DEADLINE = 1.5  # a whole request's time in timeouts: urllib bounds operations only
 OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is away
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
 PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
+PATH_MAX_CHARS = 4096  # PATH_MAX on Linux; a longer path opens nothing
+STATE_MAX_BYTES = 4 << 20  # ours is some KB
 UNFINISHED_S = 3600.0  # a file unfinished for so long has lost its writer
 BACKOFF_MAX_S = 900.0  # 15 min: the end of an outage is noticed soon enough
 HOLD_S = (900.0, 21600.0)  # 15 min to 6 h: a person must mend the cause
 RETRY_AFTER_MAX_S = 86400.0  # a day: no server may silence us for longer
+FAILURES_MAX = 64  # counted no further: the longest back-off is reached long before
+SUSPECT_PAUSE_S = 300.0  # between two tries of a ping that has been found at fault
+SUSPECTS_MAX = 200  # remembered; more than any pass makes
+WITNESS_REFUSALS = 25  # set aside on one witness's word, before another is heard
 POISON_CHARGES, POISON_AGE_S = 8, 3600.0  # both: neither a burst nor an outage blames
-PROBE_PINGS, PACE_S = 25, (30.0, 90.0)  # after an outage: pings a pass, then a pause
+PACE_PINGS, PACE_S = 25, (30.0, 90.0)  # after an outage: pings a pass, then a pause
 LOG_MAX_BYTES = 256 << 10  # some 2,000 passes
 
 
 class Skipped(Exception):
     """Why a hook or a command did not do its work, for a person to read."""
 
-# -- JSON and hashes, without the cost of importing json (7 ms) and hashlib (3 ms) -----
 
-try:
-    from _json import encode_basestring_ascii, make_scanner
-except ImportError:  # not CPython
-    from json import JSONDecoder, dumps as encode_basestring_ascii
+# -- JSON, hashes, shapes --------------------------------------------------------------
+# json costs a hook 7 ms (it imports re), hashlib 3 ms, CPython's private modules behind
+# them next to nothing. Whatever goes wrong with a private one, the public one is asked.
 
-    def make_scanner(_):
-        """The same from the public module."""
-        return JSONDecoder(strict=False, parse_int=Scanner.parse_int).scan_once
 
-class Scanner:
-    """What `make_scanner` is told (json/scanner.py). An int of 20 digits is no count,
-    and int() may refuse it."""
+def int_or_none(digits: str) -> int | None:
+    """A JSON integer. One of 20 digits is no count, and int() may refuse it."""
+    return int(digits) if len(digits) < 20 else None
 
-    strict, object_hook, object_pairs_hook = False, None, None
+
+class ScannerContext:
+    """What CPython's JSON scanner asks its decoder for (array_hook: since 3.15)."""
+
+    strict = False
+    object_hook = object_pairs_hook = array_hook = None
     parse_float = parse_constant = float
-    parse_int = staticmethod(lambda text: int(text) if len(text) < 20 else None)
+    parse_int = staticmethod(int_or_none)
 
-def decode_json(text):
-    """The JSON value that `text` (str) begins with; ValueError when there is none."""
+
+def decode_json(text: str) -> Any:
+    """The JSON value that `text` begins with; ValueError when there is none."""
+    text = text.strip()
     try:
-        return make_scanner(Scanner)(text.strip(), 0)[0]
-    except (StopIteration, RecursionError, SystemError):
-        # SystemError: 3.10 and 3.11 find no JSONDecodeError while json is not imported.
-        raise ValueError("not JSON, or nested too deeply") from None
+        from _json import make_scanner
 
-def encode_json(value):
+        return make_scanner(ScannerContext)(text, 0)[0]
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception:
+        pass  # not JSON, or a Python whose private module has changed
+    from json import JSONDecoder
+
+    try:
+        return JSONDecoder(strict=False, parse_int=int_or_none).raw_decode(text)[0]
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def quoted(text: str) -> str:
+    """A JSON string, in ASCII."""
+    try:
+        from _json import encode_basestring_ascii
+
+        return str(encode_basestring_ascii(text))
+    except Exception:
+        from json import dumps
+
+        return dumps(text)
+
+
+def encode_json(value: object) -> str:
     """`value` (dict, list, str, bool, None, finite number) as compact ASCII JSON."""
     if isinstance(value, str):
-        return encode_basestring_ascii(value)
+        return quoted(value)
     if isinstance(value, dict):
-        pairs = (encode_json(k) + ":" + encode_json(v) for k, v in value.items())
+        pairs = [f"{quoted(key)}:{encode_json(found)}" for key, found in value.items()]
         return "{" + ",".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
         return "[" + ",".join(map(encode_json, value)) + "]"
-    return {None: "null", True: "true", False: "false"}[value] if (
-        value is None or isinstance(value, bool)) else repr(value)
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)
 
-def sha256_hex(raw, key=b""):
-    """SHA-256 of bytes, 64 hex digits; HMAC-SHA-256 when there is a key (bytes)."""
+
+def sha256_hex(raw: bytes, key: bytes = b"") -> str:
+    """SHA-256 of bytes, 64 hex digits; HMAC-SHA-256 when there is a key."""
     if key:
         import hmac
+
         return hmac.new(key, raw, "sha256").hexdigest()
-    try:
-        from _sha2 import sha256  # CPython from 3.12 on
-    except ImportError:
+    for private in ("_sha2", "_sha256"):  # CPython from 3.12 on, before
         try:
-            from _sha256 import sha256
-        except ImportError:
-            from hashlib import sha256
+            return str(__import__(private).sha256(raw).hexdigest())
+        except Exception:
+            continue
+    from hashlib import sha256
+
     return sha256(raw).hexdigest()
 
-def path_hash(path, key):
-    """First 12 hex of the hash of a path; `key` (str) may be empty."""
-    key = key.encode("utf-8", "surrogateescape")
-    return sha256_hex(path.encode("utf-8", "surrogatepass"), key)[:12]
 
-# -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
+def path_hash(path: str, key: str) -> str:
+    """First 12 hex of the hash of a path; `key` may be empty."""
+    secret = key.encode("utf-8", "surrogateescape")
+    return sha256_hex(path.encode("utf-8", "surrogatepass"), secret)[:12]
+
 
 DIGITS, LOWER = "0123456789", "abcdefghijklmnopqrstuvwxyz"
 LETTERS_DIGITS = frozenset(DIGITS + LOWER + LOWER.upper())
 
-def identifier(value, more=""):
-    """1 to 128 letters, digits and _ . : - (and `more`), a letter or digit first."""
-    good = LETTERS_DIGITS.union("_.:-", more)
-    return (isinstance(value, str) and 0 < len(value) <= 128
-            and value[0] in LETTERS_DIGITS and good.issuperset(value))
 
-def project_name(value):
+def identifier(value: object, more: str = "") -> bool:
+    """1 to 128 letters, digits and _ . : - (and `more`), a letter or digit first."""
+    if not isinstance(value, str) or not 0 < len(value) <= 128:
+        return False
+    return value[0] in LETTERS_DIGITS and LETTERS_DIGITS.union("_.:-", more).issuperset(
+        value
+    )
+
+
+def number(value: object) -> bool:
+    """A finite number from 0 up to 2^53, which every JSON reader keeps exact."""
+    return type(value) in (int, float) and 0 <= value < 1 << 53  # type: ignore[operator]
+
+
+def boolean(value: object) -> bool:
+    """True or False."""
+    return isinstance(value, bool)
+
+
+def all_of(value: object, characters: str, longest: int) -> bool:
+    """A text of these characters only, 1 to `longest` of them."""
+    return (
+        isinstance(value, str)
+        and 0 < len(value) <= longest
+        and not value.strip(characters)
+    )
+
+
+def clean(text: str) -> str:
+    """`text` without control characters and lone surrogates, at most 128 characters."""
+    return "".join(
+        character
+        for character in text
+        if not (
+            character < " "
+            or "\x7f" <= character <= "\x9f"
+            or "\ud800" <= character <= "\udfff"
+        )
+    )[:128]
+
+
+def iso_time(ns: int) -> str:
+    """Nanoseconds since 1970 as ISO 8601, UTC, with milliseconds."""
+    day = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ns // 10**9))
+    return f"{day}.{ns // 10**6 % 1000:03d}Z"
+
+
+# -- Settings --------------------------------------------------------------------------
+
+SWITCH = {"1": 1, "yes": 1, "on": 1, "true": 1, "0": 0, "no": 0, "off": 0, "false": 0}
+
+
+class Settings:
+    """The TELEMHQ_ variables. `ignored`: those that make no sense, and why."""
+
+    def __init__(self, environ: dict[str, str]) -> None:
+        self.environ = environ
+        self.ignored: list[str] = []
+        option = environ.get("CLAUDE_PLUGIN_OPTION_PING_URL", "")
+        self.url = environ.get("TELEMHQ_PING_URL", option)
+        self.hash_key = environ.get("TELEMHQ_HASH_KEY", "")
+        self.debug = self.switch("TELEMHQ_HOOK_DEBUG")
+        self.foreground = self.switch("TELEMHQ_FOREGROUND") or self.debug
+        self.allow_http = self.switch("TELEMHQ_ALLOW_HTTP")
+        self.git = self.switch("TELEMHQ_GIT")
+        # For privacy's sake, what is not understood in these two means off.
+        self.usage = self.switch_on("TELEMHQ_USAGE")
+        self.tool_names = self.switch_on("TELEMHQ_TOOL_NAMES")
+        self.project: str | None = self.choice(
+            "TELEMHQ_PROJECT", "it has nothing to show", lambda v: clean(v).strip()
+        )
+        self.machine: str | None = self.choice(
+            "TELEMHQ_MACHINE",
+            "only letters, digits and _ . : - may be in it",
+            lambda v: v if identifier(v) else None,
+        )
+        seconds = self.choice("TELEMHQ_TIMEOUT", "it is no number of seconds", duration)
+        self.timeout_s: float = seconds or TIMEOUT_S[0]
+        self.state_dir = self.find_state_dir()
+
+    def find_state_dir(self) -> str | None:
+        """Where the state is kept; None: nothing tells where home is."""
+        config = self.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
+        found: str | None = self.choice(
+            "TELEMHQ_STATE_DIR", "it must be absolute", absolute
+        )
+        return (
+            found
+            or absolute(os.path.join(config, "telemhq"))
+            or absolute("~/.claude/telemhq")
+        )
+
+    def choice(self, name: str, problem: str, accept: Callable[[str], Any]) -> Any:
+        """What `accept` makes of a variable; None when that is nothing."""
+        value = self.environ.get(name)
+        if not value:
+            return None
+        found = accept(value)
+        if found is None or found == "":
+            self.ignored.append(f"{name} is ignored: {problem}")
+        return found or None
+
+    def switch(self, name: str) -> bool:
+        """A variable that is 1 or 0; what is neither counts as 0."""
+        return bool(
+            self.choice(name, "it must be 1 or 0", lambda v: SWITCH.get(v.lower()))
+        )
+
+    def switch_on(self, name: str) -> bool:
+        """A variable that is 1 unless it is set; what is neither 1 nor 0 counts as 0."""
+        return not self.environ.get(name) or self.switch(name)
+
+
+def duration(text: str) -> float | None:
+    """Seconds, clamped to what TIMEOUT_S allows; None when `text` is no number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return min(max(value, TIMEOUT_S[1]), TIMEOUT_S[2]) if value == value else None
+
+
+def absolute(path: str) -> str | None:
+    """`path` normalised, ~ expanded; None when it is relative, or there is no home."""
+    if path.startswith("~") and os.environ.get("HOME") == "":
+        return None  # expanduser() would make it a path below /
+    path = os.path.normpath(os.path.expanduser(path))
+    return path if os.path.isabs(path) else None
+
+
+def split_url(url: str) -> tuple[str, str, str]:
+    """(scheme, host, port's text) of an absolute URL; ValueError says what is wrong."""
+    if not url.isascii() or any(c <= " " or c in '\x7f\\"<>^`{|}' for c in url):
+        raise ValueError("it has a space or another character that no URL may hold")
+    scheme, found, rest = url.partition("://")
+    if not found or scheme.lower() not in ("http", "https"):
+        raise ValueError("it must start with https://")
+    authority = rest.replace("?", "/").replace("#", "/").split("/")[0]
+    if "@" in authority:
+        raise ValueError("it must not hold user:password@")
+    host, colon, port = authority.partition(":")
+    good = LETTERS_DIGITS.union("-._")
+    if authority.startswith("["):  # [::1]:8080
+        host, closed, port = authority[1:].partition("]")
+        colon, port = port[:1], port[1:]
+        good = frozenset(DIGITS + "abcdefABCDEF:.")
+        if not closed or colon not in ("", ":"):
+            raise ValueError("it names no host")
+    if not host or not good.issuperset(host) or ".." in "." + host:
+        raise ValueError("it names no host")
+    if colon and not (port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
+        raise ValueError("its port is not a number from 1 to 65535")
+    return scheme.lower(), host.lower(), port
+
+
+def loopback(host: str) -> bool:
+    """Whether `host` is this machine, by name or plain address."""
+    if host in ("localhost", "::1"):
+        return True
+    parts = host.split(".")
+    return (
+        parts[0] == "127"
+        and len(parts) == 4
+        and all(part.isdigit() and int(part) < 256 for part in parts)
+    )
+
+
+def origin(url: str) -> str:
+    """Scheme, host and port: what may be shown of a valid URL."""
+    return "/".join(url.replace("?", "/").replace("#", "/").split("/")[:3])
+
+
+# -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
+
+
+def project_name(value: object) -> bool:
     """1 to 128 characters, no control characters among them."""
     return isinstance(value, str) and value != "" and clean(value) == value
 
-def number(value):
-    """A finite number from 0 up to 2^53, which every JSON reader keeps exact."""
-    return type(value) in (int, float) and 0 <= value < 1 << 53
 
-def all_of(value, characters, longest):
-    """A text of these characters only, 1 to `longest` of them."""
-    return (isinstance(value, str) and 0 < len(value) <= longest
-            and not value.strip(characters))
+def model_name(value: object) -> bool:
+    """An identifier such as claude-x@date or claude-x[1m]."""
+    return identifier(value, "@[]")
 
-def counts(value, keys=identifier, shape=number):
+
+def branch_name(value: object) -> bool:
+    """An identifier, slashes allowed."""
+    return identifier(value, "/")
+
+
+def error_code(value: object) -> bool:
+    """A code such as rate_limit, at most 40 characters."""
+    return all_of(value, LOWER + "_", 40)
+
+
+def short_hash(value: object) -> bool:
+    """Up to 12 hex digits."""
+    return all_of(value, DIGITS + "abcdef", 12)
+
+
+def counts(value: object, keys: Shape = identifier, shape: Shape = number) -> bool:
     """An object whose every key and value has its shape; at most 20 of them."""
-    return isinstance(value, dict) and len(value) <= 20 and all(
-        keys(key) and shape(inner) for key, inner in value.items())
+    return (
+        isinstance(value, dict)
+        and len(value) <= 20
+        and all(keys(key) and shape(inner) for key, inner in value.items())
+    )
 
-TOKENS = ("input_tokens", "output_tokens", "cached_input_tokens",
-          "cache_creation_input_tokens", "reasoning_tokens", "total_tokens")
-GATE = {}  # everything that can ever leave: field -> the only shape in which it may
+
+TOKENS = (
+    "input_tokens",
+    "output_tokens",
+    "cached_input_tokens",
+    "cache_creation_input_tokens",
+    "reasoning_tokens",
+    "total_tokens",
+)
+
+
+def token_counts(value: object) -> bool:
+    """An object of TOKENS and their numbers."""
+    return counts(value, TOKENS.__contains__)
+
+
+def counts_by_model(value: object) -> bool:
+    """An object: model's name -> its token counts."""
+    return counts(value, model_name, token_counts)
+
+
+GATE: dict[
+    str, Shape
+] = {}  # all that can ever leave: field -> the only shape it may have
 for names, shape in (
-    ("event_id event timestamp status provider tool hook_version machine session_id "
-     "prompt_id tool_name tool_use_id permission_mode effort agent_id agent_type "
-     "source reason trigger notification_type", identifier),
+    ("event_id event timestamp status provider tool hook_version machine", identifier),
+    ("session_id prompt_id tool_name tool_use_id permission_mode effort", identifier),
+    ("agent_id agent_type source reason trigger notification_type", identifier),
     ("project", project_name),
-    ("model", lambda v: identifier(v, "@[]")),  # claude-x@date, claude-x[1m]
-    ("git_branch", lambda v: identifier(v, "/")),
-    ("error", lambda v: all_of(v, LOWER + "_", 40)),  # a code such as rate_limit
-    ("cwd_hash transcript_path_hash", lambda v: all_of(v, DIGITS + "abcdef", 12)),
-    ("is_interrupt stop_hook_active usage_complete", lambda v: isinstance(v, bool)),
-    ("duration_ms exit_code error_chars prompt_chars last_assistant_message_chars "
-     "background_tasks event_bytes tool_calls tool_failures cost_usd", number),
+    ("model", model_name),
+    ("git_branch", branch_name),
+    ("error", error_code),
+    ("cwd_hash transcript_path_hash", short_hash),
+    ("is_interrupt stop_hook_active usage_complete", boolean),
+    ("duration_ms exit_code error_chars prompt_chars", number),
+    ("last_assistant_message_chars background_tasks event_bytes", number),
+    ("tool_calls tool_failures interrupts cost_usd", number),
     (" ".join(TOKENS), number),
     ("tools", counts),  # name -> calls
-    ("models", lambda v: counts(
-        v, GATE["model"], lambda inner: counts(inner, TOKENS.__contains__))),
+    ("models", counts_by_model),
 ):
     GATE.update(dict.fromkeys(names.split(), shape))
 ORIGIN = {"provider": "anthropic", "tool": "claude-code", "hook_version": __version__}
 COPIED = (  # from the event to the ping under the same name
     "session_id prompt_id tool_name tool_use_id permission_mode agent_id agent_type "
     "source trigger notification_type model duration_ms is_interrupt stop_hook_active"
-    ).split()
+).split()
+CLIENT_AGENTS = frozenset(  # agent types that are Claude Code's own, not their user's
+    "general-purpose Explore Plan statusline-setup output-style-setup "
+    "claude-code-guide claude fork".split()
+)
 
-def gate(fields):
-    """Of `fields` (dict) what GATE names, in its shape. Every body is made by this."""
-    return {name: fields[name] for name, shape in GATE.items()
-            if name in fields and shape(fields[name])}
 
-def clean(text):
-    """`text` without control characters and lone surrogates, at most 128 characters."""
-    return "".join(c for c in text if not (
-        c < " " or "\x7f" <= c <= "\x9f" or "\ud800" <= c <= "\udfff"))[:128]
+def gate(fields: Fields) -> Fields:
+    """Of `fields` what GATE names, in its shape. Every body is made by this."""
+    return {
+        name: fields[name]
+        for name, shape in GATE.items()
+        if name in fields and shape(fields[name])
+    }
 
-def iso_time(ns):
-    """Nanoseconds since 1970 as ISO 8601, UTC, with milliseconds."""
-    day = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ns // 10**9))
-    return "%s.%03dZ" % (day, ns // 10**6 % 1000)
 
-def error_fields(event):
+def model_shown(name: object) -> str:
+    """A model's name as it may leave: a router's vendor/name, an ARN is `other`."""
+    return str(name) if model_name(name) else "other"
+
+
+def tool_shown(name: str, tool_names: bool) -> str:
+    """A tool's name as it may leave: `mcp__server__tool` tells what its user works on."""
+    return "mcp" if not tool_names and name.startswith("mcp__") else name
+
+
+def agent_shown(agent_type: str, tool_names: bool) -> str:
+    """An agent's type as it may leave: a custom one's name is its user's text."""
+    return agent_type if tool_names or agent_type in CLIENT_AGENTS else "custom"
+
+
+def error_fields(event: Fields) -> Fields:
     """`error` and its numbers. A tool's error text holds its output, and paths."""
     name, error = event.get("hook_event_name"), event.get("error")
     if name == "StopFailure":
         return {"error": error}  # one of Claude Code's own codes, or the gate drops it
     if name != "PostToolUseFailure":
         return {"error": "error"} if error else {}
-    fields = {"error": "tool_error"}
+    fields: Fields = {"error": "tool_error"}
     if isinstance(error, str):
         fields["error_chars"] = len(error)
         code = "".join(error[10:31].split()[:1])
@@ -213,17 +496,32 @@ def error_fields(event):
             fields["exit_code"] = int(code)
     return fields
 
-def make_ping(event, settings, project, ns, event_bytes):
-    """The ping of one event (dict). project: its name. ns: when it happened, in
-    nanoseconds since 1970. event_bytes: its size on stdin."""
+
+def make_ping(
+    event: Fields, settings: Settings, project: str, ns: int, event_bytes: int
+) -> Fields:
+    """The ping of one event. project: its name. ns: when it happened, in nanoseconds
+    since 1970. event_bytes: its size on stdin."""
     name, effort = event.get("hook_event_name"), event.get("effort")
     failed = name in ("PostToolUseFailure", "StopFailure") or event.get("error")
     fields = {key: event[key] for key in COPIED if key in event}
     fields.update(error_fields(event), **ORIGIN)
-    fields.update(event=name, status="failed" if failed else "success", project=project,
-                  event_id=os.urandom(16).hex(), timestamp=iso_time(ns),
-                  machine=settings.machine, event_bytes=event_bytes,
-                  effort=effort.get("level") if isinstance(effort, dict) else effort)
+    fields.update(
+        event=name,
+        status="failed" if failed else "success",
+        project=project,
+        event_id=os.urandom(16).hex(),
+        timestamp=iso_time(ns),
+        machine=settings.machine,
+        event_bytes=event_bytes,
+        effort=effort.get("level") if isinstance(effort, dict) else effort,
+    )
+    if isinstance(event.get("model"), str) and event["model"]:
+        fields["model"] = model_shown(event["model"])
+    if isinstance(event.get("tool_name"), str):
+        fields["tool_name"] = tool_shown(event["tool_name"], settings.tool_names)
+    if isinstance(event.get("agent_type"), str):
+        fields["agent_type"] = agent_shown(event["agent_type"], settings.tool_names)
     if name == "SessionEnd":  # elsewhere it is a text
         fields["reason"] = event.get("reason")
     for key in ("cwd", "transcript_path"):
@@ -236,164 +534,101 @@ def make_ping(event, settings, project, ns, event_bytes):
         fields["background_tasks"] = len(event["background_tasks"])
     return gate(fields)
 
-# -- Settings and destination ----------------------------------------------------------
 
-SWITCH = {"1": 1, "yes": 1, "on": 1, "true": 1, "0": 0, "no": 0, "off": 0, "false": 0}
+# -- Trackers: who gets what -----------------------------------------------------------
 
-class Settings:
-    """The TELEMHQ_ variables. `ignored`: those that make no sense, and why."""
 
-    def __init__(self, environ):
-        self.environ, self.ignored = environ, []
-        option = environ.get("CLAUDE_PLUGIN_OPTION_PING_URL", "")
-        self.url = environ.get("TELEMHQ_PING_URL", option)
-        self.hash_key = environ.get("TELEMHQ_HASH_KEY", "")
-        self.debug = self.switch("TELEMHQ_HOOK_DEBUG")
-        self.foreground = self.switch("TELEMHQ_FOREGROUND") or self.debug
-        self.allow_http = self.switch("TELEMHQ_ALLOW_HTTP")
-        self.git = self.switch("TELEMHQ_GIT")
-        # For privacy's sake, what is not understood here means off.
-        self.usage = not environ.get("TELEMHQ_USAGE") or self.switch("TELEMHQ_USAGE")
-        self.project = self.choice(
-            "TELEMHQ_PROJECT", "it has nothing to show", lambda v: clean(v).strip())
-        self.machine = self.choice(
-            "TELEMHQ_MACHINE", "only letters, digits and _ . : - may be in it",
-            lambda v: v if identifier(v) else None)
-        seconds = self.choice("TELEMHQ_TIMEOUT", "it is no number of seconds", duration)
-        self.timeout_s = seconds or TIMEOUT_S[0]
-        config = environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
-        self.state_dir = (  # None: nothing tells where home is
-            self.choice("TELEMHQ_STATE_DIR", "it must be absolute", absolute)
-            or absolute(os.path.join(config, "telemhq"))
-            or absolute("~/.claude/telemhq"))
+class Request:
+    """One POST: url (secret), headers, body. (None: a GET, which records nothing.)"""
 
-    def choice(self, name, problem, accept):
-        """What `accept` makes of a variable; None when that is nothing."""
-        value = self.environ.get(name)
-        found = accept(value) if value else None
-        if value and found is None or found == "":
-            self.ignored.append("%s is ignored: %s" % (name, problem))
-        return found or None
+    def __init__(self, url: str, headers: dict[str, str], body: bytes | None) -> None:
+        self.url, self.headers, self.body = url, headers, body
 
-    def switch(self, name):
-        """A variable that is 1 or 0; what is neither counts as 0."""
-        return self.choice(name, "it must be 1 or 0", lambda v: SWITCH.get(v.lower()))
 
-def duration(text):
-    """Seconds, clamped to what TIMEOUT_S allows; None when `text` is no number."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return min(max(value, TIMEOUT_S[1]), TIMEOUT_S[2]) if value == value else None
+class TelemHQ:
+    """TelemHQ (public docs): the ping is the body, the token is in the URL's path."""
 
-def absolute(path):
-    """`path` normalised, ~ expanded; None when it is relative."""
-    path = os.path.normpath(os.path.expanduser(path))
-    return path if os.path.isabs(path) else None
+    kind = "telemhq"
 
-class Destination:
-    """Where pings go, as a value: another service would cost one more such value.
+    def __init__(self, settings: Settings) -> None:
+        """Skipped says why there is none."""
+        if not settings.url:
+            raise Skipped(
+                "TELEMHQ_PING_URL is not set; export it with your tracker's URL"
+            )
+        try:
+            need_usable(settings.url, settings.allow_http)
+        except ValueError as error:
+            raise Skipped(f"TELEMHQ_PING_URL is not usable: {error}") from None
+        self.url = settings.url
+        self.headers = {
+            "Content-Type": "application/json",
+            "User-Agent": f"telemhq-ping/{__version__}",
+        }
 
-    kind: the service. url: secret. headers: dict. bodies: function ping -> [bytes],
-    each POSTed to `url` with the ping's event_id as Idempotency-Key.
-    """
+    def directory_name(self) -> str:
+        """Its directory's name, which does not tell the URL."""
+        return f"{self.kind}-{sha256_hex(self.url.encode())[:12]}"
 
-    def __init__(self, kind, url, headers, bodies):
-        self.kind, self.url, self.headers, self.bodies = kind, url, headers, bodies
+    def requests(self, ping: Fields) -> list[Request]:
+        """What is sent of a ping; a repeat of it has the same Idempotency-Key."""
+        headers = {"Idempotency-Key": ping["event_id"], **self.headers}
+        return [Request(self.url, headers, encode_json(ping).encode())]
 
-    def directory(self, state_dir):
-        """Its own directory; the name does not tell the URL."""
-        short = sha256_hex(self.url.encode())[:12]
-        return os.path.join(state_dir or "", self.kind + "-" + short)
 
-def telemhq(url):
-    """TelemHQ: the body is the ping, the token is in the URL's path (public docs)."""
-    headers = {"Content-Type": "application/json",
-               "User-Agent": "telemhq-ping/" + __version__}
-    return Destination("telemhq", url, headers, lambda p: [encode_json(p).encode()])
+def need_usable(url: str, allow_http: bool) -> None:
+    """ValueError when `url` is no URL that a ping may go to."""
+    scheme, host, _ = split_url(url)
+    if scheme == "http" and not (allow_http or loopback(host)):
+        raise ValueError(
+            "http:// can be read on the way; use https:// (or set TELEMHQ_ALLOW_HTTP=1)"
+        )
 
-def split_url(url):
-    """(scheme, host, port's text) of an absolute URL; ValueError says what is wrong."""
-    if not url.isascii() or any(c <= " " or c in '\x7f\\"<>^`{|}' for c in url):
-        raise ValueError("it has a space or another character that no URL may hold")
-    scheme, found, rest = url.partition("://")
-    if not found or scheme.lower() not in ("http", "https"):
-        raise ValueError("it must start with https://")
-    authority = rest.replace("?", "/").replace("#", "/").split("/")[0]
-    if "@" in authority:
-        raise ValueError("it must not hold user:password@")
-    host, colon, port = authority.partition(":")
-    good = LETTERS_DIGITS.union("-._")
-    if authority.startswith("["):
-        host, found, port = authority[1:].partition("]")
-        colon, port, good = port[:1], port[1:], frozenset(DIGITS + "abcdefABCDEF:.")
-        good = good if found and colon in ("", ":") else ()
-    if not host or not set(host).issubset(good) or ".." in "." + host:
-        raise ValueError("it names no host")
-    if colon and not (port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
-        raise ValueError("its port is not a number from 1 to 65535")
-    return scheme.lower(), host.lower(), port
 
-def loopback(host):
-    """Whether `host` is this machine, by name or plain address."""
-    parts = host.split(".")
-    return host in ("localhost", "::1") or (
-        parts[0] == "127" and len(parts) == 4
-        and all(part.isdigit() and int(part) < 256 for part in parts))
+def find_tracker(settings: Settings) -> TelemHQ:
+    """The tracker that the settings name; Skipped says why there is none."""
+    return TelemHQ(settings)
 
-def origin(url):
-    """Scheme, host and port: what may be shown of a valid URL."""
-    return "/".join(url.replace("?", "/").replace("#", "/").split("/")[:3])
 
-def find_destination(settings):
-    """The destination that the settings name; Skipped says why there is none."""
-    if not settings.url:
-        raise Skipped("TELEMHQ_PING_URL is not set; export it with your tracker's URL")
-    try:
-        scheme, host, _ = split_url(settings.url)
-        if scheme == "http" and not (settings.allow_http or loopback(host)):
-            raise ValueError("http:// can be read on the way; use https:// (or set "
-                             "TELEMHQ_ALLOW_HTTP=1)")
-    except ValueError as error:
-        raise Skipped("TELEMHQ_PING_URL is not usable: %s" % error) from None
-    return telemhq(settings.url)
-
-# -- On disk ---------------------------------------------------------------------------
+# -- Outbox: what waits, on disk -------------------------------------------------------
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+NO_WAIT = getattr(os, "O_NONBLOCK", 0)  # or opening a FIFO waits for its other end
 
-def unsound(directory):
+
+def unsound(directory: str) -> str:
     """Why `directory` must not be used, or "" (also when it is not there yet)."""
     try:
         found = os.lstat(directory)
+    except FileNotFoundError:
+        return ""
     except OSError as error:
-        return "" if isinstance(error, FileNotFoundError) else error.strerror
+        return error.strerror or "cannot be read"
+    if stat.S_ISLNK(found.st_mode):
+        return "is a symbolic link"
     if not stat.S_ISDIR(found.st_mode):
-        link = stat.S_ISLNK(found.st_mode)
-        return "is a symbolic link" if link else "is no directory"
+        return "is no directory"
     if os.name == "posix" and found.st_uid != os.geteuid():
         return "belongs to someone else"
-    writable = os.name == "posix" and found.st_mode & 0o022
-    return "can be written by others" if writable else ""
+    if os.name == "posix" and found.st_mode & 0o022:
+        return "can be written by others"
+    return ""
 
-def need_sound(state_dir, base):
-    """Raise Skipped when others may have a hand in anything from telemhq/ down."""
-    if not state_dir:
-        raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
-    for name in ("outbox", "refused", "accounts", "..", "."):
-        directory = os.path.normpath(os.path.join(base, name))
-        if unsound(directory):
-            raise Skipped("%s %s; mend or remove it" % (directory, unsound(directory)))
 
-def write_file(path, content):
-    """Make `path` hold `content` (bytes), all or nothing, 0600 (the umask is 077)."""
+def write_file(path: str, content: bytes, make_directory: bool = False) -> None:
+    """Make `path` hold `content`, all or nothing, 0600 (the umask is 077).
+
+    make_directory: also when its directory is missing. Only hooks may do that: what
+    `uninstall` has removed must not come back from a sender still at work.
+    """
     directory, name = os.path.split(path)
-    unfinished = os.path.join(directory, ".%s.%s" % (name, os.urandom(4).hex()))
+    unfinished = os.path.join(directory, f".{name}.{os.urandom(4).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW
     try:
         fd = os.open(unfinished, flags, 0o600)
     except FileNotFoundError:
+        if not make_directory:
+            raise
         os.makedirs(directory, 0o700, exist_ok=True)
         fd = os.open(unfinished, flags, 0o600)
     try:
@@ -402,22 +637,36 @@ def write_file(path, content):
                 content = content[os.write(fd, content) :]
         finally:
             os.close(fd)
-        os.replace(unfinished, path)
+        rename(unfinished, path)
     except BaseException:
         remove(unfinished)
         raise
 
-def write_object(path, value):
-    """Make `path` hold `value` (dict) as JSON."""
+
+def rename(path: str, target: str) -> None:
+    """Move a file onto another. Windows refuses while someone has that open."""
+    for _ in range(20 if os.name == "nt" else 0):
+        try:
+            os.replace(path, target)
+            return
+        except PermissionError:
+            time.sleep(0.02)
+    os.replace(path, target)
+
+
+def write_object(path: str, value: Fields) -> None:
+    """Make `path` hold `value` as JSON."""
     write_file(path, encode_json(value).encode())
 
-def open_regular(path):
+
+def open_regular(path: str) -> int:
     """A descriptor to read a regular file; ValueError when it is anything else."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise ValueError("not a regular file")
-    return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | NO_FOLLOW)
+    return os.open(path, os.O_RDONLY | NO_WAIT | NO_FOLLOW)
 
-def read_file(path, most):
+
+def read_file(path: str, most: int) -> bytes:
     """A regular file's bytes; ValueError when it is none, or has more than `most`."""
     with open(open_regular(path), "rb") as file:
         content = file.read(most + 1)
@@ -425,115 +674,364 @@ def read_file(path, most):
         raise ValueError("too large")
     return content
 
-def read_object(path, most):
+
+def read_object(path: str, most: int) -> Fields:
     """A file's JSON object; ValueError when it holds none, OSError as it comes."""
     found = decode_json(read_file(path, most).decode("utf-8", "replace"))
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
     return found
 
-def remove(path):
+
+def remove(path: str) -> bool:
     """Delete a file or an empty directory; whether that worked."""
     for delete in (os.unlink, os.rmdir):
         try:
             delete(path)
             return True
         except OSError:
-            pass
+            continue
     return False
 
-def ping_file(base, ns, event_id):
-    """Path of a ping in the outbox; names sort by the time of the event."""
-    return os.path.join(base, "outbox", "%020d-%s.json" % (ns, event_id))
 
-def ns_of(path):
-    """The time in a ping's path or name."""
-    return int(os.path.basename(path)[:20])
-
-def quiet_s(path):
+def age_s(path: str) -> float:
     """Seconds since a file was written, 0 when it is gone."""
     try:
         return time.time() - os.lstat(path).st_mtime
     except OSError:
-        return 0
+        return 0.0
 
-def load_state(base):
-    """state.json; whatever the file holds, every key has a value that makes sense."""
-    try:
-        found = read_object(os.path.join(base, "state.json"), 4 << 20)
-    except (OSError, ValueError):
-        found = {}
-    numbers = ("failures", "set_at", "not_before", "delivered_at", "swept_at")
-    state = {key: found[key] if number(found.get(key)) else 0 for key in numbers}
-    state["failures"] = int(min(state["failures"], 64))
-    state["recovering"] = found.get("recovering") is True
-    for key in ("charges", "losses", "problem"):
-        state[key] = found[key] if isinstance(found.get(key), dict) else {}
-    for key in ("charges", "losses"):
-        state[key] = {k: int(n) for k, n in state[key].items() if number(n)}
-    problem = state["problem"].items()
-    good = {k: v for k, v in problem if isinstance(v, str) or number(v)}
-    return dict(state, problem=good)
 
-def backoff_left_s(state, now):
-    """Seconds until the back-off ends, 0 when none stands. One that was set in what is
-    now the future is none: a clock that jumped must not stop delivery."""
-    latest = min(state["not_before"], state["set_at"] + RETRY_AFTER_MAX_S)
-    return latest - now if state["set_at"] <= now < latest else 0
+def ns_of(path: str) -> int:
+    """The time in a ping's path or name, nanoseconds since 1970."""
+    return int(os.path.basename(path)[:20])
 
-def take_lock(base):
-    """The destination's lock: a descriptor, None while someone else holds it, -1 when
-    there can be none. The kernel frees it at its holder's death. An error other than
-    "busy" counts as free: rather one ping twice under its id than all of them never."""
-    try:
-        flags = os.O_RDWR | os.O_CREAT | NO_FOLLOW
-        fd = os.open(os.path.join(base, "lock"), flags, 0o600)
-    except OSError:
-        return -1
-    try:
-        if os.name == "nt":
-            import msvcrt
+
+class Lock:
+    """A destination's lock, held. fd: -1 when there can be none."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def release(self) -> None:
+        """Give it back, also from a hook just ending that still shares it."""
+        if self.fd < 0:
+            return
+        try:
+            if os.name == "posix":
+                import fcntl
+
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
+            os.close(self.fd)
+        except OSError:
+            pass  # closed already
+        self.fd = -1
+
+
+def try_lock(fd: int) -> bool:
+    """Lock an open file; whether nobody else holds it. The kernel frees it at its
+    holder's death. An error other than "busy" counts as free: rather one ping twice
+    under its id than all of them never."""
+    if os.name == "nt":
+        import msvcrt
+
+        try:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:  # there is no other reason
+            return False
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        os.close(fd)
-        return None
+        return False
     except OSError:
         pass
-    return fd
+    return True
 
-def drop_lock(fd):
-    """Give the lock back, also from a hook just ending that still shares it."""
-    try:
-        if os.name == "posix":
-            import fcntl
-            fcntl.flock(fd, fcntl.LOCK_UN)
+
+class Suspect:
+    """A ping that failed and may be at fault. charges: how often a witness was
+    delivered where it was not. tried_at: the last time, seconds since 1970."""
+
+    def __init__(self, charges: int, tried_at: float) -> None:
+        self.charges, self.tried_at = charges, tried_at
+
+    def is_due(self, now: float) -> bool:
+        """Whether it may be tried again; one not yet charged always may."""
+        waited = 0 <= now - self.tried_at < SUSPECT_PAUSE_S
+        return not (self.charges and waited)
+
+
+class State:
+    """state.json: what a destination remembers from pass to pass.
+
+    failures: passes that failed, in a row. set_at, not_before: when the back-off was
+    set, and ends. delivered_at, swept_at: the last delivery, the last sweep.
+    recovered_at: pings older than that are an outage's backlog, of which pace_pings go
+    at a time, none before paced_until. (All times: seconds since 1970, 0: never.)
+    suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
+    verdict, problem, problem_at: of the last failure. saved: False where the disk
+    refused, so that only this process knows.
+    """
+
+    NUMBERS = (
+        "failures set_at not_before delivered_at swept_at recovered_at paced_until "
+        "pace_pings"
+    ).split()
+
+    def __init__(self, path: str, found: Fields) -> None:
+        """Whatever was found, every attribute has a value that makes sense."""
+        numbers = {k: found[k] if number(found.get(k)) else 0 for k in self.NUMBERS}
+        self.path = path
+        self.failures = int(min(numbers["failures"], FAILURES_MAX))
+        self.set_at: float = numbers["set_at"]
+        self.not_before: float = numbers["not_before"]
+        self.delivered_at: float = numbers["delivered_at"]
+        self.swept_at: float = numbers["swept_at"]
+        self.recovered_at: float = numbers["recovered_at"]
+        self.paced_until: float = numbers["paced_until"]
+        self.pace_pings = int(min(numbers["pace_pings"], OUTBOX_MAX_PINGS))
+        self.suspects = dict(self.suspects_in(found.get("suspects")))
+        losses = found.get("losses")
+        losses = losses if isinstance(losses, dict) else {}
+        self.losses = {k: int(n) for k, n in losses.items() if number(n)}
+        problem = found.get("problem")
+        problem = problem if isinstance(problem, dict) else {}
+        texts = {k: v for k, v in problem.items() if isinstance(v, str)}
+        self.verdict = texts.get("verdict", "")
+        self.problem = texts.get("what", "")
+        self.problem_at: float = problem["at"] if number(problem.get("at")) else 0
+        self.saved = True
+
+    @classmethod
+    def load(cls, path: str) -> State:
+        """What the file holds, or the state of one that never delivered."""
+        try:
+            return cls(path, read_object(path, STATE_MAX_BYTES))
+        except (OSError, ValueError):
+            return cls(path, {})
+
+    @staticmethod
+    def suspects_in(found: object) -> Iterator[tuple[str, Suspect]]:
+        """The suspects that make sense: name -> [charges, tried_at]."""
+        for name, pair in found.items() if isinstance(found, dict) else ():
+            if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair)):
+                yield name, Suspect(int(pair[0]), pair[1])
+
+    def save(self) -> None:
+        """Write the file; a disk that refuses must not stop delivery."""
+        found: Fields = {name: getattr(self, name) for name in self.NUMBERS}
+        found["suspects"] = {
+            name: [suspect.charges, suspect.tried_at]
+            for name, suspect in self.suspects.items()
+        }
+        found["losses"] = self.losses
+        found["problem"] = {}
+        if self.problem:
+            found["problem"] = {
+                "verdict": self.verdict,
+                "what": self.problem,
+                "at": self.problem_at,
+            }
+        try:
+            write_object(self.path, found)
+            self.saved = True
+        except OSError:
+            self.saved = False
+
+    def backoff_left_s(self, now: float) -> float:
+        """Seconds until the back-off ends, 0 when none stands. One that was set in what
+        is now the future is none: a clock that jumped must not stop delivery."""
+        ends = min(self.not_before, self.set_at + RETRY_AFTER_MAX_S)
+        return ends - now if self.set_at <= now < ends else 0
+
+    def pace_left_s(self, now: float) -> float:
+        """Seconds until the next part of a backlog may go."""
+        left = self.paced_until - now
+        return left if 0 < left <= PACE_S[1] else 0
+
+    def lost(self, reason: str, count: int = 1) -> None:
+        """Count pings that will never be delivered."""
+        self.losses[reason] = self.losses.get(reason, 0) + count
+
+
+class Outbox:
+    """A destination's directory: the pings that wait, and all else that is kept of it.
+
+    outbox/ holds a file for each ping, named by its time and id, so that names sort by
+    age: {"ping": what is sent, "local": what the sender needs and never sends}.
+    """
+
+    def __init__(self, directory: str) -> None:
+        self.directory = directory
+
+    def path(self, *names: str) -> str:
+        """Path of something in the directory."""
+        return os.path.join(self.directory, *names)
+
+    def file(self, name: str) -> str:
+        """Path of a ping's file."""
+        return self.path("outbox", name)
+
+    def need_sound(self) -> None:
+        """Skipped when others may have a hand in anything from telemhq/ down."""
+        for name in ("outbox", "refused", "accounts", "..", "."):
+            directory = os.path.normpath(self.path(name))
+            problem = unsound(directory)
+            if problem:
+                raise Skipped(f"{directory} {problem}; mend or remove it")
+
+    def put(self, ns: int, ping: Fields, local: Fields) -> str:
+        """Add the ping of an event of that time; its name. It is whole, or not there."""
+        name = f"{ns:020d}-{ping['event_id']}.json"
+        content = encode_json({"ping": ping, "local": local}).encode()
+        write_file(self.file(name), content, make_directory=True)
+        return name
+
+    def waiting(self) -> list[str]:
+        """Names of the pings that wait, oldest first."""
+        try:
+            return sorted(filter(self.is_ping, os.listdir(self.path("outbox"))))
+        except FileNotFoundError:
+            return []
+
+    @staticmethod
+    def is_ping(name: str) -> bool:
+        """Whether a name in outbox/ is a ping's."""
+        return name[:20].isdigit() and name[20:21] == "-" and name.endswith(".json")
+
+    def strangers(self) -> list[str]:
+        """Names in outbox/ that are no ping's. What was never finished is removed."""
+        found = []
+        for name in os.listdir(self.path("outbox")):
+            if self.is_ping(name):
+                continue
+            if not name.startswith("."):
+                found.append(name)
+            elif age_s(self.file(name)) > UNFINISHED_S:
+                remove(self.file(name))
+        return found
+
+    def read(self, name: str) -> tuple[Fields, Fields]:
+        """(ping, local) of a file. OSError: it is gone; ValueError: it is no ping."""
+        record = read_object(self.file(name), PING_MAX_BYTES)
+        ping, local = record.get("ping"), record.get("local")
+        if not isinstance(ping, dict):
+            raise ValueError("no ping")
+        ping = gate(ping)
+        if "event_id" not in ping:
+            raise ValueError("no ping")
+        return ping, local if isinstance(local, dict) else {}
+
+    def rewrite(self, name: str, ping: Fields) -> None:
+        """Make the ping that waits under `name` this one, as it will be sent."""
+        write_object(self.file(name), {"ping": ping, "local": {}})
+
+    def set_aside(self, name: str) -> None:
+        """Move what can never be delivered out of the others' way, to refused/."""
+        refused = self.path("refused")
+        try:
+            if not os.path.isdir(refused):
+                os.mkdir(refused, 0o700)
+            os.replace(self.file(name), os.path.join(refused, name))
+            for old in sorted(os.listdir(refused))[:-REFUSED_MAX_PINGS]:
+                remove(os.path.join(refused, old))
+        except OSError:
+            remove(self.file(name))
+
+    def state(self) -> State:
+        """What is remembered from pass to pass."""
+        return State.load(self.path("state.json"))
+
+    def account_path(self, session_id: str) -> str:
+        """Where it is kept what of a session was reported."""
+        return self.path("accounts", sha256_hex(session_id.encode())[:16] + ".json")
+
+    def take_lock(self) -> Lock | None:
+        """The lock; None while someone else holds it. It is never deleted."""
+        flags = os.O_RDWR | os.O_CREAT | NO_FOLLOW
+        try:
+            fd = os.open(self.path("lock"), flags, 0o600)
+        except OSError:
+            return Lock(-1)
+        if try_lock(fd):
+            return Lock(fd)
         os.close(fd)
-    except (OSError, ValueError):
-        pass  # there was none
+        return None
+
+
+def outbox_of(settings: Settings, tracker: TelemHQ) -> Outbox:
+    """The outbox of a tracker; Skipped when there is no place for it."""
+    if not settings.state_dir:
+        raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
+    return Outbox(os.path.join(settings.state_dir, tracker.directory_name()))
+
+
+def outboxes(state_dir: str | None) -> list[Outbox]:
+    """Every destination's outbox that there is, also of URLs no longer configured."""
+    found = []
+    for name in sorted(os.listdir(state_dir)) if os.path.isdir(state_dir or "") else ():
+        kind, dash, short = name.rpartition("-")
+        if kind and dash and len(short) == 12 and short_hash(short):
+            found.append(Outbox(os.path.join(state_dir or "", name)))
+    return found
+
 
 # -- Hook: what Claude Code runs -------------------------------------------------------
 
-def read_stdin(keep):
+
+def read_stdin(keep: bool = True) -> bytes:
     """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
-    when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S."""
+    when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S; beyond
+    STDIN_MAX_BYTES it is none."""
+    ends, size = time.monotonic() + STDIN_WAIT_S, 0
+    parts: list[bytes] = []
+    if os.name == "nt":
+        return read_stdin_in_thread(ends)
     import select
-    parts, ends = [], time.monotonic() + STDIN_WAIT_S
+
     try:
-        # select() on Windows knows sockets only.
-        while os.name == "nt" or select.select(
-                [0], [], [], max(0.0, ends - time.monotonic()))[0]:
+        while size <= STDIN_MAX_BYTES:
+            left = max(0.0, ends - time.monotonic())
+            if not select.select([0], [], [], left)[0] or not left:
+                break
             part = os.read(0, 1 << 20)
             if not part:
                 break
-            parts += [part] if keep else []
+            size += len(part)
+            if keep:
+                parts.append(part)
     except OSError:
         pass
-    return b"".join(parts)
+    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
 
-def inside(path, directory):
+
+def read_stdin_in_thread(ends: float) -> bytes:
+    """The same where select() knows sockets only (Windows)."""
+    import threading
+
+    parts: list[bytes] = []
+
+    def read() -> None:
+        while time.monotonic() < ends and sum(map(len, parts)) <= STDIN_MAX_BYTES:
+            try:
+                part = os.read(0, 1 << 20)
+            except OSError:
+                return
+            if not part:
+                return
+            parts.append(part)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(max(0.0, ends - time.monotonic()))
+    found = b"".join(parts)
+    return found if len(found) <= STDIN_MAX_BYTES else b""
+
+
+def inside(path: str, directory: str) -> bool:
     """Whether `path` is `directory` or below it."""
     for resolve in (os.path.normpath, os.path.realpath):  # /tmp is a link on macOS
         top = resolve(directory).rstrip(os.sep) + os.sep
@@ -541,7 +1039,8 @@ def inside(path, directory):
             return True
     return False
 
-def main_repository(directory):
+
+def main_repository(directory: str) -> str:
     """Of a git worktree its repository's name, else "". A worktree's .git is a file:
     `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
     try:
@@ -556,176 +1055,342 @@ def main_repository(directory):
         return os.path.basename(top)
     return name[:-4] if name.endswith(".git") else name
 
-def project_of(event, settings):
+
+def project_of(event: Fields, settings: Settings) -> str:
     """The project's name; neither a `cd src` nor a worktree makes another project."""
+    if settings.project:
+        return settings.project
     cwd = event.get("cwd") if isinstance(event.get("cwd"), str) else ""
     top, name = settings.environ.get("CLAUDE_PROJECT_DIR"), ""
     try:
         directory = top if cwd and top and inside(cwd, top) else cwd
-        if directory and not settings.project:
+        if directory:
             name = os.path.normpath(directory).replace("\\", "/").split("/")[-1]
             name = main_repository(directory) or name
     except (OSError, ValueError):
         pass  # a NUL in it
     name = clean(name)
-    return settings.project or (name if name.strip(" .") else "unknown")
+    return name if name.strip(" .") else "unknown"
 
-def local_of(event, settings, ping):
+
+def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
     """What the sender needs for the ping's usage and never sends; {}: no usage."""
     transcript, agent = event.get("transcript_path"), event.get("agent_transcript_path")
-    if not (settings.usage and "session_id" in ping and isinstance(transcript, str)
-            and transcript.endswith(".jsonl")):
+    if not (settings.usage and "session_id" in ping and opens(transcript)):
         return {}
-    local = {"transcript": transcript, "git": settings.git}
-    return dict(local, agent_transcript=agent) if isinstance(agent, str) else local
+    local: Fields = {"transcript": transcript, "git": settings.git}
+    if not settings.tool_names:
+        local["tool_names"] = False
+    if opens(agent):
+        local["agent_transcript"] = agent
+    return local
 
-def registered_elsewhere(event, environ):
-    """Whether, run as a plugin, a settings file runs this script for the same event."""
-    config = absolute(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
-    project = os.path.join(environ.get("CLAUDE_PROJECT_DIR") or config, ".claude")
-    if not (environ.get("CLAUDE_PLUGIN_ROOT") and environ.get("TELEMHQ_PING_URL")):
-        return False  # without that variable, the settings' one would send nothing
-    for path in (os.path.join(config, "settings.json"),
-                 os.path.join(project, "settings.json"),
-                 os.path.join(project, "settings.local.json")):
-        try:
-            groups = read_object(path, 1 << 20)["hooks"][event["hook_event_name"]]
-            if "telemhq_ping.py" in encode_json(groups):
+
+def opens(path: object) -> bool:
+    """Whether a path in an event may be a transcript's."""
+    return (
+        isinstance(path, str)
+        and path.endswith(".jsonl")
+        and len(path) <= PATH_MAX_CHARS
+    )
+
+
+def names_script(command: str) -> bool:
+    """Whether a hook's command runs this script, as a file or by import. (Without re:
+    the hook of a plugin asks this, too.)"""
+
+    def in_a_word(neighbour: str) -> bool:
+        return neighbour.isalnum() or neighbour in ("_", "-", ".")
+
+    for spelled in (SCRIPT, "import telemhq_ping"):
+        before, found, after = command.partition(spelled)
+        while found:
+            if not in_a_word(before[-1:]) and not in_a_word(after[:1]):
                 return True
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
+            before, found, after = after.partition(spelled)
     return False
 
-def start_sender(lock, environ):
+
+def registered_elsewhere(event: Fields, environ: dict[str, str]) -> bool:
+    """Whether, run as a plugin, a settings file runs this script for the same event."""
+    if not (environ.get("CLAUDE_PLUGIN_ROOT") and environ.get("TELEMHQ_PING_URL")):
+        return False  # without that variable, the settings' one would send nothing
+    config = absolute(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
+    project = os.path.join(environ.get("CLAUDE_PROJECT_DIR") or config, ".claude")
+    for path in (
+        os.path.join(config, "settings.json"),
+        os.path.join(project, "settings.json"),
+        os.path.join(project, "settings.local.json"),
+    ):
+        try:  # the file may be a link into somebody's dotfiles
+            hooks = read_object(os.path.realpath(path), 1 << 20)["hooks"]
+            groups = hooks[event["hook_event_name"]]
+            if any(names_script(h["command"]) for g in groups for h in g["hooks"]):
+                return True
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return False
+
+
+def sender_command(*arguments: str) -> list[str]:
+    """The command of a sender: a fresh interpreter that imports this file."""
+    directory, name = os.path.split(os.path.abspath(__file__))
+    start = (
+        "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
+    )
+    python = [sys.executable, "-I", "-S", "-X", "lazy_imports=all", "-c", start]
+    return [*python, directory, name[: -len(".py")], *arguments]
+
+
+def start_sender(lock: Lock, environ: dict[str, str]) -> None:
     """Start the detached sender and hand it the lock; it outlives the hook. A fresh
     interpreter, for urllib crashes in a forked process on macOS. In its own session and
     with no descriptor but the lock: Claude Code kills groups and families, and waits
     for the end of its pipes."""
-    script = os.path.abspath(__file__)
-    command = [sys.executable, "-I", "-S", script, "--sender", str(lock)]
-    if os.name == "nt":  # unrun; descriptors are not inherited there
-        import subprocess
-        drop_lock(lock)
-        flags = subprocess.DETACHED_PROCESS | subprocess.CREATE_NEW_PROCESS_GROUP
-        null = subprocess.DEVNULL
-        subprocess.Popen(command[:-1] + ["-1"], stdin=null, stdout=null, stderr=null,
-                         creationflags=flags, cwd=os.path.dirname(script), env=environ)
+    if os.name == "nt":
+        start_sender_on_windows(lock, environ)
         return
     os.chdir("/")  # keep no project's directory busy
+    command = sender_command("detached", str(lock.fd))
+    if not hasattr(os, "posix_spawn"):  # PyPy, Termux
+        start_sender_by_subprocess(command, lock, environ)
+        return
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a container without /proc
-        inherited = range(256)
+        inherited = list(range(256))
     for fd in inherited:
         try:
-            os.set_inheritable(fd, fd in (0, 1, 2, lock))
+            os.set_inheritable(fd, fd in (0, 1, 2, lock.fd))
         except OSError:
-            pass  # not open, or the listing's own
+            continue  # not open, or the listing's own
     null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
-    how = {"file_actions": null, "setsigdef": [15]}  # SIGTERM, if our shell ignored it
+    signals = [2, 15]  # SIGINT, which we ignore, and SIGTERM, if our shell does
+    start = os.posix_spawn
     try:
-        os.posix_spawn(command[0], command, environ, setsid=True, **how)
-    except NotImplementedError:  # the sender calls setsid() itself
-        os.posix_spawn(command[0], command, environ, **how)
+        start(
+            command[0],
+            command,
+            environ,
+            file_actions=null,
+            setsigdef=signals,
+            setsid=True,
+        )
+    except (
+        NotImplementedError,
+        OSError,
+    ):  # macOS before 10.15: it calls setsid() itself
+        start(command[0], command, environ, file_actions=null, setsigdef=signals)
 
-def hook(settings, tell):
-    """The event on stdin becomes a ping in the outbox; Skipped says why it did not."""
-    ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
-    os.umask(0o077)
-    for text in settings.ignored:
-        tell(text)
+
+def start_sender_by_subprocess(
+    command: list[str], lock: Lock, environ: dict[str, str]
+) -> None:
+    """The same where Python has no posix_spawn. SIGTERM: the sender resets it."""
+    import subprocess
+
+    subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=[lock.fd] if lock.fd >= 0 else [],
+        start_new_session=True,
+        env=environ,
+    )
+
+
+def start_sender_on_windows(lock: Lock, environ: dict[str, str]) -> None:
+    """The same on Windows, where no descriptor is inherited: it locks for itself."""
+    import subprocess
+
+    lock.release()
+    flags = 0x00000008 | 0x00000200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+    subprocess.Popen(
+        sender_command("detached", "-1"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        creationflags=flags,
+        cwd=os.path.dirname(os.path.abspath(__file__)),
+        env=environ,
+    )
+
+
+def deliver_in_foreground(
+    outbox: Outbox, name: str, settings: Settings, ends: float, tell: Tell
+) -> None:
+    """Run a sender and wait for it, until `ends` (monotonic): no longer, whatever it
+    meets, for a sender may be killed at any instant."""
+    import subprocess
+
+    left = max(0.5, ends - time.monotonic())
     try:
-        destination = find_destination(settings)
-    except Skipped:
-        read_stdin(keep=False)
-        raise
-    raw = read_stdin(keep=True)
+        subprocess.run(
+            sender_command("foreground", f"{left:.3f}", name),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=None if settings.debug else subprocess.DEVNULL,
+            env=settings.environ,
+            timeout=left,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        tell("the time is over")
+    if os.path.exists(outbox.file(name)):
+        tell("the ping waits in the outbox; a later hook delivers it")
+
+
+def event_on_stdin() -> tuple[Fields, int]:
+    """(event, its size in bytes); Skipped when there is none."""
+    raw = read_stdin()
     try:
         event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
     except ValueError:
         event = None
     if not isinstance(event, dict):
         raise Skipped("stdin held no JSON object, which Claude Code would send")
+    return event, len(raw)
+
+
+def report_event(settings: Settings, tell: Tell) -> None:
+    """The event on stdin becomes a ping in the outbox; Skipped says why it did not."""
+    ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
+    for text in settings.ignored:
+        tell(text)
+    try:
+        tracker = find_tracker(settings)
+        outbox = outbox_of(settings, tracker)
+    except Skipped:
+        read_stdin(keep=False)
+        raise
+    event, event_bytes = event_on_stdin()
     if registered_elsewhere(event, settings.environ):
         raise Skipped("a settings file runs this script for the event, too")
-    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
-    base = destination.directory(settings.state_dir)
-    need_sound(settings.state_dir, base)
-    path = ping_file(base, ns, ping["event_id"])
+    ping = make_ping(event, settings, project_of(event, settings), ns, event_bytes)
+    outbox.need_sound()
     try:
-        write_object(path, {"ping": ping, "local": local_of(event, settings, ping)})
+        name = outbox.put(ns, ping, local_of(event, settings, ping))
     except OSError as error:
-        raise Skipped("cannot write to %s: %s" % (base, error.strerror)) from None
-    tell("%s %s is in the outbox" % (ping.get("event"), ping["event_id"]))
+        raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
+    tell(f"{ping.get('event')} {ping['event_id']} is in the outbox")
     if settings.foreground:
-        bring(SENDER)
-        deliver_here(destination, base, settings, ends, tell)
-        if os.path.exists(path):
-            tell("the ping waits in the outbox; a later hook delivers it")
-    elif not backoff_left_s(load_state(base), time.time()):
-        lock = take_lock(base)
+        deliver_in_foreground(outbox, name, settings, ends, tell)
+    elif not outbox.state().backoff_left_s(time.time()):
+        lock = outbox.take_lock()
         if lock is not None:  # busy: a sender runs, and will see the file
             start_sender(lock, settings.environ)
 
-def bring(text):
-    """Compile SENDER or COMMANDS into this module, under this file's line numbers."""
+
+def open_missing_descriptors() -> None:
+    """Open those of 0, 1, 2 that are closed: or a file of ours would be our stdin."""
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def silent(_: str) -> None:
+    """Tell nobody."""
+
+
+def tell_on_stderr(text: str) -> None:
+    """Tell a person who set TELEMHQ_HOOK_DEBUG."""
     try:
-        with open(__file__, encoding="utf-8") as file:
-            above = file.read().partition(text)[0].count("\n")
+        os.write(2, f"TelemHQ hook{text}\n".encode("utf-8", "backslashreplace"))
     except OSError:
-        above = 0  # the file was removed meanwhile
-    exec(compile("\n" * above + text, __file__, "exec"), globals())
+        pass
 
-def run_for_claude_code(arguments):
-    """Hook or sender; never fails, never returns, prints only in debug mode."""
-    settings = None
 
-    def tell(text, label="TelemHQ hook: "):
-        if settings and settings.debug:
-            try:
-                os.write(2, (label + text + "\n").encode("utf-8", "backslashreplace"))
-            except OSError:
-                pass
-
+def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
+    """Hook or sender, to the end of the process: never fails, prints only in debug
+    mode. This is the one broad boundary: Claude Code never notices."""
+    tell: Tell = silent
     try:
-        for fd in (0, 1, 2):
-            try:
-                os.fstat(fd)
-            except OSError:  # closed: or the next file that we open would be our stdin
-                os.open(os.devnull, os.O_RDWR)
+        open_missing_descriptors()
+        os.umask(0o077)
         settings = Settings(dict(os.environ))
+        if settings.debug:
+            tell = tell_on_stderr
         if sys.version_info < (3, 8):
             raise Skipped("it needs Python 3.8 or newer")
-        if arguments:
-            bring(SENDER)
-            run_sender(int(arguments[1]), settings)
-        else:
-            hook(settings, tell)
+        work(settings, lambda text: tell(": " + text))
     except Skipped as reason:
-        tell(str(reason), "TelemHQ hook skipped: ")
-    except BaseException as error:  # the promise: Claude Code never notices
-        tell(repr(error), "TelemHQ hook skipped: ")
+        tell(f" skipped: {reason}")
+    except BaseException as error:
+        tell(f" skipped: {error!r}")
     os._exit(0)
 
+
+def bytecode_is_ours() -> bool:
+    """Whether the bytecode that runs is that of the file as it stands.
+
+    Python compares the source's time and size only, which two versions may share (cp
+    -p); and under a umask of 000 it makes a directory in which anybody may put some.
+    """
+    spec = __spec__ if __name__ != "__main__" else None
+    cached = spec.cached if spec else None
+    if not cached or os.name == "nt":
+        return True
+    directory = os.path.dirname(cached)
+    try:
+        kept, source = os.stat(cached), os.stat(__file__)
+        ours, beside = os.stat(directory), os.stat(os.path.dirname(directory))
+    except OSError:
+        return True  # none is kept
+    if ours.st_mode & ~beside.st_mode & 0o022:
+        try:
+            os.chmod(directory, stat.S_IMODE(ours.st_mode) & ~0o022)
+        except OSError:
+            pass
+        remove(cached)
+        return False
+    if source.st_ctime_ns > kept.st_ctime_ns:
+        remove(cached)
+        return False
+    return True
+
+
+def remove_damaged_bytecode() -> None:
+    """Python never recovers from a truncated .pyc, which a full disk may leave: the
+    settings' command then runs us as a script, and no sender could be imported."""
+    import marshal
+    from importlib.util import cache_from_source
+
+    cached = cache_from_source(os.path.abspath(__file__))
+    try:
+        with open(cached, "rb") as file:
+            content = file.read()
+        marshal.loads(content[16:])
+    except OSError:
+        pass  # there is none
+    except (EOFError, ValueError, TypeError):
+        remove(cached)
+
+
+def hook() -> NoReturn:
+    """What Claude Code runs."""
+    try:
+        if __name__ == "__main__":
+            remove_damaged_bytecode()
+        elif not bytecode_is_ours():
+            os.execv(sys.executable, [sys.executable, "-I", "-S", __file__])
+    except Exception:
+        pass  # then with what is there
+    run_for_claude_code(report_event)
+
+
 # ======================================================================================
-# Nothing below this line runs while Claude Code waits, unless TELEMHQ_FOREGROUND or
-# TELEMHQ_HOOK_DEBUG has the hook deliver by itself. What follows is two texts, compiled
-# where they are used: Python compiles a script at every run, and with them each hook
-# would take half as long again. First SENDER, the code of the detached process.
+# All above runs while Claude Code waits; all below in the background, in a sender.
+# (Foreground and debug mode: Claude Code waits for the sender as well.)
 # ======================================================================================
 
-SENDER = r'''
-import threading
-from calendar import timegm
+
+# -- Accounts: tokens, charged once ----
 from collections import Counter
 from datetime import datetime
-from email.utils import parsedate
-from http.client import HTTPException
-from random import uniform
-from urllib import request
-from urllib.error import URLError
 
-# -- Usage: tokens from the transcript, charged once (by the sender only) --------------
 
 USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
 LAG_S, POLL_S = 2.0, 0.05  # a turn's last row comes up to 0.1 s after its Stop fired
@@ -738,12 +1403,21 @@ COUNTS = {  # the ping's name: the transcript's, the ledger's
     "input_tokens": ("input_tokens", "inputTokens"),
     "output_tokens": ("output_tokens", "outputTokens"),
     "cached_input_tokens": ("cache_read_input_tokens", "cacheReadInputTokens"),
-    "cache_creation_input_tokens":
-        ("cache_creation_input_tokens", "cacheCreationInputTokens"),
-    "reasoning_tokens": ("thinking_tokens", "thinkingTokens")}
+    "cache_creation_input_tokens": (
+        "cache_creation_input_tokens",
+        "cacheCreationInputTokens",
+    ),
+    "reasoning_tokens": ("thinking_tokens", "thinkingTokens"),
+}
 NOTHING = {  # read and not yet charged
-    "models": {}, "tools": {}, "tool_calls": 0, "tool_failures": 0, "final": []}
+    "models": {},
+    "tools": {},
+    "tool_calls": 0,
+    "tool_failures": 0,
+    "final": [],
+}
 NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"promptId"')
+
 
 def lines_that_matter(fd, offset):
     """The whole lines behind `offset` that may hold a count, by their bytes. Yields
@@ -771,9 +1445,11 @@ def lines_that_matter(fd, offset):
         yield offset, b""
         block = os.read(fd, BLOCK_BYTES)
 
+
 def copy_of(value):
     """A deep copy of a JSON value."""
     return decode_json(encode_json(value))
+
 
 def counts_of(found, column):
     """Counter of a row's usage (column 0) or of a model's entry in the ledger (1)."""
@@ -782,13 +1458,16 @@ def counts_of(found, column):
     given = {name: found.get(names[column]) for name, names in COUNTS.items()}
     return Counter({name: int(n) for name, n in given.items() if number(n)})
 
+
 def add(models, name, more):
     """Add a Counter to a model's."""
     models[name] = Counter(models.get(name)) + more
 
+
 def summed(*parts):
     """The sum over all models of all `parts` (model -> counts)."""
     return sum((Counter(n) for part in parts for n in part.values()), Counter())
+
 
 def new_account(ping, local, at):
     """An account as its first event opens it. Rows older than `since` are history; so
@@ -803,23 +1482,39 @@ def new_account(ping, local, at):
     start = ping.get("source") if first == "SessionStart" else None
     known = start in ("startup", "clear", "resume", "fork") or first == "SessionEnd"
     names = ("project", "machine", "session_id", "cwd_hash", "transcript_path_hash")
-    return {"since": at if start in ("resume", "fork") else 0, "first": first,
-            "prompt_by": 0 if known else at, "whole": True, "ended": False,
-            "last_at": at, "transcript": local["transcript"], "files": {}, "owed": [],
-            "model": "", "branch": "", "prompts": [], "reported": {}, "charged": {},
-            "ledger": {}, "cost": 0, **copy_of(NOTHING),
-            "identity": {name: ping[name] for name in names if name in ping}}
+    return {
+        "since": at if start in ("resume", "fork") else 0,
+        "first": first,
+        "prompt_by": 0 if known else at,
+        "whole": True,
+        "ended": False,
+        "last_at": at,
+        "transcript": local["transcript"],
+        "files": {},
+        "owed": [],
+        "model": "",
+        "branch": "",
+        "prompts": [],
+        "reported": {},
+        "charged": {},
+        "ledger": {},
+        "cost": 0,
+        **copy_of(NOTHING),
+        "identity": {name: ping[name] for name in names if name in ping},
+    }
+
 
 def make_history(account, at):
     """Forget what was counted: it stands before the account's beginning, `at`."""
     account["whole"] = account["whole"] and not account["models"]
     account.update(copy_of(NOTHING), since=at)
 
+
 def count_message(account, row, relative, at):
     """Count an assistant row: its message's tokens, once, and its tool calls."""
     message, session = row["message"], row.get("sessionId")
     key, model = message["id"], message["model"]
-    if not identifier(key) or not GATE["model"](model) or row.get("isApiErrorMessage"):
+    if not identifier(key) or not model_name(model) or row.get("isApiErrorMessage"):
         return  # <synthetic>: the client's own words
     if row.get("requestSessionId", session) != session or 0 < at < account["since"]:
         account["whole"] = False  # copied from another session, or history
@@ -848,9 +1543,10 @@ def count_message(account, row, relative, at):
                 account["tools"][name] = account["tools"].get(name, 0) + 1
     if main:
         branch = row.get("gitBranch") if account.get("git") else ""
-        account.update(model=model, branch=branch if GATE["git_branch"](branch) else "")
+        account.update(model=model, branch=branch if branch_name(branch) else "")
     if message.get("stop_reason") not in (None, "tool_use") and (main or relative):
         account["final"].append(relative)
+
 
 def count_user(account, row, relative, at, until):
     """Count a user row: failed tools; or note that a prompt begins a turn. False when
@@ -861,14 +1557,19 @@ def count_user(account, row, relative, at, until):
         if not 0 < at < account["since"]:
             failed = [block for block in blocks if block.get("is_error") is True]
             account["tool_failures"] += len(failed)
-    elif not (relative or row.get("isSidechain") or row.get("isMeta")
-              or row.get("isCompactSummary")):
+    elif not (
+        relative
+        or row.get("isSidechain")
+        or row.get("isMeta")
+        or row.get("isCompactSummary")
+    ):
         if at > until - LAG_S:
             return False
         if 0 < at <= account["prompt_by"]:
             make_history(account, at)
         account["prompts"] = account["prompts"][-7:] + [at]
     return True
+
 
 def count_line(account, line, relative, until):
     """Count one line; False when it was stamped after `until`, seconds since 1970."""
@@ -885,12 +1586,13 @@ def count_line(account, line, relative, until):
             return count_user(account, row, relative, at, until)
         elif row["type"] == "cost-state" and not relative:
             used = row["modelUsage"].items()
-            models = {name: counts_of(n, 1) for name, n in used if GATE["model"](name)}
+            models = {name: counts_of(n, 1) for name, n in used if model_name(name)}
             cost = row["totalCostUSD"] if number(row["totalCostUSD"]) else 0
             account["ledger"] = {"models": models, "cost": cost}
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         pass  # an internal format that may change: what is not understood, not counted
     return True
+
 
 def read_transcript(account, relative, until, ends):
     """Count what a transcript has gained. relative: "" for the session's own, else a
@@ -917,13 +1619,17 @@ def read_transcript(account, relative, until, ends):
     finally:
         os.close(fd)
 
+
 def read_session(account, until, ends):
     """Count what a session's transcripts have gained; whether there is one to read. Its
     own comes first: it tells where history ends."""
     top = account["transcript"][:-6]  # without .jsonl
-    files = [os.path.relpath(os.path.join(directory, name), top)
-             for directory, _, names in os.walk(os.path.join(top, "subagents"))
-             for name in names if name.startswith("agent-") and name.endswith(".jsonl")]
+    files = [
+        os.path.relpath(os.path.join(directory, name), top)
+        for directory, _, names in os.walk(os.path.join(top, "subagents"))
+        for name in names
+        if name.startswith("agent-") and name.endswith(".jsonl")
+    ]
     for relative in [""] + sorted(files):
         try:
             read_transcript(account, relative, until, ends)
@@ -931,6 +1637,7 @@ def read_session(account, until, ends):
             if not relative:
                 return False
     return True
+
 
 def settle(account):
     """Add what the client's ledger has more (compaction and titles are calls of no
@@ -947,10 +1654,12 @@ def settle(account):
     account["cost"] = max(ledger["cost"], account["cost"])
     return cost
 
+
 def named(counts):
     """Counts as a ping has them: all of COUNTS, and the total."""
     found = {name: counts[name] for name in COUNTS}
     return dict(found, total_tokens=sum(found.values()) - found["reasoning_tokens"])
+
 
 def take_usage(account):
     """The usage fields of what was read since the last charge; now it is reported."""
@@ -958,8 +1667,11 @@ def take_usage(account):
     models = {name: counts for name, counts in models.items() if counts}
     for name, counts in models.items():
         add(account["reported"], name, counts)
-    fields = dict(named(summed(models)), tool_calls=account["tool_calls"],
-                  tool_failures=account["tool_failures"])
+    fields = dict(
+        named(summed(models)),
+        tool_calls=account["tool_calls"],
+        tool_failures=account["tool_failures"],
+    )
     if models and list(models) != [account["model"]]:
         fields["models"] = {name: named(counts) for name, counts in models.items()}
     if account["tools"]:
@@ -972,6 +1684,7 @@ def take_usage(account):
         position[2:] = [dict(list(ids.items())[-SEEN_MAX:]) for ids in position[2:]]
     return fields
 
+
 def usage_of(account, ping, local, at, ends, patient):
     """Usage fields since the session's last such ping; {}: no transcript can be read.
     Waits, if `patient`, until the event is LAG_S old for what the client writes after
@@ -981,7 +1694,8 @@ def usage_of(account, ping, local, at, ends, patient):
     if event == "SubagentStop":
         awaited = os.path.relpath(local.get("agent_transcript") or top, top)
     expects = event in ("Stop", "SessionEnd") or (
-        event == "SubagentStop" and os.path.isfile(os.path.join(top, awaited)))
+        event == "SubagentStop" and os.path.isfile(os.path.join(top, awaited))
+    )
     until = float("inf") if event == "SessionEnd" else at + LAG_S
     give_up = min(time.monotonic() + min(LAG_S, at + LAG_S - time.time()), ends)
     while True:
@@ -1004,6 +1718,7 @@ def usage_of(account, ping, local, at, ends, patient):
         fields["git_branch"] = account["branch"]
     return fields
 
+
 def load_account(path):
     """An account, or None when there is none."""
     try:
@@ -1011,27 +1726,22 @@ def load_account(path):
     except (OSError, ValueError):
         return None
 
-def charge(base, path, record, ends, foreground):
-    """The ping of an outbox file (`record` at `path`), with its usage in it.
 
-    The order makes it exact: the account is committed together with which ping was
-    charged what; then the ping's file is rewritten; then it may be sent. Whoever comes
-    after a crash finds the same charge, so that it is neither lost nor doubled.
-    """
-    ping, local, at = record["ping"], record["local"], ns_of(path) / 1e9
-    name = sha256_hex(ping["session_id"].encode())[:16] + ".json"
-    account_path = os.path.join(base, "accounts", name)
+def charge(outbox, name, ping, local, ends, patient):
+    path, at = outbox.file(name), ns_of(name) / 1e9
+    account_path = outbox.account_path(ping["session_id"])
+    os.makedirs(os.path.dirname(account_path), 0o700, exist_ok=True)
     found = load_account(account_path)
     account = found or new_account(ping, local, at)
     if ping.get("event") not in USAGE_EVENTS:
         if found and not found["ended"]:
-            os.utime(account_path)  # not quiet, for the sweep
+            os.utime(account_path)
         else:
             write_object(account_path, dict(account, ended=False))
         return ping
     event_id = ping["event_id"]
     if event_id not in account["charged"]:
-        patient = not foreground or ping.get("reason") != "clear"  # it awaits our end
+        patient = patient or ping.get("reason") != "clear"
         fields = usage_of(account, ping, local, at, ends, patient)
         charged = dict(list(account["charged"].items())[-15:], **{event_id: fields})
         account.update(charged=charged, ended=ping["event"] == "SessionEnd", last_at=at)
@@ -1040,12 +1750,11 @@ def charge(base, path, record, ends, foreground):
     try:
         write_object(path, {"ping": ping, "local": {}})
     except OSError:
-        pass  # a full disk: a repeat finds the same charge in the account
+        pass
     return ping
 
-def report_lost(base, path, ends):
-    """One ping of what a session had used that ended without a word (kill -9, power).
-    path: its account's; committed first, so that a crash cannot make two pings."""
+
+def report_lost(outbox, path, settings, ends):
     account = load_account(path) or {"ended": True, "owed": []}
     if not account["owed"] and not account["ended"]:
         read_session(account, float("inf"), min(time.monotonic() + READ_S, ends))
@@ -1053,769 +1762,1761 @@ def report_lost(base, path, ends):
             fields = dict(account["identity"], **take_usage(account))
             mark = fields["session_id"] + encode_json(account["reported"])
             ns, event_id = int(account["last_at"] * 1e9), sha256_hex(mark.encode())[:32]
-            fields.update(ORIGIN, event="SessionLost", event_id=event_id,
-                          timestamp=iso_time(ns), status="success",
-                          usage_complete=False)
-            account["owed"] = [ping_file(base, ns, event_id), gate(fields)]
+            fields.update(
+                ORIGIN,
+                event="SessionLost",
+                event_id=event_id,
+                timestamp=iso_time(ns),
+                status="success",
+                usage_complete=False,
+            )
+            name = "%020d-%s.json" % (ns, event_id)
+            account["owed"] = [outbox.file(name), gate(fields)]
             write_object(path, account)
     if account["owed"]:
         write_object(account["owed"][0], {"ping": account["owed"][1], "local": {}})
         write_object(path, dict(account, owed=[]))
 
+
 # -- Delivery: one request, one verdict ------------------------------------------------
 
-DELIVERED, RETRY, HOLD, REFUSED = "delivered", "retry", "hold", "refused"
-HOLD_STATUS = (401, 402, 403, 404, 405, 407, 410, 451)  # the URL or token, not the ping
-RETRY_STATUS = (408, 425, 429)
+DELIVERED, NOT_NOW, RETRY, HOLD, REFUSED = (
+    "delivered",
+    "not now",
+    "retry",
+    "hold",
+    "refused",
+)
+VERDICTS = {  # of statuses that do not go with their hundred
+    **dict.fromkeys((408, 425, 429), NOT_NOW),  # the tracker's own word: later
+    409: RETRY,  # the same ping's first try is still at work
+    **dict.fromkeys((401, 402, 403, 404, 405, 407, 410, 451), HOLD),  # URL or token
+}
+VERDICTS_BY_HUNDRED = {2: DELIVERED, 3: HOLD, 4: REFUSED}
+INTERIM_MAX = 100  # answers before the answer; the watchdog ends what goes on
 
-def verdict_of(status):
+
+class Answer:
+    """What became of one request.
+
+    what: for a person. retry_after: the header's text, or None. may_blame: whether the
+    ping itself may be the cause, and not only the way to the tracker.
+    """
+
+    def __init__(
+        self,
+        verdict: str,
+        what: str,
+        retry_after: str | None = None,
+        may_blame: bool = False,
+    ) -> None:
+        self.verdict, self.what = verdict, what
+        self.retry_after, self.may_blame = retry_after, may_blame
+
+
+def verdict_of(status: int) -> str:
     """What becomes of a ping that was answered with this HTTP status."""
-    if 200 <= status < 300:
-        return DELIVERED
-    if 300 <= status < 400 or status in HOLD_STATUS:
-        return HOLD
-    return REFUSED if 400 <= status < 500 and status not in RETRY_STATUS else RETRY
+    return VERDICTS.get(status) or VERDICTS_BY_HUNDRED.get(status // 100, RETRY)
 
-def retry_after_s(text, now):
+
+def retry_after_s(text: str | None, now: float) -> float:
     """Seconds that a Retry-After asks for (RFC 9110, 10.2.3), 0 when it is unusable."""
     text = (text or "").strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:20]), RETRY_AFTER_MAX_S)
+    from calendar import timegm
+    from email.utils import parsedate
+
     try:
-        digits = text.isascii() and text.isdigit()
-        wait = float(text[:20]) if digits else timegm(parsedate(text)) - now
+        date = parsedate(text)
+        wait = timegm(date) - now if date else 0.0
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
     return min(max(wait, 0.0), RETRY_AFTER_MAX_S)
 
-def backoff_s(verdict, failures, retry_after, now):
+
+def backoff_s(
+    verdict: str, failures: int, retry_after: str | None, now: float
+) -> float:
     """Seconds to wait after the n-th failure in a row: jittered, for machines must not
     come back together, and not before the server asked for."""
+    from random import uniform
+
     power, asked = 2.0 ** min(failures, 20), retry_after_s(retry_after, now)
-    wait = uniform(2, min(BACKOFF_MAX_S, 2 * power))
-    if verdict == HOLD:
-        wait = min(HOLD_S[0] * power / 2, HOLD_S[1])
+    if verdict in (HOLD, REFUSED):
+        wait = min(HOLD_S[0] * power / 2, HOLD_S[1]) * uniform(0.5, 1)
+    else:
+        wait = uniform(2, min(BACKOFF_MAX_S, 2 * power))
     if asked:
         wait = max(wait, min(asked + uniform(0, 1 + asked / 10), RETRY_AFTER_MAX_S))
     return wait
 
-def make_opener(url):
+
+def make_opener(url: str) -> OpenerDirector:
     """An opener that can do no more than it must: no redirects (urllib would turn the
     POST into a GET without a body, and call its 200 a success), no other schemes; the
     environment's proxies, but never for loopback; TLS verified."""
+    from urllib import request
+
     opener = request.OpenerDirector()
     opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
     if url.lower().startswith("https") and hasattr(request, "HTTPSHandler"):
         from ssl import create_default_context
+
         opener.add_handler(request.HTTPSHandler(context=create_default_context()))
     if not loopback(split_url(url)[1]):
         opener.add_handler(request.ProxyHandler(request.getproxies_environment()))
     return opener
 
-def post(opener, url, headers, body, timeout_s):
-    """POST bytes: (verdict, what for a person, Retry-After or None, whether the ping
-    itself may be the cause). Of the response one buffer is read, at most."""
+
+def post(opener: OpenerDirector, sent: Request, timeout_s: float) -> Answer:
+    """POST a request (GET, if it has no body). Of the response one buffer is read, at
+    most."""
+    from http.client import HTTPException
+    from urllib import request
+    from urllib.error import URLError
+
     try:
-        post_it = request.Request(url, body, headers, method="POST")
-        with opener.open(post_it, timeout=timeout_s) as response:
-            status, asked = response.status, response.headers.get("Retry-After")
-        return verdict_of(status), "HTTP %d" % status, asked, status >= 500
-    except (AttributeError, TypeError):  # no response: no handler took an https URL
-        return HOLD, "this Python was built without TLS", None, False
-    except (OSError, HTTPException, ValueError) as error:
-        # urllib wraps what fails up to the end of sending, and nothing after that.
-        connected = not isinstance(error, URLError)
-        cause = error if connected else error.reason
-    ssl, what = sys.modules.get("ssl"), getattr(cause, "strerror", "")
-    what = "timed out" if "timed out" in str(cause) else what or type(cause).__name__
-    if ssl and isinstance(cause, ssl.SSLError) and "EOF" not in str(cause):
-        return HOLD, "TLS: %s" % (getattr(cause, "reason", "") or what), None, False
-    proxy = str(cause).partition("Tunnel connection failed: ")[2][:3]
+        posted = request.Request(sent.url, sent.body, sent.headers)
+        response = opener.open(posted, timeout=timeout_s)
+        if response is None:  # no handler took an https URL
+            return Answer(HOLD, "this Python was built without TLS")
+        with response:
+            return answer_of(response)
+    except URLError as error:  # urllib wraps what fails up to the end of sending
+        return no_connection(error.reason)
+    except (OSError, HTTPException, ValueError) as error:  # and nothing after that
+        return no_connection(error, RETRY)
+
+
+def answer_of(response: Any) -> Answer:
+    """What a response says. Interim ones (102, 103) come before it: http.client skips
+    100 only."""
+    for _ in range(INTERIM_MAX):
+        if not 100 <= response.status < 200 or response.status == 101:
+            break
+        response.headers = None
+        response.begin()
+    status, asked = response.status, response.headers.get("Retry-After")
+    verdict = verdict_of(status)
+    may_blame = verdict in (RETRY, HOLD, REFUSED)
+    if status == 503 and retry_after_s(asked, time.time()):
+        may_blame = False  # it speaks for itself
+    return Answer(verdict, f"HTTP {status}", asked, may_blame)
+
+
+def no_connection(cause: object, verdict: str = NOT_NOW) -> Answer:
+    """What it means that there was no answer. verdict: RETRY when there was a
+    connection, so that the ping may be the cause."""
+    ssl, text = sys.modules.get("ssl"), str(cause)
+    what = getattr(cause, "strerror", "") or type(cause).__name__
+    if "timed out" in text:
+        what = "timed out"
+    if ssl and isinstance(cause, ssl.SSLError) and "EOF" not in text:
+        return Answer(HOLD, f"TLS: {getattr(cause, 'reason', '') or what}")
+    proxy = text.partition("Tunnel connection failed: ")[2][:3]
     if proxy.isdigit():  # a proxy's status says nothing against the ping
-        verdict = RETRY if verdict_of(int(proxy)) == RETRY else HOLD
-        return verdict, "proxy: HTTP " + proxy, None, False
-    return RETRY, str(what), None, connected
+        passing = verdict_of(int(proxy)) in (NOT_NOW, RETRY)
+        return Answer(NOT_NOW if passing else HOLD, f"proxy: HTTP {proxy}")
+    return Answer(verdict, what, None, verdict == RETRY)
+
 
 # -- Sender: empties one outbox --------------------------------------------------------
 
+BURSTS = (  # events of which another may follow within seconds
+    "PreToolUse PostToolUse PostToolUseFailure PostToolBatch PermissionRequest "
+    "PermissionDenied SubagentStart"
+).split()
+
+
 class Sender:
-    """Delivers from one outbox, detached or inside a hook. ends: monotonic, when this
-    life is over. tell: a function of a line of text, for a person."""
+    """Delivers from one outbox. ends: monotonic, when this life is over. tell: for a
+    person. patient: whether to await what the client writes after its event. status:
+    the exit status when the watchdog ends the process."""
 
-    status = 0  # the exit status when the watchdog ends the process
-
-    def __init__(self, destination, base, settings, ends, tell):
-        self.destination, self.base, self.settings = destination, base, settings
-        self.ends, self.tell, self.tried = ends, tell, set()  # names that failed
-        self.state, self.opener = load_state(base), make_opener(destination.url)
+    def __init__(
+        self,
+        outbox: Outbox,
+        tracker: TelemHQ,
+        settings: Settings,
+        ends: float,
+        tell: Tell = silent,
+        patient: bool = True,
+        status: int = 0,
+    ) -> None:
+        self.outbox, self.tracker, self.settings = outbox, tracker, settings
+        self.ends, self.tell, self.patient, self.status = ends, tell, patient, status
+        self.state = outbox.state()
+        self.opener = make_opener(tracker.url)
+        self.seen: set[str] = set()  # names that this life has dealt with
+        self.watched = False
         self.deadline = float("inf")  # monotonic, of the request on its way
-        threading.Thread(target=self.watch, daemon=True).start()
+        self.walk: Walk | None = None
+        self.sending = ""  # the name of the ping whose request is on its way
+        self.files = self.fingerprint()
 
-    def path(self, *names):
-        """Path of something in the destination's directory."""
-        return os.path.join(self.base, *names)
+    def is_over(self) -> bool:
+        """Whether this life is."""
+        return time.monotonic() >= self.ends
 
-    def save(self, **changes):
-        """Write state.json; a disk that refuses must not stop delivery."""
-        self.state.update(changes)
-        try:
-            write_object(self.path("state.json"), self.state)
-        except OSError:
-            pass
+    def fingerprint(self) -> list[tuple[int, int, int]]:
+        """What changes when this file is replaced, or the outbox removed."""
+        script, outbox = os.stat(__file__), os.stat(self.outbox.path("outbox"))
+        return [
+            (script.st_ino, script.st_size, script.st_mtime_ns),
+            (outbox.st_ino, outbox.st_dev, 0),
+        ]
 
-    def log(self, text):
+    def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
-        path, flags = self.path("sender.log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        line = "%s %d %s\n" % (iso_time(time.time_ns()), os.getpid(), text)
+        path = self.outbox.path("sender.log")
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | NO_FOLLOW
+        line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
         try:
-            fd = os.open(path, flags | NO_FOLLOW, 0o600)
-            os.write(fd, line.encode("utf-8", "replace"))
-            if os.fstat(fd).st_size > LOG_MAX_BYTES:
-                os.replace(path, path + ".1")
-            os.close(fd)
+            fd = os.open(path, flags, 0o600)
+            try:
+                os.write(fd, line.encode("utf-8", "replace"))
+                full = os.fstat(fd).st_size > LOG_MAX_BYTES
+            finally:
+                os.close(fd)
+            if full:
+                rename(path, path + ".1")
         except OSError:
-            pass
+            pass  # a FIFO, a directory, a full disk: nobody reads it
 
-    def waiting(self):
-        """Names of the pings in the outbox, oldest first. What is no ping goes aside,
-        what was never finished is removed."""
-        names = []
-        for name in os.listdir(self.path("outbox")):
-            if name[:20].isdigit() and name[20:21] == "-" and name.endswith(".json"):
-                names.append(name)
-            elif not name.startswith("."):
-                self.set_aside(name, "no ping")
-            elif quiet_s(self.path("outbox", name)) > UNFINISHED_S:
-                remove(self.path("outbox", name))
-        return sorted(names)
+    # The request on its way, and its watchdog
 
-    def lose(self, name, reason):
-        """Count a ping that will not be delivered, and the tokens charged to it."""
-        losses = self.state["losses"]
-        losses[reason] = losses.get(reason, 0) + 1
-        try:
-            ping = gate(read_object(self.path("outbox", name), PING_MAX_BYTES)["ping"])
-            losses["tokens"] = losses.get("tokens", 0) + int(ping["total_tokens"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        self.save()
-
-    def set_aside(self, name, reason):
-        """Move what can never be delivered out of the others' way."""
-        self.lose(name, reason)
-        self.tried.add(name)
-        try:
-            os.makedirs(self.path("refused"), 0o700, exist_ok=True)
-            os.replace(self.path("outbox", name), self.path("refused", name))
-            for old in sorted(os.listdir(self.path("refused")))[:-REFUSED_MAX_PINGS]:
-                remove(self.path("refused", old))
-        except OSError:
-            remove(self.path("outbox", name))
-
-    def read_ping(self, name):
-        """The ping to send, its usage charged; None when there is none under `name`."""
-        path = self.path("outbox", name)
-        try:
-            record = read_object(path, PING_MAX_BYTES)
-            record["ping"] = gate(record["ping"])
-            if "event_id" not in record["ping"]:
-                raise ValueError("no ping")
-        except OSError:  # gone, or an I/O error: perhaps another time
-            self.tried.add(name)
-            return None
-        except (ValueError, KeyError, TypeError):
-            self.set_aside(name, "no ping")
-            return None
-        try:
-            if record.get("local"):
-                hurry = self.settings.foreground
-                return charge(self.base, path, record, self.ends, hurry)
-        except Exception as error:  # whatever a transcript holds, the ping goes
-            self.log("usage left out: " + type(error).__name__)
-        return record["ping"]
-
-    def attempt(self, ping):
-        """POST one ping; gives what `post` gives."""
-        url, limit = self.destination.url, self.settings.timeout_s
-        if self.settings.foreground:
+    def attempt(self, name: str, ping: Fields) -> Answer:
+        """Send one ping."""
+        limit = self.settings.timeout_s
+        if not self.patient:
             limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
-        headers = {"Idempotency-Key": ping["event_id"], **self.destination.headers}
+        self.watch_over()
         begun = time.monotonic()
-        self.deadline = begun + DEADLINE * limit
-        for body in self.destination.bodies(ping):
-            answer = post(self.opener, url, headers, body, limit)
-            if answer[0] != DELIVERED:
+        self.sending, self.deadline = name, begun + DEADLINE * limit
+        answer = Answer(DELIVERED, "nothing to send")
+        for request in self.tracker.requests(ping):
+            answer = post(self.opener, request, limit)
+            if answer.verdict != DELIVERED:
                 break
         self.deadline = float("inf")
-        took_ms, name = (time.monotonic() - begun) * 1000, ping.get("event")
-        self.tell("%s %s to %s: %s in %d ms, %s" % (
-            name, ping["event_id"], origin(url), answer[1], took_ms, answer[0]))
+        took_ms = (time.monotonic() - begun) * 1000
+        self.tell(
+            f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
+            f"{answer.what} in {took_ms:.0f} ms, {answer.verdict}"
+        )
         return answer
 
-    def watch(self):
+    def watch_over(self) -> None:
+        """Start the watchdog. Where there is no thread to be had, an alarm kills us:
+        that leaves nothing behind, but the next hook starts anew."""
+        if self.watched:
+            return
+        import threading
+
+        try:
+            threading.Thread(target=self.watch, daemon=True).start()
+            self.watched = True
+        except RuntimeError:
+            self.log("no thread to be had for the watchdog")
+            import signal
+
+            if hasattr(signal, "alarm"):
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(int(DEADLINE * self.settings.timeout_s) + 1)
+
+    def watch(self) -> None:
         """The watchdog, a thread. When a request overstays (a hung resolver, a dripping
         response), count that and end the process: nothing else ends the request."""
         while time.monotonic() < self.deadline:
-            time.sleep(POLL_S)
-        self.fail((RETRY, "no whole answer in time", None))
+            time.sleep(LOOK_S / 2)
+        answer = Answer(RETRY, "no whole answer in time", may_blame=True)
+        if self.walk and self.walk.is_known_bad(self.sending, answer):
+            self.state.save()
+        else:
+            self.state.suspects.setdefault(self.sending, Suspect(0, time.time()))
+            self.fail(answer)
         self.tell("no whole answer in time; the ping waits")
         os._exit(self.status)
 
-    def fail(self, answer):
+    # From pass to pass
+
+    def fail(self, answer: Answer) -> None:
         """Count a pass that failed, and start a back-off."""
-        (verdict, what, asked), now, state = answer[:3], time.time(), self.state
-        again = state["problem"].get("verdict") == verdict
-        failures = min(state["failures"] + 1, 64) if again else 1
-        wait = backoff_s(verdict, failures, asked, now)
-        self.save(failures=failures, set_at=now, not_before=now + wait, recovering=True,
-                  problem={"verdict": verdict, "what": what, "at": now})
-        self.log("%s: %s, next try in %d s" % (verdict, what, wait))
+        now, state = time.time(), self.state
+        again = state.verdict == answer.verdict and bool(state.failures)
+        state.failures = min(state.failures + 1, FAILURES_MAX) if again else 1
+        wait = backoff_s(answer.verdict, state.failures, answer.retry_after, now)
+        state.set_at, state.not_before = now, now + wait
+        state.verdict, state.problem, state.problem_at = (
+            answer.verdict,
+            answer.what,
+            now,
+        )
+        state.save()
+        self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
-    def one_pass(self):
-        """Try every ping once, oldest first, until an answer says that now is no time.
-        The lock must be held."""
-        self.state = state = load_state(self.base)
-        names, sent, suspect = self.waiting(), 0, None
-        for name in names[:-OUTBOX_MAX_PINGS]:
-            self.lose(name, "outbox full")
-            remove(self.path("outbox", name))
-        for name in set(state["charges"]).difference(names):
-            del state["charges"][name]
-        for name in names[-OUTBOX_MAX_PINGS:]:
-            if time.monotonic() >= self.ends:
-                break
-            if state["recovering"] and sent == PROBE_PINGS:
-                self.pace()
-                break
-            ping = self.read_ping(name) if name not in self.tried else None
-            if not ping:
-                continue
-            answer, sent = self.attempt(ping), sent + 1
-            if answer[0] == DELIVERED:
-                self.accepted(name, suspect)
-                suspect = None
-            elif answer[0] == REFUSED:
-                state["failures"] = 0
-                self.set_aside(name, "refused: " + answer[1])
-            else:
-                self.tried.add(name)
-                if suspect or not answer[3]:
-                    suspect = None
-                    self.fail(answer)
-                    break
-                suspect = name, answer  # its fault or the server's? The next ping tells
-        else:
-            state["recovering"] = False
-        if suspect:
-            self.fail(suspect[1])
-        if sent:
-            self.save()
-            self.log("sent %d of %d, last: %s" % (sent, len(names), answer[1]))
+    def refresh(self) -> None:
+        """Look at what others have written; not where only this process knows."""
+        if self.state.saved:
+            self.state = self.outbox.state()
 
-    def accepted(self, name, suspect):
-        """The tracker has the ping: only now its file goes. A suspect is charged."""
-        if not remove(self.path("outbox", name)):
-            self.tried.add(name)
-        self.state.update(failures=0, not_before=0, delivered_at=time.time())
-        if suspect:
-            name, charges = suspect[0], self.state["charges"]
-            charges[name] = charges.get(name, 0) + 1
-            age_s = time.time() - ns_of(name) / 1e9
-            if charges[name] >= POISON_CHARGES and age_s > POISON_AGE_S:
-                self.set_aside(name, "always fails")
+    def one_pass(self) -> None:
+        """Try all that waits and is due, until an answer says that now is no time. The
+        lock must be held."""
+        self.refresh()
+        self.walk = Walk(self)
+        self.walk.go()
 
-    def pace(self):
-        """After an outage all machines come back at once: the rest of ours can wait."""
-        now = time.time()
-        self.state.update(set_at=now, not_before=now + uniform(*PACE_S))
+    def news(self) -> bool:
+        """Whether a ping waits that this life has not dealt with."""
+        return not self.seen.issuperset(self.outbox.waiting())
 
-    def live(self, lock):
+    def linger(self) -> None:
+        """After a tool's event stay a while with the lock in hand, for the next one:
+        the hooks meanwhile start no process. Ends when there is news or no use."""
+        if not (self.walk and self.walk.last_event in BURSTS):
+            return
+        until = min(time.monotonic() + LINGER_S, self.ends)
+        looked, again = 0, True
+        while time.monotonic() < until:
+            time.sleep(LOOK_S)
+            if self.fingerprint() != self.files:
+                return
+            changed = os.stat(self.outbox.path("outbox")).st_mtime_ns
+            # Once more after each change: two may have the same time.
+            if (changed != looked or again) and self.news():
+                return
+            looked, again = changed, changed != looked
+
+    def work(self) -> None:
+        """Passes, one for each burst of pings, while no back-off stands."""
+        while True:
+            self.one_pass()
+            if self.is_over() or self.state.backoff_left_s(time.time()):
+                return
+            if self.patient:
+                self.linger()
+            if not self.news() or self.fingerprint() != self.files:
+                return
+
+    def pause_s(self) -> float:
+        """Seconds until this outbox wants another pass, 0: none that is known of."""
+        self.refresh()
+        left = self.state.backoff_left_s(time.time())
+        if not left and self.walk and self.walk.paced:
+            left = self.state.pace_left_s(time.time())
+        return left
+
+    def live(self, lock: Lock | None) -> None:
         """Pass after pass. In between the lock is given back, and then the outbox
         listed once more: a hook that found the lock busy counts on that."""
         while lock is not None:
-            if not backoff_left_s(load_state(self.base), time.time()):
-                self.one_pass()
+            if not self.state.backoff_left_s(time.time()):
+                self.work()
                 self.sweep()
-            drop_lock(lock)
-            wait = backoff_left_s(load_state(self.base), time.time())
+            wait = self.pause_s()
             if time.monotonic() + wait >= self.ends:
+                lock.release()
+                if not wait and self.news():
+                    self.log("more waits than one life delivers")
                 return
+            if wait and not self.state.saved:
+                time.sleep(wait)  # the lock in hand, for nobody else knows of it
+                self.seen.clear()
+                continue
+            lock.release()
             if wait:
                 time.sleep(wait)
-                self.tried.clear()
-            elif all(name in self.tried or not name[:20].isdigit()
-                     for name in os.listdir(self.path("outbox"))):
+                self.seen.clear()
+            elif not self.news():
                 return
-            lock = take_lock(self.base)
+            lock = self.outbox.take_lock()
+            self.refresh()
 
-    def sweep(self):
+    def sweep(self) -> None:
         """Once a day: report sessions that were lost, drop accounts long unused. While
         pings wait, a session is not lost."""
-        now, accounts = time.time(), self.path("accounts")
-        if 0 <= now - self.state["swept_at"] < QUIET_S or self.waiting():
+        now, accounts = time.time(), self.outbox.path("accounts")
+        if 0 <= now - self.state.swept_at < QUIET_S or self.outbox.waiting():
             return
         for name in os.listdir(accounts) if os.path.isdir(accounts) else ():
+            if self.is_over():
+                return
             path = os.path.join(accounts, name)
             try:
-                if quiet_s(path) > QUIET_S and name[0] != ".":
-                    report_lost(self.base, path, self.ends)
-                if quiet_s(path) > (UNFINISHED_S if name[0] == "." else ACCOUNT_MAX_S):
+                unfinished = name.startswith(".")
+                if age_s(path) > QUIET_S and not unfinished:
+                    report_lost(self.outbox, path, self.settings, self.ends)
+                if age_s(path) > (UNFINISHED_S if unfinished else ACCOUNT_MAX_S):
                     remove(path)
             except Exception as error:  # a broken account must not hide the others
-                self.log("an account is broken: " + type(error).__name__)
-        self.save(swept_at=now)
+                self.log(f"an account is broken: {type(error).__name__}")
+        self.state.swept_at = now
+        self.state.save()
 
-def run_sender(lock, settings):
-    """The detached process. lock: the inherited descriptor, -1 when there is none."""
-    os.umask(0o077)
+
+class Walk:
+    """One walk along an outbox, oldest first: pings that have never failed, then
+    suspects.
+
+    After an answer that may be the ping's fault or the tracker's, witnesses are heard:
+    the next ping, and the newest of another kind. Is one delivered, the tracker is
+    well, and the ping is charged or set aside; else the walk ends with a back-off, and
+    nobody is to blame. So no ping stands in the way of the others, and no bad day of
+    the tracker empties an outbox.
+
+    delivered: pings so far. last_event: of the last one delivered. paced: whether a
+    part of the backlog must wait.
+    """
+
+    def __init__(self, sender: Sender) -> None:
+        self.sender, self.outbox, self.state = sender, sender.outbox, sender.state
+        self.tried = self.delivered = self.refusals_left = 0
+        self.last_event = self.last_answer = ""
+        self.paced = False
+        for name in self.outbox.strangers():
+            self.set_aside(name, "no ping")
+        waiting = self.outbox.waiting()
+        sender.seen.update(waiting)
+        self.names = self.within_bounds(waiting)
+        self.forget_suspects_gone()
+        suspects = self.state.suspects
+        self.fresh = [name for name in self.names if name not in suspects]
+        self.done: set[str] = set()  # read in this walk
+        self.first_undone = 0  # in `fresh`
+        self.sessions: dict[str, object] = {}  # name -> session still to be charged
+        self.backlog_left = self.backlog_share()
+
+    def go(self) -> None:
+        """Walk to the end, or until an answer says that now is no time."""
+        complete = self.try_fresh() and self.try_suspects()
+        if complete and self.tried and not self.paced:
+            self.state.recovered_at = self.state.pace_pings = self.state.paced_until = 0
+        if self.tried:
+            self.state.save()
+            self.sender.log(
+                f"sent {self.tried} of {len(self.names)}, last: {self.last_answer}"
+            )
+
+    # What waits
+
+    def within_bounds(self, names: list[str]) -> list[str]:
+        """The newest OUTBOX_MAX_PINGS names; the others' pings are lost."""
+        for name in names[:-OUTBOX_MAX_PINGS]:
+            if self.sender.is_over():
+                break
+            self.count_loss(name, "outbox full")
+            remove(self.outbox.file(name))
+        if len(names) > OUTBOX_MAX_PINGS:
+            self.state.save()
+        return names[-OUTBOX_MAX_PINGS:]
+
+    def forget_suspects_gone(self) -> None:
+        """Drop suspects that wait no more; and the oldest without a charge, if there
+        are too many: in an outage everything looks suspect."""
+        suspects = self.state.suspects
+        for name in set(suspects).difference(self.names):
+            del suspects[name]
+        uncharged = sorted(name for name in suspects if not suspects[name].charges)
+        for name in uncharged[: max(0, len(suspects) - SUSPECTS_MAX)]:
+            del suspects[name]
+
+    def count_loss(self, name: str, reason: str) -> None:
+        """Count a ping that will not be delivered, and the tokens charged to it."""
+        self.state.lost(reason)
+        try:
+            ping = self.outbox.read(name)[0]
+            self.state.lost("tokens", int(ping["total_tokens"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Move what can never be delivered out of the others' way."""
+        self.count_loss(name, reason)
+        self.state.suspects.pop(name, None)
+        self.state.save()
+        self.outbox.set_aside(name)
+
+    # After an outage all machines come back at once: the backlog goes bit by bit
+
+    def backlog_share(self) -> int:
+        """How many pings of an outage's backlog may go in this walk."""
+        state, now = self.state, time.time()
+        if state.failures:  # the first walk after the outage, if it is over
+            state.recovered_at, state.pace_pings = now, PACE_PINGS
+            state.paced_until = 0
+        elif not 0 < state.recovered_at <= now:
+            state.recovered_at = 0
+        if not state.recovered_at:
+            return OUTBOX_MAX_PINGS
+        return 0 if state.pace_left_s(now) else state.pace_pings
+
+    def must_wait(self, name: str) -> bool:
+        """Whether a ping is of the backlog, and this walk's share of it is sent."""
+        if not self.state.recovered_at or ns_of(name) / 1e9 > self.state.recovered_at:
+            return False
+        if self.backlog_left > 0:
+            self.backlog_left -= 1
+            return False
+        if not self.paced:
+            self.paced = True
+            self.pace()
+        return True
+
+    def pace(self) -> None:
+        """Let the rest of the backlog wait; twice as many the next time."""
+        from random import uniform
+
+        state, now = self.state, time.time()
+        if not state.pace_left_s(now):
+            state.paced_until = now + uniform(*PACE_S)
+            if self.delivered == self.tried:
+                state.pace_pings = min(2 * state.pace_pings, OUTBOX_MAX_PINGS)
+            state.save()
+
+    # Pings that have never failed
+
+    def try_fresh(self) -> bool:
+        """Try them; False when the walk is over."""
+        for name in self.fresh:
+            if self.sender.is_over():
+                return False
+            if name in self.done or self.must_wait(name):
+                continue
+            answer = self.attempt(name)
+            if answer and answer.verdict != DELIVERED:
+                if not self.survives(name, answer):
+                    return False
+        return True
+
+    def survives(self, name: str, answer: Answer) -> bool:
+        """Deal with an answer that is no success; False when the walk is over."""
+        if not answer.may_blame:
+            self.sender.fail(answer)
+            return False
+        if answer.verdict == REFUSED and self.refusals_left:
+            self.refusals_left -= 1
+            self.blame(name, answer)
+            return True
+        return self.hear_witnesses(name, answer)
+
+    def hear_witnesses(self, name: str, answer: Answer) -> bool:
+        """Find out whose fault an answer is; False when it may be the tracker's."""
+        failed = {name: answer}
+        for witness in self.witnesses(name):
+            found = self.attempt(witness)
+            if found is None:
+                continue
+            if found.verdict == DELIVERED:
+                self.refusals_left = WITNESS_REFUSALS
+                for suspect, its_answer in failed.items():
+                    self.blame(suspect, its_answer)
+                return True
+            if not found.may_blame:
+                answer = found  # the tracker's own word, or none
+                break
+            failed[witness] = found
+        for suspect in failed:
+            self.state.suspects.setdefault(suspect, Suspect(0, time.time()))
+        if self.delivered and len(failed) == 1 and answer.verdict in (HOLD, REFUSED):
+            return True  # the last one, behind others that were taken: it alone waits
+        self.sender.fail(answer)
+        return False
+
+    def witnesses(self, name: str) -> Iterator[str]:
+        """At most two pings that have never failed: the next one, and the newest of
+        another kind of event, else the newest."""
+        rest = [other for other in self.fresh if other not in self.done]
+        if rest:
+            yield rest.pop(0)
+        kind = self.event_of(name)
+        for other in reversed(rest[-WITNESS_REFUSALS:]):
+            if self.event_of(other) != kind:
+                yield other
+                return
+        if rest:
+            yield rest[-1]
+
+    def event_of(self, name: str) -> object:
+        """The name of the event that a ping tells of."""
+        try:
+            return self.outbox.read(name)[0].get("event")
+        except (OSError, ValueError):
+            return None
+
+    def blame(self, name: str, answer: Answer) -> None:
+        """The tracker is well: refuse the ping for good, or charge it."""
+        if answer.verdict == REFUSED:
+            self.state.failures = 0
+            self.set_aside(name, f"refused: {answer.what}")
+            return
+        now = time.time()
+        suspect = self.state.suspects.setdefault(name, Suspect(0, now))
+        suspect.charges, suspect.tried_at = suspect.charges + 1, now
+        old = now - ns_of(name) / 1e9 > POISON_AGE_S
+        if suspect.charges >= POISON_CHARGES and old:
+            self.set_aside(name, "always fails")
+
+    # Suspects
+
+    def try_suspects(self) -> bool:
+        """Try those that are due, the longest untried first; False when the walk is
+        over. What was delivered in this walk is their witness."""
+        suspects, now = self.state.suspects, time.time()
+        due = [
+            name
+            for name, suspect in suspects.items()
+            if name not in self.done and suspect.is_due(now)
+        ]
+        for name in sorted(due, key=lambda name: (suspects[name].tried_at, name)):
+            if self.sender.is_over():
+                return False
+            if self.must_wait(name):
+                continue
+            answer = self.attempt(name)
+            if answer is None or answer.verdict == DELIVERED:
+                continue
+            if not self.is_known_bad(name, answer):
+                self.sender.fail(answer)
+                return False
+        return True
+
+    def is_known_bad(self, name: str, answer: Answer) -> bool:
+        """Whether a failed suspect's answer says nothing of the tracker: others were
+        delivered in this walk, and it is charged, or it was charged before."""
+        suspect = self.state.suspects.get(name)
+        if not (suspect and answer.may_blame):
+            return False
+        suspect.tried_at = time.time()
+        if self.delivered:
+            self.blame(name, answer)
+            return True
+        return suspect.charges > 0
+
+    # One ping
+
+    def attempt(self, name: str) -> Answer | None:
+        """Send a ping; None when there is none under `name`."""
+        ping = self.read_ping(name)
+        if ping is None:
+            return None
+        answer = self.sender.attempt(name, ping)
+        self.tried += 1
+        self.last_answer = answer.what
+        if answer.verdict == DELIVERED:
+            self.accepted(name, ping)
+        return answer
+
+    def accepted(self, name: str, ping: Fields) -> None:
+        """The tracker has the ping: only now its file goes."""
+        remove(self.outbox.file(name))
+        self.delivered += 1
+        self.last_event = str(ping.get("event"))
+        state = self.state
+        state.suspects.pop(name, None)
+        state.failures, state.not_before = 0, 0
+        state.delivered_at = time.time()
+
+    def read_ping(self, name: str) -> Fields | None:
+        """The ping to send, its usage charged; None when there is none under `name`."""
+        self.done.add(name)
+        try:
+            ping, local = self.outbox.read(name)
+        except OSError:  # gone, or an I/O error: perhaps another time
+            return None
+        except ValueError:
+            self.set_aside(name, "no ping")
+            return None
+        if not local:
+            return ping
+        self.charge_older(name, ping.get("session_id"))
+        return self.charge(name, ping, local)
+
+    def charge(self, name: str, ping: Fields, local: Fields) -> Fields:
+        """The ping with its usage in it; whatever a transcript holds, the ping goes."""
+        sender = self.sender
+        try:
+            return charge(self.outbox, name, ping, local, sender.ends, sender.patient)
+        except Exception as error:
+            sender.log(f"usage left out: {type(error).__name__}")
+            return ping
+
+    def charge_older(self, name: str, session_id: object) -> None:
+        """Charge the session's older pings first, those that are sent later: the tokens
+        are each turn's own."""
+        fresh = self.fresh
+        while self.first_undone < len(fresh) and fresh[self.first_undone] in self.done:
+            self.first_undone += 1
+        for older in fresh[self.first_undone :]:
+            if older >= name or self.sender.is_over():
+                return
+            if older not in self.done and self.session_of(older) == session_id:
+                self.sessions[older] = None
+                ping, local = self.outbox.read(older)
+                self.charge(older, ping, local)
+
+    def session_of(self, name: str) -> object:
+        """The session that a ping is still to be charged to, None when there is none."""
+        if name not in self.sessions:
+            try:
+                ping, local = self.outbox.read(name)
+                self.sessions[name] = ping.get("session_id") if local else None
+            except (OSError, ValueError):
+                self.sessions[name] = None
+        return self.sessions[name]
+
+
+def deliver_now(
+    outbox: Outbox,
+    tracker: TelemHQ,
+    settings: Settings,
+    ends: float,
+    tell: Tell,
+    name: str = "",
+    status: int = 0,
+) -> None:
+    """Deliver while somebody waits, until `ends` (monotonic). Debug mode ignores a
+    back-off, once. name: the ping that matters; no more is waited for when it is gone."""
+    state = outbox.state()
+    left = state.backoff_left_s(time.time())
+    if left:
+        why = state.problem or "after an outage"
+        tell(f"a back-off lasts {left:.0f} s more ({why}); this attempt ignores it")
+        if not settings.debug:
+            return
+    lock = outbox.take_lock()
+    while lock is None:
+        if name and not os.path.exists(outbox.file(name)):
+            return
+        if time.monotonic() >= ends:
+            raise Skipped("a sender is at work and has the ping; see sender.log")
+        time.sleep(LOOK_S / 2)
+        lock = outbox.take_lock()
+    sender = Sender(outbox, tracker, settings, ends, tell, patient=False, status=status)
+    while lock is not None:
+        sender.work()
+        sender.sweep()
+        lock.release()
+        if not sender.news() or sender.is_over() or sender.pause_s():
+            return
+        lock = outbox.take_lock()
+
+
+def deliver_in_background(
+    outbox: Outbox, tracker: TelemHQ, settings: Settings, lock: Lock
+) -> None:
+    """A detached sender's life."""
+    try:
+        inherited, own = os.fstat(lock.fd), os.lstat(outbox.path("lock"))
+        held: Lock | None = lock if os.path.samestat(inherited, own) else None
+    except OSError:
+        held = None
+    sender = Sender(outbox, tracker, settings, time.monotonic() + LIFE_S)
+    try:
+        sender.live(held or outbox.take_lock())
+    except FileNotFoundError:
+        pass  # the state was removed meanwhile
+    except Exception as error:  # back off, or every hook would start one that fails
+        sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
+
+
+def send(settings: Settings, tell: Tell) -> None:
+    """Deliver as the command line says: `detached FD` or `foreground SECONDS NAME`."""
+    began = time.monotonic()
+    how, number = sys.argv[3:5]
+    tracker = find_tracker(settings)
+    outbox = outbox_of(settings, tracker)
+    outbox.need_sound()
+    if how == "foreground":
+        ends = began + float(number) - 0.25  # so that a failure is still noted
+        deliver_now(outbox, tracker, settings, ends, tell, sys.argv[5])
+        return
     if os.name == "posix":
         os.nice(5)  # the session's own work comes first
         if os.getsid(0) != os.getpid():
             os.setsid()
-    destination = find_destination(settings)
-    base = destination.directory(settings.state_dir)
-    need_sound(settings.state_dir, base)
-    try:
-        ours = os.path.samestat(os.fstat(lock), os.lstat(os.path.join(base, "lock")))
-    except OSError:
-        ours = False
-    ends = time.monotonic() + LIFE_S
-    sender = Sender(destination, base, settings, ends, lambda _: None)
-    try:
-        sender.live(lock if ours else take_lock(base))
-    except FileNotFoundError:
-        pass  # the state was removed meanwhile
-    except Exception as error:  # back off, or every hook would start one that fails
-        sender.fail((RETRY, "internal error: " + type(error).__name__, None))
+        import signal
 
-def deliver_here(destination, base, settings, ends, tell):
-    """One pass inside the hook, over by `ends` (monotonic), waits included."""
-    state, lock = load_state(base), None
-    left = backoff_left_s(state, time.time())
-    if left:
-        tell("a back-off lasts %d s more (%s); this attempt ignores it" % (
-            left, state["problem"].get("what", "after an outage")))
-        if not settings.debug:
-            return
-    while lock is None:
-        lock = take_lock(base)
-        if lock is None and time.monotonic() >= ends:
-            raise Skipped("a sender is at work and has the ping; see sender.log")
-        time.sleep(POLL_S if lock is None else 0)
-    sender = Sender(destination, base, settings, ends, tell)
-    sender.one_pass()
-    sender.sweep()
-    drop_lock(lock)
-'''
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # our shell may ignore it
+    deliver_in_background(outbox, tracker, settings, Lock(int(number)))
+
+
+def sender() -> NoReturn:
+    """What a hook starts."""
+    run_for_claude_code(send)
+
 
 # ======================================================================================
-# Nothing below this line runs inside Claude Code: the commands, run by a person.
+# All below is run by a person: the commands.
 # ======================================================================================
 
-COMMANDS = r'''
-import argparse, contextlib, copy, difflib, glob, http.server, json, queue, re, shlex
-import shutil, subprocess, tempfile, threading, urllib.request
-SCRIPT, SELF = "telemhq_ping.py", os.path.realpath(__file__)
-CONFIG = absolute(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
-INSTALLED = os.path.join(CONFIG, "hooks", SCRIPT)
-EVENTS = {"Stop": None, "StopFailure": None, "SessionEnd": None}  # event: matcher
-TOOL_EVENTS = {"PostToolUse": "Bash|Edit|MultiEdit|Write", "PostToolUseFailure": None}
-NAMED = re.compile(r"(?s)(.*[\s/\\'\"])?telemhq_ping\.py([\s'\"]|$)")  # in a command
-ALONE = re.compile(  # [trap '' TERM;] [PYTHON [-OPTION ...]] SCRIPT [|| true]
-    r"(trap '' TERM; )?({0}\bpy[\w.-]*['\"]?(\s+-\w+)*\s+)?{0}\btelemhq_ping\.py"
-    r"['\"]?(\s*\|\|\s*true)?$".format(r"('[^']*|\"[^\"]*|[^\s;&|='\"]*)"))
-WAIT_OLD_S, ARRIVES_S = 300.0, 30.0  # doctor: a ping waits too long; demo: it is lost
-REASONS = {  # what an answer means, by what it begins with
-    "HTTP 40": "the token in TELEMHQ_PING_URL is wrong or was revoked",
-    "HTTP 41": "the tracker was deleted",
-    "HTTP 3": "it has moved; put its new address into TELEMHQ_PING_URL",
-    "HTTP": "it has a problem of its own; pings are kept and sent later",
-    "TLS": "the certificate is not trusted; SSL_CERT_FILE can name a company's own",
-    "": "is TELEMHQ_PING_URL right, is there a network, or a proxy for HTTPS_PROXY?"}
 
-def settings_file(project):
-    """The settings file of the user, or of a project (a directory, OSError if not)."""
+# -- Commands: the settings files of Claude Code ---------------------------------------
+
+URL_NAME = "TELEMHQ_PING_URL"
+IMPORT = "import telemhq_ping as t; t.hook()"  # a module's bytecode is cached
+IGNORE_TERM = "trap '' TERM; "  # a failing `claude -p` sends one before Python is up
+HOOK_TIMEOUT_S = 10  # Claude Code's; without it a SessionEnd hook has 1.5 s
+SETTINGS_MAX_BYTES = 16 << 20  # larger ones exist, but not of settings
+EVENTS = {"Stop": "", "StopFailure": "", "SessionEnd": ""}  # event: matcher, "" for all
+TOOL_EVENTS = {"PostToolUse": "Bash|Edit|MultiEdit|Write", "PostToolUseFailure": ""}
+MANAGED_SETTINGS = {  # a company's, by sys.platform; Linux is the default
+    "": ("/etc/claude-code/managed-settings.json",),
+    "darwin": ("/Library/Application Support/ClaudeCode/managed-settings.json",),
+    "win32": (
+        "C:\\Program Files\\ClaudeCode\\managed-settings.json",
+        "C:\\ProgramData\\ClaudeCode\\managed-settings.json",  # older clients'
+    ),
+}
+
+
+def config_dir() -> str:
+    """Claude Code's own directory; Skipped when nothing tells where home is."""
+    found = absolute(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude")
+    if found is None:
+        raise Skipped("there is no home directory; set CLAUDE_CONFIG_DIR")
+    return found
+
+
+def this_script() -> str:
+    """Path of this very file."""
+    return os.path.realpath(__file__)
+
+
+def hooks_dir() -> str:
+    """Where install puts the script."""
+    return os.path.join(config_dir(), "hooks")
+
+
+def installed_script() -> str:
+    """Path of the script as install puts it there."""
+    return os.path.join(hooks_dir(), SCRIPT)
+
+
+def settings_path(project: str | None) -> str:
+    """The settings file of the user, or of a project (a directory; OSError: none)."""
     if not project:
-        return os.path.join(CONFIG, "settings.json")
+        return os.path.join(config_dir(), "settings.json")
     os.listdir(project)
     return os.path.join(os.path.abspath(project), ".claude", "settings.local.json")
 
-def read_settings(path):
-    """(bytes, dict) of a settings file, (None, {}) when there is none."""
+
+def shell_words(command: str) -> list[str]:
+    """The words and operators of a shell command; [] when they cannot be told apart."""
+    import shlex
+
+    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    lexer.commenters = ""
     try:
-        raw = read_file(os.path.realpath(path), 1 << 24)
-        text = raw.decode("utf-8-sig")
-        found = json.loads(text) if text.strip() else {}
-        hooks_in(found, NAMED), found.get("env", {}).items()  # of the form we rely on
-        return raw, found
-    except FileNotFoundError:
-        return None, {}
-    except Exception as error:
-        raise Skipped("%s is left as it is, no settings: %r" % (path, error)) from None
+        return [] if "\n" in command else list(lexer)
+    except ValueError:  # a quote without its end
+        return []
 
-def effective_settings():
-    """Settings as a hook has them here; `files`: {path: dict} of the settings files."""
-    environ, files, problems = dict(os.environ), {}, []
-    here = os.path.join(os.getcwd(), ".claude", "settings")
-    for path in (settings_file(None), here + ".json", here + ".local.json",
-                 "/Library/Application Support/ClaudeCode/managed-settings.json",
-                 "/etc/claude-code/managed-settings.json"):
+
+def runs_script_only(words: list[str]) -> bool:
+    """Whether words are [PYTHON [-OPTION ...]] SCRIPT, and nothing else."""
+    paths = [word.replace("\\", "/") for word in words if not word.startswith("-")]
+    if not paths or paths[-1].split("/")[-1] != SCRIPT or words[-1].startswith("-"):
+        return False
+    if any(mark in word for word in words for mark in ("=", "`")):
+        return False
+    if len(paths) == 1:
+        return len(words) == 1
+    python = paths[0].split("/")[-1]
+    return len(paths) == 2 and not words[0].startswith("-") and python.startswith("py")
+
+
+def imports_script_only(words: list[str]) -> bool:
+    """Whether words are cd DIRECTORY && PYTHON -ESc IMPORT [|| PYTHON SCRIPT]."""
+    begins = words[:1] == ["cd"] and words[2:3] == ["&&"] and len(words) >= 6
+    if not begins or words[4:6] != ["-ESc", IMPORT]:
+        return False
+    rest = words[6:]
+    return not rest or (rest[0] == "||" and runs_script_only(rest[1:]))
+
+
+class RegisteredHook:
+    """One hook in settings. event: its name. group: the dict that holds it. entry:
+    itself, a dict."""
+
+    def __init__(self, event: str, group: Fields, entry: Fields) -> None:
+        self.event = event
+        self.group = group
+        self.entry = entry
+        command = entry.get("command")
+        self.command = command if isinstance(command, str) else ""
+
+    def names_script(self) -> bool:
+        """Whether its command runs the script, in whatever way."""
+        return names_script(self.command)
+
+    def is_ours(self) -> bool:
+        """Whether its command does nothing but run the script: in TelemHQ's form, or in
+        one that an install has written. Only such commands are ever changed."""
+        words = shell_words(self.command)
+        if words[:4] == ["trap", "", "TERM", ";"]:
+            words = words[4:]
+        if words[-2:] == ["||", "true"]:
+            words = words[:-2]
+        return runs_script_only(words) or imports_script_only(words)
+
+
+def hooks_of(content: Fields) -> list[RegisteredHook]:
+    """The hooks in settings (dict), in their order."""
+    return [
+        RegisteredHook(event, group, entry)
+        for event, groups in content.get("hooks", {}).items()
+        for group in groups
+        for entry in group["hooks"]
+    ]
+
+
+def need_form(content: Any) -> None:
+    """Raise ValueError when settings are not of the form that Claude Code documents."""
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    hooks = content.get("hooks", {})
+    if not isinstance(content.get("env", {}), dict) or not isinstance(hooks, dict):
+        raise ValueError('"env" and "hooks" must be objects')
+    for event, groups in hooks.items():
+        if not isinstance(groups, list):
+            raise ValueError(f'"{event}" in "hooks" must be a list')
+        for group in groups:
+            entries = group.get("hooks") if isinstance(group, dict) else None
+            if not isinstance(entries, list):
+                raise ValueError(f'"{event}" has an entry without a list of "hooks"')
+            if not all(isinstance(entry, dict) for entry in entries):
+                raise ValueError(f'"{event}" has a hook that is no object')
+
+
+class SettingsFile:
+    """A settings file of Claude Code's; Skipped when what is there is none.
+
+    path: as it is named. real: what that is a link to, for dotfiles are often links.
+    raw: its bytes, None when there is no file. content: the JSON object in it.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.real = os.path.realpath(path)
+        self.raw: bytes | None = None
+        self.content: Fields = {}
         try:
-            files[path] = read_settings(path)[1]
-            environ.update((k, str(v)) for k, v in files[path].get("env", {}).items())
-        except Skipped as error:
-            problems.append(str(error))
-    settings = Settings(environ)
-    settings.files, settings.ignored = files, problems + settings.ignored
-    return settings
+            self.raw = read_file(self.real, SETTINGS_MAX_BYTES)
+            self.content = self.decode(self.raw)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, RecursionError) as error:
+            raise Skipped(f"{path} is left as it is, no settings: {error}") from None
 
-def hooks_in(found, pattern):
-    """[(event, group, hook)] of settings (dict) whose commands match."""
-    return [(event, group, hook) for event, groups in found.get("hooks", {}).items()
-            for group in groups[:] for hook in group["hooks"]
-            if pattern.match(hook.get("command", ""))]
+    @staticmethod
+    def decode(raw: bytes) -> Fields:
+        """The settings (dict) in a file's bytes; ValueError says why there are none."""
+        import json
 
-def with_ours(found, url, tools):
-    """Settings (dict) with our hooks, and with the ping URL unless it is None."""
-    found = copy.deepcopy(found)
+        text = raw.decode("utf-8-sig")
+        content: Fields = json.loads(text) if text.strip() else {}
+        need_form(content)
+        return content
+
+    def encode(self, content: Fields) -> bytes:
+        """`content` as the file would hold it, in its own indent and line ends."""
+        import json
+        import re
+
+        raw = self.raw or b""
+        indents = re.findall(rb"\n([ \t]+)\"", raw)
+        indent = indents[0].decode() if indents else "  "
+        text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
+        if b"\r\n" in raw:
+            text = text.replace("\n", "\r\n")
+        return text.encode("utf-8", "backslashreplace")  # half of a character: "\ud83d"
+
+    def hooks(self) -> list[RegisteredHook]:
+        """The hooks in it."""
+        return hooks_of(self.content)
+
+    def env(self) -> Fields:
+        """Its env block."""
+        env: Fields = self.content.get("env", {})
+        return env
+
+    def is_ours_in_part(self) -> bool:
+        """Whether anything in it may be from install."""
+        return URL_NAME in self.env() or any(hook.is_ours() for hook in self.hooks())
+
+    def need_writable(self) -> None:
+        """Raise Skipped when the file is read-only: its owner meant that."""
+        if self.raw is not None and not os.stat(self.real).st_mode & stat.S_IWUSR:
+            raise Skipped(f"{self.path} is left as it is: it is read-only")
+
+    def write(self, raw: bytes) -> None:
+        """Make the file hold these bytes; its mode stays."""
+        mode = 0o600
+        if self.raw is not None:
+            mode = stat.S_IMODE(os.stat(self.real).st_mode)
+        write_file(self.real, raw, make_directory=True)
+        os.chmod(self.real, mode)
+
+    def back_up(self) -> None:
+        """Keep what the file holds beside it, under a timestamp."""
+        backup = self.real + time.strftime(".%Y%m%d-%H%M%S.bak")
+        if self.raw is not None and not os.path.exists(backup):
+            write_file(backup, self.raw)
+
+    def backups(self) -> list[str]:
+        """Paths of the backups, the oldest first."""
+        import glob
+
+        return sorted(glob.glob(glob.escape(self.real) + ".[0-9]*-[0-9]*.bak"))
+
+
+class Surroundings:
+    """What a hook finds that Claude Code runs here.
+
+    files: the settings files (SettingsFile), in the order in which each goes before
+    those above it. settings: from the environment and their env blocks; what is no
+    settings file is told in its `ignored`.
+    """
+
+    def __init__(self) -> None:
+        here = os.path.join(os.getcwd(), ".claude")
+        paths = [
+            settings_path(None),
+            os.path.join(here, "settings.json"),
+            os.path.join(here, "settings.local.json"),
+            *MANAGED_SETTINGS.get(sys.platform, MANAGED_SETTINGS[""]),
+        ]
+        environ, problems = dict(os.environ), []
+        self.files: list[SettingsFile] = []
+        for path in dict.fromkeys(paths):
+            try:
+                file = SettingsFile(path)
+            except Skipped as error:
+                problems.append(str(error))
+                continue
+            self.files.append(file)
+            environ.update((name, str(value)) for name, value in file.env().items())
+        self.settings = Settings(environ)
+        self.settings.ignored = problems + self.settings.ignored
+
+
+def print_diff(path: str, before: bytes, after: bytes) -> None:
+    """Print how a settings file will change; of each URL only scheme, host and port."""
+    import difflib
+    import re
+
+    secret = re.compile(
+        r"(TELEMHQ_PING_URL\W+|\b(?=\w+://))"  # the variable's value, or any URL,
+        r"(\w+://[\w.:\[\]-]+(?=[/?#\"']))?"  # of which this may be shown
+        r"[^\"'\n]*"
+    )
+    old, new = (
+        secret.sub(r"\1\2/...", raw.decode("utf-8", "replace")).splitlines()
+        for raw in (before, after)
+    )
+    print("\n".join(difflib.unified_diff(old, new, path, path, lineterm="")))
+
+
+# -- Commands: install, uninstall ------------------------------------------------------
+
+
+def shell_quoted(path: str) -> str:
+    """A path as one word for a shell; on Windows that is Git Bash."""
+    import shlex
+
+    return shlex.quote(path.replace("\\", "/") if os.name == "nt" else path)
+
+
+def interpreter() -> str:
+    """The Python to name in settings: never a virtual environment's, which comes and
+    goes, but the one behind it."""
+    if sys.prefix == sys.base_prefix:
+        return sys.executable
+    major, minor = sys.version_info[:2]
+    behind = os.path.join(sys.base_prefix, "bin", f"python{major}.{minor}")
+    if os.name == "nt":
+        behind = os.path.join(sys.base_prefix, "python.exe")
+    return behind if os.path.exists(behind) else sys.executable
+
+
+def hook_command(event: str) -> str:
+    """The command for settings. It imports the script from its own directory; when that
+    fails (bytecode that a crash has cut off), it runs it. It never ends with 2."""
+    python = shell_quoted(interpreter())
+    directory, script = shell_quoted(hooks_dir()), shell_quoted(installed_script())
+    imported = f"cd {directory} && {python} -ESc '{IMPORT}'"
+    trap = IGNORE_TERM if event == "StopFailure" else ""
+    return f"{trap}{imported} || {python} -I -S {script} || true"
+
+
+def with_ours(content: Fields, url: str | None, tools: bool) -> Fields:
+    """Settings with our hooks, and with the ping URL unless it is None."""
+    import copy
+
+    content = copy.deepcopy(content)
     if url is not None:
-        found.setdefault("env", {})["TELEMHQ_PING_URL"] = url
-    for event, matcher in dict(EVENTS, **(TOOL_EVENTS if tools else {})).items():
-        if event not in [event for event, _, _ in hooks_in(found, NAMED)]:
-            group = {"matcher": matcher} if matcher else {}
-            group["hooks"] = [{"type": "command", "command": SCRIPT, "timeout": 10}]
-            found.setdefault("hooks", {}).setdefault(event, []).append(group)
-    for event, _, hook in hooks_in(found, ALONE):
-        hook.update(command=hook_command(event), timeout=10)
-    return found
+        content.setdefault("env", {})[URL_NAME] = url
+    wanted = {**EVENTS, **TOOL_EVENTS} if tools else EVENTS
+    there = [hook.event for hook in hooks_of(content) if hook.names_script()]
+    for event, matcher in wanted.items():
+        if event not in there:
+            group: Fields = {"matcher": matcher} if matcher else {}
+            group["hooks"] = [{"type": "command", "command": SCRIPT}]
+            content.setdefault("hooks", {}).setdefault(event, []).append(group)
+    for hook in hooks_of(content):
+        if hook.is_ours():
+            command = hook_command(hook.event)
+            hook.entry.update(command=command, timeout=HOOK_TIMEOUT_S)
+    return content
 
-def without_ours(found):
-    """Settings (dict) without our hooks, the ping URL, and hooks and env left empty."""
-    found = copy.deepcopy(found)
-    found.get("env", {}).pop("TELEMHQ_PING_URL", None)
-    for event, group, hook in hooks_in(found, ALONE):
-        group["hooks"].remove(hook)
-    hooks = {event: [group for group in groups if group["hooks"]]
-             for event, groups in found.get("hooks", {}).items()}
-    found = dict(found, hooks={event: hooks[event] for event in hooks if hooks[event]})
-    return {k: v for k, v in found.items() if v or k not in ("hooks", "env")}
 
-def hook_command(event):
-    """The command for settings, with an interpreter that works from any shell."""
-    python = os.path.join(sys.base_prefix, "bin", "python%d.%d" % sys.version_info[:2])
-    if sys.prefix == sys.base_prefix or not os.path.exists(python):
-        python = sys.executable  # no virtual environment, which comes and goes
-    trap = "trap '' TERM; " if event == "StopFailure" else ""  # README, More events
-    return trap + "%s -I -S %s || true" % (shlex.quote(python), shlex.quote(INSTALLED))
+def without_ours(content: Fields) -> Fields:
+    """Settings without our hooks and the ping URL, and without what that left empty."""
+    import copy
 
-def as_bytes(raw, found):
-    """Settings (dict) as a file, in the indent and line ends of `raw` (bytes)."""
-    indent = (re.findall(rb"\n([ \t]+)\"", raw) or [b"  "])[0].decode()
-    text = json.dumps(found, indent=indent, ensure_ascii=False) + "\n"
-    text = text.replace("\n", "\r\n") if b"\r\n" in raw else text
-    return text.encode("utf-8", "backslashreplace")  # half of a character: "\ud83d"
+    content = copy.deepcopy(content)
+    content.get("env", {}).pop(URL_NAME, None)
+    for hook in hooks_of(content):
+        if hook.is_ours():
+            hook.group["hooks"].remove(hook.entry)
+    hooks = {}
+    for event, groups in content.get("hooks", {}).items():
+        kept = [group for group in groups if group["hooks"]]
+        if kept:
+            hooks[event] = kept
+    content["hooks"] = hooks
+    for name in ("hooks", "env"):
+        if not content.get(name):
+            content.pop(name, None)
+    return content
 
-def show_diff(path, *settings):
-    """Print how settings (two dicts) will change, hiding the path of every URL."""
-    texts = [re.sub(
-        r"(TELEMHQ_PING_URL\W+|\b(?=\w+://))(\w+://[\w.:\[\]-]+(?=[/?#\"']))?[^\"'\n]*",
-        r"\1\2/...", as_bytes(b"", found).decode()).splitlines() for found in settings]
-    print("\n".join(difflib.unified_diff(*texts, path, path, lineterm="")))
 
-def write_settings(path, new, old):
-    """Write a settings file (bytes), and `old` (bytes, or None) into a backup."""
-    real = os.path.realpath(path)
-    mode = stat.S_IMODE(os.stat(real).st_mode) if os.path.exists(real) else 0o600
-    if not mode & 0o200:
-        raise Skipped("%s is left as it is: it is read-only" % path)
-    backup = real + time.strftime(".%Y%m%d-%H%M%S.bak")
-    if old is not None and not os.path.exists(backup):
-        write_file(backup, old)
-    write_file(real, new)
-    os.chmod(real, mode)
+def bytecode_dir(script: str) -> str:
+    """Where Python caches the bytecode of a script that is imported."""
+    return os.path.join(os.path.dirname(script), "__pycache__")
 
-def install(options):
+
+def bytecode_of(script: str) -> list[str]:
+    """Paths of the bytecode of the installed script, of whatever Pythons."""
+    import glob
+
+    stem = os.path.splitext(SCRIPT)[0]
+    return glob.glob(os.path.join(glob.escape(bytecode_dir(script)), stem + ".*.pyc"))
+
+
+def install_script() -> None:
+    """Put this file into place. Python takes cached bytecode for that of any source of
+    the same size and second: a changed file gets another second. And under a umask of
+    000 it would let everybody write the bytecode: so its directory is made here."""
+    source, script = read_file(this_script(), SETTINGS_MAX_BYTES), installed_script()
+    real = os.path.realpath(script)
+    try:
+        before, old = read_file(real, SETTINGS_MAX_BYTES), os.stat(real).st_mtime
+    except FileNotFoundError:
+        before, old = b"", 0.0
+    if before != source:
+        write_file(real, source, make_directory=True)
+        written = max(time.time(), old + 1)
+        os.utime(real, (written, written))
+    os.chmod(real, 0o700)
+    for path in bytecode_of(script):
+        remove(path)
+    if not os.path.isdir(bytecode_dir(script)):
+        os.mkdir(bytecode_dir(script))
+        os.chmod(bytecode_dir(script), 0o755)
+
+
+def install(options: Namespace) -> int:
     """Copy this file to ~/.claude/hooks, register it in settings.json."""
-    path, settings = settings_file(options.project), effective_settings()
-    raw, before = read_settings(path)
+    file = SettingsFile(settings_path(options.project))
+    settings = Surroundings().settings
     if options.url is not None:
-        find_destination(Settings(dict(settings.environ, TELEMHQ_PING_URL=options.url)))
-    after = with_ours(before, options.url, options.tools)
-    show_diff(path, before, after)
+        find_tracker(Settings({**settings.environ, URL_NAME: options.url}))
+    after = with_ours(file.content, options.url, options.tools)
+    print_diff(file.path, file.encode(file.content), file.encode(after))
     if not options.dry_run:
-        if before != after:
-            write_settings(path, as_bytes(raw or b"", after), raw)
-        target, script = os.path.realpath(INSTALLED), read_file(SELF, 1 << 24)
-        if not os.path.exists(target) or read_file(target, 1 << 24) != script:
-            write_file(target, script)
-        os.chmod(target, 0o700)
-        print("Installed: %s names %s." % (path, INSTALLED))
+        if file.content != after:
+            file.need_writable()
+            file.back_up()
+            file.write(file.encode(after))
+        install_script()
+        print(f"Installed: {file.path} names {installed_script()}.")
     if not (options.url or settings.url):
         print("Now export TELEMHQ_PING_URL, or run install again with --url.")
+    return 0
 
-def restore(path):
+
+def restore(file: SettingsFile) -> None:
     """Take ours out of a settings file; the backups go: they may hold ping URLs."""
-    raw, before = read_settings(path)
-    after, real = without_ours(before), os.path.realpath(path)
-    if not hooks_in(before, ALONE) and "TELEMHQ_PING_URL" not in before.get("env", {}):
+    if not file.is_ours_in_part():
         return
-    new = as_bytes(raw, after) if after else None  # None: install has made it
-    backups = sorted(glob.glob(glob.escape(real) + ".[0-9]*-[0-9]*.bak"))
-    for backup in backups:
-        old, found = read_settings(backup)
-        if not hooks_in(found, ALONE) and without_ours(found) == without_ours(before):
-            new, after = old, found  # nothing else has changed: to the byte as it was
-    show_diff(path, before, after)
-    write_settings(path, new or b"", None)
-    for name in backups + [real] * (new is None):
-        os.unlink(name)
+    file.need_writable()
+    after = without_ours(file.content)
+    new = file.encode(after) if after else None  # None: install has made the file
+    backups = file.backups()
+    for path in backups:
+        backup = SettingsFile(path)
+        theirs = not any(hook.is_ours() for hook in backup.hooks())
+        if theirs and without_ours(backup.content) == after:
+            new = backup.raw  # nothing else has changed: to the byte as it was
+    print_diff(file.path, file.encode(file.content), new or b"")
+    if new is None:
+        os.unlink(file.real)
+    else:
+        file.write(new)
+    for path in backups:
+        os.unlink(path)
 
-def uninstall(options):
+
+def need_consent(question: str) -> None:
+    """Ask a person; Skipped when the answer is not yes, or nobody is there to ask."""
+    if not sys.stdin.isatty() or input(question + " [y/N] ").lower() != "y":
+        raise Skipped("nothing was changed; with --yes they are removed")
+
+
+def remove_script() -> None:
+    """Remove the installed script and its bytecode."""
+    script = installed_script()
+    for path in [*bytecode_of(script), script]:
+        remove(path)
+    remove_if_empty(bytecode_dir(script))
+
+
+def remove_if_empty(directory: str) -> None:
+    """Remove a directory with nothing in it; any other stays."""
+    try:
+        os.rmdir(directory)
+    except OSError:
+        pass
+
+
+def uninstall(options: Namespace) -> int:
     """The inverse of install: settings as before, script and state removed."""
-    path, state_dir = settings_file(options.project), effective_settings().state_dir
-    waiting = sum(map(len, outboxes(state_dir).values()))
+    import shutil
+
+    path, state_dir = settings_path(options.project), Surroundings().settings.state_dir
+    kept = outboxes(state_dir)
+    waiting = sum(len(outbox.waiting()) for outbox in kept)
     if waiting and not options.yes:
-        print("%d pings wait and would be lost; `flush` sends them." % waiting)
-        if not sys.stdin.isatty() or input("Remove them? [y/N] ").lower() != "y":
-            raise Skipped("nothing was changed; with --yes they are removed")
-    restore(path)
-    for name in (path, settings_file(None)):
-        if hooks_in(read_settings(name)[1], NAMED):
-            print("%s still names the script: it stays, with its state." % name)
-            return
-    for base in outboxes(state_dir):
-        shutil.rmtree(base)
-    remove(INSTALLED)
-    for directory in (state_dir or CONFIG, CONFIG + "/hooks", CONFIG, path + "/.."):
-        with contextlib.suppress(OSError):  # not empty
-            os.rmdir(os.path.normpath(directory))
+        print(f"{waiting} pings wait and would be lost; `flush` sends them.")
+        need_consent("Remove them?")
+    restore(SettingsFile(path))
+    for name in (path, settings_path(None)):
+        if any(hook.names_script() for hook in SettingsFile(name).hooks()):
+            print(f"{name} still names the script: it stays, with its state.")
+            return 0
+    for outbox in kept:
+        shutil.rmtree(outbox.directory)
+    remove_script()
+    ours = state_dir or config_dir()
+    for directory in (ours, hooks_dir(), config_dir(), os.path.dirname(path)):
+        remove_if_empty(directory)
     print("Removed.")
+    return 0
 
-def outboxes(state_dir):
-    """{a destination's directory: names of the pings that wait there, oldest first}."""
-    ping, found = "/outbox/" + "[0-9]" * 20 + "-*.json", glob.escape(state_dir or "")
-    return {base: sorted(map(os.path.basename, glob.glob(glob.escape(base) + ping)))
-            for base in sorted(glob.glob(found + "/*-" + "[0-9a-f]" * 12))}
 
-def flush(options):
+# -- Commands: flush -------------------------------------------------------------------
+
+
+class Teller:
+    """Prints what a sender tells, and counts what was delivered."""
+
+    delivered = 0
+
+    def __call__(self, text: str) -> None:
+        print(text, flush=True)
+        if text.endswith(DELIVERED):
+            self.delivered += 1
+
+
+def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
+    """The outbox's lock; Skipped when a sender still has it at `ends` (monotonic)."""
+    lock = outbox.take_lock()
+    while lock is None:
+        if time.monotonic() >= ends:
+            raise Skipped("a sender is at work and has the pings; see sender.log")
+        time.sleep(POLL_S)
+        lock = outbox.take_lock()
+    return lock
+
+
+def flush(options: Namespace) -> int:
     """One pass of a sender now, in spite of a back-off."""
-    settings, told = effective_settings(), []
-    destination, Sender.status = find_destination(settings), 1
-    base = destination.directory(settings.state_dir or "")
-    need_sound(settings.state_dir, base)
+    settings = Surroundings().settings
+    tracker = find_tracker(settings)
+    outbox = outbox_of(settings, tracker)
+    outbox.need_sound()
     if options.adopt:
-        adopt(settings.state_dir, base)
-    if outboxes(settings.state_dir).get(base):
-        settings.debug = True  # ignores the back-off
-        deliver_here(destination, base, settings, time.monotonic() + LIFE_S,
-                     lambda text: told.append(text) or print(text, flush=True))
-    left = len(outboxes(settings.state_dir).get(base, ()))
-    print("%d delivered, %d left." % (sum(t.endswith(DELIVERED) for t in told), left))
+        adopt(settings, outbox)
+    tell = Teller()
+    if outbox.waiting():
+        ends = time.monotonic() + LIFE_S
+        lock = wait_for_lock(outbox, ends)
+        sender = Sender(outbox, tracker, settings, ends, tell, patient=True)
+        sender.status = 1  # when its watchdog ends this process
+        sender.one_pass()
+        lock.release()
+    left = len(outbox.waiting())
+    print(f"{tell.delivered} delivered, {left} left.")
     return 1 if left else 0
 
-def adopt(state_dir, base):
+
+def adopt(settings: Settings, present: Outbox) -> None:
     """Move what waits for former URLs, and their accounts, to the present one's."""
-    for former in set(outboxes(state_dir)) - {base}:
-        need_sound(state_dir, former)
-        lock = take_lock(former)
+    for former in outboxes(settings.state_dir):
+        if former.directory == present.directory:
+            continue
+        former.need_sound()
+        lock = former.take_lock()
         if lock is None:
-            raise Skipped("a sender is at work in %s; try again in a minute" % former)
-        for path in glob.glob(glob.escape(former) + "/[ao]*/*.json"):
-            target = path.replace(former, base, 1)
-            if not os.path.exists(target):
-                os.renames(path, target)
-        drop_lock(lock)
+            at_work = f"a sender is at work in {former.directory}"
+            raise Skipped(f"{at_work}; try again in a minute")
+        for name in former.waiting():
+            move(former.path("outbox", name), present.path("outbox", name))
+        if os.path.isdir(former.path("accounts")):
+            for name in sorted(os.listdir(former.path("accounts"))):
+                move(former.path("accounts", name), present.path("accounts", name))
+        lock.release()
 
-def doctor(options):
+
+def move(path: str, target: str) -> None:
+    """Move a file, unless there is one; the directories are made, or go when empty."""
+    if path.endswith(".json") and not os.path.exists(target):
+        os.renames(path, target)
+
+
+# -- Commands: doctor ------------------------------------------------------------------
+
+WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
+MEANINGS = (  # of an answer, by what it begins with
+    ("HTTP 40", "the token in TELEMHQ_PING_URL is wrong or was revoked"),
+    ("HTTP 41", "the tracker was deleted"),
+    ("HTTP 3", "it has moved; put its new address into TELEMHQ_PING_URL"),
+    ("HTTP", "it has a problem of its own; pings are kept and sent later"),
+    ("TLS", "the certificate is not trusted; SSL_CERT_FILE can name a company's own"),
+    ("", "is TELEMHQ_PING_URL right, is there a network, or a proxy for HTTPS_PROXY?"),
+)
+
+
+class Check:
+    """One line of doctor's. good: all is well. text: what was looked at and found.
+    remedy: what to do when it is not well."""
+
+    def __init__(self, good: bool, text: str, remedy: str = "") -> None:
+        self.good = good
+        self.text = text
+        self.remedy = remedy
+
+    def line(self) -> str:
+        """For a person."""
+        return f"✓ {self.text}" if self.good else f"✗ {self.text}: {self.remedy}"
+
+
+def in_words(what: str) -> str:
+    """What an answer means (`what` of an Answer), and what to do."""
+    said = "the tracker answered " + what[5:] if what.startswith("HTTP ") else what
+    meanings = [text for begins, text in MEANINGS if what.startswith(begins)]
+    return f"{said}: {meanings[0]}"
+
+
+def doctor(options: Namespace) -> int:
     """Check all that lies between an event and the tracker; say what to do."""
-    settings = effective_settings()
-    lines = *check_hooks(settings), *check_url(settings), *check_state(settings)
-    for good, text, remedy in lines:
-        print("✓ " + text if good else "✗ %s: %s" % (text, remedy))
-    return 0 if all(good for good, _, _ in lines) else 1
+    here = Surroundings()
+    checks = [
+        *check_hooks(here.files),
+        *check_commands(here.files),
+        *check_tracker(here.settings),
+        *check_outbox(here.settings),
+    ]
+    for check in checks:
+        print(check.line())
+    return 0 if all(check.good for check in checks) else 1
 
-def check_hooks(settings):
-    """Yields whether each event runs the script, and whether that works."""
-    where, commands = {}, set()
-    for path, found in settings.files.items():
-        if found.get("disableAllHooks"):
-            yield False, "settings", "disableAllHooks in %s turns them off" % path
-        if any(found["enabledPlugins"][name] for name in found.get("enabledPlugins", ())
-               if name.startswith("telemhq-ping@")):
+
+def has_plugin(content: Fields) -> bool:
+    """Whether settings (dict) enable this script as a plugin."""
+    plugins = content.get("enabledPlugins")
+    if not isinstance(plugins, dict):
+        return False
+    return any(on and name.startswith("telemhq-ping@") for name, on in plugins.items())
+
+
+def check_hooks(files: list[SettingsFile]) -> Iterator[Check]:
+    """Whether each event runs the script."""
+    where: dict[str, str] = {}
+    for file in files:
+        if file.content.get("disableAllHooks"):
+            off = f"disableAllHooks in {file.path} turns them off"
+            yield Check(False, "settings", off)
+        if has_plugin(file.content):
             where.update(dict.fromkeys(EVENTS, "the plugin"))
-        where.update((event, path) for event, _, _ in hooks_in(found, NAMED))
-        commands.update(hook["command"] for _, _, hook in hooks_in(found, ALONE))
-    for event in dict.fromkeys((*EVENTS, *where)):
-        yield event in where, "hook for %s, in %s" % (
-            event, where.get(event, "no settings file")), "run `install`"
-    for command in sorted(commands):
-        plain = command.replace("|| true", "").strip()
-        status, said = subprocess.getstatusoutput(plain + " --version </dev/null")
-        problem = {127: "the interpreter is missing", 2: "the script is missing"}.get(
-            status, "it is not version %s, or not Python 3.8" % __version__)
-        yield (said.endswith(" " + __version__), "script and interpreter: " + plain,
-               problem + "; run `install`")
+        for hook in file.hooks():
+            if hook.names_script():
+                where[hook.event] = file.path
+    for event in dict.fromkeys([*EVENTS, *where]):
+        place = where.get(event, "no settings file")
+        yield Check(event in where, f"hook for {event}, in {place}", "run `install`")
 
-def in_words(what):
-    """What an answer of `post` means, and what to do."""
-    said = "the tracker answered " + what[5:] if what[:5] == "HTTP " else what
-    return "%s: %s" % (said, next(REASONS[r] for r in REASONS if what.startswith(r)))
 
-def check_url(settings):
-    """Yields whether the ping URL is usable and answers; a GET records no run."""
-    yield from ((False, "settings", problem) for problem in settings.ignored)
+def check_commands(files: list[SettingsFile]) -> Iterator[Check]:
+    """Whether what the commands name is there: script and interpreter."""
+    hooks = [hook for file in files for hook in file.hooks() if hook.is_ours()]
+    runs = {tuple(script_run(shell_words(hook.command))) for hook in hooks}
+    for run in sorted(runs):
+        problem = problem_of(list(run))
+        text = "script and interpreter: " + " ".join(run)
+        yield Check(not problem, text, problem + "; run `install`")
+
+
+def script_run(words: list[str]) -> list[str]:
+    """Of a command of ours (its words), those that run the script as a script."""
+    while words and os.path.basename(words[-1]) != SCRIPT:
+        words = words[:-1]
+    operators = [at for at, word in enumerate(words) if word in (";", "&&", "||")]
+    words = words[operators[-1] + 1 :] if operators else words
+    return [os.path.expandvars(os.path.expanduser(word)) for word in words]
+
+
+def problem_of(run: list[str]) -> str:
+    """Why a script (words that run it) is not this version's; "" when it is."""
+    import subprocess
+
     try:
-        url = find_destination(settings).url
-    except Skipped as error:
-        yield False, "ping URL", str(error)
-        return
-    get = argparse.Namespace(open=lambda request, timeout: make_opener(url).open(
-        urllib.request.Request(url, headers=request.headers), timeout=timeout))
-    verdict, what, _, _ = post(get, url, telemhq(url).headers, None, settings.timeout_s)
-    good = verdict in (DELIVERED, REFUSED) or what == "HTTP 405"  # 405: it takes POSTs
-    yield good, "tracker at %s answers a GET" % origin(url), in_words(what)
+        ended = subprocess.run(
+            [*run, "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+    except FileNotFoundError:
+        return "the interpreter is missing"
+    except OSError as error:
+        return f"the interpreter does not run ({error.strerror})"
+    if ended.stdout.decode("utf-8", "replace").strip().endswith(" " + __version__):
+        return ""
+    if not os.path.exists(run[-1]):
+        return "the script is missing"
+    return f"it is not version {__version__}, or not Python 3.8"
 
-def check_state(settings):
-    """Yields whether all is well on disk: what waits, what failed, what was lost."""
-    state_dir, now = settings.state_dir or "", time.time()
-    base = os.path.join(state_dir, "none")
+
+def check_tracker(settings: Settings) -> Iterator[Check]:
+    """Whether the ping URL is usable and answers; a GET records no run."""
+    for problem in settings.ignored:
+        yield Check(False, "settings", problem)
     try:
-        with contextlib.suppress(Skipped):
-            base = find_destination(settings).directory(state_dir)
-        need_sound(state_dir, base)
+        tracker = find_tracker(settings)
     except Skipped as error:
-        yield False, "state directory", str(error)
+        yield Check(False, "ping URL", str(error))
         return
-    yield True, "state directory " + state_dir, ""
-    waiting, state = outboxes(state_dir), load_state(base)
-    names = waiting.pop(base, ())
-    age, left = now - ns_of(names[0]) / 1e9 if names else 0, backoff_left_s(state, now)
-    waits = "%d pings wait, the oldest for %d min" % (len(names), age / 60)
-    yield not names or not left and age < WAIT_OLD_S, waits, "`flush` sends them now"
-    why = in_words(str(state["problem"].get("what", ""))) if state["failures"] else (
-        "after an outage the pings are sent bit by bit")
-    yield not left, "back-off: %s" % ("%d s more" % left if left else "none"), why
-    yield True, "last delivery: " + (iso_time(int(state["delivered_at"] * 1e9)) if (
-        state["delivered_at"]) else "none"), ""
-    for reason, count in sorted(state["losses"].items()):
-        yield False, "lost: %d, %s" % (count, reason), "see refused/ in " + base
-    for names in filter(None, waiting.values()):
-        yield False, "%d pings wait for a URL no longer configured" % len(names), (
-            "`flush --adopt` sends them to the present one")
+    question = Request(tracker.url, tracker.headers, None)  # no body: a GET
+    answer = post(make_opener(tracker.url), question, settings.timeout_s)
+    takes_posts = answer.what == "HTTP 405"
+    good = answer.verdict in (DELIVERED, REFUSED) or takes_posts
+    text = f"tracker at {origin(tracker.url)} answers a GET"
+    yield Check(good, text, in_words(answer.what))
 
-SAMPLES = {  # what Claude Code sends with some events, beside what it always sends
-    "SessionStart": {"source": "startup", "model": "claude-opus-5-5"},
-    "PostToolUse": {"tool_name": "Bash", "tool_input": {"command": "cat notes"},
-                    "tool_response": {"stdout": "hunter2"}, "duration_ms": 25},
-    "PostToolUseFailure": {"tool_name": "Bash", "tool_input": {"command": "./deploy"},
-                           "error": "Exit code 3\nno /home/you/acme/key"},
+
+def check_outbox(settings: Settings) -> Iterator[Check]:
+    """Whether all is well on disk: what waits, what failed, what was lost."""
+    state_dir = settings.state_dir or ""
+    try:
+        outbox = outbox_of(settings, find_tracker(settings))
+    except Skipped:
+        outbox = Outbox(os.path.join(state_dir, "none"))
+    try:
+        if not settings.state_dir:
+            raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
+        outbox.need_sound()
+    except Skipped as error:
+        yield Check(False, "state directory", str(error))
+        return
+    yield Check(True, "state directory " + state_dir)
+    yield from check_delivery(outbox)
+    for former in outboxes(state_dir):
+        names = former.waiting()
+        if names and former.directory != outbox.directory:
+            text = f"{len(names)} pings wait for a URL no longer configured"
+            yield Check(False, text, "`flush --adopt` sends them to the present one")
+
+
+def check_delivery(outbox: Outbox) -> Iterator[Check]:
+    """How delivery from an outbox goes."""
+    now, names, state = time.time(), outbox.waiting(), outbox.state()
+    age_s = now - ns_of(names[0]) / 1e9 if names else 0.0
+    left_s = state.backoff_left_s(now)
+    text = f"{len(names)} pings wait, the oldest for {int(age_s / 60)} min"
+    fine = not names or (not left_s and age_s < WAIT_OLD_S)
+    yield Check(fine, text, "`flush` sends them now")
+    why = "after an outage the pings are sent bit by bit"
+    if state.failures:
+        why = in_words(state.problem)
+    lasts = f"{int(left_s)} s more" if left_s else "none"
+    yield Check(not left_s, f"back-off: {lasts}", why)
+    last = "none"
+    if state.delivered_at:
+        last = iso_time(int(state.delivered_at * 1e9))
+    yield Check(True, f"last delivery: {last}")
+    for reason, count in sorted(state.losses.items()):
+        where = f"see refused/ in {outbox.directory}"
+        yield Check(False, f"lost: {count}, {reason}", where)
+
+
+# -- Commands: preview, demo -----------------------------------------------------------
+
+ARRIVES_S = 30.0  # a ping that has not come by then is lost
+OUTAGE = "Now the receiver goes away; a second after the next event it is back."
+DEMO_MODEL = "claude-opus-5-5"
+SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
+    "SessionStart": {"source": "startup", "model": DEMO_MODEL},
+    "PostToolUse": {
+        "tool_name": "Bash",
+        "tool_input": {"command": "cat notes"},
+        "tool_response": {"stdout": "hunter2"},
+        "duration_ms": 25,
+    },
+    "PostToolUseFailure": {
+        "tool_name": "Bash",
+        "tool_input": {"command": "./deploy"},
+        "error": "Exit code 3\nno /home/you/acme/key",
+    },
     "Stop": {"last_assistant_message": "It is hunter2.", "stop_hook_active": False},
-    "StopFailure": {"error": "rate_limit", "last_assistant_message": "API Error: 429"},
-    "SessionEnd": {"reason": "prompt_input_exit"}}
+    "StopFailure": {
+        "error": "rate_limit",
+        "last_assistant_message": "API Error: 429",
+    },
+    "SessionEnd": {"reason": "prompt_input_exit"},
+}
 
-def sample(name, transcript):
-    """A sample event (dict)."""
-    return dict(SAMPLES[name], hook_event_name=name, transcript_path=transcript,
-                session_id="5e551011-0000-4000-8000-0000000000", cwd="/home/you/acme")
 
-def preview(options):
+def sample(name: str, transcript: str) -> Fields:
+    """A sample event."""
+    return {
+        **SAMPLES[name],
+        "hook_event_name": name,
+        "transcript_path": transcript,
+        "session_id": "5e551011-0000-4000-8000-0000000000",
+        "cwd": "/home/you/acme",
+    }
+
+
+def preview(options: Namespace) -> int:
     """Print the ping that an event (stdin, or a sample) makes, without its tokens."""
-    sampled = options.event and encode_json(sample(options.event, "/x.jsonl")).encode()
-    raw, settings = sampled or sys.stdin.buffer.read(), effective_settings()
+    import json
+
+    if options.event:
+        raw = encode_json(sample(options.event, "/x.jsonl")).encode()
+    else:
+        raw = sys.stdin.buffer.read()
     event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
     if not isinstance(event, dict):
         raise Skipped("that is no event")
-    ping = make_ping(
-        event, settings, project_of(event, settings), time.time_ns(), len(raw))
+    settings = Surroundings().settings
+    project = project_of(event, settings)
+    ping = make_ping(event, settings, project, time.time_ns(), len(raw))
     print(json.dumps(ping, indent=2))
+    return 0
 
-class Receiver(http.server.BaseHTTPRequestHandler):
-    """Takes pings and says 200. arrived: (when, ping)s."""
-    arrived, log_message = queue.Queue(), lambda *_: None
 
-    def do_POST(self):
-        """One ping."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_response(200)
-        self.end_headers()
-        self.arrived.put((time.monotonic(), json.loads(body)))
+def start_receiver(port: int, arrived: Queue[tuple[float, Any]]) -> HTTPServer:
+    """A tracker on loopback that says 200; `arrived` gets (monotonic time, ping)."""
+    import http.server
+    import json
+    import threading
 
-def receive(port):
-    """Start a receiver on loopback; its server."""
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        """Takes pings."""
+
+        def do_POST(self) -> None:
+            """One ping."""
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            arrived.put((time.monotonic(), json.loads(body)))
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
     server = http.server.HTTPServer(("127.0.0.1", port), Receiver)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
 
-def show(name, transcript, environ):
-    """Run the hook as Claude Code does; what stays home, what arrives, and when."""
-    event, begun = sample(name, transcript), time.monotonic()
-    subprocess.run([sys.executable, "-I", "-S", SELF],
-                   input=encode_json(event).encode(), env=environ, check=True)
-    took = time.monotonic() - begun
-    at, ping = Receiver.arrived.get(timeout=ARRIVES_S)
-    home = [key + (" (its hash went)" if key + "_hash" in ping else
-                   " (its length went)" if key + "_chars" in ping else "")
-            for key in event if event[key] not in (name, ping.get(key))]
-    print("%s: %d ms in the hook, delivered after %d ms" % (
-        name, took * 1000, (at - begun) * 1000))
-    print("  stayed home: " + ", ".join(home))
-    print("  left: " + json.dumps(ping, indent=2).replace("\n", "\n  ") + "\n")
 
-def demo(options):
+class Demo:
+    """The script as it is installed, in a directory of its own, with a receiver."""
+
+    def __init__(self, directory: str) -> None:
+        import queue
+
+        self.arrived: Queue[tuple[float, Any]] = queue.Queue()
+        self.server = start_receiver(0, self.arrived)
+        self.port: int = self.server.server_address[1]
+        self.hooks = os.path.join(directory, "hooks")
+        self.state_dir = os.path.join(directory, "state")
+        self.transcript = os.path.join(directory, "session.jsonl")
+        self.environ = {
+            "HOME": directory,
+            "TELEMHQ_STATE_DIR": self.state_dir,
+            URL_NAME: f"http://127.0.0.1:{self.port}/ping/demo",
+        }
+        if "SYSTEMROOT" in os.environ:  # without it Windows has no random numbers
+            self.environ["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
+
+    def prepare(self) -> None:
+        """The script with its bytecode, and a transcript with usage in it."""
+        import py_compile
+
+        copied = os.path.join(self.hooks, SCRIPT)
+        source = read_file(this_script(), SETTINGS_MAX_BYTES)
+        write_file(copied, source, make_directory=True)
+        py_compile.compile(copied)
+        usage = {"input_tokens": 12, "output_tokens": 950}
+        usage.update(cache_read_input_tokens=41200, cache_creation_input_tokens=2300)
+        ledger = {"inputTokens": 12, "outputTokens": 950}
+        ledger.update(cacheReadInputTokens=41200, cacheCreationInputTokens=2300)
+        message = {"id": "msg_01", "model": DEMO_MODEL, "usage": usage}
+        message["stop_reason"] = "end_turn"
+        now = iso_time(time.time_ns())
+        rows = [
+            {"type": "assistant", "timestamp": now, "message": message},
+            {
+                "type": "cost-state",
+                "totalCostUSD": 0.06,
+                "modelUsage": {DEMO_MODEL: ledger},
+            },
+        ]
+        lines = "".join(encode_json(row) + "\n" for row in rows)
+        write_file(self.transcript, lines.encode())
+
+    def show(self, name: str) -> None:
+        """Run the hook as Claude Code does; what stays home, what arrives, and when."""
+        import json
+        import subprocess
+
+        event, begun = sample(name, self.transcript), time.monotonic()
+        command = [sys.executable, "-ESc", IMPORT]
+        sent = encode_json(event).encode()
+        subprocess.run(
+            command, input=sent, env=self.environ, cwd=self.hooks, check=True
+        )
+        took_ms = (time.monotonic() - begun) * 1000
+        at, ping = self.arrived.get(timeout=ARRIVES_S)
+        after_ms = (at - begun) * 1000
+        times = f"{took_ms:.0f} ms in the hook, delivered after {after_ms:.0f} ms"
+        print(f"{name}: {times}")
+        print("  stayed home: " + ", ".join(stayed_home(event, ping)))
+        left = json.dumps(ping, indent=2).replace("\n", "\n  ")
+        print(f"  left: {left}\n")
+
+    def outage(self) -> None:
+        """The receiver goes away, and is back in a second."""
+        import threading
+
+        self.server.shutdown()
+        self.server.server_close()
+        threading.Timer(1, start_receiver, [self.port, self.arrived]).start()
+
+    def settle(self) -> None:
+        """Wait until the sender has ended: it gives the lock back just before."""
+        for outbox in outboxes(self.state_dir):
+            wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
+        time.sleep(0.2)
+
+
+def stayed_home(event: Fields, ping: Fields) -> list[str]:
+    """The fields of an event that did not leave, for a person."""
+    found = []
+    for name, value in event.items():
+        if name == "hook_event_name" or ping.get(name) == value:
+            continue
+        if name + "_hash" in ping:
+            found.append(name + " (its hash went)")
+        elif name + "_chars" in ping:
+            found.append(name + " (its length went)")
+        else:
+            found.append(name)
+    return found
+
+
+def demo(options: Namespace) -> int:
     """Show, on this machine only, what leaves of each event; then an outage."""
-    with tempfile.TemporaryDirectory() as directory:
-        server, state_dir = receive(0), os.path.join(directory, "state")
-        port, transcript = server.server_address[1], os.path.join(directory, "x.jsonl")
-        environ = {"HOME": directory, "TELEMHQ_STATE_DIR": state_dir,
-                   "TELEMHQ_PING_URL": "http://127.0.0.1:%d/ping/demo" % port}
-        model, now = SAMPLES["SessionStart"]["model"], iso_time(time.time_ns())
-        usage, ledger = (dict.fromkeys(names, 400) for names in zip(*COUNTS.values()))
-        rows = ({"type": "assistant", "timestamp": now, "message": {
-            "id": "msg_01", "model": model, "stop_reason": "end_turn", "usage": usage}},
-            {"type": "cost-state", "totalCostUSD": 0.02, "modelUsage": {model: ledger}})
-        write_file(transcript, "".join(encode_json(r) + "\n" for r in rows).encode())
-        for name in SAMPLES:
-            show(name, transcript, environ)
-        print("Now the receiver goes away; a second after the next event it is back.\n")
-        server.shutdown()
-        server.server_close()
-        threading.Timer(1, receive, [port]).start()
-        show("Stop", transcript, environ)
-        print("Nothing was lost.")
-        while take_lock(list(outboxes(state_dir))[0]) is None:
-            time.sleep(POLL_S)
-        time.sleep(0.2)  # the sender ends after it has given the lock back
+    import queue
+    import tempfile
 
-def main(arguments):
-    """Run a command; the exit status."""
-    if sys.version_info < (3, 8) or not CONFIG:
-        sys.exit(SCRIPT + " needs Python 3.8 or newer, and a home directory")
-    os.umask(0o077)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that knows no ✓
+    with tempfile.TemporaryDirectory() as directory:
+        scene = Demo(directory)
+        scene.prepare()
+        try:
+            for name in SAMPLES:
+                scene.show(name)
+            print(OUTAGE + "\n")
+            scene.outage()
+            scene.show("Stop")
+        except queue.Empty:
+            raise Skipped("a ping did not arrive") from None
+        print("Nothing was lost.")
+        scene.settle()
+    return 0
+
+
+# -- Commands: the command line --------------------------------------------------------
+
+
+def command_line() -> ArgumentParser:
+    """The parser; of what it parses, `run` is the command's function."""
+    import argparse
+
     parser = argparse.ArgumentParser(
-        prog=SCRIPT, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument(
-        "--version", action="version", version=SCRIPT[:-3] + " " + __version__)
+        prog=SCRIPT,
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    version = f"telemhq_ping {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(metavar="COMMAND")
-    for run, names in ((demo, ""), (preview, "event"), (doctor, ""),
-                       (flush, "--adopt"), (uninstall, "--project --yes"),
-                       (install, "--url --tools --project --dry-run")):
+
+    def add(run: Callable[[Namespace], int]) -> ArgumentParser:
         command = commands.add_parser(run.__name__, help=run.__doc__)
         command.set_defaults(run=run)
-        for name in names.split():
-            command.add_argument(name, **{
-                "event": {"nargs": "?", "choices": list(SAMPLES)}, "--url": {},
-                "--project": {"metavar": "DIR"}}.get(name, {"action": "store_true"}))
-    options = parser.parse_args(arguments or ["--help"])
-    try:
-        return options.run(options) or 0
-    except (Skipped, OSError, EOFError, ValueError, queue.Empty) as error:
-        print("%s: %s" % (SCRIPT, error or "a ping did not arrive"), file=sys.stderr)
+        return command
+
+    add(demo)
+    add(preview).add_argument("event", nargs="?", choices=list(SAMPLES))
+    add(doctor)
+    add(flush).add_argument("--adopt", action="store_true")
+    command = add(uninstall)
+    command.add_argument("--project", metavar="DIR")
+    command.add_argument("--yes", action="store_true")
+    command = add(install)
+    command.add_argument("--url")
+    command.add_argument("--tools", action="store_true")
+    command.add_argument("--project", metavar="DIR")
+    command.add_argument("--dry-run", action="store_true")
+    return parser
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command; the exit status."""
+    if sys.version_info < (3, 8):
+        print(f"{SCRIPT} needs Python 3.8 or newer", file=sys.stderr)
         return 1
-'''
+    os.umask(0o077)
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure:
+        reconfigure(errors="replace")  # a terminal that knows no ✓
+    options = command_line().parse_args(arguments or ["--help"])
+    try:
+        status: int = options.run(options)
+        return status
+    except (Skipped, OSError, EOFError, ValueError) as error:
+        print(f"{SCRIPT}: {error}", file=sys.stderr)
+        return 1
+
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--sender"] or not (sys.argv[1:] or os.isatty(0)):
-        run_for_claude_code(sys.argv[1:])
-    bring(SENDER)
-    bring(COMMANDS)
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:] or os.isatty(0):
+        sys.exit(main(sys.argv[1:]))
+    hook()

@@ -7,6 +7,7 @@
 Not a test: it fails for nothing. Every figure is a ratio within one run, but for sizes
 and the reading rate. Linux or macOS; what it starts it ends, traffic is loopback only.
 """
+from __future__ import annotations
 
 import argparse
 import json
@@ -232,7 +233,7 @@ def measure_hook(table, top, runs):
     fast, slow, hanging = Server(0), Server(0.2), Server(10)
     small = json.dumps(event("Stop")).encode()
     large = json.dumps(event("Stop", last_assistant_message="x" * (1 << 20))).encode()
-    names = "one slow hang dead full big eight".split()
+    names = ["one", "slow", "hang", "dead", "full", "big", "eight"]
     homes = {name: Home(top / name) for name in names}
 
     def hook(name, url, stdin=small, **more):
@@ -345,8 +346,10 @@ class Transcript:
         self.messages += 1
         rows.append(self.message(self.last))
         lines = (
-            json.dumps(dict(row, timestamp=stamp, sessionId=self.session_id),
-                       separators=(",", ":"))  # fmt: skip
+            json.dumps(
+                dict(row, timestamp=stamp, sessionId=self.session_id),
+                separators=(",", ":"),
+            )  # fmt: skip
             for row in rows
         )
         return "".join(line + "\n" for line in lines)

@@ -1,4 +1,5 @@
 """Fixtures: a HOME of one's own and a receiver, both gone after the test."""
+from __future__ import annotations
 
 import sys
 

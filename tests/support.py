@@ -1,6 +1,7 @@
 """What the tests share: the script as Claude Code runs it, and a real receiver."""
 
-import atexit
+from __future__ import annotations
+
 import contextlib
 import functools
 import http.server
@@ -13,15 +14,35 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+from typing import Any
 
 TESTS = pathlib.Path(__file__).resolve().parent
 ROOT = TESTS.parent
 SCRIPT = ROOT / "telemhq_ping.py"
 FIXTURES = TESTS / "fixtures"
 TOKEN = "SECRETTOKEN0123456789"  # the credential in every test URL: must never leak
+
+
+def command(python: str = sys.executable, directory: object = ROOT) -> str:
+    """The settings' command for a script in `directory`, without its second thought."""
+    start = "import telemhq_ping as t; t.hook()"
+    return f"cd '{directory}' && exec {python} -ESc '{start}'"
+
+
+def as_script(python: str = sys.executable, directory: object = ROOT) -> str:
+    """The command that runs the script as such, as TelemHQ's own settings block does."""
+    return f"exec {python} -I -S '{directory}/{SCRIPT.name}'"
+
+
+def sender_command(*arguments: str, python: str = sys.executable) -> list[str]:
+    """The command of a sender; by default one that takes the lock itself."""
+    start = (
+        "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
+    )
+    found = [python, "-I", "-S", "-c", start, str(ROOT), SCRIPT.stem]
+    return found + list(arguments or ("detached", "-1"))
 
 
 def event(name, **changes):
@@ -161,18 +182,32 @@ class Home:
         found.update({name: str(value) for name, value in more.items()})
         return found
 
-    def hook(self, sent, url=None, python=sys.executable, cwd=None, timeout=30, **more):
+    def hook(
+        self,
+        sent: Any,
+        url: str | None = None,
+        python: str = sys.executable,
+        cwd: object = None,
+        timeout: float = 30,
+        imported: bool = True,
+        **more: object,
+    ) -> subprocess.CompletedProcess[bytes]:
         """Run the script as Claude Code does: sh -c, pipes, its own session.
 
-        `sent` is an event or the bytes on stdin; gives a CompletedProcess (bytes).
+        `sent` is an event or the bytes on stdin. imported: as the settings' command
+        does, or as a script.
         """
         raw = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
         return subprocess.run(
-            ["/bin/sh", "-c", "exec %s -I -S %s" % (python, SCRIPT)],
-            input=raw, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env=self.env(url, **more), cwd=str(cwd or self.project),
-            start_new_session=True, timeout=timeout,
-        )  # fmt: skip
+            ["/bin/sh", "-c", command(python) if imported else as_script(python)],
+            input=raw,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=self.env(url, **more),
+            cwd=str(cwd or self.project),
+            start_new_session=True,
+            timeout=timeout,
+        )
 
     def destination(self):
         """The one destination's directory."""
@@ -202,7 +237,7 @@ class Home:
                 continue
             with contextlib.suppress(OSError):
                 line = pathlib.Path("/proc", entry, "cmdline").read_bytes()
-                if os.fsencode(SCRIPT.name) not in line:
+                if b"telemhq_ping" not in line:
                     continue
                 environ = pathlib.Path("/proc", entry, "environ").read_bytes()
                 if mark in environ.split(b"\0"):
@@ -240,9 +275,10 @@ def load_script():
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("telemhq_ping", str(SCRIPT))
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules["telemhq_ping"] = module
     spec.loader.exec_module(module)
-    module.bring(module.SENDER)
     return module
 
 
@@ -264,14 +300,15 @@ def wrap(module, name, before=None, after=None):
         return found
     setattr(module, name, wrapped)
 """
+# Imports the script, as the settings' command does, after the patch.
 RUNNER = """
-import marshal, sys
-script, compiled, patch = sys.argv[1:4]
-sys.argv[:] = [script] + sys.argv[4:]
+import sys
+directory, patch, entry = sys.argv[1:4]
+sys.argv[1:4] = [directory, "telemhq_ping"]
 exec(patch)
-with open(compiled, "rb") as file:
-    code = marshal.load(file)
-exec(code, {"__name__": "__main__", "__file__": script})
+sys.path.insert(0, directory)
+import telemhq_ping
+getattr(telemhq_ping, entry)()
 """
 # A sender that would sleep through a back-off has ended.
 ONE_LIFE = """
@@ -285,31 +322,26 @@ time.sleep = sleep
 """
 
 
-@functools.lru_cache(maxsize=None)
-def compiled():
-    """A file of the script's code: compiling it for every run costs a test 15 ms."""
-    fd, path = tempfile.mkstemp(".code")
-    atexit.register(os.unlink, path)
-    source = "import marshal, sys; path = sys.argv[1]; file = sys.stdout.buffer\n"
-    source += "marshal.dump(compile(open(path, 'rb').read(), path, 'exec'), file)"
-    with open(fd, "wb") as file:
-        command = [sys.executable, "-I", "-S", "-c", source, str(SCRIPT)]
-        subprocess.run(command, stdout=file, check=True)
-    return path
-
-
-def start_patched(home, patch, *arguments, url=None, **env):
-    """Start the script with the Python source `patch` run before it, in its process.
+def start_patched(
+    home: Home, patch: str, *arguments: str, url: str | None = None, **env: object
+) -> subprocess.Popen[bytes]:
+    """Start a hook, or a sender with its arguments, with the Python source `patch` run
+    before it, in its process.
 
     That is how the tests fake the clock, the resolver and the disk, and how they kill
     at a named point: nothing in the script knows of it. `patch` may use PRELUDE.
     """
+    entry = "sender" if arguments else "hook"
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", RUNNER, str(SCRIPT), compiled()]
-        + [PRELUDE + patch] + list(arguments),
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env=home.env(url, **env), cwd=str(home.project), start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-I", "-S", "-c", RUNNER, str(ROOT), PRELUDE + patch, entry]
+        + list(arguments),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=home.env(url, **env),
+        cwd=str(home.project),
+        start_new_session=True,
+    )
 
 
 def patched(home, patch, *arguments, url=None, sent=b"", timeout=60, **env):
@@ -321,8 +353,8 @@ def patched(home, patch, *arguments, url=None, sent=b"", timeout=60, **env):
 
 
 def run_sender(home, url, patch=ONE_LIFE, **env):
-    """Run a sender as `--sender -1` (it takes the lock itself) till it first sleeps."""
-    return patched(home, patch, "--sender", "-1", url=url, **env)
+    """Run a detached sender that takes the lock itself, till it first sleeps."""
+    return patched(home, patch, "detached", "-1", url=url, **env)
 
 
 def only_enqueue(home, url, sent=None, **env):
@@ -406,7 +438,7 @@ def read_request(connection):
     return head + b"\r\n\r\n" + body
 
 
-@functools.lru_cache()
+@functools.lru_cache
 def all_pythons():
     """{(3, minor): path} of the CPythons found: this one, pyenv's, those on the PATH."""
     found = {sys.version_info[:2]: sys.executable}

@@ -317,7 +317,7 @@ def kill_senders(home: Home, over: threading.Event, rng: random.Random) -> int:
         for pid in home.processes():
             try:
                 with open(f"/proc/{pid}/cmdline", "rb") as file:
-                    if b"--sender" not in file.read():
+                    if b"detached" not in file.read():
                         continue
                 os.kill(pid, signal.SIGKILL)
                 killed += 1

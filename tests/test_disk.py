@@ -739,7 +739,7 @@ def test_neither_url_nor_content_is_in_any_processs_arguments(
     receiver.wait_for(1)
     lines = every_command_line()
     release.set()
-    assert b"--sender" in lines
+    assert b"detached" in lines
     for needle in (secret, "CANARY", str(receiver.port)):
         assert needle.encode() not in lines, needle
     assert secret in receiver.requests[0].path

@@ -28,6 +28,7 @@ from support import (
     dead_url,
     event,
     pythons,
+    sender_command,
     wait_until,
 )
 
@@ -954,7 +955,7 @@ def test_an_unknown_argument_is_an_error_of_the_commands(home: Home) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--sender"], ["--sender", "x"], ["--sender", "99"], ["--sender", "-1"]],
+    [["detached"], ["detached", "x"], ["detached", "99"], ["detached", "-1"]],
 )
 def test_a_sender_started_by_hand_is_silent_and_exits_0(
     home: Home, receiver: Receiver, arguments: list[str]
@@ -962,7 +963,7 @@ def test_a_sender_started_by_hand_is_silent_and_exits_0(
     """A sender whose descriptor is nonsense takes the lock itself, or ends."""
     home.hook(STOP, dead_url(), TELEMHQ_FOREGROUND="1")
     done = subprocess.run(
-        [sys.executable, "-I", "-S", str(SCRIPT), *arguments],
+        sender_command(*arguments),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         env=home.env(receiver.url),

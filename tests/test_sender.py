@@ -19,6 +19,7 @@ import pytest
 
 from support import (
     ONE_LIFE,
+    ROOT,
     SCRIPT,
     TOKEN,
     Home,
@@ -152,12 +153,9 @@ def test_what_kind_of_process_the_sender_is(
     (pid,) = home.processes()
     proc = pathlib.Path("/proc", str(pid))
     command = (proc / "cmdline").read_bytes().split(b"\0")[:-1]
-    assert [os.fsdecode(part) for part in command[1:5]] == [
-        "-I",
-        "-S",
-        str(SCRIPT),
-        "--sender",
-    ]
+    words = [os.fsdecode(part) for part in command]
+    assert words[1:3] == ["-I", "-S"]
+    assert words[-4:-1] == [str(ROOT), "telemhq_ping", "detached"]
     fields = (proc / "stat").read_text().rsplit(")", 1)[1].split()
     assert int(fields[1]) not in (hook.pid, os.getpid())  # its parent
     assert (int(fields[2]), int(fields[3])) == (pid, pid)  # its group and session
@@ -1170,9 +1168,9 @@ def test_a_sender_prints_nothing(home: Home) -> None:
 def test_a_descriptor_that_is_not_the_lock(
     home: Home, receiver: Receiver, argument: str
 ) -> None:
-    """`--sender` with anything but the lock's descriptor: exit 0, nothing printed."""
+    """A sender with anything but the lock's descriptor: exit 0, nothing printed."""
     place(home, receiver.url)
-    run = patched(home, ONE_LIFE, "--sender", argument, url=receiver.url)
+    run = patched(home, ONE_LIFE, "detached", argument, url=receiver.url)
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
     if argument.lstrip("-").isdigit():
         assert len(receiver.requests) == 1

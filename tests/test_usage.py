@@ -34,7 +34,15 @@ from typing import (
 
 import pytest
 
-from support import FIXTURES, SCRIPT, Home, Receiver, Request, event, wait_until
+from support import (
+    FIXTURES,
+    Home,
+    Receiver,
+    Request,
+    event,
+    sender_command,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     Then = Sequence[dict[str, Any] | bytes] | Callable[[], object]
@@ -318,9 +326,8 @@ def url_hash(url: str) -> str:
 
 def send(home: Home, url: str, **env: object) -> None:
     """Run a sender in the foreground until the outbox is empty."""
-    command = [sys.executable, "-I", "-S", str(SCRIPT), "--sender", "-1"]
     done = subprocess.run(
-        command,
+        sender_command(),
         env=home.env(url, **env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -15,7 +15,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
-from support import SCRIPT, Home, Receiver
+from support import ROOT, Home, Receiver
 from test_usage import DAY_S, HAIKU, OPUS, Session, ledger, message, size_of, turn
 
 NURSERY = r"""
@@ -27,9 +27,7 @@ import errno, json, mmap, os, signal, struct, sys
 import datetime, email.utils, http.client, random, ssl, threading  # noqa: E401, F401
 import urllib.request  # noqa: F401
 
-script, shared = sys.argv[1], mmap.mmap(-1, 64)
-with open(script, encoding="utf-8") as file:
-    code = compile(file.read(), script, "exec")
+directory, shared = sys.argv[1], mmap.mmap(-1, 64)
 
 
 def wrap(nth, how):
@@ -65,11 +63,13 @@ for line in sys.stdin:
         signal.alarm(60)
         os.environ.clear()
         os.environ.update(job["env"])
-        sys.argv[:] = [script, "--sender", "-1"]
+        sys.argv[:] = ["-c", directory, "telemhq_ping", "detached", "-1"]
         null = os.open(os.devnull, os.O_RDWR)
         os.dup2(null, 0), os.dup2(null, 1)
         wrap(job["nth"], job["how"])
-        exec(code, {"__name__": "__main__", "__file__": script})
+        sys.path.insert(0, directory)
+        import telemhq_ping
+        telemhq_ping.sender()
         os._exit(9)
     status, steps = os.waitpid(child, 0)[1], struct.unpack("I", shared[:4])[0]
     print(json.dumps([status, steps, shared[4:].rstrip(b"\0 ").decode()]), flush=True)
@@ -81,7 +81,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", NURSERY, str(SCRIPT)],
+            [sys.executable, "-I", "-S", "-c", NURSERY, str(ROOT)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
