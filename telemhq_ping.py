@@ -53,6 +53,19 @@ elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
 
+# Claude Code runs a hook's command; a Ctrl-C in its terminal is not meant for us, and
+# would be a traceback. A command, which a person runs, it ends.
+imported = __name__ != "__main__" and sys.flags.no_site and sys.argv[:1] == ["-c"]
+if imported or (__name__ == "__main__" and len(sys.argv) < 2):
+    try:
+        try:
+            from _signal import SIG_IGN, SIGINT, signal  # 2 ms less than signal
+        except ImportError:
+            from signal import SIG_IGN, SIGINT, signal
+        signal(SIGINT, SIG_IGN)
+    except Exception:
+        pass  # not to be had here
+
 import os
 import stat
 import time
@@ -851,6 +864,10 @@ class State:
         """Seconds until the next part of a backlog may go."""
         left = self.paced_until - now
         return left if 0 < left <= PACE_S[1] else 0
+
+    def suspect(self, name: str) -> Suspect:
+        """The suspect of that name; a new one when there is none yet."""
+        return self.suspects.setdefault(name, Suspect(0, time.time()))
 
     def lost(self, reason: str, count: int = 1) -> None:
         """Count pings that will never be delivered."""
@@ -2652,6 +2669,7 @@ VERDICTS = {  # of statuses that do not go with their hundred
     **dict.fromkeys((401, 402, 403, 404, 405, 407, 410, 451), HOLD),  # URL or token
 }
 VERDICTS_BY_HUNDRED = {2: DELIVERED, 3: HOLD, 4: REFUSED}
+HOLDS = (HOLD, REFUSED)  # a person must mend something: the longer back-off
 INTERIM_MAX = 100  # answers before the answer; the watchdog ends what goes on
 
 
@@ -2702,7 +2720,7 @@ def backoff_s(
     from random import uniform
 
     power, asked = 2.0 ** min(failures, 20), retry_after_s(retry_after, now)
-    if verdict in (HOLD, REFUSED):
+    if verdict in HOLDS:
         wait = min(HOLD_S[0] * power / 2, HOLD_S[1]) * uniform(0.5, 1)
     else:
         wait = uniform(2, min(BACKOFF_MAX_S, 2 * power))
@@ -2744,9 +2762,10 @@ def post(opener: OpenerDirector, sent: Request, timeout_s: float) -> Answer:
         with response:
             return answer_of(response)
     except URLError as error:  # urllib wraps what fails up to the end of sending
-        return no_connection(error.reason)
+        broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
+        return no_answer(error.reason, RETRY if broken else NOT_NOW)
     except (OSError, HTTPException, ValueError) as error:  # and nothing after that
-        return no_connection(error, RETRY)
+        return no_answer(error, RETRY)
 
 
 def answer_of(response: Any) -> Answer:
@@ -2757,17 +2776,15 @@ def answer_of(response: Any) -> Answer:
             break
         response.headers = None
         response.begin()
-    status, asked = response.status, response.headers.get("Retry-After")
-    verdict = verdict_of(status)
+    verdict = verdict_of(response.status)
+    asked = response.headers.get("Retry-After")
     may_blame = verdict in (RETRY, HOLD, REFUSED)
-    if status == 503 and retry_after_s(asked, time.time()):
-        may_blame = False  # it speaks for itself
-    return Answer(verdict, f"HTTP {status}", asked, may_blame)
+    return Answer(verdict, f"HTTP {response.status}", asked, may_blame)
 
 
-def no_connection(cause: object, verdict: str = NOT_NOW) -> Answer:
-    """What it means that there was no answer. verdict: RETRY when there was a
-    connection, so that the ping may be the cause."""
+def no_answer(cause: object, verdict: str) -> Answer:
+    """What it means that none came. verdict: RETRY when there was a connection, so that
+    the ping may be the cause, else NOT_NOW."""
     ssl, text = sys.modules.get("ssl"), str(cause)
     what = getattr(cause, "strerror", "") or type(cause).__name__
     if "timed out" in text:
@@ -2807,13 +2824,13 @@ class Sender:
         self.outbox, self.tracker, self.settings = outbox, tracker, settings
         self.ends, self.tell, self.patient, self.status = ends, tell, patient, status
         self.state = outbox.state()
-        self.opener = make_opener(tracker.url)
+        self.opener: OpenerDirector | None = None
         self.seen: set[str] = set()  # names that this life has dealt with
-        self.watched = False
-        self.deadline = float("inf")  # monotonic, of the request on its way
         self.walk: Walk | None = None
         self.sending = ""  # the name of the ping whose request is on its way
-        self.files = self.fingerprint()
+        self.deadline = float("inf")  # monotonic, of that request
+        self.watched = self.alarmed = False  # who ends a request that overstays
+        self.began_with = self.fingerprint()
 
     def is_over(self) -> bool:
         """Whether this life is."""
@@ -2821,11 +2838,18 @@ class Sender:
 
     def fingerprint(self) -> list[tuple[int, int, int]]:
         """What changes when this file is replaced, or the outbox removed."""
-        script, outbox = os.stat(__file__), os.stat(self.outbox.path("outbox"))
+        try:
+            script, outbox = os.stat(__file__), os.stat(self.outbox.path("outbox"))
+        except OSError:
+            return []
         return [
             (script.st_ino, script.st_size, script.st_mtime_ns),
             (outbox.st_ino, outbox.st_dev, 0),
         ]
+
+    def is_outdated(self) -> bool:
+        """Whether the script or the outbox is not the one that this life began with."""
+        return self.fingerprint() != self.began_with
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
@@ -2848,18 +2872,20 @@ class Sender:
 
     def attempt(self, name: str, ping: Fields) -> Answer:
         """Send one ping."""
+        self.sending = name
+        if self.opener is None:
+            self.opener = make_opener(self.tracker.url)
         limit = self.settings.timeout_s
         if not self.patient:
             limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
-        self.watch_over()
         begun = time.monotonic()
-        self.sending, self.deadline = name, begun + DEADLINE * limit
+        self.watch_over(DEADLINE * limit)
         answer = Answer(DELIVERED, "nothing to send")
         for request in self.tracker.requests(ping):
             answer = post(self.opener, request, limit)
             if answer.verdict != DELIVERED:
                 break
-        self.deadline = float("inf")
+        self.watch_over(float("inf"))
         took_ms = (time.monotonic() - begun) * 1000
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
@@ -2867,52 +2893,59 @@ class Sender:
         )
         return answer
 
-    def watch_over(self) -> None:
-        """Start the watchdog. Where there is no thread to be had, an alarm kills us:
-        that leaves nothing behind, but the next hook starts anew."""
-        if self.watched:
-            return
-        import threading
+    def watch_over(self, seconds: float) -> None:
+        """See to it that what is sent now ends within so many seconds: by the watchdog
+        or, where there is no thread to be had, by an alarm, which a hung resolver does
+        not hear."""
+        self.deadline = time.monotonic() + seconds
+        if not self.watched:
+            import threading
 
-        try:
-            threading.Thread(target=self.watch, daemon=True).start()
             self.watched = True
-        except RuntimeError:
-            self.log("no thread to be had for the watchdog")
+            try:
+                threading.Thread(target=self.watch, daemon=True).start()
+            except RuntimeError:
+                self.log("no thread to be had for the watchdog")
+                self.alarmed = hasattr(os, "fork")  # Windows has no alarm
+        if self.alarmed:
             import signal
 
-            if hasattr(signal, "alarm"):
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.alarm(int(DEADLINE * self.settings.timeout_s) + 1)
+            signal.signal(signal.SIGALRM, self.cut_off)
+            signal.alarm(0 if seconds == float("inf") else int(seconds) + 1)
+
+    @staticmethod
+    def cut_off(*_: object) -> None:
+        """The alarm's handler: the request on its way fails."""
+        raise TimeoutError("timed out")
 
     def watch(self) -> None:
         """The watchdog, a thread. When a request overstays (a hung resolver, a dripping
         response), count that and end the process: nothing else ends the request."""
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
-        answer = Answer(RETRY, "no whole answer in time", may_blame=True)
-        if self.walk and self.walk.is_known_bad(self.sending, answer):
-            self.state.save()
-        else:
-            self.state.suspects.setdefault(self.sending, Suspect(0, time.time()))
-            self.fail(answer)
-        self.tell("no whole answer in time; the ping waits")
-        os._exit(self.status)
+        try:
+            answer = Answer(RETRY, "no whole answer in time", may_blame=True)
+            if self.walk and self.walk.is_known_bad(self.sending, answer):
+                self.state.save()
+            else:
+                self.state.suspect(self.sending)
+                self.fail(answer)
+            self.tell("no whole answer in time; the ping waits")
+        finally:
+            os._exit(self.status)
 
     # From pass to pass
 
     def fail(self, answer: Answer) -> None:
-        """Count a pass that failed, and start a back-off."""
+        """Count a pass that failed, and start a back-off. The row of failures begins
+        anew when it is a person's turn to mend something, or no more."""
         now, state = time.time(), self.state
-        again = state.verdict == answer.verdict and bool(state.failures)
-        state.failures = min(state.failures + 1, FAILURES_MAX) if again else 1
+        mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
+        state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
         wait = backoff_s(answer.verdict, state.failures, answer.retry_after, now)
         state.set_at, state.not_before = now, now + wait
-        state.verdict, state.problem, state.problem_at = (
-            answer.verdict,
-            answer.what,
-            now,
-        )
+        state.verdict, state.problem = answer.verdict, answer.what
+        state.problem_at = now
         state.save()
         self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
@@ -2920,6 +2953,11 @@ class Sender:
         """Look at what others have written; not where only this process knows."""
         if self.state.saved:
             self.state = self.outbox.state()
+
+    def backoff_left_s(self) -> float:
+        """Seconds until the back-off ends, 0 when none stands."""
+        self.refresh()
+        return self.state.backoff_left_s(time.time())
 
     def one_pass(self) -> None:
         """Try all that waits and is due, until an answer says that now is no time. The
@@ -2941,7 +2979,7 @@ class Sender:
         looked, again = 0, True
         while time.monotonic() < until:
             time.sleep(LOOK_S)
-            if self.fingerprint() != self.files:
+            if self.is_outdated():
                 return
             changed = os.stat(self.outbox.path("outbox")).st_mtime_ns
             # Once more after each change: two may have the same time.
@@ -2950,49 +2988,50 @@ class Sender:
             looked, again = changed, changed != looked
 
     def work(self) -> None:
-        """Passes, one for each burst of pings, while no back-off stands."""
+        """Passes, one for each burst of pings, while no back-off stands; then the daily
+        sweep. The lock must be held."""
         while True:
             self.one_pass()
             if self.is_over() or self.state.backoff_left_s(time.time()):
-                return
+                break
             if self.patient:
                 self.linger()
-            if not self.news() or self.fingerprint() != self.files:
-                return
-
-    def pause_s(self) -> float:
-        """Seconds until this outbox wants another pass, 0: none that is known of."""
-        self.refresh()
-        left = self.state.backoff_left_s(time.time())
-        if not left and self.walk and self.walk.paced:
-            left = self.state.pace_left_s(time.time())
-        return left
+            if not self.news() or self.is_outdated():
+                break
+        self.sweep()
 
     def live(self, lock: Lock | None) -> None:
-        """Pass after pass. In between the lock is given back, and then the outbox
-        listed once more: a hook that found the lock busy counts on that."""
+        """Pass after pass, to the end of this life. After each the lock is given back,
+        and then the outbox listed once more: a hook that found the lock busy counts on
+        that. So news begin a new life."""
         while lock is not None:
-            if not self.state.backoff_left_s(time.time()):
+            if not self.backoff_left_s():
                 self.work()
-                self.sweep()
-            wait = self.pause_s()
-            if time.monotonic() + wait >= self.ends:
-                lock.release()
-                if not wait and self.news():
-                    self.log("more waits than one life delivers")
-                return
-            if wait and not self.state.saved:
-                time.sleep(wait)  # the lock in hand, for nobody else knows of it
-                self.seen.clear()
-                continue
+            wait = self.backoff_left_s()
+            if wait and not self.state.saved:  # nobody else knows: the lock stays here
+                time.sleep(max(0.0, min(wait, self.ends - time.monotonic())))
+                if not self.is_over():
+                    continue
             lock.release()
-            if wait:
-                time.sleep(wait)
-                self.seen.clear()
-            elif not self.news():
+            if not wait and self.news():
+                lock = self.outbox.take_lock()
+                if lock and self.is_outdated():  # go on by the code as it is now
+                    start_sender(lock, self.settings.environ)
+                    return
+                if self.is_over():
+                    self.ends = time.monotonic() + LIFE_S
+                continue
+            wait = wait or self.pace_left_s()
+            if not wait or time.monotonic() + wait >= self.ends:
                 return
+            time.sleep(wait)
             lock = self.outbox.take_lock()
-            self.refresh()
+
+    def pace_left_s(self) -> float:
+        """Seconds until the next part of a backlog may go, 0 when there is none."""
+        if not (self.walk and self.walk.paced):
+            return 0.0
+        return self.state.pace_left_s(time.time())
 
     def sweep(self) -> None:
         """Once a day: report sessions that were lost, drop accounts long unused. While
@@ -3040,12 +3079,12 @@ class Walk:
         waiting = self.outbox.waiting()
         sender.seen.update(waiting)
         self.names = self.within_bounds(waiting)
-        self.forget_suspects_gone()
+        self.forget_suspects()
         suspects = self.state.suspects
         self.fresh = [name for name in self.names if name not in suspects]
-        self.done: set[str] = set()  # read in this walk
+        self.done: set[str] = set()  # tried in this walk
         self.first_undone = 0  # in `fresh`
-        self.sessions: dict[str, object] = {}  # name -> session still to be charged
+        self.looked_into: dict[str, tuple[object, object]] = {}
         self.backlog_left = self.backlog_share()
 
     def go(self) -> None:
@@ -3072,15 +3111,28 @@ class Walk:
             self.state.save()
         return names[-OUTBOX_MAX_PINGS:]
 
-    def forget_suspects_gone(self) -> None:
-        """Drop suspects that wait no more; and the oldest without a charge, if there
-        are too many: in an outage everything looks suspect."""
+    def forget_suspects(self) -> None:
+        """Drop those that wait no more; and those least charged, if there are too many:
+        in an outage everything looks suspect."""
         suspects = self.state.suspects
         for name in set(suspects).difference(self.names):
             del suspects[name]
-        uncharged = sorted(name for name in suspects if not suspects[name].charges)
-        for name in uncharged[: max(0, len(suspects) - SUSPECTS_MAX)]:
+        most_charged = sorted(suspects, key=lambda name: -suspects[name].charges)
+        for name in most_charged[SUSPECTS_MAX:]:
             del suspects[name]
+
+    def look_into(self, name: str) -> tuple[object, object]:
+        """(event, session) of a ping; session: None when nothing is to be charged to
+        it. Each file is looked into once."""
+        if name not in self.looked_into:
+            event = session = None
+            try:
+                ping, local = self.outbox.read(name)
+                event, session = ping.get("event"), local and ping.get("session_id")
+            except (OSError, ValueError):
+                pass  # it will be found out when it is its turn
+            self.looked_into[name] = event, session or None
+        return self.looked_into[name]
 
     def count_loss(self, name: str, reason: str) -> None:
         """Count a ping that will not be delivered, and the tokens charged to it."""
@@ -3155,6 +3207,10 @@ class Walk:
         if not answer.may_blame:
             self.sender.fail(answer)
             return False
+        if answer.verdict == RETRY and retry_after_s(answer.retry_after, time.time()):
+            self.state.suspect(name)  # it asks for silence: others go first, later
+            self.sender.fail(answer)
+            return False
         if answer.verdict == REFUSED and self.refusals_left:
             self.refusals_left -= 1
             self.blame(name, answer)
@@ -3163,25 +3219,25 @@ class Walk:
 
     def hear_witnesses(self, name: str, answer: Answer) -> bool:
         """Find out whose fault an answer is; False when it may be the tracker's."""
-        failed = {name: answer}
+        failed, last = {name: answer}, answer
         for witness in self.witnesses(name):
             found = self.attempt(witness)
             if found is None:
                 continue
+            last = found
             if found.verdict == DELIVERED:
                 self.refusals_left = WITNESS_REFUSALS
                 for suspect, its_answer in failed.items():
                     self.blame(suspect, its_answer)
                 return True
             if not found.may_blame:
-                answer = found  # the tracker's own word, or none
-                break
+                break  # the tracker's own word, or none
             failed[witness] = found
         for suspect in failed:
-            self.state.suspects.setdefault(suspect, Suspect(0, time.time()))
-        if self.delivered and len(failed) == 1 and answer.verdict in (HOLD, REFUSED):
-            return True  # the last one, behind others that were taken: it alone waits
-        self.sender.fail(answer)
+            self.state.suspect(suspect)
+        if self.delivered and last is answer and answer.verdict in HOLDS:
+            return True  # nobody to ask, but others were taken: it alone waits
+        self.sender.fail(answer if last.may_blame else last)
         return False
 
     def witnesses(self, name: str) -> Iterator[str]:
@@ -3190,29 +3246,20 @@ class Walk:
         rest = [other for other in self.fresh if other not in self.done]
         if rest:
             yield rest.pop(0)
-        kind = self.event_of(name)
-        for other in reversed(rest[-WITNESS_REFUSALS:]):
-            if self.event_of(other) != kind:
+        kind = self.look_into(name)[0]
+        for other in reversed(rest):
+            if self.look_into(other)[0] not in (kind, None):
                 yield other
                 return
         if rest:
             yield rest[-1]
 
-    def event_of(self, name: str) -> object:
-        """The name of the event that a ping tells of."""
-        try:
-            return self.outbox.read(name)[0].get("event")
-        except (OSError, ValueError):
-            return None
-
     def blame(self, name: str, answer: Answer) -> None:
         """The tracker is well: refuse the ping for good, or charge it."""
         if answer.verdict == REFUSED:
-            self.state.failures = 0
             self.set_aside(name, f"refused: {answer.what}")
             return
-        now = time.time()
-        suspect = self.state.suspects.setdefault(name, Suspect(0, now))
+        suspect, now = self.state.suspect(name), time.time()
         suspect.charges, suspect.tried_at = suspect.charges + 1, now
         old = now - ns_of(name) / 1e9 > POISON_AGE_S
         if suspect.charges >= POISON_CHARGES and old:
@@ -3240,6 +3287,8 @@ class Walk:
             if not self.is_known_bad(name, answer):
                 self.sender.fail(answer)
                 return False
+            if not self.delivered:
+                return False  # nothing tells what the next one's answer would mean
         return True
 
     def is_known_bad(self, name: str, answer: Answer) -> bool:
@@ -3257,7 +3306,7 @@ class Walk:
     # One ping
 
     def attempt(self, name: str) -> Answer | None:
-        """Send a ping; None when there is none under `name`."""
+        """Send a ping; None when there is none under `name`, or no time left."""
         ping = self.read_ping(name)
         if ping is None:
             return None
@@ -3279,7 +3328,8 @@ class Walk:
         state.delivered_at = time.time()
 
     def read_ping(self, name: str) -> Fields | None:
-        """The ping to send, its usage charged; None when there is none under `name`."""
+        """The ping to send, its usage charged; None when there is none under `name`, or
+        no time to charge those before it."""
         self.done.add(name)
         try:
             ping, local = self.outbox.read(name)
@@ -3290,7 +3340,13 @@ class Walk:
             return None
         if not local:
             return ping
-        self.charge_older(name, ping.get("session_id"))
+        for older in self.older_of_session(name, ping.get("session_id")):
+            if self.sender.is_over():
+                return None
+            try:
+                self.charge(older, *self.outbox.read(older))
+            except (OSError, ValueError):
+                continue
         return self.charge(name, ping, local)
 
     def charge(self, name: str, ping: Fields, local: Fields) -> Fields:
@@ -3302,29 +3358,17 @@ class Walk:
             sender.log(f"usage left out: {type(error).__name__}")
             return ping
 
-    def charge_older(self, name: str, session_id: object) -> None:
-        """Charge the session's older pings first, those that are sent later: the tokens
-        are each turn's own."""
+    def older_of_session(self, name: str, session_id: object) -> Iterator[str]:
+        """The session's older pings that are sent later than `name`: they are charged
+        before it, so that the tokens are each turn's own."""
         fresh = self.fresh
         while self.first_undone < len(fresh) and fresh[self.first_undone] in self.done:
             self.first_undone += 1
         for older in fresh[self.first_undone :]:
-            if older >= name or self.sender.is_over():
+            if older >= name:
                 return
-            if older not in self.done and self.session_of(older) == session_id:
-                self.sessions[older] = None
-                ping, local = self.outbox.read(older)
-                self.charge(older, ping, local)
-
-    def session_of(self, name: str) -> object:
-        """The session that a ping is still to be charged to, None when there is none."""
-        if name not in self.sessions:
-            try:
-                ping, local = self.outbox.read(name)
-                self.sessions[name] = ping.get("session_id") if local else None
-            except (OSError, ValueError):
-                self.sessions[name] = None
-        return self.sessions[name]
+            if older not in self.done and self.look_into(older)[1] == session_id:
+                yield older
 
 
 def deliver_now(
@@ -3333,32 +3377,33 @@ def deliver_now(
     settings: Settings,
     ends: float,
     tell: Tell,
-    name: str = "",
-    status: int = 0,
+    name: str,
 ) -> None:
-    """Deliver while somebody waits, until `ends` (monotonic). Debug mode ignores a
-    back-off, once. name: the ping that matters; no more is waited for when it is gone."""
+    """Deliver while a hook waits, until `ends` (monotonic). Debug mode ignores a
+    back-off, once. name: the hook's ping; no more is waited for when it is gone."""
     state = outbox.state()
     left = state.backoff_left_s(time.time())
+    if left and not settings.debug:
+        return
     if left:
         why = state.problem or "after an outage"
         tell(f"a back-off lasts {left:.0f} s more ({why}); this attempt ignores it")
-        if not settings.debug:
-            return
     lock = outbox.take_lock()
     while lock is None:
-        if name and not os.path.exists(outbox.file(name)):
+        if not os.path.exists(outbox.file(name)):
             return
         if time.monotonic() >= ends:
             raise Skipped("a sender is at work and has the ping; see sender.log")
         time.sleep(LOOK_S / 2)
         lock = outbox.take_lock()
-    sender = Sender(outbox, tracker, settings, ends, tell, patient=False, status=status)
+    sender = Sender(outbox, tracker, settings, ends, tell, patient=False)
     while lock is not None:
         sender.work()
-        sender.sweep()
+        left = sender.backoff_left_s()
+        if left and not sender.state.saved:  # nobody else knows: at most one a second
+            time.sleep(max(0.0, min(1.0, ends - time.monotonic())))
         lock.release()
-        if not sender.news() or sender.is_over() or sender.pause_s():
+        if left or sender.is_over() or not sender.news():
             return
         lock = outbox.take_lock()
 
@@ -3375,10 +3420,10 @@ def deliver_in_background(
     sender = Sender(outbox, tracker, settings, time.monotonic() + LIFE_S)
     try:
         sender.live(held or outbox.take_lock())
-    except FileNotFoundError:
-        pass  # the state was removed meanwhile
     except Exception as error:  # back off, or every hook would start one that fails
-        sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
+        if os.path.isdir(outbox.path("outbox")):  # else it was removed meanwhile
+            sender.state.suspect(sender.sending)
+            sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
 
 
 def send(settings: Settings, tell: Tell) -> None:
@@ -3393,11 +3438,11 @@ def send(settings: Settings, tell: Tell) -> None:
         deliver_now(outbox, tracker, settings, ends, tell, sys.argv[5])
         return
     if os.name == "posix":
+        import signal
+
         os.nice(5)  # the session's own work comes first
         if os.getsid(0) != os.getpid():
             os.setsid()
-        import signal
-
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # our shell may ignore it
     deliver_in_background(outbox, tracker, settings, Lock(int(number)))
 
