@@ -4,16 +4,16 @@
 A hook script for Claude Code: one file, standard library only, Python 3.8 or newer.
 
 What runs when
-    hook()      what the settings' command calls, with an event on stdin: makes the event
-                a ping, puts it into the outbox, starts a sender, exits. No network.
+    hook()      what the settings' command calls, with an event on stdin: makes it a
+                ping, puts that into the outbox, starts a sender, exits. No network.
     sender()    detached, at most one per destination: POSTs what waits, the oldest
                 first; ends when the outbox is empty, at the latest after 60 s.
     For the commands, which a person runs, see --help.
 How to read it
-    From top to bottom it follows a ping; no section uses one below it. Down to the first
-    banner stands all that runs while Claude Code waits, down to the second what runs in
-    the background. It is imported, for Python keeps a module's bytecode; a script is
-    compiled at every run, which is slower, and works as well.
+    From top to bottom it follows a ping; no section uses one below it. Down to the
+    first banner stands all that runs while Claude Code waits, down to the second what
+    runs in the background. It is imported, for Python keeps a module's bytecode; a
+    script is compiled at every run, which is slower, and works as well.
 What leaves
     The fields of GATE, each only in the shape it has there: numbers, booleans, hashes,
     identifiers, the project's name. Never a prompt, an answer, a command, a tool's
@@ -142,11 +142,11 @@ def decode_json(text: str) -> Any:
     try:
         from _json import make_scanner
 
-        return make_scanner(ScannerContext)(text, 0)[0]
+        return make_scanner(ScannerContext)(text, 0)[0]  # type: ignore[arg-type]
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except Exception:
-        pass  # not JSON, or a Python whose private module has changed
+    except Exception:  # noqa: BLE001 - not JSON, or that module has changed
+        pass
     from json import JSONDecoder
 
     try:
@@ -161,7 +161,7 @@ def quoted(text: str) -> str:
         from _json import encode_basestring_ascii
 
         return str(encode_basestring_ascii(text))
-    except Exception:
+    except Exception:  # noqa: BLE001 - that module has changed
         from json import dumps
 
         return dumps(text)
@@ -192,7 +192,7 @@ def sha256_hex(raw: bytes, key: bytes = b"") -> str:
     for private in ("_sha2", "_sha256"):  # CPython from 3.12 on, before
         try:
             return str(__import__(private).sha256(raw).hexdigest())
-        except Exception:
+        except Exception:  # noqa: BLE001 - that module has changed, or is not there
             continue
     from hashlib import sha256
 
@@ -220,7 +220,9 @@ def identifier(value: object, more: str = "") -> bool:
 
 def number(value: object) -> bool:
     """A finite number from 0 up to 2^53, which every JSON reader keeps exact."""
-    return type(value) in (int, float) and 0 <= value < 1 << 53  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value < 1 << 53  # of NaN that is false
 
 
 def boolean(value: object) -> bool:
@@ -318,7 +320,7 @@ class Settings:
         )
 
     def switch_on(self, name: str) -> bool:
-        """A variable that is 1 unless it is set; what is neither 1 nor 0 counts as 0."""
+        """A variable that is 1 unless set; what is neither 1 nor 0 counts as 0."""
         return not self.environ.get(name) or self.switch(name)
 
 
@@ -485,7 +487,7 @@ def model_shown(name: object) -> str:
 
 
 def tool_shown(name: str, tool_names: bool) -> str:
-    """A tool's name as it may leave: `mcp__server__tool` tells what its user works on."""
+    """A tool's name as it may leave: `mcp__server__tool` may tell on its user."""
     return "mcp" if not tool_names and name.startswith("mcp__") else name
 
 
@@ -745,7 +747,7 @@ def try_lock(fd: int) -> bool:
     """Lock an open file; whether nobody else holds it. The kernel frees it at its
     holder's death. An error other than "busy" counts as free: rather one ping twice
     under its id than all of them never."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         try:
@@ -901,7 +903,7 @@ class Outbox:
                 raise Skipped(f"{directory} {problem}; mend or remove it")
 
     def put(self, ns: int, ping: Fields, local: Fields) -> str:
-        """Add the ping of an event of that time; its name. It is whole, or not there."""
+        """Add the ping of an event of that time; its name. It is whole or not there."""
         name = f"{ns:020d}-{ping['event_id']}.json"
         content = encode_json({"ping": ping, "local": local}).encode()
         write_file(self.file(name), content, make_directory=True)
@@ -1335,7 +1337,7 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
         work(settings, lambda text: tell(": " + text))
     except Skipped as reason:
         tell(f" skipped: {reason}")
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001
         tell(f" skipped: {error!r}")
     os._exit(0)
 
@@ -1393,7 +1395,7 @@ def hook() -> NoReturn:
             remove_damaged_bytecode()
         elif not bytecode_is_ours():
             os.execv(sys.executable, [sys.executable, "-I", "-S", __file__])
-    except Exception:
+    except Exception:  # noqa: BLE001
         pass  # then with what is there
     run_for_claude_code(report_event)
 
