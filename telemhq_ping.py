@@ -193,11 +193,11 @@ def sha256_hex(raw: bytes, key: bytes = b"") -> str:
         import hmac
 
         return hmac.new(key, raw, "sha256").hexdigest()
-    for private in ("_sha2", "_sha256"):  # CPython from 3.12 on, before
-        try:
-            return str(__import__(private).sha256(raw).hexdigest())
-        except Exception:  # noqa: BLE001 - that module has changed, or is not there
-            continue
+    private = "_sha2" if sys.version_info >= (3, 12) else "_sha256"
+    try:
+        return str(__import__(private).sha256(raw).hexdigest())
+    except Exception:  # noqa: BLE001 - that module has changed, or is not there
+        pass
     from hashlib import sha256
 
     return sha256(raw).hexdigest()
@@ -1554,49 +1554,35 @@ def read_stdin(keep: bool = True) -> bytes:
     """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
     when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S; beyond
     STDIN_MAX_BYTES it is none."""
-    ends, size = time.monotonic() + STDIN_WAIT_S, 0
+    import _thread  # built in; select is not, and knows sockets only on Windows
+
+    ends = time.monotonic() + STDIN_WAIT_S
     parts: list[bytes] = []
-    if os.name == "nt":
-        return read_stdin_in_thread(ends)
-    import select
-
-    try:
-        while size <= STDIN_MAX_BYTES:
-            left = max(0.0, ends - time.monotonic())
-            if not select.select([0], [], [], left)[0] or not left:
-                break
-            part = os.read(0, 1 << 20)
-            if not part:
-                break
-            size += len(part)
-            if keep:
-                parts.append(part)
-    except OSError:
-        pass
-    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
-
-
-def read_stdin_in_thread(ends: float) -> bytes:
-    """The same where select() knows sockets only (Windows)."""
-    import threading
-
-    parts: list[bytes] = []
+    size = 0
+    over = _thread.allocate_lock()
+    over.acquire()
 
     def read() -> None:
-        while time.monotonic() < ends and sum(map(len, parts)) <= STDIN_MAX_BYTES:
-            try:
+        nonlocal size
+        try:
+            while time.monotonic() < ends and size <= STDIN_MAX_BYTES:
                 part = os.read(0, 1 << 20)
-            except OSError:
-                return
-            if not part:
-                return
-            parts.append(part)
+                if not part:
+                    break
+                size += len(part)
+                if keep:
+                    parts.append(part)
+        except OSError:
+            pass
+        finally:
+            over.release()
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    reader.join(max(0.0, ends - time.monotonic()))
-    found = b"".join(parts)
-    return found if len(found) <= STDIN_MAX_BYTES else b""
+    try:
+        _thread.start_new_thread(read, ())
+        over.acquire(True, STDIN_WAIT_S)
+    except RuntimeError:  # no thread to be had
+        read()
+    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
 
 
 def inside(path: str, directory: str) -> bool:
@@ -3450,11 +3436,11 @@ class Sender:
         not hear."""
         self.deadline = time.monotonic() + seconds
         if not self.watched:
-            import threading
+            import _thread
 
             self.watched = True
             try:
-                threading.Thread(target=self.watch, daemon=True).start()
+                _thread.start_new_thread(self.watch, ())
             except RuntimeError:
                 self.log("no thread to be had for the watchdog")
                 self.alarmed = hasattr(os, "fork")  # Windows has no alarm
@@ -3979,6 +3965,9 @@ def deliver_in_background(
 
 def send(settings: Settings, tell: Tell) -> None:
     """Deliver as the command line says: `detached FD` or `foreground SECONDS NAME`."""
+    import gc
+
+    gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
     began = time.monotonic()
     how, number = sys.argv[3:5]
     tracker = find_tracker(settings)
