@@ -269,10 +269,11 @@ def test_every_real_event_arrives_as_the_pure_function_says(
     home: Home, receiver: Receiver, script: ModuleType
 ) -> None:
     """Run as Claude Code runs it, each event's ping arrives with the same fields."""
-    sent, env = {}, {"TELEMHQ_USAGE": "0"}  # usage is added in the background
+    sent = {}
     for name in sorted(EXPECTED):
         raw = json.dumps(event(name)).encode()
-        done = home.hook(raw, receiver.url, **env)
+        # Usage is added in the background.
+        done = home.hook(raw, receiver.url, TELEMHQ_USAGE=0)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
         sent[name] = len(raw)
     pings = receiver.wait_for(len(sent), 60)
