@@ -61,11 +61,11 @@ imported = __name__ != "__main__" and sys.flags.no_site and sys.argv[:1] == ["-c
 if imported or (__name__ == "__main__" and len(sys.argv) < 2):
     try:
         try:
-            from _signal import SIG_IGN, SIGINT, signal  # 2 ms less than signal
+            import _signal as signals  # type: ignore[import-not-found]  # 2 ms less
         except ImportError:
-            from signal import SIG_IGN, SIGINT, signal
-        signal(SIGINT, SIG_IGN)
-    except Exception:
+            import signal as signals
+        signals.signal(signals.SIGINT, signals.SIG_IGN)
+    except Exception:  # noqa: BLE001
         pass  # not to be had here
 
 import os
@@ -75,7 +75,6 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections import Counter
     from http.server import HTTPServer
     from queue import Queue
     from typing import Any, Callable, Dict, Iterator, NoReturn
@@ -1692,8 +1691,10 @@ def sender_command(*arguments: str) -> list[str]:
     start = (
         "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
     )
-    python = [sys.executable, "-I", "-S", "-X", "lazy_imports=all", "-c", start]
-    return [*python, directory, name[: -len(".py")], *arguments]
+    python = [sys.executable, "-I", "-S", "-X", "lazy_imports=all"]
+    if sys.pycache_prefix == os.devnull:  # there is bad bytecode that must not be used
+        python += ["-X", f"pycache_prefix={os.devnull}"]
+    return [*python, "-c", start, directory, name[: -len(".py")], *arguments]
 
 
 def start_sender(lock: Lock, environ: dict[str, str]) -> None:
@@ -1877,59 +1878,66 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
     os._exit(0)
 
 
-def bytecode_is_ours() -> bool:
-    """Whether the bytecode that runs is that of the file as it stands.
+def bytecode_path() -> str:
+    """Where Python caches this file's bytecode (PEP 3147)."""
+    directory, name = os.path.split(os.path.abspath(__file__))
+    name = f"{name[: -len('.py')]}.{sys.implementation.cache_tag}.pyc"
+    return os.path.join(directory, "__pycache__", name)
 
-    Python compares the source's time and size only, which two versions may share (cp
-    -p); and under a umask of 000 it makes a directory in which anybody may put some.
-    """
-    spec = __spec__ if __name__ != "__main__" else None
-    cached = spec.cached if spec else None
-    if not cached or os.name == "nt":
-        return True
-    directory = os.path.dirname(cached)
-    try:
-        kept, source = os.stat(cached), os.stat(__file__)
-        ours, beside = os.stat(directory), os.stat(os.path.dirname(directory))
-    except OSError:
-        return True  # none is kept
-    if ours.st_mode & ~beside.st_mode & 0o022:
-        try:
-            os.chmod(directory, stat.S_IMODE(ours.st_mode) & ~0o022)
-        except OSError:
-            pass
-        remove(cached)
+
+def keep_others_out(directory: str) -> bool:
+    """Under a umask of 000 Python makes a directory in which anybody may put bytecode:
+    whether it was so. (As open as the script's own directory it may stay.)"""
+    mode = os.stat(directory).st_mode
+    if not mode & ~os.stat(os.path.dirname(directory)).st_mode & 0o022:
         return False
-    if source.st_ctime_ns > kept.st_ctime_ns:
-        remove(cached)
-        return False
+    os.chmod(directory, stat.S_IMODE(mode) & ~0o022)
     return True
 
 
-def remove_damaged_bytecode() -> None:
-    """Python never recovers from a truncated .pyc, which a full disk may leave: the
-    settings' command then runs us as a script, and no sender could be imported."""
-    import marshal
-    from importlib.util import cache_from_source
+def is_stale(bytecode: str) -> bool:
+    """Whether the file, or a link that is its name, has changed since. Python compares
+    its time and size only, which two versions may share (cp -p)."""
+    changed = max(os.stat(__file__).st_ctime_ns, os.lstat(__file__).st_ctime_ns)
+    return changed > os.stat(bytecode).st_ctime_ns
 
-    cached = cache_from_source(os.path.abspath(__file__))
+
+def is_damaged(bytecode: str) -> bool:
+    """Whether it cannot be loaded. Python never recovers from a .pyc that a power cut
+    has cut off: the settings' command then runs us as a script."""
+    import marshal
+
     try:
-        with open(cached, "rb") as file:
-            content = file.read()
-        marshal.loads(content[16:])
-    except OSError:
-        pass  # there is none
+        code = marshal.loads(read_file(bytecode, STATE_MAX_BYTES)[16:])
     except (EOFError, ValueError, TypeError):
-        remove(cached)
+        return True
+    return not isinstance(code, type(is_damaged.__code__))
+
+
+def bytecode_serves() -> bool:
+    """Whether what Python has cached of this file is good. What is not is removed, or,
+    where nothing can be removed, left unused from now on."""
+    if sys.pycache_prefix == os.devnull:
+        return True  # it is left unused
+    bytecode = bytecode_path()
+    try:
+        opened = keep_others_out(os.path.dirname(bytecode))
+        bad = is_stale(bytecode) or (__name__ == "__main__" and is_damaged(bytecode))
+    except OSError:
+        return True  # there is none
+    if (bad or opened) and not remove(bytecode):
+        sys.pycache_prefix = os.devnull
+    return not bad
 
 
 def hook() -> NoReturn:
     """What Claude Code runs."""
     try:
-        if __name__ == "__main__":
-            remove_damaged_bytecode()
-        elif not bytecode_is_ours():
-            os.execv(sys.executable, [sys.executable, "-I", "-S", __file__])
+        if not bytecode_serves() and __name__ != "__main__":
+            from importlib import reload
+
+            sys.path.insert(0, os.path.dirname(__file__))
+            reload(sys.modules[__name__]).hook()  # what the file holds now
     except Exception:  # noqa: BLE001
         pass  # then with what is there
     run_for_claude_code(report_event)
