@@ -35,8 +35,8 @@ Variables
     TELEMHQ_FOREGROUND  1: the hook waits for the delivery (containers, CI)
     TELEMHQ_ALLOW_HTTP  1: allow http:// to other machines
     TELEMHQ_STATE_DIR   where the state is kept
-    TELEMHQ_DESTINATIONS  a list of who gets pings; by default TelemHQ alone (what others
-                        need stands in the section Trackers)
+    TELEMHQ_DESTINATIONS  who gets pings, a list; by default TelemHQ alone (what other
+                        trackers need stands in the section Trackers)
     TELEMHQ_HOOK_DEBUG  1: deliver while the hook waits, tell on stderr what happens
 Exit status
     Hook and sender: 0, whatever happens; nothing on stdout, and nothing on stderr but
@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
     Shape = Callable[[object], bool]
     Tell = Callable[[str], None]  # says a line to a person, or swallows it
+    ReadSecret = Callable[[str], str]  # what a file holds that only its owner can read
 
 __version__ = "1.0.0"
 
@@ -99,6 +100,8 @@ DEADLINE = 1.5  # a whole request's time in timeouts: urllib bounds operations o
 OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is away
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
 PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
+RECORD_MAX_BYTES = 2 << 20  # the same with ROWS_MAX messages beside it
+SECRET_MAX_BYTES = 4096  # a token in a file
 ROWS_MAX = 4000  # messages beside a ping, 0.1 KB each; more are added up, by model
 OWN_MAX_CHARS = 300  # a text of the user's with the project's name in it
 PATH_MAX_CHARS = 4096  # PATH_MAX on Linux; a longer path opens nothing
@@ -263,6 +266,7 @@ def iso_time(ns: int) -> str:
 
 # -- Settings --------------------------------------------------------------------------
 
+PLUGIN_URL = "CLAUDE_PLUGIN_OPTION_PING_URL"  # what the plugin's user was asked for
 SWITCH = {"1": 1, "yes": 1, "on": 1, "true": 1, "0": 0, "no": 0, "off": 0, "false": 0}
 
 
@@ -272,7 +276,7 @@ class Settings:
     def __init__(self, environ: dict[str, str]) -> None:
         self.environ = environ
         self.ignored: list[str] = []
-        option = environ.get("CLAUDE_PLUGIN_OPTION_PING_URL", "")
+        option = environ.get(PLUGIN_URL, "")
         self.url = environ.get("TELEMHQ_PING_URL", option)
         self.hash_key = environ.get("TELEMHQ_HASH_KEY", "")
         self.debug = self.switch("TELEMHQ_HOOK_DEBUG")
@@ -630,7 +634,8 @@ class Tracker:
 
     kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with; secrets:
     those that must never be shown. needs: what of BESIDE it is given. url: where it is;
-    secret: what it knows us by. Made from Settings; Skipped says why there is none.
+    secret: what it knows us by. reads: how much of a 200's body says more than 200.
+    Made from Settings, and of what reads a secret's file; Skipped: why there is none.
     """
 
     kind = ""
@@ -638,6 +643,7 @@ class Tracker:
     secrets: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     url_is_secret = False
+    reads = 0
 
     def __init__(self, url: str, secret: str = "") -> None:
         self.url, self.secret = url, secret
@@ -716,7 +722,7 @@ class TelemHQ(Tracker):
     variables = secrets = ("TELEMHQ_PING_URL",)
     url_is_secret = True
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, _: ReadSecret) -> None:
         if not settings.url:
             raise Skipped(
                 "TELEMHQ_PING_URL is not set; export it with your tracker's URL"
@@ -745,7 +751,7 @@ class Wigtoken(Tracker):
     ROWS_MAX = 1000  # more in a request: 413
     MACHINE_MAX_CHARS = 100
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, _: ReadSecret) -> None:
         token = settings.environ.get("WIGTOKEN_TOKEN", "")
         url = base_url(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
         super().__init__(url, secret_in(token, "WIGTOKEN_TOKEN"))
@@ -813,7 +819,7 @@ class Recorder(Tracker):
     )
     PREFIX_MAX_CHARS = 128
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = base_url(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
         token = settings.environ.get("RECORDER_PAT", "")
         super().__init__(url, secret_in(token, "RECORDER_PAT"))
@@ -862,6 +868,7 @@ class OTLP(Tracker):
     kind = "otlp"
     variables = ("TELEMHQ_OTLP_ENDPOINT", "TELEMHQ_OTLP_HEADERS")
     secrets = ("TELEMHQ_OTLP_HEADERS",)
+    reads = 4096
     INFO, ERROR = 9, 17
     NAMES = (  # the ping's, the GenAI conventions' or the client's own telemetry's
         ("provider", "gen_ai.provider.name"),
@@ -875,7 +882,7 @@ class OTLP(Tracker):
     )
     ELSEWHERE = ("input_tokens", "timestamp", "event", "hook_version")
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = base_url(settings, "TELEMHQ_OTLP_ENDPOINT")
         super().__init__(url if url.endswith("/v1/logs") else url + "/v1/logs")
         self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
@@ -986,32 +993,20 @@ class ClaudeMetrics(Tracker):
     EXECUTION = ("Stop", "StopFailure")
     SESSION = ("SessionStart", "Stop", "SessionEnd", "SessionLost")
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, read_secret: ReadSecret) -> None:
         if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
         url = base_url(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
-        token = settings.environ.get("CLAUDE_METRICS_API_TOKEN") or self.token_in_file()
+        token = settings.environ.get("CLAUDE_METRICS_API_TOKEN", "")
+        if not token:
+            try:
+                token = read_secret(self.TOKEN_FILE)
+            except OSError as error:
+                text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
+                raise Skipped(f"CLAUDE_METRICS_API_TOKEN {text}") from None
         super().__init__(url, secret_in(token, "CLAUDE_METRICS_API_TOKEN"))
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
-
-    def token_in_file(self) -> str:
-        """What the plugin keeps; Skipped when others could read it as well."""
-        path, flags = absolute(self.TOKEN_FILE) or "", getattr(os, "O_NONBLOCK", 0)
-        try:
-            fd = os.open(path, os.O_RDONLY | flags)
-            try:
-                found, raw = os.fstat(fd), os.read(fd, 4096)
-            finally:
-                os.close(fd)
-        except OSError:
-            text = "CLAUDE_METRICS_API_TOKEN is not set"
-            raise Skipped(f"{text}, and {self.TOKEN_FILE} cannot be read") from None
-        if os.name == "posix" and (
-            found.st_uid != os.geteuid() or found.st_mode & 0o077
-        ):
-            raise Skipped(f"{self.TOKEN_FILE} is not its owner's alone: chmod 600 it")
-        return raw.decode("ascii", "replace")
 
     def wants(self, ping: Fields) -> bool:
         """The events that it has a place for."""
@@ -1129,28 +1124,26 @@ def ns_of_iso(text: object) -> int:
         return 0
 
 
-TRACKERS: dict[str, Callable[[Settings], Tracker]] = {
+TRACKERS: dict[str, Callable[[Settings, ReadSecret], Tracker]] = {
     found.kind: found for found in (TelemHQ, Wigtoken, Recorder, OTLP, ClaudeMetrics)
 }
 
 
-def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
-    """The trackers that the settings name; and why others that they name are none."""
+def find_trackers(
+    settings: Settings, read_secret: ReadSecret
+) -> tuple[list[Tracker], list[str]]:
+    """The trackers that the settings name; and why others that they name are none.
+    read_secret: OSError when a file holds none that only its owner can read."""
     trackers, problems = [], []
     for name in settings.destinations:
         try:
             if name not in TRACKERS:
                 known = ", ".join(TRACKERS)
                 raise Skipped(f"TELEMHQ_DESTINATIONS: {name!r} is none of {known}")
-            trackers.append(TRACKERS[name](settings))
+            trackers.append(TRACKERS[name](settings, read_secret))
         except Skipped as why:
             problems.append(str(why))
     return trackers, problems
-
-
-def find_tracker(settings: Settings) -> TelemHQ:
-    """The tracker that the settings name; Skipped says why there is none."""
-    return TelemHQ(settings)
 
 
 # -- Outbox: what waits, on disk -------------------------------------------------------
@@ -1217,6 +1210,20 @@ def rename(path: str, target: str) -> None:
     os.replace(path, target)
 
 
+def read_secret(path: str) -> str:
+    """What a file (~ is home) holds that only its owner can read; else OSError."""
+    fd = os.open(absolute(path) or "", os.O_RDONLY | NO_WAIT)
+    try:
+        found = os.fstat(fd)
+        if os.name == "posix" and (
+            found.st_mode & 0o077 or found.st_uid != os.geteuid()
+        ):
+            raise PermissionError(1, "others can read it, chmod 600 mends that")
+        return os.read(fd, SECRET_MAX_BYTES).decode("ascii", "replace")
+    finally:
+        os.close(fd)
+
+
 def write_object(path: str, value: Fields) -> None:
     """Make `path` hold `value` as JSON."""
     write_file(path, encode_json(value).encode())
@@ -1275,6 +1282,12 @@ class Lock:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+
+    def close(self) -> None:
+        """Leave it to the sender that was given it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def release(self) -> None:
         """Give it back, also from a hook just ending that still shares it."""
@@ -1424,15 +1437,55 @@ class State:
         self.losses[reason] = self.losses.get(reason, 0) + count
 
 
+class Record:
+    """What the file of a ping that waits holds. ping: what is sent. local: what the
+    sender needs and never sends. beside: what else the tracker needs, by the gate.
+    accepted: how many of the ping's requests have been; the next ones go."""
+
+    def __init__(
+        self,
+        ping: Fields,
+        local: Fields | None = None,
+        beside: Fields | None = None,
+        accepted: int = 0,
+    ) -> None:
+        self.ping, self.local, self.beside = ping, local or {}, beside or {}
+        self.accepted = accepted
+
+    @classmethod
+    def load(cls, found: Fields, needs: tuple[str, ...]) -> Record:
+        """As `as_object` gave it, through the gate; ValueError: it holds no ping."""
+        ping, local, accepted = map(found.get, ("ping", "local", "accepted"))
+        ping = gate(ping) if isinstance(ping, dict) else {}
+        if "event_id" not in ping:
+            raise ValueError("no ping")
+        local = local if isinstance(local, dict) else {}
+        beside = gate_beside(found.get("beside"), needs)
+        return cls(ping, local, beside, accepted if isinstance(accepted, int) else 0)
+
+    def as_object(self) -> Fields:
+        """As JSON's objects have it."""
+        found: Fields = {"ping": self.ping, "local": self.local}
+        if self.beside:
+            found["beside"] = self.beside
+        if self.accepted:
+            found["accepted"] = self.accepted
+        return found
+
+
 class Outbox:
     """A destination's directory: the pings that wait, and all else that is kept of it.
 
     outbox/ holds a file for each ping, named by its time and id, so that names sort by
-    age: {"ping": what is sent, "local": what the sender needs and never sends}.
+    age. needs: what else of BESIDE its tracker is given.
     """
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: str, needs: tuple[str, ...] = ()) -> None:
+        self.directory, self.needs = directory, needs
+
+    def name(self) -> str:
+        """The directory's own name: it tells the tracker, and no secret."""
+        return os.path.basename(self.directory)
 
     def path(self, *names: str) -> str:
         """Path of something in the directory."""
@@ -1450,12 +1503,23 @@ class Outbox:
             if problem:
                 raise Skipped(f"{directory} {problem}; mend or remove it")
 
-    def put(self, ns: int, ping: Fields, local: Fields) -> str:
+    def put(
+        self, ns: int, ping: Fields, local: Fields, beside: Fields | None = None
+    ) -> str:
         """Add the ping of an event of that time; its name. It is whole or not there."""
         name = f"{ns:020d}-{ping['event_id']}.json"
-        content = encode_json({"ping": ping, "local": local}).encode()
+        content = encode_json(Record(ping, local, beside).as_object()).encode()
         write_file(self.file(name), content, make_directory=True)
         return name
+
+    def holds_any(self) -> bool:
+        """Whether a ping waits. It looks no further than to the first one, however many
+        there are."""
+        try:
+            with os.scandir(self.path("outbox")) as entries:
+                return any(self.is_ping(entry.name) for entry in entries)
+        except OSError:
+            return False
 
     def waiting(self) -> list[str]:
         """Names of the pings that wait, oldest first."""
@@ -1481,20 +1545,19 @@ class Outbox:
                 remove(self.file(name))
         return found
 
+    def record(self, name: str) -> Record:
+        """What a file holds. OSError: it is gone; ValueError: it is no ping."""
+        most = RECORD_MAX_BYTES if self.needs else PING_MAX_BYTES
+        return Record.load(read_object(self.file(name), most), self.needs)
+
     def read(self, name: str) -> tuple[Fields, Fields]:
         """(ping, local) of a file. OSError: it is gone; ValueError: it is no ping."""
-        record = read_object(self.file(name), PING_MAX_BYTES)
-        ping, local = record.get("ping"), record.get("local")
-        if not isinstance(ping, dict):
-            raise ValueError("no ping")
-        ping = gate(ping)
-        if "event_id" not in ping:
-            raise ValueError("no ping")
-        return ping, local if isinstance(local, dict) else {}
+        record = self.record(name)
+        return record.ping, record.local
 
-    def rewrite(self, name: str, ping: Fields) -> None:
+    def rewrite(self, name: str, record: Record) -> None:
         """Make the ping that waits under `name` this one, as it will be sent."""
-        write_object(self.file(name), {"ping": ping, "local": {}})
+        write_object(self.file(name), record.as_object())
 
     def set_aside(self, name: str) -> None:
         """Move what can never be delivered out of the others' way, to refused/."""
@@ -1529,11 +1592,22 @@ class Outbox:
         return None
 
 
-def outbox_of(settings: Settings, tracker: TelemHQ) -> Outbox:
+def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
     """The outbox of a tracker; Skipped when there is no place for it."""
     if not settings.state_dir:
         raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
-    return Outbox(os.path.join(settings.state_dir, tracker.directory_name()))
+    directory = os.path.join(settings.state_dir, tracker.directory_name())
+    return Outbox(directory, tracker.needs)
+
+
+def find_tracker(settings: Settings, name: str = "") -> Tracker:
+    """The tracker whose directory has that name, by default the first that is named;
+    Skipped says why there is none."""
+    trackers, problems = find_trackers(settings, read_secret)
+    for tracker in trackers:
+        if name in ("", tracker.directory_name()):
+            return tracker
+    raise Skipped("; ".join(problems) or "it is no destination any more")
 
 
 def outboxes(state_dir: str | None) -> list[Outbox]:
@@ -1666,8 +1740,8 @@ def names_script(command: str) -> bool:
 
 def registered_elsewhere(event: Fields, environ: dict[str, str]) -> bool:
     """Whether, run as a plugin, a settings file runs this script for the same event."""
-    if not (environ.get("CLAUDE_PLUGIN_ROOT") and environ.get("TELEMHQ_PING_URL")):
-        return False  # without that variable, the settings' one would send nothing
+    if not environ.get("CLAUDE_PLUGIN_ROOT"):
+        return False
     config = absolute(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
     project = os.path.join(environ.get("CLAUDE_PROJECT_DIR") or config, ".claude")
     for path in (
@@ -1697,16 +1771,16 @@ def sender_command(*arguments: str) -> list[str]:
     return [*python, "-c", start, directory, name[: -len(".py")], *arguments]
 
 
-def start_sender(lock: Lock, environ: dict[str, str]) -> None:
-    """Start the detached sender and hand it the lock; it outlives the hook. A fresh
+def start_sender(outbox: Outbox, lock: Lock, environ: dict[str, str]) -> None:
+    """Start an outbox's detached sender and hand it the lock; it outlives us. A fresh
     interpreter, for urllib crashes in a forked process on macOS. In its own session and
     with no descriptor but the lock: Claude Code kills groups and families, and waits
     for the end of its pipes."""
     if os.name == "nt":
-        start_sender_on_windows(lock, environ)
+        start_sender_on_windows(outbox, lock, environ)
         return
     os.chdir("/")  # keep no project's directory busy
-    command = sender_command("detached", str(lock.fd))
+    command = sender_command("detached", str(lock.fd), outbox.name())
     if not hasattr(os, "posix_spawn"):  # PyPy, Termux
         start_sender_by_subprocess(command, lock, environ)
         return
@@ -1755,14 +1829,16 @@ def start_sender_by_subprocess(
     )
 
 
-def start_sender_on_windows(lock: Lock, environ: dict[str, str]) -> None:
+def start_sender_on_windows(
+    outbox: Outbox, lock: Lock, environ: dict[str, str]
+) -> None:
     """The same on Windows, where no descriptor is inherited: it locks for itself."""
     import subprocess
 
     lock.release()
     flags = 0x00000008 | 0x00000200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
     subprocess.Popen(
-        sender_command("detached", "-1"),
+        sender_command("detached", "-1", outbox.name()),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -1773,27 +1849,34 @@ def start_sender_on_windows(lock: Lock, environ: dict[str, str]) -> None:
 
 
 def deliver_in_foreground(
-    outbox: Outbox, name: str, settings: Settings, ends: float, tell: Tell
+    queued: list[tuple[Outbox, str]], settings: Settings, ends: float, tell: Tell
 ) -> None:
-    """Run a sender and wait for it, until `ends` (monotonic): no longer, whatever it
-    meets, for a sender may be killed at any instant."""
+    """Run a sender for each outbox and the ping put into it ("": none was), all at once
+    and until `ends` (monotonic): no longer, whatever they meet, for a sender may be
+    killed at any instant."""
     import subprocess
 
     left = max(0.5, ends - time.monotonic())
-    try:
-        subprocess.run(
-            sender_command("foreground", f"{left:.3f}", name),
+    senders = [
+        subprocess.Popen(
+            sender_command("foreground", f"{left:.3f}", name, outbox.name()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=None if settings.debug else subprocess.DEVNULL,
             env=settings.environ,
-            timeout=left,
-            check=False,
         )
-    except subprocess.TimeoutExpired:
-        tell("the time is over")
-    if os.path.exists(outbox.file(name)):
-        tell("the ping waits in the outbox; a later hook delivers it")
+        for outbox, name in queued
+    ]
+    ends = time.monotonic() + left
+    for process, (outbox, name) in zip(senders, queued):
+        try:
+            process.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            tell("the time is over")
+        if name and os.path.exists(outbox.file(name)):
+            tell("the ping waits in the outbox; a later hook delivers it")
 
 
 def event_on_stdin() -> tuple[Fields, int]:
@@ -1808,33 +1891,89 @@ def event_on_stdin() -> tuple[Fields, int]:
     return event, len(raw)
 
 
+def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
+    """The trackers that pings can go to; Skipped when there is none."""
+    trackers, problems = find_trackers(settings, read_secret)
+    if not trackers:
+        raise Skipped("; ".join(problems))
+    for text in problems:
+        tell(text)
+    if not settings.state_dir:
+        raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
+    return trackers
+
+
+def ours_alone(trackers: list[Tracker], settings: Settings) -> list[Tracker]:
+    """Those of a plugin's trackers that the same event is not told by the script that a
+    settings file runs: that one has no URL from the plugin."""
+    environ = {k: v for k, v in settings.environ.items() if k != PLUGIN_URL}
+    theirs, _ = find_trackers(Settings(environ), read_secret)
+    told = [tracker.directory_name() for tracker in theirs]
+    found = [tracker for tracker in trackers if tracker.directory_name() not in told]
+    if not found:
+        raise Skipped("a settings file runs this script for the event, too")
+    return found
+
+
+def enqueue(
+    outbox: Outbox, tracker: Tracker, ns: int, ping: Fields, local: Fields
+) -> str:
+    """Put a ping into a tracker's outbox, if it wants it; its name, "" when it does
+    not. Skipped says why that cannot be."""
+    if not tracker.wants(ping):
+        return ""
+    outbox.need_sound()
+    beside = gate_beside({"own": tracker.frozen(ping)}, tracker.needs)
+    try:
+        return outbox.put(ns, ping, local, beside)
+    except OSError as error:
+        raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
+
+
 def report_event(settings: Settings, tell: Tell) -> None:
-    """The event on stdin becomes a ping in the outbox; Skipped says why it did not."""
+    """The event on stdin becomes a ping in the outboxes; Skipped says why it did not.
+    No destination hinders another."""
     ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
     for text in settings.ignored:
         tell(text)
     try:
-        tracker = find_tracker(settings)
-        outbox = outbox_of(settings, tracker)
+        trackers = destinations(settings, tell)
     except Skipped:
         read_stdin(keep=False)
         raise
     event, event_bytes = event_on_stdin()
     if registered_elsewhere(event, settings.environ):
-        raise Skipped("a settings file runs this script for the event, too")
+        trackers = ours_alone(trackers, settings)
     ping = make_ping(event, settings, project_of(event, settings), ns, event_bytes)
-    outbox.need_sound()
-    try:
-        name = outbox.put(ns, ping, local_of(event, settings, ping))
-    except OSError as error:
-        raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
-    tell(f"{ping.get('event')} {ping['event_id']} is in the outbox")
+    local = local_of(event, settings, ping)
+    queued, problems = [], []
+    for tracker in trackers:
+        outbox = outbox_of(settings, tracker)
+        try:
+            name = enqueue(outbox, tracker, ns, ping, local)
+        except Skipped as why:
+            problems.append(str(why))
+            continue
+        if name or outbox.holds_any():
+            queued.append((outbox, name))
+    if any(name for _, name in queued):
+        tell(f"{ping.get('event')} {ping['event_id']} is in the outbox")
     if settings.foreground:
-        deliver_in_foreground(outbox, name, settings, ends, tell)
-    elif not outbox.state().backoff_left_s(time.time()):
-        lock = outbox.take_lock()
-        if lock is not None:  # busy: a sender runs, and will see the file
-            start_sender(lock, settings.environ)
+        deliver_in_foreground(queued, settings, ends, tell)
+    else:
+        start_senders(queued, settings)
+    if problems:
+        raise Skipped("; ".join(problems))
+
+
+def start_senders(queued: list[tuple[Outbox, str]], settings: Settings) -> None:
+    """Start a sender for each outbox where none runs and no back-off stands."""
+    for outbox, _ in queued:
+        if not outbox.state().backoff_left_s(time.time()):
+            lock = outbox.take_lock()
+            if lock is not None:  # busy: a sender runs, and will see the file
+                start_sender(outbox, lock, settings.environ)
+                lock.close()
 
 
 def open_missing_descriptors() -> None:
@@ -2089,8 +2228,9 @@ class Row:
 class MessageRow(Row):
     """One content block of an API message, with the whole message's usage.
 
-    real: no words of the client's own. copied: from another session. calls: tool
-    calls, id -> name. final: the turn ends with this message.
+    id: short; message_id: whole. real: no words of the client's own. copied: from
+    another session. calls: tool calls, id -> name. final: the turn ends with this
+    message.
     """
 
     def __init__(self, fields: Fields) -> None:
@@ -2098,7 +2238,8 @@ class MessageRow(Row):
         message, session = fields["message"], fields.get("sessionId")
         if not message["id"]:
             raise ValueError("no id")
-        self.id = short_id(message["id"])
+        self.message_id = str(message["id"])
+        self.id = short_id(self.message_id)
         self.counts = counts_in(message["usage"], 1)
         model = message.get("model")
         self.real = model != "<synthetic>" and not fields.get("isApiErrorMessage")
@@ -2357,13 +2498,15 @@ ABSENT, FAILED, FAILED_AGENT, PART = "absent", "failed", "agent", "part"  # a re
 
 class Usage:
     """What was read and not yet charged. models: model -> counts, of which some may be
-    negative, when too much was charged before. tools: name -> calls."""
+    negative, when too much was charged before. tools: name -> calls. rows: for trackers
+    that need it, short id of a message -> [its id, model, time in ms, its counts]."""
 
     NUMBERS = ("tool_calls", "tool_failures", "interrupts")
 
     def __init__(self) -> None:
         self.models: dict[str, list[int]] = {}
         self.tools: dict[str, int] = {}
+        self.rows: dict[str, tuple[str, str, int, list[int]]] = {}
         self.tool_calls = self.tool_failures = self.interrupts = 0
 
     @classmethod
@@ -2374,12 +2517,17 @@ class Usage:
         usage.tools = {name: int(calls) for name, calls in found["tools"].items()}
         for name in cls.NUMBERS:
             setattr(usage, name, int(found[name]))
+        for key, (message, model, ms, counts) in found.get("rows", {}).items():
+            counts = [int(n) for n in counts]
+            usage.rows[str(key)] = str(message), str(model), int(ms), counts
         return usage
 
     def as_object(self) -> Fields:
         """As JSON's objects have it."""
         found: Fields = {name: getattr(self, name) for name in self.NUMBERS}
         found.update(models=self.models, tools=self.tools)
+        if self.rows:
+            found["rows"] = self.rows
         return found
 
     def add(self, model: str, counts: list[int]) -> None:
@@ -2394,6 +2542,20 @@ class Usage:
             self.tools[name] = self.tools.get(name, 0) + calls
         for name in self.NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(more, name))
+        self.rows.update(more.rows)
+
+    def add_row(self, row: MessageRow, told: list[int]) -> None:
+        """Note whose tokens were gained. told: what the message had until now; when
+        that was charged, the difference goes under an id of its own."""
+        message, gained = row.message_id, minus(row.counts, told)
+        if row.id in self.rows:
+            message, _, _, before = self.rows[row.id]
+            gained = plus(before, gained)
+        elif any(told):
+            message = f"{message}.{row.counts[OUTPUT]}"
+        known = row.id in self.rows or len(self.rows) < ROWS_MAX - 2 * NAMES_MAX
+        if known and identifier(message):
+            self.rows[row.id] = message, row.model, int(row.at * 1000), gained
 
     def add_call(self, name: object) -> None:
         """Count a call of a tool; by name when that is an identifier."""
@@ -2422,6 +2584,28 @@ class Usage:
         if model:
             fields["model"] = model
         return fields
+
+
+def rows_charged(usage: Usage, event_id: str, ms: int) -> list[list[Any]]:
+    """The messages whose tokens are charged to a ping, as BESIDE has them: together
+    what the ping says, to the token. What no message has (the ledger's, or more rows
+    than there may be) has a row for each model; what was charged too much before is
+    taken off. ms: the event's time."""
+    left = {model: positive(counts) for model, counts in usage.models.items()}
+    rows: list[list[Any]] = []
+    for message, model, at, counts in usage.rows.values():
+        rest = left.get(model, [0] * len(COUNTS))
+        told = [min(pair) for pair in zip(positive(counts), rest)]
+        if any(told):
+            rows.append([message, model, at or ms, *told])
+            left[model] = minus(rest, told)
+    for model, counts in left.items():
+        name = f"{event_id}.{model}"
+        if not identifier(name, "@[]"):  # it is too long
+            name = f"{event_id}.{short_id(model)}"
+        if any(counts):
+            rows.append([name, model, ms, *counts])
+    return rows
 
 
 def add_to(models: dict[str, list[int]], model: str, counts: list[int]) -> None:
@@ -2465,6 +2649,10 @@ class Account:
     over_at: the last end of a turn. stopped_at: the last Stop. owed: (ns, ping) of a
     SessionLost not yet in the outbox. merged: marks of former accounts that are in it.
     unlearned: its ids are not all known.
+
+    For trackers that need it (needs: what of BESIDE): own: what was frozen with the
+    last ping. tool_calls: told so far. at_end: the counts told when the session last
+    ended. beside: event_id -> what stands beside a ping that was charged.
     """
 
     TEXTS = (
@@ -2501,6 +2689,11 @@ class Account:
         self.repeated: set[str] = set()  # tool calls met again, in a copied row
         self.unnamed = self.missed = False  # prompts are not marked; counts are missing
         self.git = False  # this ping wants the branch
+        self.needs: tuple[str, ...] = ()
+        self.own: Fields = {}
+        self.tool_calls = 0
+        self.at_end = [0] * len(COUNTS)
+        self.beside: dict[str, Fields] = {}
 
     # -- Its file --
 
@@ -2539,6 +2732,10 @@ class Account:
         if found["ledger"] is not None:
             self.ledger = models_in(found["ledger"][0]), float(found["ledger"][1])
         self.owed = [(int(ns), dict(ping)) for ns, ping in found["owed"]]
+        if "beside" in found:
+            self.own, self.tool_calls = dict(found["own"]), int(found["tool_calls"])
+            self.at_end = models_in({"": found["at_end"]})[""]
+            self.beside = {k: dict(found["beside"][k]) for k in found["beside"]}
         for name, kept in found["transcripts"].items():
             self.transcripts[name] = Transcript.load(name, kept)
             for key, (counts, calls) in kept[-1].items():
@@ -2601,6 +2798,9 @@ class Account:
             owed=self.owed,
             transcripts={},
         )
+        if self.needs or self.beside:
+            found.update(own=self.own, tool_calls=self.tool_calls)
+            found.update(at_end=self.at_end, beside=self.beside)
         for name, kept in self.transcripts.items():
             messages = [(key, self.messages[key]) for key in kept.recent]
             recent = {key: [m.counts, sorted(m.calls)] for key, m in messages}
@@ -2612,10 +2812,22 @@ class Account:
         known = {key for kept in self.transcripts.values() for key in kept.recent}
         self.messages = {k: m for k, m in self.messages.items() if k in known}
         self.charged = dict(list(self.charged.items())[-CHARGED_MAX:])
+        self.forget_beside()
         directory = os.path.dirname(self.path)
         if not os.path.isdir(directory):
             os.mkdir(directory, 0o700)
         write_object(self.path, self.as_object())
+
+    def forget_beside(self) -> None:
+        """Keep what stands beside the last pings charged, by rows: their own files have
+        it by then, unless the disk was full."""
+        kept: dict[str, Fields] = {}
+        rows = 0
+        for event_id in reversed(list(self.beside)):
+            rows += len(self.beside[event_id].get("messages", ()))
+            if not kept or (rows <= 2 * ROWS_MAX and len(kept) < CHARGED_MAX):
+                kept[event_id] = self.beside[event_id]
+        self.beside = dict(reversed(list(kept.items())))
 
     # -- Where it opens --
 
@@ -2637,6 +2849,7 @@ class Account:
             account = cls(path)
             account.follow(ping, local, at)
             account.pass_over()
+        account.needs = outbox.needs
         return account
 
     def begin(self, ping: Fields, at: float, ours: float) -> None:
@@ -2827,6 +3040,8 @@ class Account:
         # usage; in older ones the output may be partial.
         if row.counts[OUTPUT] > message.counts[OUTPUT] or not any(message.counts):
             self.gained.add(row.model, minus(row.counts, message.counts))
+            if "messages" in self.needs:
+                self.gained.add_row(row, message.counts)
             message.counts = row.counts
         for call, name in row.calls.items():
             if call in message.calls:
@@ -2912,7 +3127,10 @@ class Account:
         elif missing or self.missed or not came:
             fields["usage_complete"] = False
         self.ended = event == "SessionEnd" and (settled or not missing)
-        fields.update(self.take_usage(local.get("tool_names") is not False))
+        tool_names = local.get("tool_names") is not False
+        fields.update(self.take_usage(tool_names, str(ping["event_id"]), at))
+        if event == "SessionEnd":
+            self.at_end = total(self.reported)
         if event == "Stop":
             begun = self.agents_turn(ping, at) or self.turn_begun(at)
             if ping.get("stop_hook_active") and 0 < self.stopped_at < at:
@@ -3004,14 +3222,24 @@ class Account:
         self.cost, self.settled_at = max(cost, self.cost), max(at, self.settled_at)
         return new
 
-    def take_usage(self, tool_names: bool) -> Fields:
+    def take_usage(self, tool_names: bool, event_id: str, at: float) -> Fields:
         """The usage fields of what was read since the last charge; now it is told."""
         fields, rest = self.gained.fields(self.model, tool_names), Usage()
+        rows = rows_charged(self.gained, event_id, int(at * 1000))
+        self.tool_calls += self.gained.tool_calls
         for name, counts in self.gained.models.items():
             add_to(self.reported, name, positive(counts))
             if min(counts) < 0:  # told before, and too much: the next ping has less
                 rest.models[name] = minus(counts, positive(counts))
         self.gained = rest
+        if self.needs:
+            told = total(self.reported)
+            beside = {
+                "messages": rows,
+                "totals": {**named(told), "tool_calls": self.tool_calls},
+                "since_end": named(minus(told, self.at_end)),
+            }
+            self.beside[event_id] = gate_beside(beside, self.needs)
         return fields
 
     # -- Sessions without a word, and new URLs --
@@ -3019,11 +3247,18 @@ class Account:
     def find_lost(self, settings: Settings, ends: float) -> None:
         """Owe a ping of what was used and never told. Today's settings shape it."""
         self.read(float("inf"), min(time.monotonic() + READ_S, ends))
-        if not any(positive(total(self.gained.models))):
+        gained = any(positive(total(self.gained.models)))
+        ended = total(self.reported) == self.at_end
+        if not gained and (ended or "since_end" not in self.needs):
             return
-        fields = self.take_usage(settings.tool_names)
-        mark = f"{self.identity.get('session_id')}{encode_json(self.reported)}"
+        told: dict[str, list[int]] = {}
+        for models in (self.reported, self.gained.models):
+            for name, counts in models.items():
+                add_to(told, name, positive(counts))
+        mark = f"{self.identity.get('session_id')}{encode_json(told)}"
         ns, event_id = int(self.last_at * 1e9), sha256_hex(mark.encode())[:32]
+        fields = self.take_usage(settings.tool_names, event_id, self.last_at)
+        self.at_end = total(self.reported)
         fields.update(self.identity, **ORIGIN, event="SessionLost", event_id=event_id)
         fields.update(timestamp=iso_time(ns), status="success", usage_complete=False)
         fields["machine"] = settings.machine
@@ -3054,7 +3289,7 @@ class Account:
         if former.last_at > self.last_at or not self.transcript:
             self.ended, self.model = former.ended, former.model
             self.transcript, self.place = former.transcript, former.place
-            self.identity = former.identity
+            self.identity, self.own = former.identity, former.own
         for name in {**former.transcripts, **self.transcripts}:
             self.merge_transcript(name, former.transcripts.get(name))
         self.messages = {**former.messages, **self.messages}
@@ -3079,6 +3314,9 @@ class Account:
             add_to(self.reported, name, counts)
         self.gained.merge(former.gained)
         self.charged = {**former.charged, **self.charged}
+        self.beside = {**former.beside, **self.beside}
+        self.tool_calls += former.tool_calls
+        self.at_end = plus(former.at_end, self.at_end)
         self.owed, self.cost = former.owed + self.owed, max(former.cost, self.cost)
         self.ledger = self.ledger or former.ledger
         self.prompts = sorted({*former.prompts, *self.prompts})[-PROMPTS_MAX:]
@@ -3115,34 +3353,38 @@ def ours_from(outbox: Outbox, path: str, at: float) -> float:
 
 
 def charge(
-    outbox: Outbox, name: str, ping: Fields, local: Fields, ends: float, patient: bool
-) -> Fields:
-    """The ping of an outbox file, with its usage in it. local: what its hook left for
-    us, not empty. ends: monotonic. patient: false when someone waits for us.
+    outbox: Outbox, name: str, record: Record, ends: float, patient: bool
+) -> Record:
+    """What the file of a ping holds, with the usage in it. Its `local`, which its hook
+    left for us, is not empty. ends: monotonic. patient: false when someone waits.
 
     The order makes it exact: the account is committed together with which ping was
     charged what; then the ping's file is rewritten; then it may be sent. Whoever comes
     after a crash finds the same charge, so that it is neither lost nor doubled.
     """
-    at, event = ns_of(name) / 1e9, ping.get("event")
+    ping, local, at = record.ping, record.local, ns_of(name) / 1e9
+    event, beside = ping.get("event"), record.beside
     if ping.get("reason") != "clear":
         patient = True  # only /clear awaits our end before it writes its ledger
     try:
         account = Account.of(outbox, ping, local, at)
+        account.own = beside.get("own", {})
         if event not in USAGE_EVENTS:
             account.meet(ping, local, at)
-            return ping
+            return record
         fields = account.charge(ping, local, at, ends, patient)
+        told = account.beside.get(str(ping["event_id"]), {})
+        beside = gate_beside({**beside, **told}, outbox.needs)
     except (OSError, ValueError):
         if event not in USAGE_EVENTS:
-            return ping
+            return record
         fields = {"usage_complete": False}  # not charged: the next ping has it
-    ping = gate({**ping, **fields})
+    record = Record(gate({**ping, **fields}), {}, beside)
     try:
-        outbox.rewrite(name, ping)
+        outbox.rewrite(name, record)
     except OSError:
         pass  # a full disk: a repeat finds the same charge in the account
-    return ping
+    return record
 
 
 def leave_out(outbox: Outbox, name: str, ping: Fields) -> None:
@@ -3170,14 +3412,17 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
         account = Account.load(path)
     except ValueError:
         return  # damaged: nobody knows what was told
+    account.needs = outbox.needs
     if not account.owed and not account.ended:
         account.find_lost(settings, ends)
         if account.owed:
             account.save()
     if account.owed:
         for ns, ping in account.owed:
+            told = {"own": account.own, **account.beside.get(ping["event_id"], {})}
+            beside = gate_beside(told, outbox.needs)
             name = f"{ns:020d}-{ping['event_id']}.json"
-            write_object(outbox.file(name), {"ping": ping, "local": {}})
+            outbox.rewrite(name, Record(ping, {}, beside))
         account.owed = []
         account.save()
 
@@ -3222,8 +3467,11 @@ class Answer:
     """What became of one request.
 
     what: for a person. retry_after: the header's text, or None. may_blame: whether the
-    ping itself may be the cause, and not only the way to the tracker.
+    ping itself may be the cause, and not only the way to the tracker. body: what a 2xx
+    begins with, as far as the tracker says something in it.
     """
+
+    body = b""
 
     def __init__(
         self,
@@ -3292,9 +3540,11 @@ def make_opener(url: str) -> OpenerDirector:
     return opener
 
 
-def post(opener: OpenerDirector, sent: Request, timeout_s: float) -> Answer:
+def post(
+    opener: OpenerDirector, sent: Request, timeout_s: float, reads: int = 0
+) -> Answer:
     """POST a request (GET, if it has no body). Of the response one buffer is read, at
-    most."""
+    most; reads: how many bytes of a 2xx's body are asked for."""
     from http.client import HTTPException
     from urllib import request
     from urllib.error import URLError
@@ -3305,12 +3555,29 @@ def post(opener: OpenerDirector, sent: Request, timeout_s: float) -> Answer:
         if response is None:  # no handler took an https URL
             return Answer(HOLD, "this Python was built without TLS")
         with response:
-            return answer_of(response)
+            answer = answer_of(response)
+            if reads and answer.verdict == DELIVERED:
+                answer.body = beginning_of(response, reads)
+            return answer
     except URLError as error:  # urllib wraps what fails up to the end of sending
         broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
         return no_answer(error.reason, RETRY if broken else NOT_NOW)
     except (OSError, HTTPException, ValueError) as error:  # and nothing after that
         return no_answer(error, RETRY)
+
+
+def beginning_of(response: Any, most: int) -> bytes:
+    """The first bytes of a response's body. What breaks off has been accepted."""
+    from http.client import HTTPException
+
+    body, part = b"", b"-"
+    try:
+        while part and len(body) < most:
+            part = response.read1(most - len(body))
+            body += part
+    except (OSError, HTTPException, ValueError):
+        pass
+    return body
 
 
 def answer_of(response: Any) -> Answer:
@@ -3359,7 +3626,7 @@ class Sender:
     def __init__(
         self,
         outbox: Outbox,
-        tracker: TelemHQ,
+        tracker: Tracker,
         settings: Settings,
         ends: float,
         tell: Tell = silent,
@@ -3415,8 +3682,33 @@ class Sender:
 
     # The request on its way, and its watchdog
 
-    def attempt(self, name: str, ping: Fields) -> Answer:
-        """Send one ping."""
+    def attempt(self, name: str, record: Record) -> Answer | None:
+        """Send the requests of a ping that are still to be accepted, one after another;
+        the first that is not delivered has the last word. None: there was none to send,
+        or no time for all of them."""
+        requests = self.tracker.requests(record.ping, record.beside)
+        answer = None
+        for request in requests[record.accepted :]:
+            if answer and self.is_over():
+                return None
+            answer = self.send(name, record.ping, request)
+            if answer.verdict != DELIVERED:
+                break
+            record.accepted += 1
+            if record.accepted < len(requests):
+                self.remember(name, record)
+        return answer
+
+    def remember(self, name: str, record: Record) -> None:
+        """Note how many requests were accepted, before the next one goes: whoever comes
+        after us goes on behind them."""
+        try:
+            self.outbox.rewrite(name, record)
+        except OSError:
+            pass  # a full disk: after a crash they are repeated
+
+    def send(self, name: str, ping: Fields, request: Request) -> Answer:
+        """Send one request; it has a deadline of its own."""
         self.sending = name
         if self.opener is None:
             self.opener = make_opener(self.tracker.url)
@@ -3425,12 +3717,10 @@ class Sender:
             limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
         begun = time.monotonic()
         self.watch_over(DEADLINE * limit)
-        answer = Answer(DELIVERED, "nothing to send")
-        for request in self.tracker.requests(ping, {}):
-            answer = post(self.opener, request, limit)
-            if answer.verdict != DELIVERED:
-                break
+        answer = post(self.opener, request, limit, self.tracker.reads)
         self.watch_over(float("inf"))
+        if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
+            answer = Answer(REFUSED, f"{answer.what}, rejected", may_blame=True)
         took_ms = (time.monotonic() - begun) * 1000
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
@@ -3561,7 +3851,7 @@ class Sender:
             if not wait and self.news():
                 lock = self.outbox.take_lock()
                 if lock and self.is_outdated():  # go on by the code as it is now
-                    start_sender(lock, self.settings.environ)
+                    start_sender(self.outbox, lock, self.settings.environ)
                     return
                 if self.is_over():
                     self.ends = time.monotonic() + LIFE_S
@@ -3851,16 +4141,25 @@ class Walk:
     # One ping
 
     def attempt(self, name: str) -> Answer | None:
-        """Send a ping; None when there is none under `name`, or no time left."""
-        ping = self.read_ping(name)
-        if ping is None:
+        """Send a ping; None when there is nothing to send under `name`, or no time."""
+        record = self.read_record(name)
+        if record is None:
             return None
-        answer = self.sender.attempt(name, ping)
+        answer = self.sender.attempt(name, record)
+        if answer is None:
+            if not self.sender.is_over():
+                self.drop(name)
+            return None
         self.tried += 1
         self.last_answer = answer.what
         if answer.verdict == DELIVERED:
-            self.accepted(name, ping)
+            self.accepted(name, record.ping)
         return answer
+
+    def drop(self, name: str) -> None:
+        """Remove a ping of which the tracker wants nothing: so it is no witness."""
+        remove(self.outbox.file(name))
+        self.state.suspects.pop(name, None)
 
     def accepted(self, name: str, ping: Fields) -> None:
         """The tracker has the ping: only now its file goes."""
@@ -3872,36 +4171,36 @@ class Walk:
         state.failures, state.not_before = 0, 0
         state.delivered_at = time.time()
 
-    def read_ping(self, name: str) -> Fields | None:
+    def read_record(self, name: str) -> Record | None:
         """The ping to send, its usage charged; None when there is none under `name`, or
         no time to charge those before it."""
         self.done.add(name)
         try:
-            ping, local = self.outbox.read(name)
+            record = self.outbox.record(name)
         except OSError:  # gone, or an I/O error: perhaps another time
             return None
         except ValueError:
             self.set_aside(name, "no ping")
             return None
-        if not local:
-            return ping
-        for older in self.older_of_session(name, ping.get("session_id")):
+        if not record.local:
+            return record
+        for older in self.older_of_session(name, record.ping.get("session_id")):
             if self.sender.is_over():
                 return None
             try:
-                self.charge(older, *self.outbox.read(older))
+                self.charge(older, self.outbox.record(older))
             except (OSError, ValueError):
                 continue
-        return self.charge(name, ping, local)
+        return self.charge(name, record)
 
-    def charge(self, name: str, ping: Fields, local: Fields) -> Fields:
+    def charge(self, name: str, record: Record) -> Record:
         """The ping with its usage in it; whatever a transcript holds, the ping goes."""
         sender = self.sender
         try:
-            return charge(self.outbox, name, ping, local, sender.ends, sender.patient)
+            return charge(self.outbox, name, record, sender.ends, sender.patient)
         except Exception as error:
             sender.log(f"usage left out: {type(error).__name__}")
-            return ping
+            return record
 
     def older_of_session(self, name: str, session_id: object) -> Iterator[str]:
         """The session's older pings that are sent later than `name`: they are charged
@@ -3918,14 +4217,15 @@ class Walk:
 
 def deliver_now(
     outbox: Outbox,
-    tracker: TelemHQ,
+    tracker: Tracker,
     settings: Settings,
     ends: float,
     tell: Tell,
     name: str,
 ) -> None:
     """Deliver while a hook waits, until `ends` (monotonic). Debug mode ignores a
-    back-off, once. name: the hook's ping; no more is waited for when it is gone."""
+    back-off, once. name: the hook's ping; no more is waited for when it is gone. (There
+    may be none: then another sender at work is enough.)"""
     state = outbox.state()
     left = state.backoff_left_s(time.time())
     if left and not settings.debug:
@@ -3935,7 +4235,7 @@ def deliver_now(
         tell(f"a back-off lasts {left:.0f} s more ({why}); this attempt ignores it")
     lock = outbox.take_lock()
     while lock is None:
-        if not os.path.exists(outbox.file(name)):
+        if not name or not os.path.exists(outbox.file(name)):
             return
         if time.monotonic() >= ends:
             raise Skipped("a sender is at work and has the ping; see sender.log")
@@ -3954,7 +4254,7 @@ def deliver_now(
 
 
 def deliver_in_background(
-    outbox: Outbox, tracker: TelemHQ, settings: Settings, lock: Lock
+    outbox: Outbox, tracker: Tracker, settings: Settings, lock: Lock
 ) -> None:
     """A detached sender's life."""
     try:
@@ -3972,18 +4272,20 @@ def deliver_in_background(
 
 
 def send(settings: Settings, tell: Tell) -> None:
-    """Deliver as the command line says: `detached FD` or `foreground SECONDS NAME`."""
+    """Deliver as the command line says: `detached FD DESTINATION`, or `foreground
+    SECONDS NAME DESTINATION`, which is the name of its directory."""
     import gc
 
     gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
     began = time.monotonic()
-    how, number = sys.argv[3:5]
-    tracker = find_tracker(settings)
+    how, number, *names = sys.argv[3:]
+    name = names.pop(0) if how == "foreground" else ""
+    tracker = find_tracker(settings, *names)
     outbox = outbox_of(settings, tracker)
     outbox.need_sound()
     if how == "foreground":
         ends = began + float(number) - 0.25  # so that a failure is still noted
-        deliver_now(outbox, tracker, settings, ends, tell, sys.argv[5])
+        deliver_now(outbox, tracker, settings, ends, tell, name)
         return
     if os.name == "posix":
         import signal
