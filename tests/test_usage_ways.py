@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support import SCRIPT, Home, Receiver, event, patched
+from support import SCRIPT, Home, Receiver, event, patched, run_sender
 from test_usage import (
     DAY_S,
     HAIKU,
@@ -92,8 +92,20 @@ def complete(session: Session) -> list[bool]:
 def interrupted(at: float, **changes: object) -> dict[str, Any]:
     """The row that Esc leaves."""
     text = {"type": "text", "text": "[Request interrupted by user]"}
-    row = prompt(at, message={"role": "user", "content": [text]}, uuid=str(uuid.uuid4()))
+    row = prompt(
+        at, message={"role": "user", "content": [text]}, uuid=str(uuid.uuid4())
+    )
     return dict(row, interruptedMessageId=str(uuid.uuid4()), **changes)
+
+
+def failed_call(at: float, n: int) -> list[dict[str, Any]]:
+    """A message that calls a tool, which fails."""
+    call, failed = (
+        message(at, n, None, "tool_use", tools=["Bash"]),
+        result(at + 0.5, True),
+    )
+    failed["message"]["content"][0]["tool_use_id"] = call["message"]["content"][0]["id"]
+    return [call, failed]
 
 
 # -- Once over all of a session's files (row 43) ---------------------------------------
@@ -104,10 +116,7 @@ def test_copies_of_the_parents_rows_count_once(session: Session, at_once: bool) 
     """Agents' files may begin with copies of their parent's rows, under the same ids:
     tokens, tool calls and failures count once over all of the session's files.
     """
-    call = message(1, 1, "msg_1", "tool_use", tools=["Bash"])
-    failed = result(2, error=True)
-    failed["message"]["content"][0]["tool_use_id"] = call["message"]["content"][0]["id"]
-    parent = [prompt(0), call, failed, message(3, 2, "msg_2", "tool_use")]
+    parent = [prompt(0), *failed_call(1, 1), message(3, 2, "msg_2", "tool_use")]
     session.add(*parent, message(8, 4, "msg_3"))
     session.hold("SessionStart", -1, source="startup")
 
@@ -342,13 +351,11 @@ MOVES: dict[str, Callable[[str, str], object]] = {
 
 
 @pytest.mark.parametrize("how", MOVES)
-def test_each_events_transcript_path_holds_from_then_on(
-    met: Session, how: str
-) -> None:
+def test_each_events_transcript_path_holds_from_then_on(met: Session, how: str) -> None:
     """A project's directory that moves takes its transcripts along: all is charged,
     agents' too, where an event says that they are; nothing twice where they are copies.
     """
-    met.add(*turn(0, 1, tools=["Bash"]), result(2, error=True))
+    met.add(prompt(0), *failed_call(0.5, 1), message(1.5, 0))
     met.add(message(1, 2), to=met.agent())
     met.hold("Stop", 3)
     met.send()
@@ -484,7 +491,7 @@ def test_adopted_session_is_exact(
     if alive:
         session.send()
     else:
-        send(home, receiver.url, TELEMHQ_FOREGROUND=1)
+        run_sender(home, receiver.url)
     before = {ping["event_id"]: ping for ping in session.usage()}
     with Receiver() as second:
         to_url(session, second)
@@ -589,7 +596,9 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("case", ENDINGS)
-def test_first_turn_that_ends_without_a_hook_is_charged(met: Session, case: str) -> None:
+def test_first_turn_that_ends_without_a_hook_is_charged(
+    met: Session, case: str
+) -> None:
     """Esc and a denied permission fire no hook: the next event has that turn's tokens,
     with no ping for it alone, and the session's cost is told.
     """
@@ -602,7 +611,9 @@ def test_first_turn_that_ends_without_a_hook_is_charged(met: Session, case: str)
     assert complete(met) == [True, True]
 
 
-@pytest.mark.parametrize("first", ["Stop", "StopFailure", "UserPromptSubmit", "SessionEnd"])
+@pytest.mark.parametrize(
+    "first", ["Stop", "StopFailure", "UserPromptSubmit", "SessionEnd"]
+)
 def test_session_is_whole_whatever_event_is_met_first(met: Session, first: str) -> None:
     """A session that began after the script was there is charged from its start."""
     met.add(*turn(0, 1), ledger({OPUS: 1}, 0.25), *turn(10, 2))
@@ -710,7 +721,8 @@ def test_hook_installed_between_two_runs(session: Session, version: str | None) 
 def lose(session: Session, **env: object) -> None:
     """A session that a real hook met, and that then was killed."""
     session.hook("SessionStart-startup", env=env)
-    send(session.home, session.receiver.url)
+    session.receiver.wait_for(1)
+    session.home.quiet()
     session.add(*turn(0, 1, tools=["mcp__acme__drop"]))
     session.later_by(DAY_S + 60)
 
@@ -740,8 +752,7 @@ def test_sweep_follows_todays_settings(met: Session, before: str) -> None:
     other.path = met.path  # the same paths under today's key
     today = {"TELEMHQ_HASH_KEY": "new", "TELEMHQ_TOOL_NAMES": 0}
     met.send(**today)
-    other.hook("Stop", env=dict(today, TELEMHQ_USAGE=0))
-    send(met.home, met.receiver.url)
+    hurried(other, "Stop", env=dict(today, TELEMHQ_USAGE=0))
     lost, wanted = met.usage()[-1], other.usage()[-1]
     assert lost["event"] == "SessionLost"
     assert lost["tools"] == {"mcp": 1}
@@ -903,7 +914,9 @@ def test_interrupts_are_counted(session: Session) -> None:
     ping; such a row is no prompt.
     """
     session.add(prompt(0), message(1, 1, stop=None), interrupted(2), prompt(3))
-    session.add(message(4, 2, stop="tool_use"), interrupted(5), prompt(6), message(7, 4))
+    session.add(
+        message(4, 2, stop="tool_use"), interrupted(5), prompt(6), message(7, 4)
+    )
     session.add(interrupted(5), to=session.agent())
     session.hold("SessionStart", -1, source="startup")
     session.hold("Stop", 8)
@@ -969,10 +982,10 @@ def test_random_ways(home: Home, receiver: Receiver) -> None:
     agents that copy, blocked Stops, senders that cannot read.
     """
     chance = random.Random(20261121)
-    for _ in range(6):
+    for _ in range(3):
         session, at, n, used_all = Session(home, receiver, time.time()), 0.0, 0, 0
         rows: list[dict[str, Any]] = []
-        for _ in range(12):
+        for _ in range(10):
             at, n = at + 10, n + 1
             turn_rows = [prompt(at), message(at + 1, n, f"{session.id} {n}")]
             used_all += n
@@ -987,7 +1000,9 @@ def test_random_ways(home: Home, receiver: Receiver) -> None:
                 used_all += 100
             if kind == "move":
                 moved = session.path.parent.with_name(f"-{uuid.uuid4().hex}")
-                chance.choice(list(MOVES.values()))(str(session.path.parent), str(moved))
+                chance.choice(list(MOVES.values()))(
+                    str(session.path.parent), str(moved)
+                )
                 session.path = moved / session.path.name
             if kind != "esc":
                 session.hold("Stop", at + 3)
@@ -1001,5 +1016,3 @@ def test_random_ways(home: Home, receiver: Receiver) -> None:
         session.send()
         assert told(session) == used_all
         assert summed(session.usage(), "cost_usd") == {"cost_usd": 1.0}
-
-
