@@ -2163,7 +2163,9 @@ def lines_in(block: bytes, whole: int, needles: tuple[bytes, ...]) -> dict[int, 
 
 def short_id(text: str) -> str:
     """What is kept of an id: enough to know it again."""
-    return sha256_hex(text.encode("utf-8", "surrogatepass"))[:ID_CHARS]
+    from hashlib import sha256  # imported already, by urllib
+
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:ID_CHARS]
 
 
 def counts_in(found: Fields, column: int) -> list[int]:
@@ -2838,8 +2840,6 @@ class Account:
         path = outbox.account_path(str(ping["session_id"]))
         try:
             account = cls.load(path)
-            if not account.transcript:  # usage was off until now
-                account.begin(ping, at, at)
         except FileNotFoundError:
             account = cls(path)
             account.begin(ping, at, ours_from(outbox, path, at))
@@ -3387,21 +3387,6 @@ def charge(
     return record
 
 
-def leave_out(outbox: Outbox, name: str, ping: Fields) -> None:
-    """Note the session of a ping that has no `local`. When that was for TELEMHQ_USAGE=0
-    and the account is still unknown: what was used until now is never billed."""
-    path = outbox.account_path(str(ping.get("session_id")))
-    if "session_id" not in ping or os.path.lexists(path):
-        return
-    account = Account(path)
-    account.begin(ping, ns_of(name) / 1e9, ns_of(name) / 1e9)
-    account.ended = True
-    try:
-        account.save()
-    except OSError:
-        pass  # a session that began before the script would be billed the same
-
-
 def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> None:
     """One ping of what a session had used that ended without a word (kill -9, power).
     path: its account's; committed first, so that a crash cannot make two pings. With
@@ -3431,8 +3416,7 @@ def hand_over(former_path: str, path: str) -> None:
     """Make a session's account at one destination another's, which may have its own.
     Both locks are held, and the pings that wait come after it."""
     if not os.path.lexists(path):
-        if not os.path.isdir(os.path.dirname(path)):
-            os.mkdir(os.path.dirname(path), 0o700)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         os.replace(former_path, path)
         return
     try:
@@ -4820,21 +4804,33 @@ def flush(options: Namespace) -> int:
 
 
 def adopt(settings: Settings, present: Outbox) -> None:
-    """Move what waits for former URLs, and their accounts, to the present one's."""
-    for former in outboxes(settings.state_dir):
-        if former.directory == present.directory:
-            continue
-        former.need_sound()
-        lock = former.take_lock()
-        if lock is None:
-            at_work = f"a sender is at work in {former.directory}"
-            raise Skipped(f"{at_work}; try again in a minute")
-        for name in former.waiting():
-            move(former.path("outbox", name), present.path("outbox", name))
-        if os.path.isdir(former.path("accounts")):
-            for name in sorted(os.listdir(former.path("accounts"))):
-                move(former.path("accounts", name), present.path("accounts", name))
-        lock.release()
+    """Move what waits for former URLs to the present one's."""
+    os.makedirs(present.directory, 0o700, exist_ok=True)
+    held = wait_for_lock(present, time.monotonic() + LIFE_S)
+    try:
+        for former in outboxes(settings.state_dir):
+            if former.directory != present.directory:
+                adopt_from(former, present)
+    finally:
+        held.release()
+
+
+def adopt_from(former: Outbox, present: Outbox) -> None:
+    """Move what waits in a former URL's outbox; before it the accounts, for whoever
+    charges a ping must know what was charged. The present one's lock is held."""
+    former.need_sound()
+    lock = former.take_lock()
+    if lock is None:
+        at_work = f"a sender is at work in {former.directory}"
+        raise Skipped(f"{at_work}; try again in a minute")
+    accounts = former.path("accounts")
+    for name in sorted(os.listdir(accounts)) if os.path.isdir(accounts) else ():
+        if name.endswith(".json") and not name.startswith("."):
+            hand_over(os.path.join(accounts, name), present.path("accounts", name))
+    remove(accounts)
+    for name in former.waiting():
+        move(former.path("outbox", name), present.path("outbox", name))
+    lock.release()
 
 
 def move(path: str, target: str) -> None:
