@@ -3621,7 +3621,7 @@ class Sender:
         self.ends, self.tell, self.patient, self.status = ends, tell, patient, status
         self.state = outbox.state()
         self.opener: OpenerDirector | None = None
-        self.seen: set[str] = set()  # names that this life has dealt with
+        self.seen: set[str] = set()  # names found at the start, or dealt with since
         self.walk: Walk | None = None
         self.sending = ""  # the name of the ping whose request is on its way
         self.deadline = float("inf")  # monotonic, of that request
@@ -3639,8 +3639,8 @@ class Sender:
         except OSError:
             return []
         return [
-            (script.st_ino, script.st_size, script.st_mtime_ns),
-            (outbox.st_ino, outbox.st_dev, 0),
+            (script.st_size, script.st_mtime_ns, script.st_ctime_ns),
+            (outbox.st_dev, outbox.st_ino, 0),
         ]
 
     def is_outdated(self) -> bool:
@@ -3786,7 +3786,7 @@ class Sender:
         self.walk.go()
 
     def news(self) -> bool:
-        """Whether a ping waits that this life has not dealt with."""
+        """Whether a ping waits that has come since, and was not dealt with."""
         return not self.seen.issuperset(self.outbox.waiting())
 
     def linger(self) -> None:
@@ -3827,7 +3827,8 @@ class Sender:
             if not self.backoff_left_s():
                 self.work()
             wait = self.backoff_left_s()
-            if wait and not self.state.saved:  # nobody else knows: the lock stays here
+            alone = not self.state.saved and not self.is_outdated()
+            if wait and alone:  # nobody else knows of it: the lock stays here
                 time.sleep(max(0.0, min(wait, self.ends - time.monotonic())))
                 if not self.is_over():
                     continue
@@ -3835,6 +3836,7 @@ class Sender:
             if not wait and self.news():
                 lock = self.outbox.take_lock()
                 if lock and self.is_outdated():  # go on by the code as it is now
+                    bytecode_serves()  # else it goes
                     start_sender(self.outbox, lock, self.settings.environ)
                     return
                 if self.is_over():
@@ -3896,7 +3898,8 @@ class Walk:
         for name in self.outbox.strangers():
             self.set_aside(name, "no ping")
         waiting = self.outbox.waiting()
-        sender.seen.update(waiting)
+        if sender.walk is None:  # its first: the next sender's, if life is too short
+            sender.seen.update(waiting)
         self.names = self.within_bounds(waiting)
         self.forget_suspects()
         suspects = self.state.suspects
@@ -3904,6 +3907,7 @@ class Walk:
         self.done: set[str] = set()  # tried in this walk
         self.first_undone = 0  # in `fresh`
         self.looked_into: dict[str, tuple[object, object]] = {}
+        self.met: set[object] = set()  # sessions of which a ping was charged
         self.backlog_left = self.backlog_share()
 
     def go(self) -> None:
@@ -3924,6 +3928,7 @@ class Walk:
         for name in names[:-OUTBOX_MAX_PINGS]:
             if self.sender.is_over():
                 break
+            self.sender.seen.add(name)
             self.count_loss(name, "outbox full")
             remove(self.outbox.file(name))
         if len(names) > OUTBOX_MAX_PINGS:
@@ -3941,8 +3946,8 @@ class Walk:
             del suspects[name]
 
     def look_into(self, name: str) -> tuple[object, object]:
-        """(event, session) of a ping; session: None when nothing is to be charged to
-        it. Each file is looked into once."""
+        """(event, session) of a ping; session: None when nothing is still to be charged
+        to it. Each file is looked into once."""
         if name not in self.looked_into:
             event = session = None
             try:
@@ -4013,6 +4018,7 @@ class Walk:
         for name in self.fresh:
             if self.sender.is_over():
                 return False
+            self.sender.seen.add(name)
             if name in self.done or self.must_wait(name):
                 continue
             answer = self.attempt(name)
@@ -4090,6 +4096,7 @@ class Walk:
         """Try those that are due, the longest untried first; False when the walk is
         over. What was delivered in this walk is their witness."""
         suspects, now = self.state.suspects, time.time()
+        self.sender.seen.update(suspects)
         due = [
             name
             for name, suspect in suspects.items()
@@ -4149,6 +4156,8 @@ class Walk:
         """The tracker has the ping: only now its file goes."""
         remove(self.outbox.file(name))
         self.delivered += 1
+        if self.refusals_left:  # a witness that came by itself
+            self.refusals_left = WITNESS_REFUSALS
         self.last_event = str(ping.get("event"))
         state = self.state
         state.suspects.pop(name, None)
@@ -4195,7 +4204,13 @@ class Walk:
         for older in fresh[self.first_undone :]:
             if older >= name:
                 return
-            if older not in self.done and self.look_into(older)[1] == session_id:
+            event, session = self.look_into(older)
+            if older in self.done or session != session_id:
+                continue
+            # Those that tell usage; and the first, with which the account opens.
+            if event in USAGE_EVENTS or session_id not in self.met:
+                self.met.add(session_id)
+                self.looked_into[older] = event, None
                 yield older
 
 
