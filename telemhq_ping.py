@@ -166,7 +166,7 @@ def quoted(text: str) -> str:
     try:
         from _json import encode_basestring_ascii
 
-        return str(encode_basestring_ascii(text))
+        return encode_basestring_ascii(text)
     except Exception:  # noqa: BLE001 - that module has changed
         from json import dumps
 
@@ -481,9 +481,9 @@ COPIED = (  # from the event to the ping under the same name
     "session_id prompt_id tool_name tool_use_id permission_mode agent_id agent_type "
     "source trigger notification_type model duration_ms is_interrupt stop_hook_active"
 ).split()
-CLIENT_AGENTS = frozenset(  # agent types that are Claude Code's own, not their user's
-    "general-purpose Explore Plan statusline-setup output-style-setup "
-    "claude-code-guide claude fork".split()
+CLIENT_AGENTS = frozenset(  # Claude Code's own agent types: 2.1.329's and older ones
+    "general-purpose Explore Plan claude claude-code-guide fork worker web-fetch "
+    "workflow-subagent comment-thread-analyst statusline-setup output-style-setup".split()
 )
 
 
@@ -549,7 +549,9 @@ def tool_shown(name: str, tool_names: bool) -> str:
 
 def agent_shown(agent_type: str, tool_names: bool) -> str:
     """An agent's type as it may leave: a custom one's name is its user's text."""
-    return agent_type if tool_names or agent_type in CLIENT_AGENTS else "custom"
+    if tool_names or not agent_type or agent_type in CLIENT_AGENTS:
+        return agent_type
+    return "custom"
 
 
 def error_fields(event: Fields) -> Fields:

@@ -18,7 +18,15 @@ from typing import Any, Iterator, NoReturn
 
 import pytest
 
-from support import FIXTURES, SCRIPT, Home, Receiver, event
+from support import (
+    FIXTURES,
+    SCRIPT,
+    Home,
+    Receiver,
+    event,
+    only_enqueue,
+    run_sender,
+)
 
 NS = 1700000000 * 10**9 + 123456789  # 2023-11-14T22:13:20.123Z
 GIT = shutil.which("git") or ""
@@ -689,6 +697,98 @@ def test_no_field_of_the_gate_takes_an_overlong_text(script: ModuleType) -> None
     for name in script.GATE:
         for length in (129, 100000):
             assert script.gate({name: "a" * length}) == {}, name
+
+
+# -- Names of tools and agents ---------------------------------------------------------
+
+UNNAMED = {"TELEMHQ_TOOL_NAMES": "0"}
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("mcp__pg-prod-acme__drop_customer", "mcp"),
+        ("mcp__claude_ai_Gmail__search", "mcp"),
+        ("mcp__a b__c/d", "mcp"),
+        ("mcp__" + "x" * 200, "mcp"),
+        ("mcp__", "mcp"),
+        ("Bash", "Bash"),
+        ("ListMcpResourcesTool", "ListMcpResourcesTool"),
+        ("mcp", "mcp"),
+        ("a b", None),
+        ("", None),
+        (None, None),
+        (["mcp__a__b"], None),
+    ],
+)
+def test_without_tool_names_an_mcp_servers_tool_is_mcp(
+    script: ModuleType, name: object, shown: str | None
+) -> None:
+    """TELEMHQ_TOOL_NAMES=0: the names of servers and of their tools stay home."""
+    found = event("PostToolUse-Bash", tool_name=name)
+    assert ping_of(script, found, UNNAMED).get("tool_name") == shown
+
+
+@pytest.mark.parametrize(
+    "name, shown",
+    [
+        ("general-purpose", "general-purpose"),
+        ("Explore", "Explore"),
+        ("claude-code-guide", "claude-code-guide"),
+        ("web-fetch", "web-fetch"),
+        ("acme-payroll-fixer", "custom"),
+        ("plugin:acme", "custom"),
+        ("explore", "custom"),
+        ("the agent of Jane", "custom"),
+        ("", None),
+        (None, None),
+        ({"name": "Explore"}, None),
+    ],
+)
+def test_without_tool_names_an_agent_of_the_users_own_is_custom(
+    script: ModuleType, name: object, shown: str | None
+) -> None:
+    """TELEMHQ_TOOL_NAMES=0: only the agents that the client brings are named."""
+    found = event("SubagentStart", agent_type=name)
+    assert ping_of(script, found, UNNAMED).get("agent_type") == shown
+
+
+@pytest.mark.parametrize("value", ["0", "no", "off", "nonsense"])
+def test_tool_names_are_off_at_any_word_but_yes(script: ModuleType, value: str) -> None:
+    """What is not understood means off, for privacy's sake; unset means on."""
+    found = event("SubagentStart", agent_type="mine", tool_name="mcp__a__b")
+    ping = ping_of(script, found, {"TELEMHQ_TOOL_NAMES": value})
+    assert (ping["agent_type"], ping["tool_name"]) == ("custom", "mcp")
+    for environ in ({}, {"TELEMHQ_TOOL_NAMES": ""}, {"TELEMHQ_TOOL_NAMES": "1"}):
+        ping = ping_of(script, found, environ)
+        assert (ping["agent_type"], ping["tool_name"]) == ("mine", "mcp__a__b")
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_tool_names_count_in_the_table_of_tools_too(
+    home: Home, receiver: Receiver, value: str
+) -> None:
+    """In `tools`, which the sender makes, all tools of MCP servers are one `mcp`, with
+    the sum of their calls; the setting is the hook's that made the ping."""
+    shutil.copytree(str(FIXTURES / "transcripts" / "tools"), str(home.path / "t"))
+    (transcript,) = (home.path / "t").glob("*.jsonl")
+    text = transcript.read_text("utf-8")
+    for name in ("Read", "Write"):
+        assert text.count(f'"name":"{name}"')
+        text = text.replace(f'"name":"{name}"', f'"name":"mcp__acme__{name}"')
+    transcript.write_text(text)
+    same = {"session_id": transcript.stem, "transcript_path": str(transcript)}
+    only_enqueue(home, receiver.url, event("SessionStart-startup", **same))
+    end = event("SessionEnd-other", **same)
+    only_enqueue(home, receiver.url, end, TELEMHQ_TOOL_NAMES=value)
+    run_sender(home, receiver.url)
+    tools = receiver.wait_for(2)[1]["tools"]
+    assert tools["Bash"] > 0
+    if value:
+        assert set(tools) == {"Bash", "mcp"}
+        assert tools["mcp"] == 2
+    else:
+        assert set(tools) == {"Bash", "mcp__acme__Read", "mcp__acme__Write"}
 
 
 # -- Hashes ----------------------------------------------------------------------------
@@ -1387,12 +1487,13 @@ def test_every_function_says_what_it_means() -> None:
 PURE = {
     "os": {"environ", "path", "urandom"},
     "os.path": {"expanduser", "isabs", "join", "normpath"},
-    "sys": {"base_exec_prefix", "base_prefix", "flags", "path"},
+    "sys": {"argv", "base_exec_prefix", "base_prefix", "flags", "path"},
     "time": {"gmtime", "strftime", "strptime"},
     "stat": set(),
 }
 PURE_MODULES = {"__future__", "_json", "calendar", "hashlib", "hmac", "json", *PURE}
 PURE_MODULES -= {"os.path"}
+PURE_MODULES |= {"_signal", "signal"}
 
 
 def above_the_outbox() -> Iterator[ast.AST]:

@@ -13,7 +13,16 @@ from typing import Any, Callable
 
 import pytest
 
-from support import SCRIPT, Home, pythons
+from support import (
+    SCRIPT,
+    Home,
+    Receiver,
+    event,
+    only_enqueue,
+    patched,
+    pythons,
+    run_sender,
+)
 
 GOOD = (
     "{}",
@@ -234,15 +243,13 @@ def test_a_path_hash_under_a_key_is_an_hmac(
 
 FRESH = r"""
 import sys
-for name in %(without)r:
-    sys.modules[name] = None
-with open(%(script)r, encoding="utf-8") as file:
-    script = {"__name__": "telemhq_ping", "__file__": %(script)r}
-    exec(compile(file.read(), %(script)r, "exec"), script)
+exec(sys.argv[2])
+sys.path.insert(0, sys.argv[1])
+import telemhq_ping as script
 
 def outcome(text):
     try:
-        return repr(script["decode_json"](text))
+        return repr(script.decode_json(text))
     except ValueError:
         return "ValueError"
     except RecursionError:
@@ -250,21 +257,95 @@ def outcome(text):
 
 values, good, bad = eval(sys.stdin.read())
 found = [
-    [script["encode_json"](value) for value in values],
-    [script["sha256_hex"](b"x" * size) for size in (0, 64, 1000)],
+    [script.encode_json(value) for value in values],
+    [script.sha256_hex(b"x" * size) for size in (0, 64, 1000)],
     [outcome(text) for text in good],
 ]
 loaded = sorted({"json", "re", "hashlib"} & set(sys.modules))
 found += [[outcome(text) for text in bad], outcome("[" * 300000), loaded]
 print(ascii(found))
 """
-ACCELERATORS = ("_json", "_sha2", "_sha256")
+# How CPython's private modules may be in a future Python. The public ones are those of
+# that Python: they go on working, so they are imported before.
+PUBLIC = "import hashlib, hmac, json, sys, types"
+FUTURES = {
+    "gone": PUBLIC
+    + """
+for name in ("_json", "_sha2", "_sha256"):
+    sys.modules[name] = None
+""",
+    "gone for the public modules too": """
+import sys
+for name in ("_json", "_sha2", "_sha256"):
+    sys.modules[name] = None
+""",
+    "lacking names": PUBLIC
+    + """
+for name in ("_json", "_sha2", "_sha256"):
+    sys.modules[name] = types.ModuleType(name)
+""",
+    "raising at the import": PUBLIC
+    + """
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name in ("_json", "_sha2", "_sha256"):
+            raise RuntimeError("private")
+sys.meta_path.insert(0, Finder)
+for name in ("_json", "_sha2", "_sha256"):
+    sys.modules.pop(name, None)
+""",
+    "raising at the call": PUBLIC
+    + """
+def private(*_, **__):
+    raise SystemError("private")
+for name in ("_json", "_sha2", "_sha256"):
+    sys.modules[name] = module = types.ModuleType(name)
+    module.make_scanner = module.encode_basestring_ascii = module.sha256 = private
+""",
+    "called otherwise": PUBLIC
+    + """
+def private(*, what):
+    return what
+for name in ("_json", "_sha2", "_sha256"):
+    sys.modules[name] = module = types.ModuleType(name)
+    module.make_scanner = module.encode_basestring_ascii = module.sha256 = private
+""",
+    "a scanner that asks for more": PUBLIC
+    + """
+import _json
+real = _json.make_scanner
+class Scanner:
+    def __init__(self, context):
+        self.scan = real(context)
+        context.what_3_19_has  # as 3.15 began to ask for array_hook
+    def __call__(self, *arguments):
+        return self.scan(*arguments)
+_json.make_scanner = Scanner
+""",
+    "a scanner that asks for more at its call": PUBLIC
+    + """
+import _json
+real = _json.make_scanner
+class Scanner:
+    def __init__(self, context):
+        self.context, self.scan = context, real(context)
+    def __call__(self, *arguments):
+        self.context.what_3_19_has
+        return self.scan(*arguments)
+_json.make_scanner = Scanner
+""",
+    "a scanner with another answer": PUBLIC
+    + """
+import _json
+_json.make_scanner = lambda context: lambda text, at: None
+""",
+}
 
 
-def in_a_fresh_interpreter(python: str, without: tuple[str, ...] = ()) -> Any:
+def in_a_fresh_interpreter(python: str, patch: str = "") -> Any:
     """What a hook's own interpreter makes of the tables: json was never imported."""
     done = subprocess.run(
-        [python, "-I", "-S", "-c", FRESH % {"without": without, "script": str(SCRIPT)}],
+        [python, "-I", "-S", "-c", FRESH, str(SCRIPT.parent), patch],
         input=ascii([VALUES, GOOD, BAD]).encode(),
         capture_output=True,
         timeout=60,
@@ -288,10 +369,35 @@ def test_every_python_reads_and_writes_alike(python: str) -> None:
     assert in_a_fresh_interpreter(python) == []
 
 
+@pytest.mark.parametrize("future", FUTURES)
 @pytest.mark.parametrize("python", pythons())
-def test_an_interpreter_without_the_accelerators_gives_the_same(python: str) -> None:
-    """Where CPython's private modules are missing, the public ones give the same."""
-    assert in_a_fresh_interpreter(python, ACCELERATORS)
+def test_without_the_private_modules_the_public_ones_give_the_same(
+    python: str, future: str
+) -> None:
+    """Where CPython's private modules are gone or have changed, nothing else does."""
+    assert in_a_fresh_interpreter(python, FUTURES[future])
+
+
+@pytest.mark.parametrize("future", FUTURES)
+def test_hook_and_sender_work_by_the_public_modules(
+    home: Home, receiver: Receiver, future: str
+) -> None:
+    """In a Python of the future an event becomes the same ping, and is delivered."""
+    path = only_enqueue(home, receiver.url, event("Stop"))
+    today = json.loads(path.read_text("ascii"))
+    alone = FUTURES[future] + "\nos.posix_spawn = lambda *_, **__: 0"
+    done = patched(home, alone, url=receiver.url, sent=event("Stop"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    (path,) = set(home.waiting()) - {path}
+    tomorrow = json.loads(path.read_text("ascii"))
+    for name in ("event_id", "timestamp"):
+        assert tomorrow["ping"].pop(name) != today["ping"].pop(name)
+    assert tomorrow["ping"].pop("event_bytes") == today["ping"].pop("event_bytes")
+    assert tomorrow == today
+    done = run_sender(home, receiver.url, FUTURES[future])
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert len(receiver.requests) == 2
+    assert home.waiting() == []
 
 
 @pytest.mark.parametrize("text", ["", "nope", "{", '{"a":1,}', '"open', '"\\x"'])
