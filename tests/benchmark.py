@@ -395,6 +395,11 @@ def adopt_orphans() -> None:
         raise OSError(ctypes.get_errno(), "prctl")
 
 
+def stamp(at: float) -> str:
+    """A time as transcripts write it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(at))
+
+
 class Burst:
     """Hooks and samples in turn, at a pace; everything they leave behind is reaped, so
     that the CPU time of all of it is known. Of a process that has no other children."""
@@ -420,13 +425,13 @@ class Burst:
 
     def run(self, events: int, every_s: float, append: list[list[str]]) -> None:
         """`events` of each kind, one of a kind every `every_s`. append: for each event
-        [the file, the text] to add to a transcript before it, or nothing."""
+        [the file, the turn of 1970] to add to a transcript before it, or nothing."""
         begun, step = time.monotonic(), every_s / len(self.kinds)
         number = 0
         for n in range(events):
             if append:
                 with open(append[n][0], "a") as file:
-                    file.write(append[n][1])
+                    file.write(append[n][1].replace(stamp(0), stamp(time.time() - 1)))
             for kind, given in self.kinds.items():
                 until = begun + number * step
                 while time.monotonic() < until:
@@ -484,16 +489,15 @@ def measure_cpu(table: Table, top: pathlib.Path, seconds: float) -> None:
         tool, events = event("PostToolUse-Bash"), int(seconds * 2)
         found = cpu_of_events(home, server.url, tool, events, 0.5)
         show_cpu(table, "tool events, two a second", found, 0.45, 0.35)
-        alone = int(seconds / 2)
-        found = cpu_of_events(home, server.url, event("Stop"), alone, 2)
+        alone = int(seconds / 4)  # each sender is over when the next event comes
+        found = cpu_of_events(home, server.url, event("Stop"), alone, 4)
         show_cpu(table, "single Stops", found, 1.15, 1.0)
         path = top / "cpu.jsonl"
         transcript = Transcript(path, "cpu")
         transcript.grow(1 << 20)
         stop = event("Stop", session_id="cpu", transcript_path=str(path))
-        now = time.time()
-        append = [[str(path), transcript.turn(now + 2 * n - 1)] for n in range(alone)]
-        found = cpu_of_events(home, server.url, stop, alone, 2, append=append)
+        append = [[str(path), transcript.turn(0)] for _ in range(alone)]
+        found = cpu_of_events(home, server.url, stop, alone, 4, append=append)
         show_cpu(table, "single Stops with their usage", found, None, None)
     finally:
         home.end()
@@ -531,7 +535,9 @@ def measure_drain(table: Table, top: pathlib.Path, runs: int) -> None:
         records = [json.loads(path.read_text()) for path in home.waiting()]
         bodies.write_text("".join(json.dumps(r["ping"]) + "\n" for r in records))
         wall, _, peak = measured(sender_command(), env)
-        assert not home.waiting()
+        while home.waiting():  # a busy machine: one life was too short
+            more, _, _ = measured(sender_command(), env)
+            wall += more
         loop = measured([*BARE, "-c", BARE_LOOP, str(bodies), server.url], env)[0]
         walls.append(wall)
         loops.append(loop)
@@ -562,7 +568,6 @@ class Transcript:
 
     def turn(self, at: float, calls: int = 6, result_chars: int = 24000) -> str:
         """One turn's lines: a prompt, some tool calls with long results, an answer."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(at))
         rows = [dict(self.prompt)]
         for _ in range(calls):
             self.messages += 1
@@ -576,7 +581,7 @@ class Transcript:
             rows.append(dict(self.result, message=message, toolUseResult=shown))
         self.messages += 1
         rows.append(self.message(self.last))
-        changes = {"timestamp": stamp, "sessionId": self.session_id}
+        changes = {"timestamp": stamp(at), "sessionId": self.session_id}
         lines = (json.dumps({**row, **changes}, separators=(",", ":")) for row in rows)
         return "".join(line + "\n" for line in lines)
 

@@ -342,7 +342,7 @@ def test_lost_session_is_told_everywhere(
 def test_usage_off_sends_no_tokens_anywhere(fleet: Fleet, session: Session) -> None:
     """TELEMHQ_USAGE=0: what is made of tokens alone is not even queued."""
     session.add(*turn(1, 3))
-    environ = {**fleet.environ, "TELEMHQ_USAGE": "0"}
+    environ: dict[str, Any] = {**fleet.environ, "TELEMHQ_USAGE": "0"}
     for name in ("Stop", "SessionEnd-other"):
         fields = {"session_id": session.id, "transcript_path": str(session.path)}
         sent = trackers_event(name, **fields)
