@@ -8,6 +8,7 @@ import os
 import pathlib
 import pty
 import re
+import shlex
 import shutil
 import socket
 import stat
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 URL = "https://tracker.invalid/ping/" + TOKEN
 OTHER_HOOK = {"hooks": [{"type": "command", "command": "~/bin/notify 'done' | cat"}]}
+IMPORT = "import telemhq_ping as t; t.hook()"
 EVENTS = ["Stop", "StopFailure", "SessionEnd"]
 PYTHON = sys.executable  # that install names: of a virtual environment, its base
 if sys.prefix != sys.base_prefix:
@@ -433,13 +435,15 @@ SHAPES = {
 
 
 def check_command(home: Home, command: str) -> None:
-    """The command runs the installed script with an interpreter that is there."""
-    python, _, rest = command.replace("trap '' TERM; ", "", 1).partition(" ")
+    """The command imports the installed script with an interpreter that is there; when
+    that fails, it runs it."""
+    words = shlex.split(command.replace("trap '' TERM; ", "", 1))
+    python, script = words[3], installed(home)
     assert os.path.isabs(python)
     assert os.access(python, os.X_OK)
-    assert rest.startswith("-I -S ")
-    assert rest.endswith(" || true")
-    assert rest[6:-8].replace("~", str(home.path)) == str(installed(home))
+    assert words[:5] == ["cd", str(script.parent), "&&", python, "-ESc"]
+    assert words[5:7] == [IMPORT, "||"]
+    assert words[8:] == ["-I", "-S", str(script), "||", "true"]
 
 
 def test_install_into_an_empty_home(home: Home) -> None:
@@ -473,6 +477,9 @@ def test_install_does_not_depend_on_the_umask(home: Home, umask: int) -> None:
     assert (config / "settings.json").exists()
     for name, (mode, _) in tree(home.path).items():
         if name.startswith("acme"):
+            continue
+        if name.endswith("__pycache__"):  # as Python makes it under the usual umask
+            assert stat.S_IMODE(mode) == 0o755
             continue
         assert mode & 0o077 == 0, name
 
@@ -610,6 +617,8 @@ THEIRS = [
     "python3 ~/.claude/hooks/telemhq_ping.py | tee log",
     "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py",
     "cd /tmp\npython3 ~/.claude/hooks/telemhq_ping.py",
+    "cd ~/.claude/hooks && python3 -c 'import telemhq_ping; telemhq_ping.hook()'",
+    f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}' | tee log",
 ]
 
 
@@ -628,7 +637,7 @@ def test_other_peoples_hooks_are_never_touched(home: Home, command: str) -> None
     assert read(settings_path(home)) == {"hooks": theirs}
 
 
-@pytest.mark.parametrize("command", THEIRS[-4:])
+@pytest.mark.parametrize("command", THEIRS[4:])
 def test_a_hook_that_runs_the_script_its_own_way_is_enough(
     home: Home, command: str
 ) -> None:
@@ -650,6 +659,15 @@ OURS = [
     "/usr/bin/python3.8 '/old place/telemhq_ping.py'",
     '"/opt/my python/bin/python3" -I "$HOME/.claude/hooks/telemhq_ping.py" || true',
     "~/.claude/hooks/telemhq_ping.py",
+    (
+        f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}' || "
+        "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true"
+    ),
+    (
+        f"trap '' TERM; cd '/old place' && /usr/bin/python3 -ESc '{IMPORT}' || "
+        "/usr/bin/python3 -I -S '/old place/telemhq_ping.py' || true"
+    ),
+    f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}'",
 ]
 
 
@@ -877,6 +895,81 @@ def test_the_installed_script_can_install(home: Home) -> None:
     before = tree(home.path)
     assert run(home, "install", "--url", URL, script=installed(home)).code == 0
     assert tree(home.path) == before
+
+
+def bytecode(home: Home) -> list[str]:
+    """The names in `__pycache__` beside the installed script."""
+    return sorted(os.listdir(str(installed(home).parent / "__pycache__")))
+
+
+def test_install_drops_bytecode_and_gives_a_new_time(home: Home) -> None:
+    """Python judges bytecode by the source's second and size: install removes what is
+    cached, and another version never has its predecessor's time."""
+    run(home, "install")
+    cached = installed(home).parent / "__pycache__" / "telemhq_ping.cpython-311.pyc"
+    cached.write_bytes(b"stale")
+    future = time.time() + 1000
+    installed(home).write_bytes(SCRIPT.read_bytes().replace(b"1.0.0", b"0.9.9"))
+    os.utime(str(installed(home)), (future, future))
+    run(home, "install")
+    assert bytecode(home) == []
+    assert installed(home).read_bytes() == SCRIPT.read_bytes()
+    assert int(installed(home).stat().st_mtime) > int(future)
+
+
+def test_uninstall_removes_only_our_bytecode(home: Home) -> None:
+    """uninstall removes the script's bytecode, and leaves that of other hooks."""
+    run(home, "install")
+    directory = installed(home).parent / "__pycache__"
+    for name in ("telemhq_ping.cpython-39.pyc", "mine.cpython-39.pyc"):
+        (directory / name).write_bytes(b"")
+    run(home, "uninstall")
+    assert bytecode(home) == ["mine.cpython-39.pyc"]
+
+
+def example_command(name: str) -> str:
+    """The command of an event in settings.example.json."""
+    found = commands_in(read(ROOT / "settings.example.json"))
+    return next(command for event, _, command in found if event == name)
+
+
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+@pytest.mark.parametrize("name", EVENTS)
+@pytest.mark.parametrize("fault", ["", "cd", "python", "import", "script"])
+def test_the_examples_command_in_a_shell(
+    home: Home, receiver: Receiver, shell: str, name: str, fault: str
+) -> None:
+    """The example's command delivers one ping; also when its import fails, for then it
+    runs the script. Where nothing can run it ends with 0, and a telemhq_ping.py of the
+    project's is never imported, in a HOME with a space in its name, too."""
+    odd = Home(home.path / "a b")
+    (odd.project / "telemhq_ping.py").write_text("import os; os.mkdir('IMPORTED')")
+    hooks = odd.path / ".claude" / "hooks"
+    if fault != "cd":
+        hooks.mkdir(parents=True)
+        shutil.copy(str(SCRIPT), str(hooks))
+    if fault == "script":
+        (hooks / SCRIPT.name).unlink()
+    if fault == "import":  # bytecode that a full disk has cut off
+        subprocess.run([sys.executable, "-m", "py_compile", hooks / SCRIPT.name])
+        (cached,) = (hooks / "__pycache__").iterdir()
+        cached.write_bytes(cached.read_bytes()[:50])
+    path = "/nonexistent" if fault == "python" else os.path.dirname(sys.executable)
+    done = subprocess.run(
+        [shell, "-c", example_command(name)],
+        input=json.dumps(event("Stop", hook_event_name=name)).encode(),
+        env=odd.env(receiver.url, PATH=path),
+        cwd=str(odd.project),
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, b"")
+    if fault in ("", "import"):
+        assert (b"EOFError" in done.stderr) == bool(fault)
+        assert receiver.wait_for(1)[0]["event"] == name
+    odd.quiet()
+    assert len(receiver.requests) == (fault in ("", "import"))
+    assert not (odd.project / "IMPORTED").exists()
 
 
 # -- uninstall -------------------------------------------------------------------
@@ -1204,12 +1297,11 @@ def test_doctor_tells_a_pause_from_a_failure(well: Home) -> None:
 
 def test_doctor_lists_refused_and_lost(home: Home) -> None:
     """Refused and lost pings are listed by reason, with their tokens."""
-    with Receiver(answer=422) as receiver:
+    with Receiver() as receiver:
+        receiver.answer = lambda _: 422 if len(receiver.requests) == 1 else 200
         run(home, "install", "--url", receiver.url)
-        home.hook(event("Stop"), receiver.url)
-        wait_until(lambda: home.state_json().get("losses"))
-        home.quiet()
-        receiver.answer = 200
+        place(home, receiver.url, 2)  # of which the second proves the tracker well
+        run(home, "flush")
         home.set_state(losses=dict(home.state_json()["losses"], tokens=77))
         bad = diagnosis(home)[2]
     assert "lost: 1, refused: HTTP 422" in bad
