@@ -3063,6 +3063,14 @@ def print_diff(path: str, before: bytes, after: bytes, mask: Mask) -> None:
         print(line)
 
 
+def remove_if_empty(directory: str) -> None:
+    """Remove a directory with nothing in it; any other stays."""
+    try:
+        os.rmdir(directory)
+    except OSError:
+        pass
+
+
 class InstallRecord:
     """What install did, so that uninstall undoes that and no more: installed.json.
 
@@ -3105,6 +3113,12 @@ class InstallRecord:
             if directory not in self.made:
                 self.made.append(directory)
             directory = os.path.dirname(directory)
+
+    def remove_directories(self) -> None:
+        """Remove those that install made and that are empty again."""
+        for directory in sorted(self.made, key=len, reverse=True):
+            remove_if_empty(directory)
+        self.made = [path for path in self.made if os.path.isdir(path)]
 
     def changes(self, file: SettingsFile, new: bytes) -> None:
         """A settings file will hold `new`; what it holds is kept beside it."""
@@ -3285,8 +3299,9 @@ def need_whole_url(url: str) -> None:
     """Raise Skipped when a ping URL is a form that was not filled in."""
     if "<" in url or ">" in url:
         raise Skipped("<token> stands for your tracker's own: copy its whole URL")
-    path = url.partition("://")[2].partition("/")[2].split("?")[0]
-    if path.strip("/") in ("", "ping"):
+    _, found, rest = url.partition("://")
+    path = rest.partition("/")[2].split("?")[0]
+    if found and path.strip("/") in ("", "ping"):
         raise Skipped(f"{URL_NAME} has no token: copy the whole URL of your tracker")
 
 
@@ -3577,14 +3592,6 @@ def remove_script(record: InstallRecord) -> None:
     record.script = record.kept = ""
 
 
-def remove_if_empty(directory: str) -> None:
-    """Remove a directory with nothing in it; any other stays."""
-    try:
-        os.rmdir(directory)
-    except OSError:
-        pass
-
-
 def remove_state(state_dir: str | None) -> None:
     """Remove all that is kept of each destination, after a sender at work is done."""
     import shutil
@@ -3606,7 +3613,10 @@ def uninstall(options: Namespace) -> int:
         print(f"{counted(waiting, 'ping')} wait and would be lost; `flush` sends them.")
         if not (at_a_terminal() and ask("Remove them?")):
             raise Skipped("nothing was changed; with --yes they are removed")
-    there = restore(file, record) or bool(record.script) or ScriptFile().is_ours()
+    script = ScriptFile()
+    if script.raw is not None and not record.script and not script.is_ours():
+        raise Skipped(f"{script.path} is not this script; nothing was changed")
+    there = restore(file, record) or bool(record.script) or script.is_ours()
     record.save()
     still = others_that_name_script(record)
     for path in still:
@@ -3616,22 +3626,17 @@ def uninstall(options: Namespace) -> int:
         remove_script(record)
         if not plugin:
             remove_state(state_dir)
-        record.save()
-        remove_directories(record, state_dir)
+    record.remove_directories()
+    record.save()
+    if not still:
+        remove_if_empty(state_dir or config_dir())
+        record.remove_directories()  # in which record and state were
     if plugin:
         print(f"The plugin is enabled in {plugin}; its state stays.")
         print("  claude plugin uninstall telemhq-ping@telemhq-ping")
     elif not still:
         print("Removed." if there or kept else "Nothing of it was installed here.")
     return 0
-
-
-def remove_directories(record: InstallRecord, state_dir: str | None) -> None:
-    """Remove those directories that install or the hooks made, when they are empty."""
-    if state_dir:
-        remove_if_empty(state_dir)
-    for directory in sorted(record.made, key=len, reverse=True):
-        remove_if_empty(directory)
 
 
 # -- Commands: a tracker of our own, on loopback ---------------------------------------
@@ -3934,8 +3939,9 @@ def try_command(hook: RegisteredHook, path: str, around: Surroundings) -> Check:
             trial.said = Trial(shell, hook.command, environ).said
         cause = trial.cause() + "; run `install`, or mend the command"
         return Check(False, f"nothing arrived from {name}", cause)
-    if trial.said:
-        return Check(False, f"{name} prints `{trial.said[-1]}`", "run `install`")
+    if trial.said:  # which Claude Code shows to its user, or to the model
+        prints = f"a ping arrived from {name}, but it prints `{trial.said[0]}`"
+        return Check(False, prints, trial.cause() + "; run `install`")
     version = trial.ping.get("hook_version")
     if version != __version__:
         other = f"{name} is version {version or 'of another script'}"
@@ -4030,7 +4036,7 @@ class Trial:
         scripts = [word for word in shell_words(self.command) if word.endswith(SCRIPT)]
         paths = [os.path.expandvars(os.path.expanduser(word)) for word in scripts]
         missing = [path for path in paths if not os.path.exists(path)]
-        if "can't open file" in text or missing:
+        if "can't open file" in text or "No module named" in text or missing:
             return "the script is missing"
         if "Permission denied" in text:
             return "a file there may not be executed"
@@ -4038,9 +4044,8 @@ class Trial:
             return "the interpreter is missing"
         if "SyntaxError" in text or "3.8" in text:
             return "its Python is older than 3.8"
-        skipped = text.rpartition("skipped: ")[2].strip()
-        if skipped:
-            return f"it said `{skipped.splitlines()[-1]}`"
+        if text:
+            return f"it said `{text.rpartition('skipped: ')[2].splitlines()[-1]}`"
         return f"it said nothing, and ended with {self.status}"
 
 
@@ -4064,8 +4069,9 @@ def check_variables(around: Surroundings) -> Iterator[Check]:
             continue
         if name.startswith("TELEMHQ_TEST_"):  # this project's own tests
             continue
-        close = difflib.get_close_matches(name, known, 1, 0.6)
-        remedy = f"did you mean {close[0]}?" if close else "take it out"
+        ends = [other[len("TELEMHQ_") :] for other in known]
+        close = difflib.get_close_matches(name[len("TELEMHQ_") :], ends, 1, 0.5)
+        remedy = f"did you mean TELEMHQ_{close[0]}?" if close else "take it out"
         yield Check(False, f"{name} is no variable of this script", remedy)
     if settings.url:
         source = around.sources.get(URL_NAME, "the environment of this shell")

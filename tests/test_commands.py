@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import pathlib
-import pty
 import re
 import shlex
 import shutil
@@ -19,6 +18,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from person import (
+    EVENTS,
+    IMPORT,
+    OTHER_HOOK,
+    URL,
+    Ended,
+    commands_in,
+    installed,
+    on_a_terminal,
+    read,
+    run,
+    settings_path,
+    tree,
+    write_settings,
+)
 from support import (
     ROOT,
     SCRIPT,
@@ -35,123 +49,7 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    # relative path: mode, and a file's content or a link's target
-    Tree = dict[str, tuple[int, bytes | str | None]]
-
-URL = "https://tracker.invalid/ping/" + TOKEN
-OTHER_HOOK = {"hooks": [{"type": "command", "command": "~/bin/notify 'done' | cat"}]}
-IMPORT = "import telemhq_ping as t; t.hook()"
-EVENTS = ["Stop", "StopFailure", "SessionEnd"]
-PYTHON = sys.executable  # that install names: of a virtual environment, its base
-if sys.prefix != sys.base_prefix:
-    PYTHON = os.path.join(
-        sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info)
-    )
-
-
-class Ended:
-    """How a command ended: `code`, `out`, `err`."""
-
-    def __init__(self, code: int, out: bytes, err: bytes = b"") -> None:
-        self.code, self.out, self.err = code, out.decode("utf-8"), err.decode("utf-8")
-
-
-def run(
-    home: Home,
-    *arguments: object,
-    sent: bytes = b"",
-    script: pathlib.Path = SCRIPT,
-    python: str = sys.executable,
-    **env: Any,
-) -> Ended:
-    """Run a command; its output never holds the token."""
-    url = env.pop("url", None)
-    done = subprocess.run(
-        [str(python), str(script)] + [str(argument) for argument in arguments],
-        input=sent,
-        capture_output=True,
-        env=home.env(url, **env),
-        cwd=str(home.project),
-        timeout=120,
-    )
-    assert TOKEN.encode() not in done.stdout + done.stderr
-    assert b"Traceback" not in done.stderr
-    return Ended(done.returncode, done.stdout, done.stderr)
-
-
-def settings_path(home: Home) -> pathlib.Path:
-    """The user's settings file."""
-    return home.path / ".claude" / "settings.json"
-
-
-def write_settings(home: Home, content: object) -> pathlib.Path:
-    """Give the user's settings file these bytes, or this value as JSON."""
-    path = settings_path(home)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(content, bytes):
-        content = json.dumps(content, indent=2).encode()
-    path.write_bytes(content)
-    return path
-
-
-def read(path: pathlib.Path) -> Any:
-    """The JSON in a file."""
-    return json.loads(path.read_text("utf-8-sig"))
-
-
-def commands_in(settings: dict[str, Any]) -> list[tuple[str, str | None, str]]:
-    """[(event, matcher, command)] in settings, in order."""
-    return [
-        (name, group.get("matcher"), hook["command"])
-        for name, groups in settings.get("hooks", {}).items()
-        for group in groups
-        for hook in group["hooks"]
-    ]
-
-
-def installed(home: Home) -> pathlib.Path:
-    """Where install puts the script."""
-    return home.path / ".claude" / "hooks" / SCRIPT.name
-
-
-def tree(path: pathlib.Path) -> Tree:
-    """{relative path: (mode, content or link)} of everything below a directory."""
-    found: Tree = {}
-    for top, directories, files in os.walk(str(path)):
-        for name in directories + files:
-            full = os.path.join(top, name)
-            mode = os.lstat(full).st_mode
-            content: bytes | str | None = None
-            if stat.S_ISLNK(mode):
-                content = os.readlink(full)
-            elif stat.S_ISREG(mode):
-                with open(full, "rb") as file:
-                    content = file.read()
-            found[os.path.relpath(full, str(path))] = stat.S_IMODE(mode), content
-    return found
-
-
-def on_a_terminal(home: Home, typed: bytes, *arguments: str) -> tuple[int, str]:
-    """Run a command on a terminal, type something; (exit status, output)."""
-    pid, fd = pty.fork()
-    if not pid:
-        os.chdir(str(home.project))
-        os.execve(sys.executable, [sys.executable, str(SCRIPT), *arguments], home.env())
-    os.write(fd, typed)
-    out = b""
-    while True:
-        try:
-            part = os.read(fd, 65536)
-        except OSError:
-            part = b""
-        if not part:
-            break
-        out += part
-    code = os.waitpid(pid, 0)[1] >> 8
-    os.close(fd)
-    assert TOKEN.encode() not in out
-    assert b"Traceback" not in out
-    return code, out.decode("utf-8")
+    from person import Tree
 
 
 # -- The command line ------------------------------------------------------------
@@ -1062,274 +960,6 @@ def test_what_was_removed_stays_removed(home: Home) -> None:
     assert run(home, "uninstall", "--yes").code == 0
     home.quiet(30)
     assert sorted(os.listdir(str(home.path))) == ["acme"]
-
-
-# -- doctor ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def well(home: Home, receiver: Receiver) -> Home:
-    """A HOME where all is well: installed for `receiver`, one ping delivered."""
-    run(home, "install", "--url", receiver.url)
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(1)
-    home.quiet()
-    return home
-
-
-def diagnosis(home: Home, **env: Any) -> tuple[int, str, str]:
-    """doctor's exit status, its good lines and its bad ones, as two texts."""
-    ended = run(home, "doctor", **env)
-    lines = ended.out.splitlines()
-    good = [line[2:] for line in lines if line.startswith("✓ ")]
-    bad = [line[2:] for line in lines if line.startswith("✗ ")]
-    assert len(good) + len(bad) == len(lines)
-    assert ended.code == (1 if bad else 0)
-    assert ended.err == ""
-    return ended.code, "\n".join(good), "\n".join(bad)
-
-
-def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
-    """All is well: a good line per check, exit 0; the host was asked by GET, once."""
-    code, good, bad = diagnosis(well)
-    assert (code, bad) == (0, "")
-    for words in (
-        *("hook for " + name for name in EVENTS),
-        str(settings_path(well)),
-        SCRIPT.name,
-        PYTHON,
-        "interpreter",
-        f"tracker at http://127.0.0.1:{receiver.port} answers a GET",
-        "state directory " + str(well.state),
-        "0 pings wait",
-        "back-off: none",
-        "last delivery: 2",
-    ):
-        assert words in good
-    assert [request.method for request in receiver.requests] == ["POST", "GET"]
-    assert receiver.requests[1].body == b""
-
-
-def test_doctor_changes_nothing(well: Home) -> None:
-    """doctor writes no file."""
-    before = tree(well.path)
-    diagnosis(well)
-    assert tree(well.path) == before
-
-
-def test_doctor_in_an_empty_home(home: Home) -> None:
-    """With nothing installed doctor names each missing hook and the URL, exit 1."""
-    code, _, bad = diagnosis(home)
-    assert code == 1
-    for name in EVENTS:
-        assert "hook for " + name in bad
-    assert "run `install`" in bad
-    assert "TELEMHQ_PING_URL is not set" in bad
-
-
-def test_doctor_names_one_missing_hook(well: Home) -> None:
-    """Where one event's hook is gone, that one is named."""
-    found = read(settings_path(well))
-    del found["hooks"]["SessionEnd"]
-    write_settings(well, found)
-    _, _good, bad = diagnosis(well)
-    assert "hook for SessionEnd" in bad
-    assert "hook for Stop" not in bad
-
-
-def test_doctor_sees_disabled_hooks(well: Home) -> None:
-    """disableAllHooks is named as a cause."""
-    write_settings(well, dict(read(settings_path(well)), disableAllHooks=True))
-    assert "disableAllHooks" in diagnosis(well)[2]
-
-
-def test_doctor_sees_a_projects_hooks(home: Home, receiver: Receiver) -> None:
-    """Hooks and URL in the project's settings count, where doctor runs in it."""
-    run(home, "install", "--url", receiver.url, "--project", home.project)
-    code, good, bad = diagnosis(home)
-    assert (code, bad) == (0, "")
-    assert "settings.local.json" in good
-
-
-def test_doctor_sees_malformed_settings(well: Home) -> None:
-    """A settings file that is not valid is named."""
-    path = well.project / ".claude" / "settings.json"
-    path.parent.mkdir()
-    path.write_text("{,}")
-    assert str(path) in diagnosis(well)[2]
-
-
-def test_doctor_misses_the_script(well: Home) -> None:
-    """Where the script that settings name is gone, doctor says so."""
-    installed(well).unlink()
-    bad = diagnosis(well)[2]
-    assert "the script is missing" in bad
-    assert "run `install`" in bad
-
-
-@pytest.mark.parametrize("python", ["/nonexistent/python3", "python2-of-old"])
-def test_doctor_misses_the_interpreter(well: Home, python: str) -> None:
-    """Where the interpreter that settings name is gone, doctor says so."""
-    text = settings_path(well).read_text("utf-8")
-    settings_path(well).write_text(text.replace(PYTHON, python), "utf-8")
-    bad = diagnosis(well)[2]
-    assert "interpreter is missing" in bad
-    assert python in bad
-
-
-def test_doctor_sees_an_old_interpreter(well: Home) -> None:
-    """An interpreter older than Python 3.8 will not do."""
-    old = pythons(6, 8)
-    if not old:
-        pytest.skip("no old Python here")
-    text = settings_path(well).read_text("utf-8")
-    settings_path(well).write_text(text.replace(PYTHON, old[-1]), "utf-8")
-    assert "Python 3.8" in diagnosis(well)[2]
-
-
-def test_doctor_sees_another_version(well: Home) -> None:
-    """Where the installed script is of another version, doctor says to install."""
-    text = installed(well).read_text("utf-8")
-    installed(well).write_text(text.replace('"1.0.0"', '"0.9.0"', 1), "utf-8")
-    bad = diagnosis(well)[2]
-    assert "version 1.0.0" in bad
-    assert "run `install`" in bad
-
-
-@pytest.mark.parametrize(
-    "url, words",
-    [
-        ("telemhq.com/ping/" + TOKEN, "https://"),
-        ("http://tracker.invalid/ping/" + TOKEN, "use https://"),
-        ("https://u:p@tracker.invalid/" + TOKEN, "user:password"),
-        ("https://tracker.invalid/ping/" + TOKEN, "network"),
-    ],
-)
-def test_doctor_sees_a_wrong_url(well: Home, url: str, words: str) -> None:
-    """An unusable URL, and a host that is not there, are named, without the token."""
-    write_settings(well, dict(read(settings_path(well)), env={"TELEMHQ_PING_URL": url}))
-    assert words in diagnosis(well)[2]
-
-
-def test_doctor_sees_ignored_variables(well: Home) -> None:
-    """A variable that makes no sense is named."""
-    assert "TELEMHQ_TIMEOUT is ignored" in diagnosis(well, TELEMHQ_TIMEOUT="soon")[2]
-
-
-ANSWERS = {
-    404: "the tracker answered 404: the token in TELEMHQ_PING_URL is wrong or was "
-    "revoked",
-    401: "the tracker answered 401",
-    410: "the tracker answered 410: the tracker was deleted",
-    301: "the tracker answered 301: it has moved",
-    500: "the tracker answered 500: it has a problem of its own",
-}
-
-
-@pytest.mark.parametrize("status", ANSWERS)
-def test_doctor_tells_what_an_answer_means(
-    well: Home, receiver: Receiver, status: int
-) -> None:
-    """A tracker that does not take pings is named, with the reason in words."""
-    receiver.answer = status, {"Location": "/" + TOKEN}, b""
-    assert ANSWERS[status] in diagnosis(well)[2]
-
-
-@pytest.mark.parametrize("status", [200, 204, 405])
-def test_doctor_takes_any_good_answer(
-    well: Home, receiver: Receiver, status: int
-) -> None:
-    """An answer to GET is good; 405, too: not every tracker knows GET."""
-    receiver.answer = status
-    assert diagnosis(well)[0] == 0
-
-
-def test_doctor_sees_a_dead_host(home: Home) -> None:
-    """Where nothing listens, doctor says so."""
-    run(home, "install", "--url", dead_url())
-    bad = diagnosis(home)[2]
-    assert "tracker at http://127.0.0.1" in bad
-    assert "Connection refused" in bad
-
-
-@pytest.mark.parametrize("age_s, fine", [(10, True), (400, False)])
-def test_doctor_minds_only_old_pings(
-    well: Home, receiver: Receiver, age_s: int, fine: bool
-) -> None:
-    """Pings that wait are a problem only when they are older than five minutes."""
-    place(well, receiver.url, 2, age_s)
-    code, good, bad = diagnosis(well)
-    assert code == (0 if fine else 1)
-    told = f"2 pings wait, the oldest for {age_s // 60} min"
-    assert told in (good if fine else bad)
-
-
-def test_doctor_tells_of_a_back_off(well: Home, receiver: Receiver) -> None:
-    """Under a back-off doctor says how long, and why, in words."""
-    place(well, receiver.url, 1)
-    now = time.time()
-    well.set_state(
-        failures=1,
-        set_at=now,
-        not_before=now + 840,
-        problem={"verdict": "hold", "what": "HTTP 404", "at": now},
-    )
-    bad = diagnosis(well)[2]
-    assert "1 pings wait" in bad
-    assert ANSWERS[404] in bad
-    assert re.search(r"back-off: 8[34]\d s more", bad)
-
-
-def test_doctor_tells_a_pause_from_a_failure(well: Home) -> None:
-    """The pause after an outage is not blamed on the tracker."""
-    now = time.time()
-    well.set_state(
-        failures=0,
-        set_at=now,
-        not_before=now + 60,
-        recovering=True,
-        problem={"what": "HTTP 404"},
-    )
-    bad = diagnosis(well)[2]
-    assert "outage" in bad
-    assert "404" not in bad
-
-
-def test_doctor_lists_refused_and_lost(home: Home) -> None:
-    """Refused and lost pings are listed by reason, with their tokens."""
-    with Receiver() as receiver:
-        receiver.answer = lambda _: 422 if len(receiver.requests) == 1 else 200
-        run(home, "install", "--url", receiver.url)
-        place(home, receiver.url, 2)  # of which the second proves the tracker well
-        run(home, "flush")
-        home.set_state(losses=dict(home.state_json()["losses"], tokens=77))
-        bad = diagnosis(home)[2]
-    assert "lost: 1, refused: HTTP 422" in bad
-    assert "lost: 77, tokens" in bad
-    assert "refused" in bad
-    assert str(home.destination()) in bad
-
-
-def test_doctor_sees_pings_of_a_former_url(well: Home) -> None:
-    """Pings that wait for a URL no longer configured are counted, with the remedy."""
-    place(well, dead_url(), 2)
-    bad = diagnosis(well)[2]
-    assert "2 pings wait for a URL no longer configured" in bad
-    assert "flush --adopt" in bad
-
-
-@pytest.mark.parametrize("what", ["link", "mode", "file"])
-def test_doctor_sees_an_unsound_state_directory(well: Home, what: str) -> None:
-    """A state directory that others could change is named."""
-    if what == "mode":
-        well.state.chmod(0o777)
-    else:
-        shutil.move(str(well.state), str(well.path / "elsewhere"))
-        if what == "link":
-            well.state.symlink_to(well.path / "elsewhere")
-        else:
-            well.state.write_text("")
-    assert "state directory: " + str(well.state) in diagnosis(well)[2]
 
 
 # -- flush -----------------------------------------------------------------------
