@@ -4,16 +4,16 @@
 A hook script for Claude Code: one file, standard library only, Python 3.8 or newer.
 
 What runs when
-    hook()      what the settings' command calls, with an event on stdin: makes the event
-                a ping, puts it into the outbox, starts a sender, exits. No network.
+    hook()      what the settings' command calls, with an event on stdin: makes it a
+                ping, puts that into the outbox, starts a sender, exits. No network.
     sender()    detached, at most one per destination: POSTs what waits, the oldest
                 first; ends when the outbox is empty, at the latest after 60 s.
     For the commands, which a person runs, see --help.
 How to read it
-    From top to bottom it follows a ping; no section uses one below it. Down to the first
-    banner stands all that runs while Claude Code waits, down to the second what runs in
-    the background. It is imported, for Python keeps a module's bytecode; a script is
-    compiled at every run, which is slower, and works as well.
+    From top to bottom it follows a ping; no section uses one below it. Down to the
+    first banner stands all that runs while Claude Code waits, down to the second what
+    runs in the background. It is imported, for Python keeps a module's bytecode; a
+    script is compiled at every run, which is slower, and works as well.
 What leaves
     The fields of GATE, each only in the shape it has there: numbers, booleans, hashes,
     identifiers, the project's name. Never a prompt, an answer, a command, a tool's
@@ -52,6 +52,19 @@ if __name__ == "__main__" and not sys.flags.isolated:
 elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
+
+# Claude Code runs a hook's command; a Ctrl-C in its terminal is not meant for us, and
+# would be a traceback. A command, which a person runs, it ends.
+imported = __name__ != "__main__" and sys.flags.no_site and sys.argv[:1] == ["-c"]
+if imported or (__name__ == "__main__" and len(sys.argv) < 2):
+    try:
+        try:
+            from _signal import SIG_IGN, SIGINT, signal  # 2 ms less than signal
+        except ImportError:
+            from signal import SIG_IGN, SIGINT, signal
+        signal(SIGINT, SIG_IGN)
+    except Exception:
+        pass  # not to be had here
 
 import os
 import stat
@@ -130,11 +143,11 @@ def decode_json(text: str) -> Any:
     try:
         from _json import make_scanner
 
-        return make_scanner(ScannerContext)(text, 0)[0]
+        return make_scanner(ScannerContext)(text, 0)[0]  # type: ignore[arg-type]
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    except Exception:
-        pass  # not JSON, or a Python whose private module has changed
+    except Exception:  # noqa: BLE001 - not JSON, or that module has changed
+        pass
     from json import JSONDecoder
 
     try:
@@ -149,7 +162,7 @@ def quoted(text: str) -> str:
         from _json import encode_basestring_ascii
 
         return str(encode_basestring_ascii(text))
-    except Exception:
+    except Exception:  # noqa: BLE001 - that module has changed
         from json import dumps
 
         return dumps(text)
@@ -180,7 +193,7 @@ def sha256_hex(raw: bytes, key: bytes = b"") -> str:
     for private in ("_sha2", "_sha256"):  # CPython from 3.12 on, before
         try:
             return str(__import__(private).sha256(raw).hexdigest())
-        except Exception:
+        except Exception:  # noqa: BLE001 - that module has changed, or is not there
             continue
     from hashlib import sha256
 
@@ -208,7 +221,9 @@ def identifier(value: object, more: str = "") -> bool:
 
 def number(value: object) -> bool:
     """A finite number from 0 up to 2^53, which every JSON reader keeps exact."""
-    return type(value) in (int, float) and 0 <= value < 1 << 53  # type: ignore[operator]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 <= value < 1 << 53  # of NaN that is false
 
 
 def boolean(value: object) -> bool:
@@ -306,7 +321,7 @@ class Settings:
         )
 
     def switch_on(self, name: str) -> bool:
-        """A variable that is 1 unless it is set; what is neither 1 nor 0 counts as 0."""
+        """A variable that is 1 unless set; what is neither 1 nor 0 counts as 0."""
         return not self.environ.get(name) or self.switch(name)
 
 
@@ -473,7 +488,7 @@ def model_shown(name: object) -> str:
 
 
 def tool_shown(name: str, tool_names: bool) -> str:
-    """A tool's name as it may leave: `mcp__server__tool` tells what its user works on."""
+    """A tool's name as it may leave: `mcp__server__tool` may tell on its user."""
     return "mcp" if not tool_names and name.startswith("mcp__") else name
 
 
@@ -733,7 +748,7 @@ def try_lock(fd: int) -> bool:
     """Lock an open file; whether nobody else holds it. The kernel frees it at its
     holder's death. An error other than "busy" counts as free: rather one ping twice
     under its id than all of them never."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         try:
@@ -853,6 +868,10 @@ class State:
         left = self.paced_until - now
         return left if 0 < left <= PACE_S[1] else 0
 
+    def suspect(self, name: str) -> Suspect:
+        """The suspect of that name; a new one when there is none yet."""
+        return self.suspects.setdefault(name, Suspect(0, time.time()))
+
     def lost(self, reason: str, count: int = 1) -> None:
         """Count pings that will never be delivered."""
         self.losses[reason] = self.losses.get(reason, 0) + count
@@ -885,7 +904,7 @@ class Outbox:
                 raise Skipped(f"{directory} {problem}; mend or remove it")
 
     def put(self, ns: int, ping: Fields, local: Fields) -> str:
-        """Add the ping of an event of that time; its name. It is whole, or not there."""
+        """Add the ping of an event of that time; its name. It is whole or not there."""
         name = f"{ns:020d}-{ping['event_id']}.json"
         content = encode_json({"ping": ping, "local": local}).encode()
         write_file(self.file(name), content, make_directory=True)
@@ -1319,7 +1338,7 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
         work(settings, lambda text: tell(": " + text))
     except Skipped as reason:
         tell(f" skipped: {reason}")
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001
         tell(f" skipped: {error!r}")
     os._exit(0)
 
@@ -1377,7 +1396,7 @@ def hook() -> NoReturn:
             remove_damaged_bytecode()
         elif not bytecode_is_ours():
             os.execv(sys.executable, [sys.executable, "-I", "-S", __file__])
-    except Exception:
+    except Exception:  # noqa: BLE001
         pass  # then with what is there
     run_for_claude_code(report_event)
 
@@ -1388,57 +1407,56 @@ def hook() -> NoReturn:
 # ======================================================================================
 
 
-# -- Accounts: tokens, charged once ----
-from collections import Counter
-from datetime import datetime
+# -- Transcripts: rows that count ------------------------------------------------------
 
-
-USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
-LAG_S, POLL_S = 2.0, 0.05  # a turn's last row comes up to 0.1 s after its Stop fired
-READ_S = 20.0  # reading for one ping; the rest is for the session's next
-BLOCK_BYTES, LINE_MAX_BYTES = 4 << 20, 8 << 20  # rows that count are some KB long
+BLOCK_BYTES = 4 << 20  # read at once
+LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
 UNREAD_MAX_BYTES = 768 << 20  # more at once is skipped
-SEEN_MAX = 256  # messages remembered, and tool calls: repeats stand close together
-QUIET_S, ACCOUNT_MAX_S = 86400.0, 30 * 86400.0  # a session is lost, an account dropped
-COUNTS = {  # the ping's name: the transcript's, the ledger's
-    "input_tokens": ("input_tokens", "inputTokens"),
-    "output_tokens": ("output_tokens", "outputTokens"),
-    "cached_input_tokens": ("cache_read_input_tokens", "cacheReadInputTokens"),
-    "cache_creation_input_tokens": (
+STAMP_S = 0.001  # rows tell their time in milliseconds
+RECENT_MAX = 16  # messages a file: only these may still get rows with larger counts
+QUIET_FILE_S = 3600.0  # an agent that wrote nothing for an hour has ended
+IDS_MAX = 1 << 17  # ids remembered, 1.5 MB; a very long session has 64,000
+ID_CHARS = 12  # 48 bits: among IDS_MAX ids two are the same in one session of 30,000
+NEEDLES = (
+    b'"usage"',
+    b'"is_error":true',
+    b'"cost-state"',
+    b'"interruptedMessageId"',
+    b'"promptId"',
+)
+OUTLINE_NEEDLES = (b'"usage"', b'"cost-state"', b'"promptId"')
+COUNTS = (  # the ping's name, the transcript's, the ledger's
+    ("input_tokens", "input_tokens", "inputTokens"),
+    ("output_tokens", "output_tokens", "outputTokens"),
+    ("cached_input_tokens", "cache_read_input_tokens", "cacheReadInputTokens"),
+    (
+        "cache_creation_input_tokens",
         "cache_creation_input_tokens",
         "cacheCreationInputTokens",
     ),
-    "reasoning_tokens": ("thinking_tokens", "thinkingTokens"),
+    ("reasoning_tokens", "thinking_tokens", "thinkingTokens"),
+)
+INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
+OUTPUT = 1  # the output tokens' place in COUNTS
+LEDGER_CLIENTS = {  # the first versions that end a session with a cost-state row
+    "cli": (2, 1, 220),  # interactive: 2.1.219 wrote none, 2.1.252 did
+    "": (2, 1, 271),  # others, `-p` above all: 2.1.270 wrote none, 2.1.288 did
 }
-NOTHING = {  # read and not yet charged
-    "models": {},
-    "tools": {},
-    "tool_calls": 0,
-    "tool_failures": 0,
-    "final": [],
-}
-NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"promptId"')
 
 
-def lines_that_matter(fd, offset):
+def lines_that_matter(
+    fd: int, offset: int, needles: tuple[bytes, ...] = NEEDLES
+) -> Iterator[tuple[int, bytes]]:
     """The whole lines behind `offset` that may hold a count, by their bytes. Yields
     (offset behind the line, line), and (offset, b"") where all before it is read."""
     os.lseek(fd, offset, os.SEEK_SET)
     rest, block = b"", os.read(fd, BLOCK_BYTES)
     while block:
         block = rest + block
-        whole, ends = block.rfind(b"\n") + 1, {}
-        for needle in NEEDLES:
-            at = block.find(needle, 0, whole)
-            while at >= 0:
-                start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at) + 1
-                # Tools' results are user rows too: most of the file, and no prompts.
-                prompt = needle == b'"promptId"'
-                if not prompt or block.find(b'"tool_result"', start, end) < 0:
-                    ends[start] = end
-                at = block.find(needle, end, whole)
-        for start in sorted(ends):
-            yield offset + ends[start], block[start : ends[start]]
+        whole = block.rfind(b"\n") + 1
+        found = lines_in(block, whole, needles)
+        for start in sorted(found):
+            yield offset + found[start], block[start : found[start]]
         rest = block[whole:]
         if len(rest) > LINE_MAX_BYTES:  # do not keep it; its end will not parse
             whole, rest = len(block), b""
@@ -1447,336 +1465,1196 @@ def lines_that_matter(fd, offset):
         block = os.read(fd, BLOCK_BYTES)
 
 
-def copy_of(value):
-    """A deep copy of a JSON value."""
-    return decode_json(encode_json(value))
+def lines_in(block: bytes, whole: int, needles: tuple[bytes, ...]) -> dict[int, int]:
+    """Where lines that hold a needle start and end, of the first `whole` bytes."""
+    found: dict[int, int] = {}
+    for needle in needles:
+        at = block.find(needle, 0, whole)
+        while at >= 0:
+            start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at) + 1
+            # Tools' results are user rows too: most of the file, and no prompts.
+            prompt = needle == b'"promptId"'
+            if not prompt or block.find(b'"tool_result"', start, end) < 0:
+                found[start] = end
+            at = block.find(needle, end, whole)
+    return found
 
 
-def counts_of(found, column):
-    """Counter of a row's usage (column 0) or of a model's entry in the ledger (1)."""
+def short_id(text: str) -> str:
+    """What is kept of an id: enough to know it again."""
+    return sha256_hex(text.encode("utf-8", "surrogatepass"))[:ID_CHARS]
+
+
+def counts_in(found: Fields, column: int) -> list[int]:
+    """The counts of a row's usage (column 1) or of a model in the ledger (2), in the
+    order of COUNTS."""
     details = found.get("output_tokens_details")
-    found = dict(found, **details) if isinstance(details, dict) else found
-    given = {name: found.get(names[column]) for name, names in COUNTS.items()}
-    return Counter({name: int(n) for name, n in given.items() if number(n)})
+    found = {**found, **details} if isinstance(details, dict) else found
+    given = [found.get(names[column]) for names in COUNTS]
+    return [int(n) if number(n) else 0 for n in given]  # type: ignore[arg-type]
 
 
-def add(models, name, more):
-    """Add a Counter to a model's."""
-    models[name] = Counter(models.get(name)) + more
+def plus(counts: list[int], more: list[int]) -> list[int]:
+    """The sum, count by count."""
+    return [a + b for a, b in zip(counts, more)]
 
 
-def summed(*parts):
+def minus(counts: list[int], less: list[int]) -> list[int]:
+    """The difference, count by count."""
+    return [a - b for a, b in zip(counts, less)]
+
+
+def total(*parts: dict[str, list[int]]) -> list[int]:
     """The sum over all models of all `parts` (model -> counts)."""
-    return sum((Counter(n) for part in parts for n in part.values()), Counter())
+    found = [0] * len(COUNTS)
+    for part in parts:
+        for counts in part.values():
+            found = plus(found, counts)
+    return found
 
 
-def new_account(ping, local, at):
-    """An account as its first event opens it. Rows older than `since` are history; so
-    is what stands before the last prompt up to `prompt_by`, and, where a session's end
-    is all we are told, what stands before an earlier end: none of it is ever billed.
+def seconds_of(stamp: object) -> float:
+    """A row's timestamp in seconds since 1970, 0 when it is none."""
+    from datetime import datetime
 
-    models: model -> counts, read and not yet charged; reported: charged. charged:
-    event_id -> its usage fields. owed: path and ping of a SessionLost not yet queued.
-    files: transcript -> [inode, offset, {message's id: counts}, {tool call's id: 1}].
+    try:
+        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+class Row:
+    """A line of a transcript that counts, or tells of a turn. What it lacks or has
+    otherwise than expected raises: the format is internal to the client.
+
+    at: when it was written, seconds since 1970, 0 when it does not tell.
     """
-    first = ping.get("event")
-    start = ping.get("source") if first == "SessionStart" else None
-    known = start in ("startup", "clear", "resume", "fork") or first == "SessionEnd"
-    names = ("project", "machine", "session_id", "cwd_hash", "transcript_path_hash")
-    return {
-        "since": at if start in ("resume", "fork") else 0,
-        "first": first,
-        "prompt_by": 0 if known else at,
-        "whole": True,
-        "ended": False,
-        "last_at": at,
-        "transcript": local["transcript"],
-        "files": {},
-        "owed": [],
-        "model": "",
-        "branch": "",
-        "prompts": [],
-        "reported": {},
-        "charged": {},
-        "ledger": {},
-        "cost": 0,
-        **copy_of(NOTHING),
-        "identity": {name: ping[name] for name in names if name in ping},
-    }
 
+    def __init__(self, fields: Fields) -> None:
+        self.at = seconds_of(fields["timestamp"]) if "timestamp" in fields else 0.0
+        self.sidechain = bool(fields.get("isSidechain"))
 
-def make_history(account, at):
-    """Forget what was counted: it stands before the account's beginning, `at`."""
-    account["whole"] = account["whole"] and not account["models"]
-    account.update(copy_of(NOTHING), since=at)
-
-
-def count_message(account, row, relative, at):
-    """Count an assistant row: its message's tokens, once, and its tool calls."""
-    message, session = row["message"], row.get("sessionId")
-    key, model = message["id"], message["model"]
-    if not identifier(key) or not model_name(model) or row.get("isApiErrorMessage"):
-        return  # <synthetic>: the client's own words
-    if row.get("requestSessionId", session) != session or 0 < at < account["since"]:
-        account["whole"] = False  # copied from another session, or history
-        return
-    main = not relative and not row.get("isSidechain")
-    if main and account["ledger"]:  # it is older than this message: not the last word
-        if account["first"] == "SessionEnd" and not account["charged"]:
-            make_history(account, at)
-        account["ledger"] = {}
-    # Every content block of a message has a row, each with the message's whole usage;
-    # in older ones the output may be partial.
-    seen, calls = account["files"][relative][2:]
-    before, after = Counter(seen.get(key)), counts_of(message["usage"], 0)
-    if key not in seen or after["output_tokens"] > before["output_tokens"]:
-        seen[key] = after
-        counts = account["models"][model] = Counter(account["models"].get(model))
-        counts.update(after)
-        counts.subtract(before)
-    content = message.get("content")
-    for block in content if isinstance(content, list) else ():
-        call, name = block.get("id"), block.get("name")
-        if block.get("type") == "tool_use" and identifier(call) and call not in calls:
-            calls[call] = 1
-            account["tool_calls"] += 1
-            if identifier(name):
-                account["tools"][name] = account["tools"].get(name, 0) + 1
-    if main:
-        branch = row.get("gitBranch") if account.get("git") else ""
-        account.update(model=model, branch=branch if branch_name(branch) else "")
-    if message.get("stop_reason") not in (None, "tool_use") and (main or relative):
-        account["final"].append(relative)
-
-
-def count_user(account, row, relative, at, until):
-    """Count a user row: failed tools; or note that a prompt begins a turn. False when
-    that turn is a later event's."""
-    content = row["message"].get("content")
-    blocks = content if isinstance(content, list) else ()
-    if any(block.get("type") == "tool_result" for block in blocks):
-        if not 0 < at < account["since"]:
-            failed = [block for block in blocks if block.get("is_error") is True]
-            account["tool_failures"] += len(failed)
-    elif not (
-        relative
-        or row.get("isSidechain")
-        or row.get("isMeta")
-        or row.get("isCompactSummary")
-    ):
-        if at > until - LAG_S:
-            return False
-        if 0 < at <= account["prompt_by"]:
-            make_history(account, at)
-        account["prompts"] = account["prompts"][-7:] + [at]
-    return True
-
-
-def count_line(account, line, relative, until):
-    """Count one line; False when it was stamped after `until`, seconds since 1970."""
-    try:
-        row, at = decode_json(line.decode("utf-8", "replace")), 0
-        if "timestamp" in row:
-            stamp = row["timestamp"].replace("Z", "+00:00")
-            at = datetime.fromisoformat(stamp).timestamp()
-        if at > until:
-            return False
-        if row["type"] == "assistant":
-            count_message(account, row, relative, at)
-        elif row["type"] == "user":
-            return count_user(account, row, relative, at, until)
-        elif row["type"] == "cost-state" and not relative:
-            used = row["modelUsage"].items()
-            models = {name: counts_of(n, 1) for name, n in used if model_name(name)}
-            cost = row["totalCostUSD"] if number(row["totalCostUSD"]) else 0
-            account["ledger"] = {"models": models, "cost": cost}
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-        pass  # an internal format that may change: what is not understood, not counted
-    return True
-
-
-def read_transcript(account, relative, until, ends):
-    """Count what a transcript has gained. relative: "" for the session's own, else a
-    subagent's, below it. OSError or ValueError: there is no more to be had now."""
-    path = account["transcript"]
-    fd = open_regular(os.path.join(path[:-6], relative) if relative else path)
-    try:
-        found = os.fstat(fd)
-        new = [found.st_ino, 0, {}, {}]
-        position = account["files"].setdefault(relative, new)
-        inode, offset = position[:2]
-        position[:2] = found.st_ino, found.st_size
-        if inode != found.st_ino or offset > found.st_size:
-            return  # replaced or shrunk: the ledger may settle it, nothing counts twice
-        if found.st_size - offset > UNREAD_MAX_BYTES:
-            raise ValueError("too much")
-        position[1] = offset
-        for end, line in lines_that_matter(fd, offset):
-            if line and not count_line(account, line, relative, until):
-                return
-            position[1] = end
-            if time.monotonic() > ends:
-                raise TimeoutError("the rest is for the next ping")
-    finally:
-        os.close(fd)
-
-
-def read_session(account, until, ends):
-    """Count what a session's transcripts have gained; whether there is one to read. Its
-    own comes first: it tells where history ends."""
-    top = account["transcript"][:-6]  # without .jsonl
-    files = [
-        os.path.relpath(os.path.join(directory, name), top)
-        for directory, _, names in os.walk(os.path.join(top, "subagents"))
-        for name in names
-        if name.startswith("agent-") and name.endswith(".jsonl")
-    ]
-    for relative in [""] + sorted(files):
+    @staticmethod
+    def parse(line: bytes) -> Row | None:
+        """The row that a line holds, None when it holds none of ours."""
         try:
-            read_transcript(account, relative, until, ends)
-        except (OSError, ValueError):
-            if not relative:
+            fields = decode_json(line.decode("utf-8", "replace"))
+            return ROWS[fields["type"]](fields)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+
+class MessageRow(Row):
+    """One content block of an API message, with the whole message's usage.
+
+    real: no words of the client's own. copied: from another session. calls: tool
+    calls, id -> name. final: the turn ends with this message.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        message, session = fields["message"], fields.get("sessionId")
+        if not message["id"]:
+            raise ValueError("no id")
+        self.id = short_id(message["id"])
+        self.counts = counts_in(message["usage"], 1)
+        model = message.get("model")
+        self.real = model != "<synthetic>" and not fields.get("isApiErrorMessage")
+        self.model = model_shown(model)
+        self.copied = fields.get("requestSessionId", session) != session
+        self.final = message.get("stop_reason") not in (None, "tool_use")
+        self.calls: dict[str, object] = {}
+        content = message.get("content")
+        for block in content if isinstance(content, list) else ():
+            if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
+                self.calls[short_id(block["id"])] = block.get("name")
+        self.branch = fields.get("gitBranch")
+        self.keeps_ledger = keeps_ledger(fields)
+
+
+class UserRow(Row):
+    """A prompt, results of tools, or what the client put in.
+
+    failed: ids of the tool calls that failed. interrupt: what it is known by, "" when
+    it tells of none. prompt: it begins a turn of the session; begins: of an agent.
+    prompt_id: of the turn; "" from clients that do not mark it.
+    """
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        content = fields["message"].get("content")
+        blocks = content if isinstance(content, list) else []
+        results = [block for block in blocks if block.get("type") == "tool_result"]
+        failed = [block for block in results if block.get("is_error") is True]
+        self.failed = [short_id(str(block.get("tool_use_id"))) for block in failed]
+        texts = [str(block.get("text")) for block in blocks if not results]
+        self.interrupt = ""
+        if "interruptedMessageId" in fields or "".join(texts).startswith(INTERRUPTED):
+            self.interrupt = short_id(f"{fields.get('uuid')} {fields.get('timestamp')}")
+        inserted = fields.get("isMeta") or fields.get("isCompactSummary")
+        self.begins = not (results or self.interrupt)
+        self.prompt = self.begins and not (inserted or self.sidechain)
+        self.prompt_id = ""
+        if isinstance(fields.get("promptId"), str):
+            self.prompt_id = short_id(fields["promptId"])
+        self.keeps_ledger = keeps_ledger(fields)
+
+
+class LedgerRow(Row):
+    """The client's own sums of a session, at its end: counts by model, and the cost."""
+
+    def __init__(self, fields: Fields) -> None:
+        super().__init__(fields)
+        cost = fields["totalCostUSD"]
+        self.cost: float = cost if number(cost) else 0
+        self.models: dict[str, list[int]] = {}
+        for name, used in fields["modelUsage"].items():
+            shown = model_shown(name)
+            known = self.models.get(shown, [0] * len(COUNTS))
+            self.models[shown] = plus(known, counts_in(used, 2))
+
+
+ROWS: dict[str, type[Row]] = {
+    "assistant": MessageRow,
+    "user": UserRow,
+    "cost-state": LedgerRow,
+}
+
+
+def keeps_ledger(fields: Fields) -> bool:
+    """Whether the client that wrote a row ends its sessions with a ledger. One that
+    does not tell its version is taken for a present one."""
+    version = str(fields.get("version")).split(".")
+    if len(version) != 3 or not all(part.isdecimal() for part in version):
+        return True
+    first = LEDGER_CLIENTS["cli" if fields.get("entrypoint") == "cli" else ""]
+    return [int(part[:9]) for part in version] >= list(first)
+
+
+class Outline:
+    """What a transcript tells of its session's beginning and turns, up to `until`.
+
+    begun: the first row's time. last_prompt: the last prompt's. last_run: the time of
+    the first prompt behind the end of an earlier run, 0 when there was none. named:
+    whether this client marks prompts' rows. spoken: whether anything was answered.
+    keeps_ledger: whether this client writes ledgers.
+    """
+
+    def __init__(self, path: str, until: float, ends: float) -> None:
+        self.begun = self.last_prompt = self.last_run = 0.0
+        self.named = self.spoken = False
+        self.keeps_ledger, ended = True, False
+        fd = open_regular(path)
+        try:
+            size = os.fstat(fd).st_size
+            head = os.read(fd, 1 << 16)
+            stamp = head.partition(b'"timestamp":"')[2].partition(b'"')[0]
+            self.begun = seconds_of(stamp.decode("ascii", "replace"))
+            if size > UNREAD_MAX_BYTES:
+                self.spoken = True  # too much to find a prompt in
+                return
+            for _, line in lines_that_matter(fd, 0, OUTLINE_NEEDLES):
+                marked = b'"promptId"' in line or b'"cost-state"' in line
+                row = Row.parse(line) if marked else None
+                self.spoken = self.spoken or b'"usage"' in line
+                if isinstance(row, LedgerRow):
+                    ended = True
+                if isinstance(row, UserRow) and row.at <= until + STAMP_S:
+                    self.named = self.named or row.prompt_id != ""
+                    self.keeps_ledger = row.keeps_ledger
+                    if row.prompt and row.at:
+                        self.last_prompt = row.at
+                        self.last_run, ended = row.at if ended else self.last_run, False
+                if time.monotonic() > ends:
+                    raise TimeoutError("the rest is for the next ping")
+        finally:
+            os.close(fd)
+
+
+class Ids:
+    """Ids as short hashes, in a text; beyond IDS_MAX the oldest are forgotten."""
+
+    def __init__(self, text: str = "") -> None:
+        self.text = text
+        self.known: dict[str, None] | None = None  # made when first asked for
+
+    def all(self) -> dict[str, None]:
+        """The ids, oldest first."""
+        if self.known is None:
+            starts = range(0, len(self.text), ID_CHARS)
+            self.known = {self.text[at : at + ID_CHARS]: None for at in starts}
+        return self.known
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.all()
+
+    def add(self, key: str) -> None:
+        """Remember one more."""
+        self.all()[key] = None
+
+    def as_text(self) -> str:
+        """The newest of them, as they are kept."""
+        if self.known is None:
+            return self.text
+        return "".join(list(self.known)[-IDS_MAX:])
+
+
+class Message:
+    """An API message that was counted, as long as a further row of it may come.
+
+    calls: short ids of its tool calls.
+    """
+
+    def __init__(self) -> None:
+        self.counts = [0] * len(COUNTS)
+        self.calls: set[str] = set()
+
+
+class Transcript:
+    """One of a session's transcripts, and how far it was read.
+
+    name: "" for the session's own, else an agent's, below the session's directory.
+    inode: as text, for JSON readers lose digits; "" as long as it was never open. at:
+    the last row's time. begun: when its first message that counted was asked for.
+    prompted_at, over_at: the last prompt's time, the last final message's. prompt_id:
+    of the turn that it works in. recent: short ids of its newest messages.
+    """
+
+    KEPT = ("inode", "offset", "at", "begun", "prompted_at", "over_at", "prompt_id")
+
+    def __init__(self, name: str) -> None:
+        self.name, self.inode, self.offset = name, "", 0
+        self.at = self.begun = self.prompted_at = self.over_at = 0.0
+        self.prompt_id = ""
+        self.recent: list[str] = []
+
+    @classmethod
+    def load(cls, name: str, found: list[Any]) -> Transcript:
+        """As `as_list` gave it; ValueError when it has another form."""
+        transcript = cls(name)
+        for key, value in zip(cls.KEPT, found):
+            text = isinstance(getattr(transcript, key), str)
+            if not (isinstance(value, str) if text else number(value)):
+                raise ValueError(f"no {key}")
+            setattr(transcript, key, value)
+        transcript.recent = list(found[len(cls.KEPT)])
+        return transcript
+
+    def as_list(self) -> list[Any]:
+        """As JSON has it, but for its messages."""
+        return [getattr(self, key) for key in self.KEPT]
+
+    def is_over(self) -> bool:
+        """Whether the last message has come of what it was last asked."""
+        return self.over_at > 0 and self.over_at >= self.prompted_at
+
+    def read(self, path: str, ends: float, take: Callable[[Row], bool]) -> bool:
+        """Hand every row gained to `take`, until that returns False: such a row is read
+        again next time. False when something was passed over.
+
+        OSError or ValueError: it cannot be read; TimeoutError: not to its end by `ends`
+        (monotonic).
+        """
+        fd = open_regular(path)
+        try:
+            found = os.fstat(fd)
+            known, self.inode = self.inode, str(found.st_ino)
+            if known not in ("", self.inode) or self.offset > found.st_size:
+                # Replaced or shrunk: the ledger may settle it, nothing counts twice.
+                self.offset = found.st_size
                 return False
-    return True
+            if found.st_size - self.offset > UNREAD_MAX_BYTES:
+                self.offset = found.st_size
+                return False
+            for end, line in lines_that_matter(fd, self.offset):
+                row = Row.parse(line) if line else None
+                if row is not None:
+                    row.at = row.at or self.at
+                    if not take(row):
+                        return True
+                    self.at = row.at
+                self.offset = end
+                if time.monotonic() > ends:
+                    raise TimeoutError("the rest is for the next ping")
+            if self.name and time.time() - found.st_mtime > QUIET_FILE_S:
+                self.recent = []
+            return True
+        finally:
+            os.close(fd)
+
+    def rows_before(self, path: str, end: int) -> Iterator[Row]:
+        """The rows of the first `end` bytes, whatever was read."""
+        fd = open_regular(path)
+        try:
+            for offset, line in lines_that_matter(fd, 0):
+                if offset > end:
+                    return
+                row = Row.parse(line) if line else None
+                if row is not None:
+                    yield row
+        finally:
+            os.close(fd)
 
 
-def settle(account):
-    """Add what the client's ledger has more (compaction and titles are calls of no
-    row); give the cost not yet reported. It is sums that are compared: the ledger may
-    name a model otherwise."""
-    ledger, models, reported = account["ledger"], account["models"], account["reported"]
-    missing = summed(ledger["models"]) - summed(models, reported)
-    for name, counts in ledger["models"].items():
-        known = Counter(models.get(name)) + Counter(reported.get(name))
-        more = (Counter(counts) - known) & missing
-        missing = missing - more
-        add(models, name, more)
-    cost = max(0, round(ledger["cost"] - account["cost"], 10))
-    account["cost"] = max(ledger["cost"], account["cost"])
-    return cost
+# -- Accounts: tokens, charged once ----------------------------------------------------
+
+USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
+LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
+POLL_S = 0.05  # between two looks at a transcript that is awaited
+READ_S = 20.0  # reading for one ping; the rest is for the session's next
+OPEN_TRIES = 4  # of a transcript that cannot be opened, however old the event is
+QUIET_S = DAY_S = 86400.0  # a session without a word for a day is lost
+ACCOUNT_MAX_S = 30 * DAY_S  # then an account is dropped
+ACCOUNT_MAX_BYTES = 16 << 20  # 64,000 messages of 250 agents: 2 MB
+TRANSCRIPTS_MAX = 10000  # of a session; a busy one has some hundred
+CHARGED_MAX = 32  # charges remembered, until the ping's own file has them
+NAMES_MAX = 100  # models, and tools, told apart in one account
+PROMPTS_MAX = 8  # times of prompts remembered: events may come late
+ABSENT, FAILED, FAILED_AGENT, PART = "absent", "failed", "agent", "part"  # a reading
 
 
-def named(counts):
+class Usage:
+    """What was read and not yet charged. models: model -> counts, of which some may be
+    negative, when too much was charged before. tools: name -> calls."""
+
+    NUMBERS = ("tool_calls", "tool_failures", "interrupts")
+
+    def __init__(self) -> None:
+        self.models: dict[str, list[int]] = {}
+        self.tools: dict[str, int] = {}
+        self.tool_calls = self.tool_failures = self.interrupts = 0
+
+    @classmethod
+    def load(cls, found: Fields) -> Usage:
+        """As `as_object` gave it."""
+        usage = cls()
+        usage.models = models_in(found["models"])
+        usage.tools = {name: int(calls) for name, calls in found["tools"].items()}
+        for name in cls.NUMBERS:
+            setattr(usage, name, int(found[name]))
+        return usage
+
+    def as_object(self) -> Fields:
+        """As JSON's objects have it."""
+        found: Fields = {name: getattr(self, name) for name in self.NUMBERS}
+        found.update(models=self.models, tools=self.tools)
+        return found
+
+    def add(self, model: str, counts: list[int]) -> None:
+        """Add to a model's counts."""
+        add_to(self.models, model, counts)
+
+    def merge(self, more: Usage) -> None:
+        """Add all that was read by another."""
+        for model, counts in more.models.items():
+            self.add(model, counts)
+        for name, calls in more.tools.items():
+            self.tools[name] = self.tools.get(name, 0) + calls
+        for name in self.NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(more, name))
+
+    def add_call(self, name: object) -> None:
+        """Count a call of a tool; by name when that is an identifier."""
+        self.tool_calls += 1
+        known = name in self.tools or len(self.tools) < NAMES_MAX
+        if isinstance(name, str) and identifier(name) and known:
+            self.tools[name] = self.tools.get(name, 0) + 1
+
+    def fields(self, model: str, tool_names: bool) -> Fields:
+        """The fields of a ping. model: the main chain's last."""
+        models = {name: positive(counts) for name, counts in self.models.items()}
+        models = {name: counts for name, counts in models.items() if any(counts)}
+        fields = named(total(models))
+        fields.update(tool_calls=self.tool_calls, tool_failures=self.tool_failures)
+        if self.interrupts:
+            fields["interrupts"] = self.interrupts
+        if models and list(models) != [model]:
+            fields["models"] = {name: named(counts) for name, counts in models.items()}
+        tools: dict[str, int] = {}
+        for name, calls in self.tools.items():
+            shown = tool_shown(name, tool_names)
+            tools[shown] = tools.get(shown, 0) + calls
+        if tools:
+            used = sorted(tools.items(), key=lambda pair: (-pair[1], pair[0]))
+            fields["tools"] = dict(used[:20])
+        if model:
+            fields["model"] = model
+        return fields
+
+
+def add_to(models: dict[str, list[int]], model: str, counts: list[int]) -> None:
+    """Add counts to a model's; beyond NAMES_MAX models, to those of `other`."""
+    name = model if model in models or len(models) < NAMES_MAX else model_shown(None)
+    models[name] = plus(models.get(name, [0] * len(COUNTS)), counts)
+
+
+def positive(counts: list[int]) -> list[int]:
+    """The counts without the negative ones."""
+    return [max(0, n) for n in counts]
+
+
+def named(counts: list[int]) -> Fields:
     """Counts as a ping has them: all of COUNTS, and the total."""
-    found = {name: counts[name] for name in COUNTS}
-    return dict(found, total_tokens=sum(found.values()) - found["reasoning_tokens"])
+    found = {names[0]: n for names, n in zip(COUNTS, counts)}
+    return {**found, "total_tokens": sum(counts) - found["reasoning_tokens"]}
 
 
-def take_usage(account):
-    """The usage fields of what was read since the last charge; now it is reported."""
-    models = {name: +Counter(counts) for name, counts in account["models"].items()}
-    models = {name: counts for name, counts in models.items() if counts}
-    for name, counts in models.items():
-        add(account["reported"], name, counts)
-    fields = dict(
-        named(summed(models)),
-        tool_calls=account["tool_calls"],
-        tool_failures=account["tool_failures"],
+def models_in(found: Fields) -> dict[str, list[int]]:
+    """Model -> counts, as an account's file has them; ValueError when it has not."""
+    models = {str(name): [int(n) for n in found[name]] for name in found}
+    if any(len(counts) != len(COUNTS) for counts in models.values()):
+        raise ValueError("no counts")
+    return models
+
+
+class Account:
+    """What of a session was read and charged.
+
+    first, source, opened_at: the event that opened it. ours_from: a session that began
+    later than that was ours from its start. since: older rows are history, never
+    billed; None before the transcript was first read. whole: nothing of the session is
+    history. transcript: where its own transcript is now; place: a hash of where it was
+    when last read. identity: fields for a SessionLost. ids: messages that were counted;
+    history: those that never will be. messages: id -> those that may still grow.
+    reported: model -> counts, charged so far; cost: USD, likewise. charged: event_id ->
+    its usage fields. ledger: the client's, as long as nothing was said after it.
+    settled_at: when it last had the last word. prompts: their times; prompt_id: the
+    last one's. spoke_at: the main chain's last message; spoke_for: its prompt_id.
+    over_at: the last end of a turn. stopped_at: the last Stop. owed: (ns, ping) of a
+    SessionLost not yet in the outbox. merged: marks of former accounts that are in it.
+    unlearned: its ids are not all known.
+    """
+
+    TEXTS = (
+        *("first", "source", "transcript", "place", "model", "branch"),
+        *("prompt_id", "spoke_for"),
     )
-    if models and list(models) != [account["model"]]:
-        fields["models"] = {name: named(counts) for name, counts in models.items()}
-    if account["tools"]:
-        used = sorted(account["tools"].items(), key=lambda pair: (-pair[1], pair[0]))
-        fields["tools"] = dict(used[:20])
-    if account["model"]:
-        fields["model"] = account["model"]
-    account.update(copy_of(NOTHING))
-    for position in account["files"].values():
-        position[2:] = [dict(list(ids.items())[-SEEN_MAX:]) for ids in position[2:]]
-    return fields
-
-
-def usage_of(account, ping, local, at, ends, patient):
-    """Usage fields since the session's last such ping; {}: no transcript can be read.
-    Waits, if `patient`, until the event is LAG_S old for what the client writes after
-    it: a turn's last message, a session's ledger."""
-    event, top, awaited = ping["event"], account["transcript"][:-6], ""
-    account["git"] = local.get("git")
-    if event == "SubagentStop":
-        awaited = os.path.relpath(local.get("agent_transcript") or top, top)
-    expects = event in ("Stop", "SessionEnd") or (
-        event == "SubagentStop" and os.path.isfile(os.path.join(top, awaited))
+    NUMBERS = (
+        *("opened_at", "ours_from", "last_at", "settled_at", "spoke_at", "over_at"),
+        *("stopped_at", "cost"),
     )
-    until = float("inf") if event == "SessionEnd" else at + LAG_S
-    give_up = min(time.monotonic() + min(LAG_S, at + LAG_S - time.time()), ends)
-    while True:
-        if not read_session(account, until, min(time.monotonic() + READ_S, ends)):
-            return {}
-        came = awaited in account["final"]
-        if event == "SessionEnd":
-            came = account["ledger"]
-        if came or not (expects and patient) or time.monotonic() >= give_up:
-            break
-        time.sleep(POLL_S)
-    fields = {} if came or not expects else {"usage_complete": False}
-    if event == "SessionEnd" and came and account["whole"]:
-        fields["cost_usd"] = settle(account)
-    fields.update(take_usage(account))
-    begun = [prompt for prompt in account["prompts"] if 0 < prompt <= at]
-    if event == "Stop" and begun:
-        fields["duration_ms"] = round((at - begun[-1]) * 1000)
-    if local.get("git"):
-        fields["git_branch"] = account["branch"]
-    return fields
+    SWITCHES = ("whole", "ended", "keeps_ledger", "unlearned")
+    IDENTITY = ("project", "session_id", "cwd_hash", "transcript_path_hash")
 
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.first = self.source = self.transcript = self.place = ""
+        self.model = self.branch = self.prompt_id = self.spoke_for = ""
+        self.opened_at = self.ours_from = self.last_at = self.settled_at = 0.0
+        self.spoke_at = self.over_at = self.stopped_at = self.cost = 0.0
+        self.whole = self.keeps_ledger = True
+        self.ended = self.unlearned = False
+        self.since: float | None = None
+        self.ledger: tuple[dict[str, list[int]], float] | None = None
+        self.owed: list[tuple[int, Fields]] = []
+        self.identity: Fields = {}
+        self.charged: dict[str, Fields] = {}
+        self.reported: dict[str, list[int]] = {}
+        self.prompts: list[float] = []
+        self.merged: list[str] = []
+        self.transcripts: dict[str, Transcript] = {}
+        self.messages: dict[str, Message] = {}
+        self.ids, self.history, self.gained = Ids(), Ids(), Usage()
+        # Of one reading only:
+        self.repeated: set[str] = set()  # tool calls met again, in a copied row
+        self.unnamed = self.missed = False  # prompts are not marked; counts are missing
+        self.git = False  # this ping wants the branch
 
-def load_account(path):
-    """An account, or None when there is none."""
-    try:
-        return read_object(path, 8 << 20)
-    except (OSError, ValueError):
-        return None
+    # -- Its file --
 
+    @classmethod
+    def load(cls, path: str) -> Account:
+        """OSError as it comes; ValueError: the file holds no account."""
+        found = read_object(path, ACCOUNT_MAX_BYTES)
+        account = cls(path)
+        try:
+            if found.get("version") == 2:
+                account.fill(found)
+            else:
+                account.fill_from_1_0(found)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            raise ValueError("no account") from None
+        return account
 
-def charge(outbox, name, ping, local, ends, patient):
-    path, at = outbox.file(name), ns_of(name) / 1e9
-    account_path = outbox.account_path(ping["session_id"])
-    os.makedirs(os.path.dirname(account_path), 0o700, exist_ok=True)
-    found = load_account(account_path)
-    account = found or new_account(ping, local, at)
-    if ping.get("event") not in USAGE_EVENTS:
-        if found and not found["ended"]:
-            os.utime(account_path)
+    def fill(self, found: Fields) -> None:
+        """Take all from what `as_object` gave."""
+        for names, good in (
+            (self.TEXTS, lambda value: isinstance(value, str)),
+            (self.NUMBERS, number),
+            (self.SWITCHES, boolean),
+        ):
+            for name in names:
+                if not good(found[name]):
+                    raise ValueError(f"no {name}")
+                setattr(self, name, found[name])
+        self.since = None if found["since"] is None else float(found["since"])
+        self.identity, self.charged = dict(found["identity"]), dict(found["charged"])
+        self.reported = models_in(found["reported"])
+        self.prompts = [float(at) for at in found["prompts"]]
+        self.merged = [str(mark) for mark in found["merged"]]
+        self.ids, self.history = Ids(found["ids"]), Ids(found["history"])
+        self.gained = Usage.load(found["gained"])
+        if found["ledger"] is not None:
+            self.ledger = models_in(found["ledger"][0]), float(found["ledger"][1])
+        self.owed = [(int(ns), dict(ping)) for ns, ping in found["owed"]]
+        for name, kept in found["transcripts"].items():
+            self.transcripts[name] = Transcript.load(name, kept)
+            for key, (counts, calls) in kept[-1].items():
+                message = self.messages[key] = Message()
+                message.counts, message.calls = [int(n) for n in counts], set(calls)
+
+    def fill_from_1_0(self, found: Fields) -> None:
+        """Take all from an account of version 1.0.0, which knew the ids of each file's
+        last messages only."""
+        ledger = found["ledger"]
+        column = {names[0]: [] for names in COUNTS}  # type: dict[str, list[int]]
+
+        def models(given: Fields) -> dict[str, list[int]]:
+            return {
+                str(name): [int(given[name].get(key, 0)) for key in column]
+                for name in given
+            }
+
+        self.first, self.transcript = str(found["first"]), str(found["transcript"])
+        self.whole, self.ended = bool(found["whole"]), bool(found["ended"])
+        self.last_at, self.cost = float(found["last_at"]), float(found["cost"])
+        self.opened_at = self.ours_from = float(found["prompt_by"] or found["last_at"])
+        known = found["files"] or found["since"] or not found["prompt_by"]
+        self.since = float(found["since"]) if known else None
+        self.identity = {k: found["identity"][k] for k in found["identity"]}
+        self.charged, self.reported = dict(found["charged"]), models(found["reported"])
+        self.prompts = [float(at) for at in found["prompts"]]
+        self.gained.models = models(found["models"])
+        self.gained.tools = {name: int(n) for name, n in found["tools"].items()}
+        self.gained.tool_calls = int(found["tool_calls"])
+        self.gained.tool_failures = int(found["tool_failures"])
+        if ledger:
+            self.ledger = models(ledger["models"]), float(ledger["cost"])
+        if found["owed"]:
+            self.owed = [(ns_of(found["owed"][0]), dict(found["owed"][1]))]
+        self.place, self.unlearned = short_id(self.transcript), True
+        for name, (inode, offset, ids, _) in found["files"].items():
+            transcript = self.transcripts[name] = Transcript(name)
+            transcript.inode = "" if inode is None else str(inode)
+            transcript.offset = int(offset)
+            for text in ids:
+                self.ids.add(short_id(text))
+
+    def as_object(self) -> Fields:
+        """As JSON's objects have it."""
+        plain = (*self.TEXTS, *self.NUMBERS, *self.SWITCHES)
+        found: Fields = {name: getattr(self, name) for name in plain}
+        found.update(
+            version=2,
+            since=self.since,
+            identity=self.identity,
+            charged=self.charged,
+            reported=self.reported,
+            prompts=self.prompts,
+            merged=self.merged,
+            ids=self.ids.as_text(),
+            history=self.history.as_text(),
+            gained=self.gained.as_object(),
+            ledger=self.ledger,
+            owed=self.owed,
+            transcripts={},
+        )
+        for name, kept in self.transcripts.items():
+            messages = [(key, self.messages[key]) for key in kept.recent]
+            recent = {key: [m.counts, sorted(m.calls)] for key, m in messages}
+            found["transcripts"][name] = [*kept.as_list(), recent]
+        return found
+
+    def save(self) -> None:
+        """Write the file, all or nothing; only as much as must be remembered."""
+        known = {key for kept in self.transcripts.values() for key in kept.recent}
+        self.messages = {k: m for k, m in self.messages.items() if k in known}
+        self.charged = dict(list(self.charged.items())[-CHARGED_MAX:])
+        directory = os.path.dirname(self.path)
+        if not os.path.isdir(directory):
+            os.mkdir(directory, 0o700)
+        write_object(self.path, self.as_object())
+
+    # -- Where it opens --
+
+    @classmethod
+    def of(cls, outbox: Outbox, ping: Fields, local: Fields, at: float) -> Account:
+        """The account of an event's session. Only where there is none, one is opened at
+        its beginning. OSError: it cannot be read, and must not be replaced."""
+        path = outbox.account_path(str(ping["session_id"]))
+        try:
+            account = cls.load(path)
+            if not account.transcript:  # usage was off until now
+                account.begin(ping, at, at)
+        except FileNotFoundError:
+            account = cls(path)
+            account.begin(ping, at, ours_from(outbox, path, at))
+        except ValueError:
+            if ping.get("event") not in USAGE_EVENTS:
+                raise  # time enough when something is to be told
+            account = cls(path)
+            account.follow(ping, local, at)
+            account.pass_over()
+        return account
+
+    def begin(self, ping: Fields, at: float, ours: float) -> None:
+        """Open it with the event that its session was met at."""
+        self.first, self.opened_at, self.ours_from = str(ping.get("event")), at, ours
+        self.source = str(ping.get("source")) if self.first == "SessionStart" else ""
+
+    def follow(self, ping: Fields, local: Fields, at: float) -> bool:
+        """Take from an event where the transcript is now; whether that is new."""
+        if at < self.last_at and self.transcript:
+            return False
+        moved = self.transcript != str(local["transcript"])
+        self.transcript = str(local["transcript"])
+        self.identity = {name: ping[name] for name in self.IDENTITY if name in ping}
+        return moved
+
+    def meet(self, ping: Fields, local: Fields, at: float) -> None:
+        """Note an event that tells no usage: its session is not lost."""
+        if self.follow(ping, local, at) or self.ended:
+            self.ended = False
+            self.save()
         else:
-            write_object(account_path, dict(account, ended=False))
-        return ping
-    event_id = ping["event_id"]
-    if event_id not in account["charged"]:
-        patient = patient or ping.get("reason") != "clear"
-        fields = usage_of(account, ping, local, at, ends, patient)
-        charged = dict(list(account["charged"].items())[-15:], **{event_id: fields})
-        account.update(charged=charged, ended=ping["event"] == "SessionEnd", last_at=at)
-        write_object(account_path, account)
-    ping = gate(dict(ping, **account["charged"][event_id]))
+            os.utime(self.path)
+
+    def find_beginning(self, ends: float) -> None:
+        """Find out what is history, as soon as the transcript says anything."""
+        if self.source in ("startup", "clear"):
+            self.since = 0.0
+            return
+        if self.source in ("resume", "fork"):
+            self.since = self.opened_at
+            return
+        outline = Outline(self.transcript, self.opened_at, ends)
+        if outline.spoken and not outline.named:
+            self.since, self.unnamed = self.opened_at, True
+        elif outline.begun and outline.begun >= self.ours_from:
+            self.since = 0.0
+        elif not outline.named:
+            return
+        elif self.first == "UserPromptSubmit":  # its row comes after it
+            self.since = self.opened_at
+        elif self.first == "SessionEnd" and outline.keeps_ledger:
+            self.since = outline.last_run  # told of ends alone: this one's run is ours
+        else:
+            self.since = outline.last_prompt
+
+    def pass_over(self) -> None:
+        """Go to the present ends of all transcripts, and remember the ids before them:
+        of an account whose file is damaged nobody knows what was charged."""
+        for name in ["", *self.agents()]:
+            path, transcript = self.path_of(name), Transcript(name)
+            try:
+                found = os.stat(path)
+                self.learn(path, found.st_size, self.history)
+            except (FileNotFoundError, ValueError):
+                if name:
+                    continue  # it is none
+                raise
+            transcript.inode, transcript.offset = str(found.st_ino), found.st_size
+            self.transcripts[name] = transcript
+        self.since, self.whole, self.missed = 0.0, False, True
+        self.place = short_id(self.transcript)
+
+    def learn_told(self) -> None:
+        """Remember all that was read: version 1.0.0 did not."""
+        for name, transcript in self.transcripts.items():
+            try:
+                path = self.path_of(name)
+                transcript.inode = transcript.inode or str(os.stat(path).st_ino)
+                self.learn(path, transcript.offset, self.ids)
+            except (FileNotFoundError, ValueError):
+                continue  # it is gone
+        self.unlearned = False
+
+    @staticmethod
+    def learn(path: str, end: int, ids: Ids) -> None:
+        """Put the ids of a transcript's first `end` bytes into `ids`."""
+        for row in Transcript("").rows_before(path, min(end, UNREAD_MAX_BYTES)):
+            if isinstance(row, MessageRow):
+                ids.add(row.id)
+
+    # -- Reading --
+
+    def path_of(self, name: str) -> str:
+        """Path of a transcript."""
+        top = self.transcript[: -len(".jsonl")]
+        return os.path.join(top, name) if name else self.transcript
+
+    def agents(self) -> list[str]:
+        """Names of the agents' transcripts that there are, at any depth."""
+        top = self.transcript[: -len(".jsonl")]
+        return sorted(
+            os.path.relpath(os.path.join(directory, name), top)
+            for directory, _, names in os.walk(os.path.join(top, "subagents"))
+            for name in names
+            if name.startswith("agent-") and name.endswith(".jsonl")
+        )
+
+    def read(self, until: float, ends: float) -> str:
+        """Count what the transcripts have gained up to `until`. The session's own comes
+        first: agents' files may begin with copies of its rows. Gives what is missing:
+        "" nothing, PART of it, all because the transcript is ABSENT or opening FAILED.
+        """
+        try:
+            if self.place != short_id(self.transcript):
+                self.relocate()
+            if self.unlearned:
+                self.learn_told()
+            if self.since is None:
+                self.find_beginning(ends)
+            if self.since is None:
+                return ""
+            whole = self.read_one("", until, ends)
+        except TimeoutError:
+            return PART
+        except (OSError, ValueError) as error:
+            return ABSENT if says_absent(error) and not self.place else FAILED
+        return self.read_agents(until, ends) or ("" if whole else PART)
+
+    def read_agents(self, until: float, ends: float) -> str:
+        """Count what the agents' transcripts have gained; what is missing."""
+        missing = ""
+        for name in self.agents():
+            try:
+                if not self.read_one(name, until, ends):
+                    missing = PART
+            except (FileNotFoundError, ValueError):
+                continue  # it is none, or none any more
+            except TimeoutError:
+                return PART
+            except OSError:
+                missing = missing or FAILED_AGENT
+        return missing
+
+    def relocate(self) -> None:
+        """Go on at another path. A file that is not the same one there is a copy, and
+        read anew: what was counted is remembered."""
+        os.close(open_regular(self.transcript))
+        for name, transcript in self.transcripts.items():
+            try:
+                inode = str(os.stat(self.path_of(name)).st_ino)
+            except OSError:
+                inode = ""
+            if inode != transcript.inode and self.place:
+                transcript.inode, transcript.offset = inode, 0
+        self.place = short_id(self.transcript)
+
+    def read_one(self, name: str, until: float, ends: float) -> bool:
+        """Count what one transcript has gained; False if something was passed over."""
+        if name not in self.transcripts and len(self.transcripts) >= TRANSCRIPTS_MAX:
+            return False
+        transcript = self.transcripts.setdefault(name, Transcript(name))
+
+        def take(row: Row) -> bool:
+            main = not name and not row.sidechain
+            if row.at > until + (0 if main else LAG_S) + STAMP_S:
+                return False  # a later ping's
+            self.count(row, transcript, main)
+            return True
+
+        return transcript.read(self.path_of(name), ends, take)
+
+    def count(self, row: Row, transcript: Transcript, main: bool) -> None:
+        """Count a row. main: it is of the session's main chain."""
+        if isinstance(row, MessageRow) and row.real:
+            self.count_message(row, transcript, main)
+        elif isinstance(row, UserRow):
+            self.count_user(row, transcript, main)
+        elif isinstance(row, LedgerRow) and main:
+            self.ledger = row.models, row.cost
+
+    def count_message(
+        self, row: MessageRow, transcript: Transcript, main: bool
+    ) -> None:
+        """Count a message's tokens, once, and its tool calls."""
+        message = self.message_of(row, transcript)
+        if message is None:
+            self.repeated.update(row.calls)
+            return
+        if main:
+            self.ledger = None  # older than this message: not the last word
+            self.spoke_at, self.spoke_for = row.at, self.prompt_id
+            self.model = row.model
+            asked = self.git and branch_name(row.branch)
+            self.branch = str(row.branch) if asked else ""
+            self.keeps_ledger = row.keeps_ledger
+        # Every content block of a message has a row, each with the message's whole
+        # usage; in older ones the output may be partial.
+        if row.counts[OUTPUT] > message.counts[OUTPUT] or not any(message.counts):
+            self.gained.add(row.model, minus(row.counts, message.counts))
+            message.counts = row.counts
+        for call, name in row.calls.items():
+            if call in message.calls:
+                self.repeated.add(call)
+            else:
+                message.calls.add(call)
+                self.gained.add_call(name)
+        if row.final and (main or transcript.name):
+            transcript.over_at = max(transcript.over_at, row.at)
+
+    def message_of(self, row: MessageRow, transcript: Transcript) -> Message | None:
+        """A row's message, known or new; None when the row must not count."""
+        if row.copied or row.at < (self.since or 0):
+            self.whole, self.missed = False, self.missed or self.unnamed
+            self.history.add(row.id)
+        if row.id in self.history:
+            return None
+        if row.id in self.ids:
+            return self.messages.get(row.id)
+        self.ids.add(row.id)
+        if row.at <= self.settled_at:
+            return None  # the ledger had it
+        transcript.recent = [*transcript.recent[1 - RECENT_MAX :], row.id]
+        transcript.begun = transcript.begun or transcript.at or row.at
+        self.messages[row.id] = Message()
+        return self.messages[row.id]
+
+    def count_user(self, row: UserRow, transcript: Transcript, main: bool) -> None:
+        """Count failed tools and interrupts; note that a prompt begins a turn."""
+        if row.at >= (self.since or 0):
+            failed = [call for call in row.failed if call not in self.repeated]
+            self.gained.tool_failures += len(failed)
+            if main and row.interrupt and row.interrupt not in self.ids:
+                self.ids.add(row.interrupt)
+                self.gained.interrupts += 1
+        if main:
+            self.prompt_id = row.prompt_id or self.prompt_id
+            self.over_at = max(self.over_at, row.at) if row.interrupt else self.over_at
+            if row.prompt:
+                self.keeps_ledger = row.keeps_ledger
+                self.prompts = [*self.prompts[1 - PROMPTS_MAX :], row.at]
+        elif transcript.name and row.begins:
+            transcript.prompted_at = max(transcript.prompted_at, row.at)
+            transcript.prompt_id = row.prompt_id
+
+    # -- What a ping is told --
+
+    def charge(
+        self, ping: Fields, local: Fields, at: float, ends: float, patient: bool
+    ) -> Fields:
+        """The usage fields of a ping, now or, after a crash, again; the file has them
+        before they are told. Where nothing can be read, nothing is charged: all of it
+        is for the session's next ping, or the sweep."""
+        event, event_id = ping["event"], str(ping["event_id"])
+        if event_id in self.charged:
+            return dict(self.charged[event_id])
+        self.follow(ping, local, at)
+        fields = self.gather(ping, local, at, ends, patient)
+        if fields is not None:
+            self.charged[event_id] = fields
+        if event in ("Stop", "StopFailure"):
+            self.over_at = max(self.over_at, at)
+        if event == "Stop":
+            self.stopped_at = max(self.stopped_at, at)
+        self.last_at = max(self.last_at, at)
+        self.save()
+        return {"usage_complete": False} if fields is None else fields
+
+    def gather(
+        self, ping: Fields, local: Fields, at: float, ends: float, patient: bool
+    ) -> Fields | None:
+        """Usage since the session's last such ping; None where no transcript can be
+        read."""
+        event = ping["event"]
+        self.git, self.ended = local.get("git") is True, False
+        missing, came = self.read_and_wait(ping, local, at, ends, patient)
+        if missing in (ABSENT, FAILED):
+            return None
+        fields: Fields = {}
+        settled = event == "SessionEnd" and self.whole and self.ledger is not None
+        if settled:
+            fields["cost_usd"] = self.settle(at)
+        elif missing or self.missed or not came:
+            fields["usage_complete"] = False
+        self.ended = event == "SessionEnd" and (settled or not missing)
+        fields.update(self.take_usage(local.get("tool_names") is not False))
+        if event == "Stop":
+            begun = self.agents_turn(ping, at) or self.turn_begun(at)
+            if ping.get("stop_hook_active") and 0 < self.stopped_at < at:
+                begun = self.stopped_at  # another hook had the turn go on from there
+            if begun:
+                fields["duration_ms"] = round((at - begun) * 1000)
+        if self.git:
+            fields["git_branch"] = self.branch
+        return fields
+
+    def read_and_wait(
+        self, ping: Fields, local: Fields, at: float, ends: float, patient: bool
+    ) -> tuple[str, bool]:
+        """Read until all has come; if `patient`, until the event is LAG_S old: the
+        client writes a turn's last message, a session's ledger after it. Gives what is
+        missing, and whether that came."""
+        event = ping["event"]
+        until = float("inf") if event == "SessionEnd" else at
+        give_up = min(time.monotonic() + min(LAG_S, at + LAG_S - time.time()), ends)
+        tries = 0
+        while True:
+            missing = self.read(until, min(time.monotonic() + READ_S, ends))
+            came, tries = self.has_come(ping, local, at), tries + 1
+            failed = missing in (FAILED, FAILED_AGENT)
+            if missing in (ABSENT, PART) or (came and not failed):
+                return missing, came
+            waits = patient and time.monotonic() < give_up
+            tries_again = failed and tries < OPEN_TRIES and time.monotonic() < ends
+            if not waits and not tries_again:
+                return missing, came
+            time.sleep(POLL_S)
+
+    def has_come(self, ping: Fields, local: Fields, at: float) -> bool:
+        """Whether all is there that the client writes at such an event."""
+        event, agent = ping["event"], local.get("agent_transcript")
+        begun, main = self.turn_begun(at), self.transcripts.get("") or Transcript("")
+        if event == "Stop":
+            told = self.stopped_at if self.stopped_at < at else 0.0
+            is_last_word = main.over_at > told and main.over_at >= begun
+            return is_last_word or self.agents_turn(ping, at) > 0
+        if event == "SubagentStop" and isinstance(agent, str) and os.path.isfile(agent):
+            name = os.path.basename(agent)
+            agents = [t for n, t in self.transcripts.items() if n.endswith(name)]
+            return any(transcript.is_over() for transcript in agents)
+        if event == "SessionEnd" and self.whole and self.keeps_ledger:
+            return self.ledger is not None
+        if event == "SessionEnd":
+            over_at = max(self.over_at, main.over_at)
+            return over_at >= begun or self.agents_turn(ping, at) > 0
+        return True
+
+    def turn_begun(self, at: float) -> float:
+        """When the turn began that an event belongs to; 0 when that is not known."""
+        return max([0.0, *(begun for begun in self.prompts if begun <= at + STAMP_S)])
+
+    def agents_turn(self, ping: Fields, at: float) -> float:
+        """When a turn began in which only an agent worked, so that no word of the main
+        chain is to come; 0 when it is none. A skill with `context: fork` makes one; its
+        prompt's row comes after the Stop, but the agent's rows name the prompt."""
+        begun, prompt_id = self.turn_begun(at), ""
+        if isinstance(ping.get("prompt_id"), str):
+            prompt_id = short_id(ping["prompt_id"])
+        if prompt_id and prompt_id == self.spoke_for:
+            return 0.0
+        for name, agent in self.transcripts.items():
+            if name and agent.is_over():
+                if prompt_id and prompt_id == agent.prompt_id:
+                    return agent.begun
+                if self.spoke_at < begun <= agent.begun + STAMP_S:
+                    return begun
+        return 0.0
+
+    def settle(self, at: float) -> float:
+        """Add what the client's ledger has more (compaction and titles are calls of no
+        row); give the cost not yet reported. It is sums that are compared: the ledger
+        may name a model otherwise."""
+        models, cost = self.ledger or ({}, 0.0)
+        missing = minus(total(models), total(self.gained.models, self.reported))
+        missing = positive(missing)
+        for name, counts in models.items():
+            known = [0] * len(COUNTS)
+            for part in (self.gained.models, self.reported):
+                known = plus(known, part.get(name, [0] * len(COUNTS)))
+            more = positive(minus(counts, known))
+            more = [min(pair) for pair in zip(more, missing)]
+            missing = minus(missing, more)
+            self.gained.add(name, more)
+        new = max(0, round(cost - self.cost, 10))
+        self.cost, self.settled_at = max(cost, self.cost), max(at, self.settled_at)
+        return new
+
+    def take_usage(self, tool_names: bool) -> Fields:
+        """The usage fields of what was read since the last charge; now it is told."""
+        fields, rest = self.gained.fields(self.model, tool_names), Usage()
+        for name, counts in self.gained.models.items():
+            add_to(self.reported, name, positive(counts))
+            if min(counts) < 0:  # told before, and too much: the next ping has less
+                rest.models[name] = minus(counts, positive(counts))
+        self.gained = rest
+        return fields
+
+    # -- Sessions without a word, and new URLs --
+
+    def find_lost(self, settings: Settings, ends: float) -> None:
+        """Owe a ping of what was used and never told. Today's settings shape it."""
+        self.read(float("inf"), min(time.monotonic() + READ_S, ends))
+        if not any(positive(total(self.gained.models))):
+            return
+        fields = self.take_usage(settings.tool_names)
+        mark = f"{self.identity.get('session_id')}{encode_json(self.reported)}"
+        ns, event_id = int(self.last_at * 1e9), sha256_hex(mark.encode())[:32]
+        fields.update(self.identity, **ORIGIN, event="SessionLost", event_id=event_id)
+        fields.update(timestamp=iso_time(ns), status="success", usage_complete=False)
+        fields["machine"] = settings.machine
+        path = path_hash(self.transcript, settings.hash_key)
+        if settings.hash_key and fields.get("transcript_path_hash") != path:
+            # Hashed under another key, or none. The path can be hashed anew; the cwd is
+            # not known here.
+            fields["transcript_path_hash"] = path
+            fields.pop("cwd_hash", None)
+        self.owed.append((ns, gate(fields)))
+
+    def merge(self, former: Account, mark: str) -> None:
+        """Take in the account that a former URL's destination has of the session: what
+        both together have not counted is read, and charged to pings to come. mark:
+        names that account, so that after a crash it is not taken in twice."""
+        if mark in self.merged:
+            return
+        self.merged.append(mark)
+        earlier = former
+        if former.since is not None and self.since is not None:
+            earlier = former if former.since <= self.since else self
+        self.first, self.source = earlier.first, earlier.source
+        self.opened_at, self.ours_from = earlier.opened_at, earlier.ours_from
+        self.since, self.whole = earlier.since, earlier.whole
+        theirs, ours = former.history.all(), self.history.all()
+        self.history = Ids("".join(key for key in theirs if key in ours))
+        self.ids = Ids("".join({**former.ids.all(), **self.ids.all()}))
+        if former.last_at > self.last_at or not self.transcript:
+            self.ended, self.model = former.ended, former.model
+            self.transcript, self.place = former.transcript, former.place
+            self.identity = former.identity
+        for name in {**former.transcripts, **self.transcripts}:
+            self.merge_transcript(name, former.transcripts.get(name))
+        self.messages = {**former.messages, **self.messages}
+        self.merge_told(former)
+
+    def merge_transcript(self, name: str, theirs: Transcript | None) -> None:
+        """Go back to where the one that read less of a transcript was."""
+        if theirs is not None and name not in self.transcripts:
+            self.transcripts[name] = theirs
+            return
+        ours = self.transcripts[name]
+        if theirs is None or theirs.inode != ours.inode:
+            ours.offset = 0
+        else:
+            ours.offset, ours.at = min(ours.offset, theirs.offset), theirs.at
+            recent = [key for key in theirs.recent if key not in ours.recent]
+            ours.recent, ours.begun = recent + ours.recent, theirs.begun or ours.begun
+
+    def merge_told(self, former: Account) -> None:
+        """Add what was counted and told of the former account."""
+        for name, counts in former.reported.items():
+            add_to(self.reported, name, counts)
+        self.gained.merge(former.gained)
+        self.charged = {**former.charged, **self.charged}
+        self.owed, self.cost = former.owed + self.owed, max(former.cost, self.cost)
+        self.ledger = self.ledger or former.ledger
+        self.prompts = sorted({*former.prompts, *self.prompts})[-PROMPTS_MAX:]
+        self.unlearned = self.unlearned or former.unlearned
+        for name in ("last_at", "settled_at", "spoke_at", "over_at", "stopped_at"):
+            setattr(self, name, max(getattr(self, name), getattr(former, name)))
+
+
+def says_absent(error: Exception) -> bool:
+    """Whether what went wrong means that there is no such transcript."""
+    from errno import ENAMETOOLONG
+
+    absent = (FileNotFoundError, NotADirectoryError, ValueError)
+    return isinstance(error, absent) or getattr(error, "errno", 0) == ENAMETOOLONG
+
+
+def ours_from(outbox: Outbox, path: str, at: float) -> float:
+    """Sessions that began later than this were ours from their start, whatever event
+    they are met at first: Esc and a denied permission fire no hook. path: of the
+    account. at: of the event. (All in seconds since 1970.)"""
+    top, own = os.path.split(outbox.directory)
+    for other in outboxes(top):
+        kind = os.path.basename(other.directory).rpartition("-")[0]
+        former = kind == own.rpartition("-")[0] and other.directory != outbox.directory
+        if former and os.path.lexists(other.path("accounts", os.path.basename(path))):
+            return at  # until now, another URL of the same tracker was told
+    installed = [at]
+    for known in (__file__, outbox.path("lock")):
+        try:
+            installed.append(os.stat(known).st_ctime)
+        except OSError:
+            continue
+    return max(min(installed), at - DAY_S)
+
+
+def charge(
+    outbox: Outbox, name: str, ping: Fields, local: Fields, ends: float, patient: bool
+) -> Fields:
+    """The ping of an outbox file, with its usage in it. local: what its hook left for
+    us, not empty. ends: monotonic. patient: false when someone waits for us.
+
+    The order makes it exact: the account is committed together with which ping was
+    charged what; then the ping's file is rewritten; then it may be sent. Whoever comes
+    after a crash finds the same charge, so that it is neither lost nor doubled.
+    """
+    at, event = ns_of(name) / 1e9, ping.get("event")
+    if ping.get("reason") != "clear":
+        patient = True  # only /clear awaits our end before it writes its ledger
     try:
-        write_object(path, {"ping": ping, "local": {}})
+        account = Account.of(outbox, ping, local, at)
+        if event not in USAGE_EVENTS:
+            account.meet(ping, local, at)
+            return ping
+        fields = account.charge(ping, local, at, ends, patient)
+    except (OSError, ValueError):
+        if event not in USAGE_EVENTS:
+            return ping
+        fields = {"usage_complete": False}  # not charged: the next ping has it
+    ping = gate({**ping, **fields})
+    try:
+        outbox.rewrite(name, ping)
     except OSError:
-        pass
+        pass  # a full disk: a repeat finds the same charge in the account
     return ping
 
 
-def report_lost(outbox, path, settings, ends):
-    account = load_account(path) or {"ended": True, "owed": []}
-    if not account["owed"] and not account["ended"]:
-        read_session(account, float("inf"), min(time.monotonic() + READ_S, ends))
-        if summed(account["models"]):
-            fields = dict(account["identity"], **take_usage(account))
-            mark = fields["session_id"] + encode_json(account["reported"])
-            ns, event_id = int(account["last_at"] * 1e9), sha256_hex(mark.encode())[:32]
-            fields.update(
-                ORIGIN,
-                event="SessionLost",
-                event_id=event_id,
-                timestamp=iso_time(ns),
-                status="success",
-                usage_complete=False,
-            )
-            name = "%020d-%s.json" % (ns, event_id)
-            account["owed"] = [outbox.file(name), gate(fields)]
-            write_object(path, account)
-    if account["owed"]:
-        write_object(account["owed"][0], {"ping": account["owed"][1], "local": {}})
-        write_object(path, dict(account, owed=[]))
+def leave_out(outbox: Outbox, name: str, ping: Fields) -> None:
+    """Note the session of a ping that has no `local`. When that was for TELEMHQ_USAGE=0
+    and the account is still unknown: what was used until now is never billed."""
+    path = outbox.account_path(str(ping.get("session_id")))
+    if "session_id" not in ping or os.path.lexists(path):
+        return
+    account = Account(path)
+    account.begin(ping, ns_of(name) / 1e9, ns_of(name) / 1e9)
+    account.ended = True
+    try:
+        account.save()
+    except OSError:
+        pass  # a session that began before the script would be billed the same
+
+
+def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> None:
+    """One ping of what a session had used that ended without a word (kill -9, power).
+    path: its account's; committed first, so that a crash cannot make two pings. With
+    usage off nothing is opened or told."""
+    if not settings.usage:
+        return
+    try:
+        account = Account.load(path)
+    except ValueError:
+        return  # damaged: nobody knows what was told
+    if not account.owed and not account.ended:
+        account.find_lost(settings, ends)
+        if account.owed:
+            account.save()
+    if account.owed:
+        for ns, ping in account.owed:
+            name = f"{ns:020d}-{ping['event_id']}.json"
+            write_object(outbox.file(name), {"ping": ping, "local": {}})
+        account.owed = []
+        account.save()
+
+
+def hand_over(former_path: str, path: str) -> None:
+    """Make a session's account at one destination another's, which may have its own.
+    Both locks are held, and the pings that wait come after it."""
+    if not os.path.lexists(path):
+        if not os.path.isdir(os.path.dirname(path)):
+            os.mkdir(os.path.dirname(path), 0o700)
+        os.replace(former_path, path)
+        return
+    try:
+        account, former = Account.load(path), Account.load(former_path)
+        account.merge(former, sha256_hex(encode_json(former.as_object()).encode())[:16])
+        account.save()
+    except ValueError:
+        pass  # one is damaged: the present one's holds, or opens anew
+    os.unlink(former_path)
 
 
 # -- Delivery: one request, one verdict ------------------------------------------------
@@ -1794,6 +2672,7 @@ VERDICTS = {  # of statuses that do not go with their hundred
     **dict.fromkeys((401, 402, 403, 404, 405, 407, 410, 451), HOLD),  # URL or token
 }
 VERDICTS_BY_HUNDRED = {2: DELIVERED, 3: HOLD, 4: REFUSED}
+HOLDS = (HOLD, REFUSED)  # a person must mend something: the longer back-off
 INTERIM_MAX = 100  # answers before the answer; the watchdog ends what goes on
 
 
@@ -1844,7 +2723,7 @@ def backoff_s(
     from random import uniform
 
     power, asked = 2.0 ** min(failures, 20), retry_after_s(retry_after, now)
-    if verdict in (HOLD, REFUSED):
+    if verdict in HOLDS:
         wait = min(HOLD_S[0] * power / 2, HOLD_S[1]) * uniform(0.5, 1)
     else:
         wait = uniform(2, min(BACKOFF_MAX_S, 2 * power))
@@ -1886,9 +2765,10 @@ def post(opener: OpenerDirector, sent: Request, timeout_s: float) -> Answer:
         with response:
             return answer_of(response)
     except URLError as error:  # urllib wraps what fails up to the end of sending
-        return no_connection(error.reason)
+        broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
+        return no_answer(error.reason, RETRY if broken else NOT_NOW)
     except (OSError, HTTPException, ValueError) as error:  # and nothing after that
-        return no_connection(error, RETRY)
+        return no_answer(error, RETRY)
 
 
 def answer_of(response: Any) -> Answer:
@@ -1899,17 +2779,15 @@ def answer_of(response: Any) -> Answer:
             break
         response.headers = None
         response.begin()
-    status, asked = response.status, response.headers.get("Retry-After")
-    verdict = verdict_of(status)
+    verdict = verdict_of(response.status)
+    asked = response.headers.get("Retry-After")
     may_blame = verdict in (RETRY, HOLD, REFUSED)
-    if status == 503 and retry_after_s(asked, time.time()):
-        may_blame = False  # it speaks for itself
-    return Answer(verdict, f"HTTP {status}", asked, may_blame)
+    return Answer(verdict, f"HTTP {response.status}", asked, may_blame)
 
 
-def no_connection(cause: object, verdict: str = NOT_NOW) -> Answer:
-    """What it means that there was no answer. verdict: RETRY when there was a
-    connection, so that the ping may be the cause."""
+def no_answer(cause: object, verdict: str) -> Answer:
+    """What it means that none came. verdict: RETRY when there was a connection, so that
+    the ping may be the cause, else NOT_NOW."""
     ssl, text = sys.modules.get("ssl"), str(cause)
     what = getattr(cause, "strerror", "") or type(cause).__name__
     if "timed out" in text:
@@ -1968,13 +2846,13 @@ class Sender:
         self.outbox, self.tracker, self.settings = outbox, tracker, settings
         self.ends, self.tell, self.patient, self.status = ends, tell, patient, status
         self.state = outbox.state()
-        self.opener = make_opener(tracker.url)
+        self.opener: OpenerDirector | None = None
         self.seen: set[str] = set()  # names that this life has dealt with
-        self.watched = False
-        self.deadline = float("inf")  # monotonic, of the request on its way
         self.walk: Walk | None = None
         self.sending = ""  # the name of the ping whose request is on its way
-        self.files = self.fingerprint()
+        self.deadline = float("inf")  # monotonic, of that request
+        self.watched = self.alarmed = False  # who ends a request that overstays
+        self.began_with = self.fingerprint()
 
     def is_over(self) -> bool:
         """Whether this life is."""
@@ -1982,11 +2860,18 @@ class Sender:
 
     def fingerprint(self) -> list[tuple[int, int, int]]:
         """What changes when this file is replaced, or the outbox removed."""
-        script, outbox = os.stat(__file__), os.stat(self.outbox.path("outbox"))
+        try:
+            script, outbox = os.stat(__file__), os.stat(self.outbox.path("outbox"))
+        except OSError:
+            return []
         return [
             (script.st_ino, script.st_size, script.st_mtime_ns),
             (outbox.st_ino, outbox.st_dev, 0),
         ]
+
+    def is_outdated(self) -> bool:
+        """Whether the script or the outbox is not the one that this life began with."""
+        return self.fingerprint() != self.began_with
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
@@ -2003,18 +2888,20 @@ class Sender:
 
     def attempt(self, name: str, ping: Fields) -> Answer:
         """Send one ping."""
+        self.sending = name
+        if self.opener is None:
+            self.opener = make_opener(self.tracker.url)
         limit = self.settings.timeout_s
         if not self.patient:
             limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
-        self.watch_over()
         begun = time.monotonic()
-        self.sending, self.deadline = name, begun + DEADLINE * limit
+        self.watch_over(DEADLINE * limit)
         answer = Answer(DELIVERED, "nothing to send")
         for request in self.tracker.requests(ping):
             answer = post(self.opener, request, limit)
             if answer.verdict != DELIVERED:
                 break
-        self.deadline = float("inf")
+        self.watch_over(float("inf"))
         took_ms = (time.monotonic() - begun) * 1000
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
@@ -2022,52 +2909,59 @@ class Sender:
         )
         return answer
 
-    def watch_over(self) -> None:
-        """Start the watchdog. Where there is no thread to be had, an alarm kills us:
-        that leaves nothing behind, but the next hook starts anew."""
-        if self.watched:
-            return
-        import threading
+    def watch_over(self, seconds: float) -> None:
+        """See to it that what is sent now ends within so many seconds: by the watchdog
+        or, where there is no thread to be had, by an alarm, which a hung resolver does
+        not hear."""
+        self.deadline = time.monotonic() + seconds
+        if not self.watched:
+            import threading
 
-        try:
-            threading.Thread(target=self.watch, daemon=True).start()
             self.watched = True
-        except RuntimeError:
-            self.log("no thread to be had for the watchdog")
+            try:
+                threading.Thread(target=self.watch, daemon=True).start()
+            except RuntimeError:
+                self.log("no thread to be had for the watchdog")
+                self.alarmed = hasattr(os, "fork")  # Windows has no alarm
+        if self.alarmed:
             import signal
 
-            if hasattr(signal, "alarm"):
-                signal.signal(signal.SIGALRM, signal.SIG_DFL)
-                signal.alarm(int(DEADLINE * self.settings.timeout_s) + 1)
+            signal.signal(signal.SIGALRM, self.cut_off)
+            signal.alarm(0 if seconds == float("inf") else int(seconds) + 1)
+
+    @staticmethod
+    def cut_off(*_: object) -> None:
+        """The alarm's handler: the request on its way fails."""
+        raise TimeoutError("timed out")
 
     def watch(self) -> None:
         """The watchdog, a thread. When a request overstays (a hung resolver, a dripping
         response), count that and end the process: nothing else ends the request."""
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
-        answer = Answer(RETRY, "no whole answer in time", may_blame=True)
-        if self.walk and self.walk.is_known_bad(self.sending, answer):
-            self.state.save()
-        else:
-            self.state.suspects.setdefault(self.sending, Suspect(0, time.time()))
-            self.fail(answer)
-        self.tell("no whole answer in time; the ping waits")
-        os._exit(self.status)
+        try:
+            answer = Answer(RETRY, "no whole answer in time", may_blame=True)
+            if self.walk and self.walk.is_known_bad(self.sending, answer):
+                self.state.save()
+            else:
+                self.state.suspect(self.sending)
+                self.fail(answer)
+            self.tell("no whole answer in time; the ping waits")
+        finally:
+            os._exit(self.status)
 
     # From pass to pass
 
     def fail(self, answer: Answer) -> None:
-        """Count a pass that failed, and start a back-off."""
+        """Count a pass that failed, and start a back-off. The row of failures begins
+        anew when it is a person's turn to mend something, or no more."""
         now, state = time.time(), self.state
-        again = state.verdict == answer.verdict and bool(state.failures)
-        state.failures = min(state.failures + 1, FAILURES_MAX) if again else 1
+        mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
+        state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
         wait = backoff_s(answer.verdict, state.failures, answer.retry_after, now)
         state.set_at, state.not_before = now, now + wait
-        state.verdict, state.problem, state.problem_at = (
-            answer.verdict,
-            answer.what,
-            now,
-        )
+        state.verdict, state.problem = answer.verdict, answer.what
+        state.problem_at = now
         state.save()
         self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
@@ -2075,6 +2969,11 @@ class Sender:
         """Look at what others have written; not where only this process knows."""
         if self.state.saved:
             self.state = self.outbox.state()
+
+    def backoff_left_s(self) -> float:
+        """Seconds until the back-off ends, 0 when none stands."""
+        self.refresh()
+        return self.state.backoff_left_s(time.time())
 
     def one_pass(self) -> None:
         """Try all that waits and is due, until an answer says that now is no time. The
@@ -2096,7 +2995,7 @@ class Sender:
         looked, again = 0, True
         while time.monotonic() < until:
             time.sleep(LOOK_S)
-            if self.fingerprint() != self.files:
+            if self.is_outdated():
                 return
             changed = os.stat(self.outbox.path("outbox")).st_mtime_ns
             # Once more after each change: two may have the same time.
@@ -2105,49 +3004,50 @@ class Sender:
             looked, again = changed, changed != looked
 
     def work(self) -> None:
-        """Passes, one for each burst of pings, while no back-off stands."""
+        """Passes, one for each burst of pings, while no back-off stands; then the daily
+        sweep. The lock must be held."""
         while True:
             self.one_pass()
             if self.is_over() or self.state.backoff_left_s(time.time()):
-                return
+                break
             if self.patient:
                 self.linger()
-            if not self.news() or self.fingerprint() != self.files:
-                return
-
-    def pause_s(self) -> float:
-        """Seconds until this outbox wants another pass, 0: none that is known of."""
-        self.refresh()
-        left = self.state.backoff_left_s(time.time())
-        if not left and self.walk and self.walk.paced:
-            left = self.state.pace_left_s(time.time())
-        return left
+            if not self.news() or self.is_outdated():
+                break
+        self.sweep()
 
     def live(self, lock: Lock | None) -> None:
-        """Pass after pass. In between the lock is given back, and then the outbox
-        listed once more: a hook that found the lock busy counts on that."""
+        """Pass after pass, to the end of this life. After each the lock is given back,
+        and then the outbox listed once more: a hook that found the lock busy counts on
+        that. So news begin a new life."""
         while lock is not None:
-            if not self.state.backoff_left_s(time.time()):
+            if not self.backoff_left_s():
                 self.work()
-                self.sweep()
-            wait = self.pause_s()
-            if time.monotonic() + wait >= self.ends:
-                lock.release()
-                if not wait and self.news():
-                    self.log("more waits than one life delivers")
-                return
-            if wait and not self.state.saved:
-                time.sleep(wait)  # the lock in hand, for nobody else knows of it
-                self.seen.clear()
-                continue
+            wait = self.backoff_left_s()
+            if wait and not self.state.saved:  # nobody else knows: the lock stays here
+                time.sleep(max(0.0, min(wait, self.ends - time.monotonic())))
+                if not self.is_over():
+                    continue
             lock.release()
-            if wait:
-                time.sleep(wait)
-                self.seen.clear()
-            elif not self.news():
+            if not wait and self.news():
+                lock = self.outbox.take_lock()
+                if lock and self.is_outdated():  # go on by the code as it is now
+                    start_sender(lock, self.settings.environ)
+                    return
+                if self.is_over():
+                    self.ends = time.monotonic() + LIFE_S
+                continue
+            wait = wait or self.pace_left_s()
+            if not wait or time.monotonic() + wait >= self.ends:
                 return
+            time.sleep(wait)
             lock = self.outbox.take_lock()
-            self.refresh()
+
+    def pace_left_s(self) -> float:
+        """Seconds until the next part of a backlog may go, 0 when there is none."""
+        if not (self.walk and self.walk.paced):
+            return 0.0
+        return self.state.pace_left_s(time.time())
 
     def sweep(self) -> None:
         """Once a day: report sessions that were lost, drop accounts long unused. While
@@ -2195,12 +3095,12 @@ class Walk:
         waiting = self.outbox.waiting()
         sender.seen.update(waiting)
         self.names = self.within_bounds(waiting)
-        self.forget_suspects_gone()
+        self.forget_suspects()
         suspects = self.state.suspects
         self.fresh = [name for name in self.names if name not in suspects]
-        self.done: set[str] = set()  # read in this walk
+        self.done: set[str] = set()  # tried in this walk
         self.first_undone = 0  # in `fresh`
-        self.sessions: dict[str, object] = {}  # name -> session still to be charged
+        self.looked_into: dict[str, tuple[object, object]] = {}
         self.backlog_left = self.backlog_share()
 
     def go(self) -> None:
@@ -2227,15 +3127,28 @@ class Walk:
             self.state.save()
         return names[-OUTBOX_MAX_PINGS:]
 
-    def forget_suspects_gone(self) -> None:
-        """Drop suspects that wait no more; and the oldest without a charge, if there
-        are too many: in an outage everything looks suspect."""
+    def forget_suspects(self) -> None:
+        """Drop those that wait no more; and those least charged, if there are too many:
+        in an outage everything looks suspect."""
         suspects = self.state.suspects
         for name in set(suspects).difference(self.names):
             del suspects[name]
-        uncharged = sorted(name for name in suspects if not suspects[name].charges)
-        for name in uncharged[: max(0, len(suspects) - SUSPECTS_MAX)]:
+        most_charged = sorted(suspects, key=lambda name: -suspects[name].charges)
+        for name in most_charged[SUSPECTS_MAX:]:
             del suspects[name]
+
+    def look_into(self, name: str) -> tuple[object, object]:
+        """(event, session) of a ping; session: None when nothing is to be charged to
+        it. Each file is looked into once."""
+        if name not in self.looked_into:
+            event = session = None
+            try:
+                ping, local = self.outbox.read(name)
+                event, session = ping.get("event"), local and ping.get("session_id")
+            except (OSError, ValueError):
+                pass  # it will be found out when it is its turn
+            self.looked_into[name] = event, session or None
+        return self.looked_into[name]
 
     def count_loss(self, name: str, reason: str) -> None:
         """Count a ping that will not be delivered, and the tokens charged to it."""
@@ -2310,6 +3223,10 @@ class Walk:
         if not answer.may_blame:
             self.sender.fail(answer)
             return False
+        if answer.verdict == RETRY and retry_after_s(answer.retry_after, time.time()):
+            self.state.suspect(name)  # it asks for silence: others go first, later
+            self.sender.fail(answer)
+            return False
         if answer.verdict == REFUSED and self.refusals_left:
             self.refusals_left -= 1
             self.blame(name, answer)
@@ -2318,25 +3235,25 @@ class Walk:
 
     def hear_witnesses(self, name: str, answer: Answer) -> bool:
         """Find out whose fault an answer is; False when it may be the tracker's."""
-        failed = {name: answer}
+        failed, last = {name: answer}, answer
         for witness in self.witnesses(name):
             found = self.attempt(witness)
             if found is None:
                 continue
+            last = found
             if found.verdict == DELIVERED:
                 self.refusals_left = WITNESS_REFUSALS
                 for suspect, its_answer in failed.items():
                     self.blame(suspect, its_answer)
                 return True
             if not found.may_blame:
-                answer = found  # the tracker's own word, or none
-                break
+                break  # the tracker's own word, or none
             failed[witness] = found
         for suspect in failed:
-            self.state.suspects.setdefault(suspect, Suspect(0, time.time()))
-        if self.delivered and len(failed) == 1 and answer.verdict in (HOLD, REFUSED):
-            return True  # the last one, behind others that were taken: it alone waits
-        self.sender.fail(answer)
+            self.state.suspect(suspect)
+        if self.delivered and last is answer and answer.verdict in HOLDS:
+            return True  # nobody to ask, but others were taken: it alone waits
+        self.sender.fail(answer if last.may_blame else last)
         return False
 
     def witnesses(self, name: str) -> Iterator[str]:
@@ -2345,29 +3262,20 @@ class Walk:
         rest = [other for other in self.fresh if other not in self.done]
         if rest:
             yield rest.pop(0)
-        kind = self.event_of(name)
-        for other in reversed(rest[-WITNESS_REFUSALS:]):
-            if self.event_of(other) != kind:
+        kind = self.look_into(name)[0]
+        for other in reversed(rest):
+            if self.look_into(other)[0] not in (kind, None):
                 yield other
                 return
         if rest:
             yield rest[-1]
 
-    def event_of(self, name: str) -> object:
-        """The name of the event that a ping tells of."""
-        try:
-            return self.outbox.read(name)[0].get("event")
-        except (OSError, ValueError):
-            return None
-
     def blame(self, name: str, answer: Answer) -> None:
         """The tracker is well: refuse the ping for good, or charge it."""
         if answer.verdict == REFUSED:
-            self.state.failures = 0
             self.set_aside(name, f"refused: {answer.what}")
             return
-        now = time.time()
-        suspect = self.state.suspects.setdefault(name, Suspect(0, now))
+        suspect, now = self.state.suspect(name), time.time()
         suspect.charges, suspect.tried_at = suspect.charges + 1, now
         old = now - ns_of(name) / 1e9 > POISON_AGE_S
         if suspect.charges >= POISON_CHARGES and old:
@@ -2395,6 +3303,8 @@ class Walk:
             if not self.is_known_bad(name, answer):
                 self.sender.fail(answer)
                 return False
+            if not self.delivered:
+                return False  # nothing tells what the next one's answer would mean
         return True
 
     def is_known_bad(self, name: str, answer: Answer) -> bool:
@@ -2412,7 +3322,7 @@ class Walk:
     # One ping
 
     def attempt(self, name: str) -> Answer | None:
-        """Send a ping; None when there is none under `name`."""
+        """Send a ping; None when there is none under `name`, or no time left."""
         ping = self.read_ping(name)
         if ping is None:
             return None
@@ -2436,7 +3346,8 @@ class Walk:
         state.delivered_at = time.time()
 
     def read_ping(self, name: str) -> Fields | None:
-        """The ping to send, its usage charged; None when there is none under `name`."""
+        """The ping to send, its usage charged; None when there is none under `name`, or
+        no time to charge those before it."""
         self.done.add(name)
         try:
             ping, local = self.outbox.read(name)
@@ -2447,7 +3358,13 @@ class Walk:
             return None
         if not local:
             return ping
-        self.charge_older(name, ping.get("session_id"))
+        for older in self.older_of_session(name, ping.get("session_id")):
+            if self.sender.is_over():
+                return None
+            try:
+                self.charge(older, *self.outbox.read(older))
+            except (OSError, ValueError):
+                continue
         return self.charge(name, ping, local)
 
     def charge(self, name: str, ping: Fields, local: Fields) -> Fields:
@@ -2459,29 +3376,17 @@ class Walk:
             sender.log(f"usage left out: {type(error).__name__}")
             return ping
 
-    def charge_older(self, name: str, session_id: object) -> None:
-        """Charge the session's older pings first, those that are sent later: the tokens
-        are each turn's own."""
+    def older_of_session(self, name: str, session_id: object) -> Iterator[str]:
+        """The session's older pings that are sent later than `name`: they are charged
+        before it, so that the tokens are each turn's own."""
         fresh = self.fresh
         while self.first_undone < len(fresh) and fresh[self.first_undone] in self.done:
             self.first_undone += 1
         for older in fresh[self.first_undone :]:
-            if older >= name or self.sender.is_over():
+            if older >= name:
                 return
-            if older not in self.done and self.session_of(older) == session_id:
-                self.sessions[older] = None
-                ping, local = self.outbox.read(older)
-                self.charge(older, ping, local)
-
-    def session_of(self, name: str) -> object:
-        """The session that a ping is still to be charged to, None when there is none."""
-        if name not in self.sessions:
-            try:
-                ping, local = self.outbox.read(name)
-                self.sessions[name] = ping.get("session_id") if local else None
-            except (OSError, ValueError):
-                self.sessions[name] = None
-        return self.sessions[name]
+            if older not in self.done and self.look_into(older)[1] == session_id:
+                yield older
 
 
 def deliver_now(
@@ -2490,32 +3395,33 @@ def deliver_now(
     settings: Settings,
     ends: float,
     tell: Tell,
-    name: str = "",
-    status: int = 0,
+    name: str,
 ) -> None:
-    """Deliver while somebody waits, until `ends` (monotonic). Debug mode ignores a
-    back-off, once. name: the ping that matters; no more is waited for when it is gone."""
+    """Deliver while a hook waits, until `ends` (monotonic). Debug mode ignores a
+    back-off, once. name: the hook's ping; no more is waited for when it is gone."""
     state = outbox.state()
     left = state.backoff_left_s(time.time())
+    if left and not settings.debug:
+        return
     if left:
         why = state.problem or "after an outage"
         tell(f"a back-off lasts {left:.0f} s more ({why}); this attempt ignores it")
-        if not settings.debug:
-            return
     lock = outbox.take_lock()
     while lock is None:
-        if name and not os.path.exists(outbox.file(name)):
+        if not os.path.exists(outbox.file(name)):
             return
         if time.monotonic() >= ends:
             raise Skipped("a sender is at work and has the ping; see sender.log")
         time.sleep(LOOK_S / 2)
         lock = outbox.take_lock()
-    sender = Sender(outbox, tracker, settings, ends, tell, patient=False, status=status)
+    sender = Sender(outbox, tracker, settings, ends, tell, patient=False)
     while lock is not None:
         sender.work()
-        sender.sweep()
+        left = sender.backoff_left_s()
+        if left and not sender.state.saved:  # nobody else knows: at most one a second
+            time.sleep(max(0.0, min(1.0, ends - time.monotonic())))
         lock.release()
-        if not sender.news() or sender.is_over() or sender.pause_s():
+        if left or sender.is_over() or not sender.news():
             return
         lock = outbox.take_lock()
 
@@ -2532,10 +3438,10 @@ def deliver_in_background(
     sender = Sender(outbox, tracker, settings, time.monotonic() + LIFE_S)
     try:
         sender.live(held or outbox.take_lock())
-    except FileNotFoundError:
-        pass  # the state was removed meanwhile
     except Exception as error:  # back off, or every hook would start one that fails
-        sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
+        if os.path.isdir(outbox.path("outbox")):  # else it was removed meanwhile
+            sender.state.suspect(sender.sending)
+            sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
 
 
 def send(settings: Settings, tell: Tell) -> None:
@@ -2550,11 +3456,11 @@ def send(settings: Settings, tell: Tell) -> None:
         deliver_now(outbox, tracker, settings, ends, tell, sys.argv[5])
         return
     if os.name == "posix":
+        import signal
+
         os.nice(5)  # the session's own work comes first
         if os.getsid(0) != os.getpid():
             os.setsid()
-        import signal
-
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # our shell may ignore it
     deliver_in_background(outbox, tracker, settings, Lock(int(number)))
 

@@ -1,9 +1,15 @@
 """Fixtures: a HOME of one's own and a receiver, both gone after the test."""
+
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING, Iterator
 
 import pytest
+
+if TYPE_CHECKING:
+    import pathlib
+    import types
 
 sys.path.insert(0, __file__.rsplit("/", 1)[0])
 sys.dont_write_bytecode = True
@@ -12,7 +18,7 @@ from support import Home, Receiver, load_script  # noqa: E402
 
 
 @pytest.fixture
-def home(tmp_path):
+def home(tmp_path: pathlib.Path) -> Iterator[Home]:
     """A fresh HOME; whatever still runs in it at the end of the test is ended."""
     found = Home(tmp_path / "home")
     yield found
@@ -20,13 +26,13 @@ def home(tmp_path):
 
 
 @pytest.fixture
-def receiver():
+def receiver() -> Iterator[Receiver]:
     """A receiver on loopback that answers 200."""
     with Receiver() as found:
         yield found
 
 
 @pytest.fixture(scope="session")
-def script():
+def script() -> types.ModuleType:
     """The script as a module."""
     return load_script()

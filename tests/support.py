@@ -16,7 +16,13 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any, Callable
+
+if TYPE_CHECKING:
+    import email.message
+    import types
+
+    from typing_extensions import Self  # mypy knows it; no test needs it
 
 TESTS = pathlib.Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -32,7 +38,7 @@ def command(python: str = sys.executable, directory: object = ROOT) -> str:
 
 
 def as_script(python: str = sys.executable, directory: object = ROOT) -> str:
-    """The command that runs the script as such, as TelemHQ's own settings block does."""
+    """The command that runs the script as such, as in TelemHQ's own settings block."""
     return f"exec {python} -I -S '{directory}/{SCRIPT.name}'"
 
 
@@ -41,13 +47,15 @@ def sender_command(*arguments: str, python: str = sys.executable) -> list[str]:
     start = (
         "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
     )
-    found = [python, "-I", "-S", "-c", start, str(ROOT), SCRIPT.stem]
-    return found + list(arguments or ("detached", "-1"))
+    isolated = [python, "-I", "-S", "-c"]
+    given = arguments or ("detached", "-1")
+    return [*isolated, start, str(ROOT), SCRIPT.stem, *given]
 
 
-def event(name, **changes):
+def event(name: str, **changes: Any) -> dict[str, Any]:
     """The real event `tests/fixtures/events/<name>.json`, with some fields changed."""
-    found = json.loads((FIXTURES / "events" / (name + ".json")).read_text("utf-8"))
+    text = (FIXTURES / "events" / (name + ".json")).read_text("utf-8")
+    found: dict[str, Any] = json.loads(text)
     found.update(changes)
     return found
 
@@ -55,13 +63,16 @@ def event(name, **changes):
 class Request:
     """One request as the receiver saw it; `at` is monotonic seconds."""
 
-    def __init__(self, method, path, headers, body):
+    def __init__(
+        self, method: str, path: str, headers: email.message.Message, body: bytes
+    ) -> None:
         self.method, self.path, self.headers, self.body = method, path, headers, body
         self.at = time.monotonic()
 
     @property
-    def ping(self):
-        return json.loads(self.body)
+    def ping(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.body)
+        return found
 
 
 class Receiver:
@@ -71,14 +82,18 @@ class Receiver:
     It may sleep or raise. `most_at_once` is the most requests ever in flight.
     """
 
-    def __init__(self, answer=200, port=0, tls=None):
-        self.answer, self.requests, self.most_at_once = answer, [], 0
+    def __init__(
+        self, answer: Any = 200, port: int = 0, tls: tuple[str, str] | None = None
+    ) -> None:
+        self.answer = answer
+        self.requests: list[Request] = []
+        self.most_at_once = 0
         in_flight, guard, outer = [0], threading.Lock(), self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             timeout = 30
 
-            def serve(self):
+            def serve(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 request = Request(
                     self.command, self.path, self.headers, self.rfile.read(length)
@@ -104,15 +119,15 @@ class Receiver:
                     self.end_headers()
                     self.wfile.write(body)
 
-            do_POST = do_GET = do_HEAD = do_PUT = do_CONNECT = serve
+            do_POST = do_GET = do_HEAD = do_PUT = do_CONNECT = serve  # noqa: N815
 
-            def log_message(self, *_):
+            def log_message(self, *_: object) -> None:
                 """Nothing: the tests read `requests`."""
 
         class Server(http.server.ThreadingHTTPServer):
             daemon_threads, request_queue_size, block_on_close = True, 256, False
 
-            def handle_error(self, *_):
+            def handle_error(self, *_: object) -> None:
                 """Clients that go away are part of the tests."""
 
         self.server = Server(("127.0.0.1", port), Handler)
@@ -124,42 +139,44 @@ class Receiver:
             )
         self.port = self.server.server_address[1]
         self.scheme = "https" if tls else "http"
-        self.url = "%s://127.0.0.1:%d/ping/%s" % (self.scheme, self.port, TOKEN)
+        self.url = f"{self.scheme}://127.0.0.1:{self.port}/ping/{TOKEN}"
         self.thread = threading.Thread(
             target=self.server.serve_forever, args=(0.02,), daemon=True
         )
         self.thread.start()
 
     @property
-    def pings(self):
+    def pings(self) -> list[dict[str, Any]]:
         """Every ping received so far, in order, repeats included."""
         return [request.ping for request in list(self.requests)]
 
-    def wait_for(self, count, timeout=15):
+    def wait_for(self, count: int, timeout: float = 15) -> list[dict[str, Any]]:
         """Wait until `count` requests have arrived; give the pings."""
         wait_until(lambda: len(self.requests) >= count, timeout)
         return self.pings
 
-    def close(self):
+    def close(self) -> None:
         self.server.shutdown()
         self.server.server_close()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def wait_until(true, timeout=15, every=0.02):
+def wait_until(
+    true: Callable[[], object], timeout: float = 15, every: float = 0.02
+) -> None:
     """Wait until `true()` holds; AssertionError when it does not in time."""
     end = time.monotonic() + timeout
     while not true():
-        assert time.monotonic() < end, "not within %g s" % timeout
+        assert time.monotonic() < end, f"not within {timeout:g} s"
         time.sleep(every)
 
 
-def dead_url():
+def dead_url() -> str:
     """A loopback URL where nothing listens."""
     with Receiver() as receiver:
         return receiver.url
@@ -168,13 +185,16 @@ def dead_url():
 class Home:
     """A HOME of its own: environment, state directory, and the processes in it."""
 
-    def __init__(self, path):
+    def __init__(self, path: str | pathlib.Path) -> None:
         self.path = pathlib.Path(path)
+        self.made: dict[
+            str | None, tuple[pathlib.Path, dict[str, Any]]
+        ] = {}  # by `place`
         self.project = self.path / "acme" / "api"
         self.project.mkdir(parents=True)
         self.state = self.path / ".claude" / "telemhq"
 
-    def env(self, url=None, **more):
+    def env(self, url: str | None = None, **more: object) -> dict[str, str]:
         """A clean environment, as small as Claude Code's users may have."""
         found = {"HOME": str(self.path), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
         if url is not None:
@@ -201,35 +221,36 @@ class Home:
         return subprocess.run(
             ["/bin/sh", "-c", command(python) if imported else as_script(python)],
             input=raw,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            capture_output=True,
             env=self.env(url, **more),
             cwd=str(cwd or self.project),
             start_new_session=True,
             timeout=timeout,
         )
 
-    def destination(self):
+    def destination(self) -> pathlib.Path:
         """The one destination's directory."""
         (found,) = [path for path in self.state.iterdir() if path.is_dir()]
         return found
 
-    def waiting(self):
+    def waiting(self) -> list[pathlib.Path]:
         """The paths of the pings in every outbox, oldest first."""
         return sorted(self.state.glob("*/outbox/[0-9]*.json"), key=lambda p: p.name)
 
-    def state_json(self):
+    def state_json(self) -> dict[str, Any]:
         """state.json of the one destination, {} when there is none yet."""
         try:
-            return json.loads((self.destination() / "state.json").read_text("utf-8"))
+            text = (self.destination() / "state.json").read_text("utf-8")
+            found: dict[str, Any] = json.loads(text)
         except (OSError, ValueError):
             return {}
+        return found
 
-    def set_state(self, **values):
+    def set_state(self, **values: object) -> None:
         """Write state.json of the one destination: the given values and no other."""
         (self.destination() / "state.json").write_text(json.dumps(values))
 
-    def processes(self):
+    def processes(self) -> list[int]:
         """The ids of this script's live processes that belong to this HOME (Linux)."""
         found, mark = [], b"HOME=" + os.fsencode(str(self.path))
         for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
@@ -244,22 +265,22 @@ class Home:
                     found.append(int(entry))
         return found
 
-    def quiet(self, timeout=15):
+    def quiet(self, timeout: float = 15) -> None:
         """Wait until no process of this HOME runs any more."""
         wait_until(lambda: not self.processes(), timeout)
 
-    def end(self):
+    def end(self) -> None:
         """End every process of this HOME, by id."""
         for pid in self.processes():
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def wait_lock_free(path, timeout=15):
+def wait_lock_free(path: str | pathlib.Path, timeout: float = 15) -> None:
     """Wait until nobody holds the flock of `path`."""
     import fcntl
 
-    def free():
+    def free() -> bool:
         with open(path, "a") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -270,12 +291,13 @@ def wait_lock_free(path, timeout=15):
     wait_until(free, timeout)
 
 
-def load_script():
+def load_script() -> types.ModuleType:
     """The script as a module, for tables over its pure functions."""
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("telemhq_ping", str(SCRIPT))
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["telemhq_ping"] = module
     spec.loader.exec_module(module)
@@ -332,9 +354,9 @@ def start_patched(
     at a named point: nothing in the script knows of it. `patch` may use PRELUDE.
     """
     entry = "sender" if arguments else "hook"
+    isolated = [sys.executable, "-I", "-S", "-c"]
     return subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", RUNNER, str(ROOT), PRELUDE + patch, entry]
-        + list(arguments),
+        [*isolated, RUNNER, str(ROOT), PRELUDE + patch, entry, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -344,7 +366,15 @@ def start_patched(
     )
 
 
-def patched(home, patch, *arguments, url=None, sent=b"", timeout=60, **env):
+def patched(
+    home: Home,
+    patch: str,
+    *arguments: str,
+    url: str | None = None,
+    sent: Any = b"",
+    timeout: float = 60,
+    **env: object,
+) -> subprocess.CompletedProcess[bytes]:
     """`start_patched` to its end; gives a CompletedProcess (bytes)."""
     process = start_patched(home, patch, *arguments, url=url, **env)
     raw = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
@@ -352,39 +382,42 @@ def patched(home, patch, *arguments, url=None, sent=b"", timeout=60, **env):
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def run_sender(home, url, patch=ONE_LIFE, **env):
+def run_sender(
+    home: Home, url: str | None, patch: str = ONE_LIFE, **env: Any
+) -> subprocess.CompletedProcess[bytes]:
     """Run a detached sender that takes the lock itself, till it first sleeps."""
     return patched(home, patch, "detached", "-1", url=url, **env)
 
 
-def only_enqueue(home, url, sent=None, **env):
+def only_enqueue(
+    home: Home, url: str | None, sent: Any = None, **env: Any
+) -> pathlib.Path:
     """Run a hook that starts no sender; the path of the ping it put into the outbox."""
     before = set(home.waiting())
-    patched(
-        home, "os.posix_spawn = lambda *a, **k: 0", url=url,
-        sent=event("Stop") if sent is None else sent, **env
-    )  # fmt: skip
+    sent = event("Stop") if sent is None else sent
+    patched(home, "os.posix_spawn = lambda *a, **k: 0", url=url, sent=sent, **env)
     (found,) = set(home.waiting()) - before
     return found
 
 
-def place(home, url, count=1, age_s=0.0):
+def place(home: Home, url: str | None, count: int = 1, age_s: float = 0.0) -> list[str]:
     """Put pings into the outbox by hand, as hooks would have `age_s` ago, oldest first.
 
     Gives their event_ids. They are copies of one that a hook made.
     """
-    made = home.__dict__.setdefault("made", {})
+    made = home.made
     if url not in made:
         path = only_enqueue(home, url)
         made[url] = path.parent, json.loads(path.read_text("utf-8"))["ping"]
         path.unlink()
-    outbox, ping = made[url]
+    outbox, model = made[url]
     found, ns = [], time.time_ns() - int(age_s * 1e9) - count
     for n in range(count):
-        ping = dict(ping, event_id=os.urandom(16).hex())
-        path = outbox / ("%020d-%s.json" % (ns + n, ping["event_id"]))
-        path.write_text(json.dumps({"ping": ping, "local": {}}))
-        found.append(ping["event_id"])
+        event_id = os.urandom(16).hex()
+        record = {"ping": dict(model, event_id=event_id), "local": {}}
+        path = outbox / f"{ns + n:020d}-{event_id}.json"
+        path.write_text(json.dumps(record))
+        found.append(event_id)
     return found
 
 
@@ -395,14 +428,14 @@ class Wire:
     `connections` counts them; `over` is set when the test is.
     """
 
-    def __init__(self, talk):
+    def __init__(self, talk: Callable[[socket.socket], object]) -> None:
         self.talk, self.connections, self.over = talk, 0, threading.Event()
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
-        self.url = "http://127.0.0.1:%d/ping/%s" % (self.port, TOKEN)
+        self.url = f"http://127.0.0.1:{self.port}/ping/{TOKEN}"
         threading.Thread(target=self.accept, daemon=True).start()
 
-    def accept(self):
+    def accept(self) -> None:
         while True:
             try:
                 connection = self.socket.accept()[0]
@@ -411,19 +444,19 @@ class Wire:
             self.connections += 1
             threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
 
-    def serve(self, connection):
+    def serve(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             self.talk(connection)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.over.set()
         self.socket.close()
 
 
-def read_request(connection):
+def read_request(connection: socket.socket) -> bytes:
     """Read one POST off a connection; its bytes."""
     raw = b""
     while b"\r\n\r\n" not in raw:
@@ -439,16 +472,17 @@ def read_request(connection):
 
 
 @functools.lru_cache
-def all_pythons():
-    """{(3, minor): path} of the CPythons found: this one, pyenv's, those on the PATH."""
-    found = {sys.version_info[:2]: sys.executable}
+def all_pythons() -> dict[tuple[int, int], str]:
+    """{(3, minor): path} of the CPythons: this one, pyenv's, those on the PATH."""
+    found = {(3, sys.version_info[1]): sys.executable}
     ask = "import sys; print(sys.implementation.name, sys.version_info[1])"
 
-    def try_one(path):
+    def try_one(path: str) -> None:
         done = subprocess.run(
             [path, "-I", "-S", "-c", ask],
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         name, _, minor = done.stdout.decode().strip().partition(" ")
         if done.returncode == 0 and name == "cpython":
             found.setdefault((3, int(minor)), path)
@@ -459,13 +493,13 @@ def all_pythons():
         for path in sorted(versions.glob("3.*/bin/python3")):
             try_one(str(path))
     for minor in range(6, 20):
-        path = shutil.which("python3.%d" % minor)
-        if path and (3, minor) not in found:
-            try_one(path)
+        on_path = shutil.which(f"python3.{minor}")
+        if on_path and (3, minor) not in found:
+            try_one(on_path)
     return found
 
 
-def pythons(least=8, below=100):
+def pythons(least: int = 8, below: int = 100) -> list[str]:
     """Paths of the CPython 3.N found, `least` <= N < `below`, one of each, in order."""
     found = all_pythons()
     return [found[key] for key in sorted(found) if least <= key[1] < below]

@@ -23,6 +23,7 @@ from support import (
     SCRIPT,
     Home,
     Receiver,
+    Request,
     event,
     patched,
     place,
@@ -256,9 +257,15 @@ def test_a_sender_killed_while_it_sets_aside_or_backs_off(
     home: Home, status: int
 ) -> None:
     """Killed at any rename: the ping waits or is set aside, and state.json is whole."""
-    with Receiver(status) as receiver:
+    bad: list[str] = []
+
+    def answer(request: Request) -> int:
+        return status if request.ping["event_id"] in bad else 200
+
+    with Receiver(answer) as receiver:
         for nth in (1, 2, 3):
-            (event_id,) = place(home, receiver.url)
+            event_id, _ = place(home, receiver.url, 2)
+            bad.append(event_id)
             for when in ("before", "after"):
                 run_sender(home, receiver.url, ONE_LIFE + at("replace", when, nth=nth))
                 state = home.destination() / "state.json"
@@ -268,7 +275,7 @@ def test_a_sender_killed_while_it_sets_aside_or_backs_off(
                 names = [path.name for path in home.waiting()]
                 names += [path.name for path in home.state.glob("*/refused/*")]
                 assert [name for name in names if event_id in name]
-        receiver.answer = 200
+        bad.clear()
         run_sender(home, receiver.url)
     assert home.waiting() == []
 

@@ -27,6 +27,8 @@ from support import (
     Request,
     dead_url,
     event,
+    only_enqueue,
+    patched,
     wait_until,
 )
 
@@ -138,10 +140,11 @@ def test_each_url_has_a_directory_of_its_own_that_does_not_tell_it(home: Home) -
 def test_what_is_delivered_is_gone_and_what_is_refused_is_set_aside(
     home: Home, receiver: Receiver
 ) -> None:
-    """After a delivery no ping is left; a refused one is in refused/."""
+    """After a delivery no ping is left; one that is refused where another is accepted
+    is in refused/."""
     receiver.answer = lambda request: 400 if request.ping["event"] == "Stop" else 200
-    for name in ("StopFailure", "Stop"):
-        home.hook(event(name), receiver.url)
+    only_enqueue(home, receiver.url, event("Stop"))
+    home.hook(event("StopFailure"), receiver.url)
     receiver.wait_for(2)
     home.quiet()
     base = home.destination()
@@ -163,13 +166,17 @@ def test_only_the_user_can_read_what_is_written(
     home: Home, receiver: Receiver, where: dict[str, str], umask: int
 ) -> None:
     """Directories 0700, parents too, files 0600, whatever the umask."""
-    receiver.answer = lambda _: 400 if len(receiver.requests) == 1 else 500
+    answers = {"Stop": 400, "StopFailure": 200, "SessionEnd": 500}
+    receiver.answer = lambda request: answers[request.ping["event"]]
     before = set(home.path.rglob("*"))
     env = {name: str(home.path / value) for name, value in where.items()}
-    for _ in range(2):
+    alone = f"os.umask({umask}); os.posix_spawn = lambda *_, **__: 0"
+    sent = event("Stop")
+    assert outcome(patched(home, alone, url=receiver.url, sent=sent, **env)) == SILENT
+    for name in ("StopFailure", "SessionEnd-other"):
         done = subprocess.run(
             [sys.executable, "-I", "-S", str(SCRIPT)],
-            input=json.dumps(event("Stop")).encode(),
+            input=json.dumps(event(name)).encode(),
             cwd=str(home.project),
             capture_output=True,
             timeout=30,
@@ -189,7 +196,8 @@ def test_the_background_sender_keeps_to_the_permissions(
     home: Home, receiver: Receiver
 ) -> None:
     """What the detached process writes is the user's alone, too."""
-    receiver.answer = 400
+    receiver.answer = lambda request: 400 if request.ping["event"] == "Stop" else 200
+    only_enqueue(home, receiver.url, event("Stop"))
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", str(SCRIPT)],
         stdin=subprocess.PIPE,
@@ -197,8 +205,8 @@ def test_the_background_sender_keeps_to_the_permissions(
         cwd=str(home.project),
         preexec_fn=lambda: os.umask(0) and None,  # noqa: PLW1509 - takes no lock
     )
-    process.communicate(json.dumps(event("Stop")).encode(), 30)
-    receiver.wait_for(1)
+    process.communicate(json.dumps(event("StopFailure")).encode(), 30)
+    receiver.wait_for(2)
     home.quiet()
     found = list(home.state.rglob("*"))
     assert {"refused", "state.json", "sender.log"} <= {path.name for path in found}
@@ -582,7 +590,7 @@ def test_no_state_holds_delivery_back_for_more_than_a_day(
     for not_before in (now + 10 * 365 * 86400, 1e15, 2**52):
         state = {"set_at": now - 1, "not_before": not_before}
         (tmp_path / "state.json").write_text(json.dumps(state))
-        left = script.backoff_left_s(script.load_state(str(tmp_path)), now)
+        left = script.State.load(str(tmp_path / "state.json")).backoff_left_s(now)
         assert 0 < left <= 86400
 
 
@@ -597,7 +605,8 @@ def test_a_back_off_holds_between_its_two_times(
     now = float(int(time.time()))
     state = {"set_at": now + set_at, "not_before": now + not_before}
     (tmp_path / "state.json").write_text(json.dumps(state))
-    assert script.backoff_left_s(script.load_state(str(tmp_path)), now) == left
+    found = script.State.load(str(tmp_path / "state.json"))
+    assert found.backoff_left_s(now) == left
 
 
 # -- Strange things in the outbox ------------------------------------------------------

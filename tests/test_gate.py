@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import hashlib
 import hmac
+import io
 import json
 import pathlib
 import random
 import re
 import shutil
 import subprocess
+import tokenize
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, Iterator, NoReturn
 
 import pytest
 
@@ -267,10 +269,10 @@ def test_every_real_event_arrives_as_the_pure_function_says(
     home: Home, receiver: Receiver, script: ModuleType
 ) -> None:
     """Run as Claude Code runs it, each event's ping arrives with the same fields."""
-    sent = {}
+    sent, env = {}, {"TELEMHQ_USAGE": "0"}  # usage is added in the background
     for name in sorted(EXPECTED):
         raw = json.dumps(event(name)).encode()
-        done = home.hook(raw, receiver.url)
+        done = home.hook(raw, receiver.url, **env)
         assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
         sent[name] = len(raw)
     pings = receiver.wait_for(len(sent), 60)
@@ -318,7 +320,6 @@ IDENTIFIERS = (
     "source",
     "trigger",
     "notification_type",
-    "model",
     "event",
     "effort",
     "reason",
@@ -366,9 +367,8 @@ def test_a_string_leaves_only_in_the_shape_of_an_identifier(
     """ASCII letters, digits and _ . : -, 1 to 128: anything else is left out, whole."""
     for value in GOOD_IDENTIFIERS:
         assert ping_of(script, *put(field, value))[field] == value
-    more = ("a@b", "a[b]") if field != "model" else ()
     others = NOT_STRINGS if field != "machine" else ()
-    for bad in (*BAD_IDENTIFIERS, *more, *others):
+    for bad in (*BAD_IDENTIFIERS, "a@b", "a[b]", *others):
         assert field not in ping_of(script, *put(field, bad)), repr(bad)
 
 
@@ -385,12 +385,21 @@ def test_a_model_may_also_have_at_and_brackets(script: ModuleType, name: str) ->
     [
         "arn:aws:bedrock:eu-west-1:123456789012:inference-profile/eu.anthropic.x",
         "projects/acme/models/x",
+        "anthropic/claude-opus-5",
         "my model",
         "[1m]",
+        *filter(None, BAD_IDENTIFIERS),
     ],
 )
-def test_a_cloud_accounts_arn_is_no_model(script: ModuleType, name: str) -> None:
-    """No slash and no space: an ARN with an account's number in it stays home."""
+def test_a_model_that_is_no_identifier_is_other(script: ModuleType, name: str) -> None:
+    """No slash and no space: a router's vendor, an ARN with an account's number in it
+    stay home. That there was a model is told all the same."""
+    assert ping_of(script, event("Stop", model=name))["model"] == "other"
+
+
+@pytest.mark.parametrize("name", ["", *NOT_STRINGS], ids=repr)
+def test_what_names_no_model_is_none(script: ModuleType, name: object) -> None:
+    """An empty name, and what is no text, is left out."""
     assert "model" not in ping_of(script, event("Stop", model=name))
 
 
@@ -1197,65 +1206,241 @@ def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(
     assert b"CANARY" not in changed[0].body
 
 
-# -- Short enough to be read -----------------------------------------------------------
+# -- To be read from top to bottom -----------------------------------------------------
+
+TEXT = SCRIPT.read_text("utf-8")
+TREE = ast.parse(TEXT)
+BANNER = re.compile(r"# -- (.*?) ?-*")
+SECTIONS = (  # DESIGN's words, in the order of a ping's way
+    "JSON",
+    "Settings",
+    "Event -> ping",
+    "Trackers",
+    "Outbox",
+    "Hook",
+    "Transcripts",
+    "Accounts",
+    "Delivery",
+    "Sender",
+    "Commands",
+)
+Definition = (ast.FunctionDef, ast.ClassDef)
 
 
-def parts() -> tuple[str, str, str]:
-    """The script's text: what a hook runs, the sender's, the commands'."""
-    hook, rest = SCRIPT.read_text("utf-8").split("SENDER = r'''\n")
-    sender, rest = rest.split("'''\n", 1)
-    return hook, sender, rest.split("COMMANDS = r'''\n")[1].split("'''\n")[0]
+def banners() -> list[tuple[int, str]]:
+    """(line, title) of every section's banner."""
+    lines = enumerate(TEXT.splitlines(), 1)
+    return [(n, BANNER.sub(r"\1", line)) for n, line in lines if line[:5] == "# -- "]
 
 
-@pytest.mark.parametrize("part, most", [(0, 850), (1, 700), (2, 400)])
-def test_each_part_is_short_enough_to_be_read(part: int, most: int) -> None:
-    """What runs while Claude Code waits takes at most 850 lines, the detached process
-    700, the commands 400."""
-    assert parts()[part].count("\n") <= most
+def line_of(title: str) -> int:
+    """The line of the first banner that begins so."""
+    return next(line for line, found in banners() if found.startswith(title))
+
+
+def section_of(line: int) -> int:
+    """The number of the section that holds a line; 0: what stands before the first."""
+    return sum(1 for banner, _ in banners() if banner <= line)
+
+
+def definitions() -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    """Every function, class and method, the inner ones too."""
+    return (node for node in ast.walk(TREE) if isinstance(node, Definition))
+
+
+def test_each_section_has_a_banner_that_one_can_grep() -> None:
+    """`grep '^# --'` lists the sections, by DESIGN's words, in the order of a ping's
+    way, and each banner fills its line."""
+    titles = [title for _, title in banners()]
+    firsts = [
+        next(i for i, t in enumerate(titles) if t.startswith(s)) for s in SECTIONS
+    ]
+    assert firsts == sorted(firsts)
+    lines = TEXT.splitlines()
+    assert [line for line, _ in banners() if len(lines[line - 1]) != 88] == []
+
+
+def test_two_banners_tell_what_runs_when() -> None:
+    """Above the first all runs while Claude Code waits, above the second in the
+    background; below it stand the commands."""
+    lines = TEXT.splitlines()
+    first = lines.index(
+        "# All above runs while Claude Code waits; all below in the background, in a "
+        "sender."
+    )
+    second = lines.index("# All below is run by a person: the commands.")
+    assert line_of("Hook") < first < line_of("Transcripts")
+    assert line_of("Sender") < second < line_of("Commands")
+
+
+def names_in(node: ast.AST) -> dict[str, int]:
+    """Names that are read in a definition, however deep -> the line of the first."""
+    found: dict[str, int] = {}
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and isinstance(inner.ctx, ast.Load):
+            found.setdefault(inner.id, inner.lineno)
+    return found
+
+
+def bound_in(node: ast.AST) -> set[str]:
+    """Names that a definition gives a meaning of its own, however deep."""
+    found: set[str] = set()
+    for inner in ast.walk(node):
+        if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Load):
+            found.add(inner.id)
+        elif isinstance(inner, ast.arg):
+            found.add(inner.arg)
+        elif isinstance(inner, (ast.Import, ast.ImportFrom)):
+            found.update(alias.asname or alias.name for alias in inner.names)
+        elif isinstance(inner, ast.ExceptHandler) and inner.name:
+            found.add(inner.name)
+    return found
+
+
+def defined_at() -> dict[str, int]:
+    """Names defined at the top level -> the line that defines them first."""
+    found: dict[str, int] = {}
+    for node in TREE.body:
+        names = {node.name} if isinstance(node, Definition) else bound_in(node)
+        for name in names:
+            found.setdefault(name, node.lineno)
+    return found
+
+
+def test_each_section_uses_only_what_stands_above_it() -> None:
+    """No section names a function, class or constant of one below it: an auditor who
+    has read down to a banner knows all that what stands above it can do."""
+    lines = defined_at()
+    wrong = []
+    for node in TREE.body:
+        own = bound_in(node) if isinstance(node, Definition) else set()
+        for name, line in names_in(node).items():
+            above = section_of(lines.get(name, 0)) <= section_of(line)
+            if not above and name not in own:
+                wrong.append(f"line {line}: {name}")
+    assert wrong == []
+    assert section_of(lines["gate"]) < section_of(lines["hook"])
+
+
+def test_no_code_hides_in_a_text() -> None:
+    """Nothing is compiled from a text, and no text spans lines but for docstrings."""
+    called = {node.id for node in ast.walk(TREE) if isinstance(node, ast.Name)}
+    assert called & {"exec", "eval", "compile", "globals"} == set()
+    docstrings = {
+        node.body[0].lineno
+        for node in [TREE, *definitions()]
+        if ast.get_docstring(node) is not None
+    }
+    source = io.StringIO(TEXT).readline
+    strings = [
+        token
+        for token in tokenize.generate_tokens(source)
+        if token.type == tokenize.STRING and token.string.endswith(('"""', "'''"))
+    ]
+    assert [t.start[0] for t in strings if t.start[0] not in docstrings] == []
+    assert len(strings) > 100
+
+
+def test_no_function_has_60_lines() -> None:
+    """Each function can be seen at once."""
+    long = [
+        f"{node.name}, line {node.lineno}"
+        for node in definitions()
+        if isinstance(node, ast.FunctionDef)
+        and (node.end_lineno or 0) - node.lineno >= 59
+    ]
+    assert long == []
 
 
 def test_no_line_is_longer_than_88_columns() -> None:
     """The script can be read in a terminal."""
-    lines = SCRIPT.read_text("utf-8").splitlines()
+    lines = TEXT.splitlines()
     assert [i + 1 for i, line in enumerate(lines) if len(line) > 88] == []
+
+
+def inner_functions() -> set[ast.AST]:
+    """Functions within functions: what they mean is told by the one around."""
+    return {
+        inner
+        for node in definitions()
+        if isinstance(node, ast.FunctionDef)
+        for inner in ast.walk(node)
+        if inner is not node and isinstance(inner, ast.FunctionDef)
+    }
 
 
 def test_every_function_says_what_it_means() -> None:
     """Each function and class has a docstring, but for methods named by Python."""
-    missing = []
-
-    def visit(node: ast.AST) -> None:
-        for inner in getattr(node, "body", ()):
-            kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-            if (
-                isinstance(inner, kinds)
-                and not inner.name.startswith("__")
-                and not ast.get_docstring(inner)
-            ):
-                missing.append(f"{inner.name}, line {inner.lineno}")
-            if isinstance(inner, ast.ClassDef):
-                visit(inner)
-
-    for part in parts():
-        visit(ast.parse(part))
+    told = inner_functions()
+    missing = [
+        f"{node.name}, line {node.lineno}"
+        for node in definitions()
+        if not node.name.startswith("__")
+        and node not in told
+        and not ast.get_docstring(node)
+    ]
     assert missing == []
 
 
-def test_the_gate_stands_before_all_that_touches_disk_or_network() -> None:
-    """An auditor may stop after the gate: what follows it cannot widen it."""
-    tree, outside = ast.parse(parts()[0]), []
-    for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Attribute)
-            and node.attr in ("open", "write", "replace")
-            and isinstance(node.value, ast.Name)
-            and node.value.id == "os"
+# What an auditor finds above the outbox: nothing there opens a file or a connection.
+PURE = {
+    "os": {"environ", "path", "urandom"},
+    "os.path": {"expanduser", "isabs", "join", "normpath"},
+    "sys": {"base_exec_prefix", "base_prefix", "flags", "path"},
+    "time": {"gmtime", "strftime"},
+    "stat": set(),
+}
+PURE_MODULES = {"__future__", "_json", "hashlib", "hmac", "json", *PURE} - {"os.path"}
+
+
+def above_the_outbox() -> Iterator[ast.AST]:
+    """All that stands there, but for what is imported for its types only."""
+    end = line_of("Outbox")
+    for node in TREE.body:
+        if node.lineno < end and not (
+            isinstance(node, ast.If)
+            and isinstance(node.test, ast.Name)
+            and node.test.id == "TYPE_CHECKING"
         ):
-            outside.append(node.lineno)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-            "urllib"
-        ):
-            outside.append(node.lineno)
-    lines = {n.name: n.lineno for n in tree.body if isinstance(n, ast.FunctionDef)}
-    assert outside
-    assert lines["gate"] <= lines["make_ping"] < min(outside)
+            yield from ast.walk(node)
+
+
+def dotted(node: ast.AST) -> str:
+    """`os.path` of the node that says so, "" of any other expression."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def test_what_leaves_is_decided_before_anything_touches_disk_or_network() -> None:
+    """An auditor may stop after the trackers: up to there nothing can open a file or a
+    connection."""
+    for node in above_the_outbox():
+        if isinstance(node, ast.Import):
+            assert {alias.name for alias in node.names} <= PURE_MODULES
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module in PURE_MODULES
+        elif isinstance(node, ast.Name):
+            assert node.id not in ("open", "print", "input"), node.lineno
+        elif isinstance(node, ast.Attribute):
+            owner = dotted(node.value)
+            assert owner not in PURE or node.attr in PURE[owner], node.lineno
+
+
+def test_nothing_below_the_gate_changes_it() -> None:
+    """What is not in that section never leaves: its tables are made there, and only
+    read elsewhere."""
+    first, last = line_of("Event -> ping"), line_of("Trackers")
+    tables = {"GATE", "COPIED", "ORIGIN", "TOKENS", "CLIENT_AGENTS"}
+    for node in ast.walk(TREE):
+        line = getattr(node, "lineno", first)
+        if first <= line < last:
+            continue
+        if isinstance(node, ast.Name) and node.id in tables:
+            assert isinstance(node.ctx, ast.Load), line
+        if isinstance(node, ast.Subscript) and isinstance(node.value, ast.Name):
+            assert node.value.id not in tables or isinstance(node.ctx, ast.Load), line
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id not in tables, line
+    lines = defined_at()
+    assert first < lines["GATE"] < lines["gate"] < lines["make_ping"] < last

@@ -47,6 +47,7 @@ NONSENSE = (
     ("TELEMHQ_FOREGROUND", "maybe"),
     ("TELEMHQ_ALLOW_HTTP", "2"),
     ("TELEMHQ_USAGE", "perhaps"),
+    ("TELEMHQ_TOOL_NAMES", "some"),
     ("TELEMHQ_GIT", "main"),
     ("TELEMHQ_STATE_DIR", "relative/path"),
     ("TELEMHQ_STATE_DIR", "."),
@@ -90,6 +91,7 @@ def test_nonsense_is_ignored_silently_in_hook_mode(
         ("TELEMHQ_FOREGROUND", "0"),
         ("TELEMHQ_ALLOW_HTTP", "1"),
         ("TELEMHQ_USAGE", "0"),
+        ("TELEMHQ_TOOL_NAMES", "0"),
         ("TELEMHQ_GIT", "1"),
         ("TELEMHQ_STATE_DIR", "~/elsewhere"),
     ],
@@ -306,7 +308,7 @@ BAD_URLS = (
 @pytest.mark.parametrize("url", GOOD_URLS)
 def test_a_good_url_is_a_destination(script: ModuleType, url: str) -> None:
     """https anywhere, and http to this machine, by name, IPv4 or IPv6, with a port."""
-    found = script.find_destination(script.Settings({"TELEMHQ_PING_URL": url}))
+    found = script.find_tracker(script.Settings({"TELEMHQ_PING_URL": url}))
     assert found.url == url
 
 
@@ -316,7 +318,7 @@ def test_a_bad_url_is_no_destination(script: ModuleType, url: str) -> None:
     for more in ({}, {"TELEMHQ_ALLOW_HTTP": "1"}):
         environ = dict({"TELEMHQ_PING_URL": url}, **more)
         with pytest.raises(script.Skipped, match="TELEMHQ_PING_URL"):
-            script.find_destination(script.Settings(environ))
+            script.find_tracker(script.Settings(environ))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +340,7 @@ def test_a_bad_url_is_refused_with_a_clear_reason(
 ) -> None:
     """Debug mode and doctor say what is wrong with the URL."""
     with pytest.raises(script.Skipped, match=re.escape(word)):
-        script.find_destination(script.Settings({"TELEMHQ_PING_URL": url}))
+        script.find_tracker(script.Settings({"TELEMHQ_PING_URL": url}))
 
 
 @pytest.mark.parametrize("url", HTTP_ELSEWHERE)
@@ -347,9 +349,9 @@ def test_http_elsewhere_needs_to_be_allowed(script: ModuleType, url: str) -> Non
     for value in ("", "0", "nonsense"):
         environ = {"TELEMHQ_PING_URL": url, "TELEMHQ_ALLOW_HTTP": value}
         with pytest.raises(script.Skipped, match="TELEMHQ_ALLOW_HTTP"):
-            script.find_destination(script.Settings(environ))
+            script.find_tracker(script.Settings(environ))
     environ = {"TELEMHQ_PING_URL": url, "TELEMHQ_ALLOW_HTTP": "1"}
-    assert script.find_destination(script.Settings(environ)).url == url
+    assert script.find_tracker(script.Settings(environ)).url == url
 
 
 @pytest.mark.parametrize(
@@ -424,7 +426,10 @@ def test_a_fragment_is_not_sent_and_a_query_is(home: Home, receiver: Receiver) -
 # -- README and settings files ---------------------------------------------------------
 
 EXAMPLE = ROOT / "settings.example.json"
-COMMAND = "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true"
+COMMAND = (
+    "cd ~/.claude/hooks && python3 -ESc 'import telemhq_ping as t; t.hook()' "
+    "|| python3 -I -S ~/.claude/hooks/telemhq_ping.py || true"
+)
 TELEMHQS_COMMAND = "python3 ~/.claude/hooks/telemhq_ping.py"  # from TelemHQ's own pages
 
 
@@ -468,11 +473,20 @@ def test_the_readmes_table_of_what_is_sent_is_the_gate(script: ModuleType) -> No
 
 
 def test_settings_example_is_complete_and_as_documented() -> None:
-    """Stop, StopFailure and SessionEnd, one command each, a timeout, no env block."""
-    entry = {"type": "command", "command": COMMAND, "timeout": 10}
-    names = ("Stop", "StopFailure", "SessionEnd")
-    expected = {"hooks": {name: [{"hooks": [entry]}] for name in names}}
-    assert json.loads(EXAMPLE.read_text("utf-8")) == expected
+    """Stop, StopFailure and SessionEnd, one command each, a timeout, no env block.
+
+    A failing `claude -p` sends a SIGTERM to its StopFailure hooks, before Python is up.
+    """
+    commands = {
+        "Stop": COMMAND,
+        "StopFailure": "trap '' TERM; " + COMMAND,
+        "SessionEnd": COMMAND,
+    }
+    hooks = {
+        name: [{"hooks": [{"type": "command", "command": command, "timeout": 10}]}]
+        for name, command in commands.items()
+    }
+    assert json.loads(EXAMPLE.read_text("utf-8")) == {"hooks": hooks}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs sh")
@@ -506,12 +520,16 @@ def test_the_documented_commands_work(
     assert events == {"Stop", "StopFailure", "SessionEnd"}
     home.quiet()
     new = set(home.path.rglob("*")) - before - set(home.state.rglob("*"))
-    assert new == {home.state}
+    cache = hooks / "__pycache__"
+    (bytecode,) = cache.iterdir()
+    assert bytecode.name == f"{SCRIPT.stem}.{sys.implementation.cache_tag}.pyc"
+    assert new == {home.state, cache, bytecode}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs sh")
 def test_a_missing_script_does_not_block_claude_code(home: Home) -> None:
     """Python exits 2 for a missing script, which blocks: the `|| true` makes it 0."""
+    (home.path / ".claude" / "hooks").mkdir(parents=True)
     hooks = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]
     env = home.env(dead_url())
     env["PATH"] = os.path.dirname(sys.executable) + ":" + env["PATH"]

@@ -36,6 +36,7 @@ import pytest
 
 from support import (
     FIXTURES,
+    SCRIPT,
     Home,
     Receiver,
     Request,
@@ -66,6 +67,7 @@ USAGE_FIELDS = set(MULTIPLES) | {
     "usage_complete",
     "git_branch",
 }
+NOTHING_READ = {"usage_complete": False}  # all that such a ping has of USAGE_FIELDS
 DAY_S = 86400.0
 
 
@@ -369,6 +371,13 @@ def together(table: Mapping[str, Sequence[Any]], prepare: Callable[..., None]) -
         return found
 
     return sessions
+
+
+@pytest.fixture(autouse=True, scope="session")
+def installed_now() -> None:
+    """The script is installed now: sessions that began an hour ago are older."""
+    installed = SCRIPT.stat()
+    os.utime(SCRIPT, ns=(installed.st_atime_ns, installed.st_mtime_ns))
 
 
 @pytest.fixture
@@ -1127,10 +1136,10 @@ def hurried(
 
 
 LATE = {  # event: what is there, where the awaited row appears, that row
-    "Stop": ([prompt(0)], "", message(0.1, 4)),
-    "Stop max_tokens": ([prompt(0)], "", message(0.1, 4, stop="max_tokens")),
-    "Stop again": ([prompt(0), message(0.1, 0, stop=None)], "", message(0.1, 4)),
-    "SubagentStop": ([prompt(0), message(0, 2)], "a1", message(0.1, 4)),
+    "Stop": ([prompt(0)], "", message(0, 4)),
+    "Stop max_tokens": ([prompt(0)], "", message(0, 4, stop="max_tokens")),
+    "Stop again": ([prompt(0), message(0, 0, stop=None)], "", message(0, 4)),
+    "SubagentStop": ([prompt(0), message(0, 2)], "a1", message(0, 4)),
     "SessionEnd-other": ([prompt(0), message(0, 4)], "", ledger({OPUS: 4}, 0.5)),
     "SessionEnd-clear": ([prompt(0), message(0, 4)], "", ledger({OPUS: 4}, 0.5)),
 }
@@ -1165,7 +1174,7 @@ def test_second_stop_waits_for_a_row_of_its_own(live: Session) -> None:
     live.send()
     live.add(prompt(0))
     live.hook("Stop")
-    after(0.15, lambda: live.add(message(0.1, 2)))
+    after(0.15, lambda: live.add(message(0, 2)))
     ping = live.receiver.wait_for(2)[1]
     assert (size_of(ping), ping.get("usage_complete", True)) == (2, True)
 
@@ -1174,7 +1183,6 @@ NEVER = {  # event: rows of the session's file, of the agent's file, what is cha
     "Stop, nothing": ([prompt(0)], [], 0),
     "Stop, a tool's call": ([prompt(0), message(0, 1, stop="tool_use")], [], 1),
     "Stop, a block": ([prompt(0), message(0, 1, stop=None)], [], 1),
-    "Stop, an agent's row": ([prompt(0)], [message(0, 1)], 1),
     "Stop, a side chain's": ([prompt(0), message(0, 1, isSidechain=True)], [], 1),
     "Stop, an error": ([prompt(0), message(0, 1, isApiErrorMessage=True)], [], 0),
     "SubagentStop, a block": ([prompt(0)], [message(0, 1, stop=None)], 1),
@@ -1228,9 +1236,11 @@ def test_ping_says_when_what_it_waited_for_never_came(
 
 @pytest.mark.parametrize("name", ["Stop", "SubagentStop", "SessionEnd-other"])
 def test_without_a_transcript_nothing_is_waited_for(live: Session, name: str) -> None:
-    """Where there is no transcript, the ping goes at once and without usage."""
+    """Where there is no transcript, the ping goes at once, without usage, and says
+    so.
+    """
     ping, seconds = hurried(live, name, agent_transcript_path=str(live.agent()))
-    assert not USAGE_FIELDS & set(ping)
+    assert {name: ping[name] for name in USAGE_FIELDS & set(ping)} == NOTHING_READ
     assert seconds < 1.7
 
 
@@ -1325,8 +1335,12 @@ def test_turns_closer_than_2_s_do_not_run_into_each_other(session: Session) -> N
 def test_rows_of_more_than_2_s_after_an_event_are_for_a_later_ping(
     window: dict[str, Session], case: str
 ) -> None:
-    """What was written more than 2 s after an event is not poured into its ping."""
-    assert [size_of(ping) for ping in window[case].usage()] == [3, 12]
+    """What an agent wrote more than 2 s after an event is not poured into its ping;
+    what the main chain said after it at all is the next one's.
+    """
+    _, of_agent = WINDOW[case]
+    wanted = [3, 12] if of_agent else [1, 14]
+    assert [size_of(ping) for ping in window[case].usage()] == wanted
 
 
 def test_next_turn_is_for_the_next_ping_however_soon_it_begins(
@@ -1656,7 +1670,7 @@ def test_variable_for_the_branch(
 
 def test_lost_session_makes_one_ping(session: Session) -> None:
     """A session that was killed makes one SessionLost ping a day later: its usage, its
-    project, hashes and ids; the next days nothing more.
+    project, hashes and ids, today's name of the machine; the next days nothing more.
     """
     session.add(*turn(0, 1))
     session.hold("SessionStart", -1, source="startup", machine="mini")
@@ -1665,7 +1679,7 @@ def test_lost_session_makes_one_ping(session: Session) -> None:
     session.send()
     session.add(message(21, 4, stop="tool_use"), to=session.agent())
     session.later_by(DAY_S + 60)
-    assert session.send() == [("SessionLost", 6)]
+    assert session.send(TELEMHQ_MACHINE="midi") == [("SessionLost", 6)]
     ping = session.usage()[-1]
     assert set(ping) - set(MULTIPLES) == {
         "provider",
@@ -1691,7 +1705,7 @@ def test_lost_session_makes_one_ping(session: Session) -> None:
     }
     assert told == {
         "project": "api",
-        "machine": "mini",
+        "machine": "midi",
         "session_id": session.id,
         "cwd_hash": "c" * 12,
     }
@@ -2141,7 +2155,8 @@ def test_broken_transcript_costs_the_ping_its_usage_only(
     first, second = broken[case].usage()
     assert (size_of(first) or 0, size_of(second) or 0) == (own, 0)
     if make in (None, make_fifo, pathlib.Path.mkdir, make_link) and not of_agent:
-        assert not USAGE_FIELDS & set(first)
+        found = {name: first[name] for name in USAGE_FIELDS & set(first)}
+        assert found == NOTHING_READ
     assert len(broken[case].peaks) == sys.platform.startswith("linux")
     assert max(broken[case].peaks, default=0) < 80 << 10  # 30 MB without any of them
     assert broken[case].took < 30  # for all of them
