@@ -3512,7 +3512,8 @@ def printable(text: str, plain: str) -> str:
 
 def mark(good: bool | None) -> str:
     """The mark of a line: good, bad, or None for what is only told."""
-    return printable(*MARKS[good])
+    fancy, plain = MARKS[good]
+    return fancy if printable("✓✗·", "") else plain
 
 
 # -- Commands: the settings files of Claude Code ---------------------------------------
@@ -4468,14 +4469,15 @@ def known_projects() -> list[str]:
 
 
 def others_that_name_script(record: InstallRecord) -> list[str]:
-    """Paths of settings files that still name the script."""
+    """Paths of settings files that still name the script that install has put there."""
     paths = [file.path for file in Surroundings().files] + list(record.settings)
     for project in known_projects():
         paths += project_settings(project)
     named: dict[str, str] = {}
     for path in paths:
         file = SettingsFile(path)
-        if file.names_script():
+        theirs = record.kept and file.real not in record.settings
+        if file.names_script() and not theirs:  # but the one from before install
             named.setdefault(file.real, path)
     return list(named.values())
 
@@ -5375,26 +5377,19 @@ def sent(options: Namespace) -> int:
     return 0
 
 
-def seconds_of(timestamp: str) -> float:
-    """A ping's timestamp as seconds since 1970; ValueError: it is none."""
-    from calendar import timegm
-
-    return timegm(time.strptime(timestamp[:19], "%Y-%m-%dT%H:%M:%S"))
-
-
-def day_of(timestamp: str) -> str:
+def day_of(timestamp: object) -> str:
     """The day here (not in UTC) of a ping's timestamp."""
-    try:
-        return time.strftime("%Y-%m-%d", time.localtime(seconds_of(timestamp)))
-    except (ValueError, OverflowError, OSError):
+    seconds = seconds_of(timestamp)
+    if not seconds:
         return "unknown"
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
 def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
     """[(row's name, what of the ping counts there)]; several with several models."""
     models = ping.get("models")
     if by == "day":
-        return [(day_of(str(ping.get("timestamp"))), ping)]
+        return [(day_of(ping.get("timestamp")), ping)]
     if by == "session":
         return [(str(ping.get("session_id", "unknown")), ping)]
     if by == "project" or not isinstance(models, dict):
@@ -5411,7 +5406,7 @@ def rows_of(found: list[Delivery], by: str, since: str) -> list[Fields]:
     """One row for each day, project, model or session, in order; `since`: a day."""
     rows: dict[str, Fields] = {}
     for delivery in found:
-        if since and day_of(str(delivery.ping.get("timestamp"))) < since:
+        if since and day_of(delivery.ping.get("timestamp")) < since:
             continue
         for key, part in shares(delivery.ping, by):
             row = rows.setdefault(key, {by: key, "turns": 0, "failed": 0})
@@ -5520,7 +5515,7 @@ usage: {SCRIPT} COMMAND [OPTION ...]
 """
 
 
-def positive(text: str) -> int:
+def at_least_one(text: str) -> int:
     """A number of days or lines."""
     value = int(text)
     if value < 1:
@@ -5588,11 +5583,12 @@ def command_line() -> ArgumentParser:
     line.switch(command, "--run-all", "run commands of the project's settings, too")
     which = "its kind or directory; TelemHQ's by default"
     command = line.add(sent)
-    command.add_argument("-n", type=positive, default=20, help="how many (20)")
+    command.add_argument("-n", type=at_least_one, default=20, help="how many (20)")
     command.add_argument("--destination", metavar="NAME", help=which)
     command = line.add(report)
-    command.add_argument("--by", choices=GROUPS, default="day", help="one row for each")
-    command.add_argument("--days", type=positive, metavar="N", help="the last N only")
+    said = "one row for each"
+    command.add_argument("--by", choices=GROUPS, default="day", help=said)
+    command.add_argument("--days", type=at_least_one, metavar="N", help="the last N only")
     command.add_argument("--destination", metavar="NAME", help=which)
     line.switch(command, "--json", "a list of objects instead of a table")
     said = "also what waits for a former URL"

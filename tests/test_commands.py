@@ -24,6 +24,7 @@ from person import (
     OTHER_HOOK,
     URL,
     Ended,
+    Terminal,
     commands_in,
     installed,
     on_a_terminal,
@@ -120,14 +121,20 @@ def test_it_says_that_an_old_python_will_not_do(home: Home) -> None:
     assert "3.8" in ended.err
 
 
-def test_a_terminal_without_unicode_is_no_reason_to_fail(
-    home: Home, receiver: Receiver
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_unicode_gets_other_marks(
+    home: Home, receiver: Receiver, encoding: str
 ) -> None:
-    """Where a check mark cannot be printed, doctor still reports."""
+    """Where a check mark cannot be printed, doctor's marks are plain words."""
     run(home, "install", "--url", receiver.url)
-    ended = run(home, "doctor", PYTHONIOENCODING="ascii")
+    ended = run(home, "doctor", PYTHONIOENCODING=encoding)
     assert ended.code == 0, ended.out + ended.err
-    assert "? hook for Stop" in ended.out
+    assert "ok hook for Stop" in ended.out
+    assert "-- pings from this directory" in ended.out
+    installed(home).unlink()
+    ended = run(home, "doctor", PYTHONIOENCODING=encoding)
+    assert "!! nothing arrived" in ended.out
+    assert "?" not in ended.out
 
 
 def test_without_a_home_it_says_so() -> None:
@@ -182,68 +189,99 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Tree,
 
 
 def shown(ended: Ended) -> dict[str, Any]:
-    """{event: ping} of the first ping of each event in a demo's output."""
+    """{event: ping} of a demo's output."""
     found: dict[str, Any] = {}
-    ping = r"(?m)^(\w+): .*\n.*\n  left: ((?:.|\n)*?\n  \})"
-    for name, body in re.findall(ping, ended.out):
-        found.setdefault(name, json.loads(body))
+    block = r"(?m)^(\w+): .*\n(?:  .*\n)*?  left ((?:.+\n)+)"
+    for name, body in re.findall(block, ended.out):
+        found[name] = json.loads(body)
     return found
 
 
-def test_demo_shows_the_ping_of_each_event(
-    demonstration: tuple[Home, Tree, Ended],
-) -> None:
-    """The demo shows the exact JSON that left for each of six events, and exits 0."""
+def test_demo_shows_the_pings(demonstration: tuple[Home, Tree, Ended]) -> None:
+    """The demo shows the exact JSON that left for each of three events, and exits 0."""
     _, _, ended = demonstration
     assert ended.code == 0, ended.err
     pings = shown(ended)
-    assert list(pings) == [
-        "SessionStart",
-        "PostToolUse",
-        "PostToolUseFailure",
-        "Stop",
-        "StopFailure",
-        "SessionEnd",
-    ]
+    assert list(pings) == ["PostToolUseFailure", "Stop", "SessionEnd"]
     for name, ping in pings.items():
         assert ping["event"] == name
         assert ping["status"] == ("failed" if "Failure" in name else "success")
-    assert '"event": "Stop"' in ended.out
+        assert ping["project"] == "acme"
 
 
-def test_demo_shows_tokens_and_cost(demonstration: tuple[Home, Tree, Ended]) -> None:
-    """The demo's Stop has the tokens of a transcript, its SessionEnd the cost."""
-    pings = shown(demonstration[2])
-    assert pings["Stop"]["total_tokens"] > 0
-    assert pings["SessionEnd"]["cost_usd"] > 0
+def test_demo_fits_a_screen(demonstration: tuple[Home, Tree, Ended]) -> None:
+    """The demo has at most 60 lines, none wider than 100 columns: two to begin with,
+    and how to install as the last one."""
+    lines = demonstration[2].out.splitlines()
+    assert len(lines) <= 60
+    assert max(len(line) for line in lines) <= 100
+    assert [bool(line) for line in lines[:4]] == [True, True, False, True]
+    assert lines[-1] == "To install it: python3 telemhq_ping.py install"
 
 
-def test_demo_shows_what_stays_home(demonstration: tuple[Home, Tree, Ended]) -> None:
-    """The demo names the fields that stay home, and prints none of their content."""
-    _, _, ended = demonstration
-    home = re.findall(r"stayed home: (.*)", ended.out)
-    assert len(home) == 7
-    assert all("transcript_path (its hash went)" in line for line in home)
-    assert "tool_input" in home[1]
-    assert "tool_response" in home[1]
-    assert "error" in home[2]
-    assert "tool_name" not in home[2]
-    assert "last_assistant_message (its length went)" in home[3]
-    assert "hook_event_name" not in ended.out.replace("hook_event_name:", "")
-    for content in "hunter2", "deploy", "/home/you":
-        assert content not in ended.out
-
-
-def test_demo_shows_times_and_survives_an_outage(
+def test_demo_shows_realistic_tokens_and_cost(
     demonstration: tuple[Home, Tree, Ended],
 ) -> None:
+    """The demo's Stop has the tokens of its transcript, its SessionEnd the cost."""
+    pings = shown(demonstration[2])
+    assert pings["Stop"]["cached_input_tokens"] == 41200
+    assert pings["Stop"]["total_tokens"] == 44462
+    assert pings["Stop"]["model"] == "claude-opus-5-5"
+    assert pings["SessionEnd"]["cost_usd"] == 0.06
+
+
+def test_demo_strikes_out_what_stays_home(
+    demonstration: tuple[Home, Tree, Ended],
+) -> None:
+    """The demo shows what Claude Code handed over, field by field; what did not leave
+    is struck out, and none of it is in the pings."""
+    _, _, ended = demonstration
+    handed = dict(re.findall(r"(?m)^  (\w+) {2,}(.*)$", ended.out))
+    assert handed["tool_input"].startswith('~~{"command": "./deploy --password')
+    assert handed["tool_input"].endswith("~~ stayed home")
+    assert handed["transcript_path"].endswith("~~ only its hash left")
+    message = '~~"The password is hunter2."~~ only its length left'
+    assert handed["last_assistant_message"] == message
+    assert handed["error"].endswith("~~ only its length left")
+    assert handed["tool_name"] == '"Bash"'
+    assert handed["reason"] == '"prompt_input_exit"'
+    for ping in shown(ended).values():
+        for content in "hunter2", "deploy", "/home/you":
+            assert content not in json.dumps(ping)
+
+
+def test_demo_survives_an_outage(demonstration: tuple[Home, Tree, Ended]) -> None:
     """The demo gives the times of each event; one is delivered after an outage."""
     _, _, ended = demonstration
     times = re.findall(r"(\d+) ms in the hook, delivered after (\d+) ms", ended.out)
-    assert len(times) == 7
+    assert len(times) == 4
     assert all(0 < int(hook) < int(delivered) for hook, delivered in times)
     assert int(times[-1][1]) >= 1000
-    assert "receiver goes away" in ended.out
+    assert "The tracker was away for a second." in ended.out
+
+
+def test_demo_shows_all_on_request(home: Home) -> None:
+    """demo --all shows an event of each kind."""
+    ended = run(home, "demo", "--all")
+    assert ended.code == 0, ended.err
+    assert sorted(shown(ended)) == [
+        "PostToolUse",
+        "PostToolUseFailure",
+        "SessionEnd",
+        "SessionStart",
+        "Stop",
+        "StopFailure",
+    ]
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_demo_has_colours_at_a_terminal_only(home: Home, no_color: str) -> None:
+    """At a terminal what stays home is struck out by the terminal, unless NO_COLOR is
+    set; elsewhere there is no escape sequence."""
+    code, out = on_a_terminal(home, b"", "demo", NO_COLOR=no_color)
+    assert code == 0
+    assert ("\x1b[9;2m" in out) == (not no_color)
+    assert ("~~" in out) == bool(no_color)
 
 
 def test_demo_leaves_nothing_behind(demonstration: tuple[Home, Tree, Ended]) -> None:
@@ -281,12 +319,24 @@ def test_preview_prints_the_ping_that_the_hook_sends(
 
 
 def test_preview_has_samples(home: Home) -> None:
-    """`preview Stop` shows the ping of a built-in sample, without any URL set."""
+    """`preview Stop` shows the ping of a built-in sample, without any URL set, and says
+    that tokens are added later; unless none are."""
     ended = run(home, "preview", "Stop")
     assert ended.code == 0
     assert json.loads(ended.out)["event"] == "Stop"
-    assert ended.err == ""
+    assert ended.err.startswith("Tokens and cost are added later")
+    assert run(home, "preview", "Stop", TELEMHQ_USAGE="0").err == ""
     assert not (home.path / ".claude").exists()
+
+
+def test_preview_at_a_terminal_says_that_it_waits(home: Home) -> None:
+    """At a terminal preview says that it waits for an event, and how to end it."""
+    terminal = Terminal(home, "preview")
+    terminal.answer("Paste an event", '{"hook_event_name": "Stop"}\n\x04')
+    code, out = terminal.end()
+    assert code == 0
+    assert "Ctrl-D" in out
+    assert '"event": "Stop"' in out
 
 
 def test_preview_uses_the_settings_env_block(home: Home) -> None:
@@ -578,8 +628,12 @@ def test_an_upgrade_replaces_only_our_commands(home: Home, command: str) -> None
     hooks = {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}
     write_settings(home, {"hooks": hooks})
     installed(home).parent.mkdir()
-    installed(home).write_text("old")
-    assert run(home, "install").code == 0
+    old = SCRIPT.read_bytes().replace(b'"1.0.0"', b'"0.9.0"')
+    installed(home).write_bytes(old)
+    ended = run(home, "install")
+    assert ended.code == 0
+    replaced = f"{installed(home)} is replaced: it is version 0.9.0 of this script."
+    assert replaced in ended.out
     found = read(settings_path(home))["hooks"]
     assert list(found) == ["Stop", "PreCompact", "StopFailure", "SessionEnd"]
     assert len(found["Stop"]) == 2
@@ -656,7 +710,8 @@ def test_install_refuses_an_unusable_url(home: Home, url: str) -> None:
 
 
 def test_tools_registers_tool_activity(home: Home) -> None:
-    """--tools adds PostToolUse, for four tools, and PostToolUseFailure, for all."""
+    """--tools adds successes and failures of the same tools, those that change files or
+    run commands, as TelemHQ's documentation has it."""
     run(home, "install", "--tools")
     found = commands_in(read(settings_path(home)))
     assert [(name, matcher) for name, matcher, _ in found] == [
@@ -664,7 +719,7 @@ def test_tools_registers_tool_activity(home: Home) -> None:
         ("StopFailure", None),
         ("SessionEnd", None),
         ("PostToolUse", "Bash|Edit|MultiEdit|Write"),
-        ("PostToolUseFailure", None),
+        ("PostToolUseFailure", "Bash|Edit|MultiEdit|Write"),
     ]
 
 
