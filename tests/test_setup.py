@@ -333,8 +333,8 @@ def test_duplicate_keys_are_refused(home: Home, command: str) -> None:
 
 
 def test_install_asks_for_the_url(home: Home, receiver: Receiver) -> None:
-    """At a terminal install asks for the URL, without an echo; shows the diff, asks, and
-    ends with doctor's verdict."""
+    """At a terminal install asks for the URL, without an echo; shows the diff, asks,
+    and ends with doctor's verdict."""
     terminal = Terminal(home, "install")
     terminal.answer("Ping URL (not shown", receiver.url + "\n")
     terminal.answer("Write this? [y/N]", "yes\n")
