@@ -35,6 +35,8 @@ Variables
     TELEMHQ_FOREGROUND  1: the hook waits for the delivery (containers, CI)
     TELEMHQ_ALLOW_HTTP  1: allow http:// to other machines
     TELEMHQ_STATE_DIR   where the state is kept
+    TELEMHQ_DESTINATIONS  a list of who gets pings; by default TelemHQ alone (what others
+                        need stands in the section Trackers)
     TELEMHQ_HOOK_DEBUG  1: deliver while the hook waits, tell on stderr what happens
 Exit status
     Hook and sender: 0, whatever happens; nothing on stdout, and nothing on stderr but
@@ -98,6 +100,8 @@ DEADLINE = 1.5  # a whole request's time in timeouts: urllib bounds operations o
 OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is away
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
 PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
+ROWS_MAX = 4000  # messages beside a ping, 0.1 KB each; more are added up, by model
+OWN_MAX_CHARS = 300  # a text of the user's with the project's name in it
 PATH_MAX_CHARS = 4096  # PATH_MAX on Linux; a longer path opens nothing
 STATE_MAX_BYTES = 4 << 20  # ours is some KB
 UNFINISHED_S = 3600.0  # a file unfinished for so long has lost its writer
@@ -240,8 +244,8 @@ def all_of(value: object, characters: str, longest: int) -> bool:
     )
 
 
-def clean(text: str) -> str:
-    """`text` without control characters and lone surrogates, at most 128 characters."""
+def clean(text: str, longest: int = 128) -> str:
+    """`text` without control characters and lone surrogates, cut."""
     return "".join(
         character
         for character in text
@@ -250,7 +254,7 @@ def clean(text: str) -> str:
             or "\x7f" <= character <= "\x9f"
             or "\ud800" <= character <= "\udfff"
         )
-    )[:128]
+    )[:longest]
 
 
 def iso_time(ns: int) -> str:
@@ -291,6 +295,9 @@ class Settings:
         seconds = self.choice("TELEMHQ_TIMEOUT", "it is no number of seconds", duration)
         self.timeout_s: float = seconds or TIMEOUT_S[0]
         self.state_dir = self.find_state_dir()
+        named = environ.get("TELEMHQ_DESTINATIONS", "").lower().split(",")
+        named = list(dict.fromkeys(filter(None, map(str.strip, named))))
+        self.destinations = named or ["telemhq"]
 
     def find_state_dir(self) -> str | None:
         """Where the state is kept; None: nothing tells where home is."""
@@ -387,9 +394,14 @@ def origin(url: str) -> str:
 # -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
 
 
+def one_line(value: object, longest: int) -> bool:
+    """1 to `longest` characters, no control characters among them."""
+    return isinstance(value, str) and value != "" and clean(value, longest) == value
+
+
 def project_name(value: object) -> bool:
     """1 to 128 characters, no control characters among them."""
-    return isinstance(value, str) and value != "" and clean(value) == value
+    return one_line(value, 128)
 
 
 def model_name(value: object) -> bool:
@@ -473,12 +485,53 @@ CLIENT_AGENTS = frozenset(  # agent types that are Claude Code's own, not their 
 )
 
 
+def own_texts(value: object) -> bool:
+    """What a user chose for a tracker: identifier -> one line of text."""
+    return counts(value, identifier, lambda text: one_line(text, OWN_MAX_CHARS))
+
+
+def message_rows(value: object) -> bool:
+    """A list, bounded, of [id, model, time (ms since 1970), the counts of an API
+    message in the order of TOKENS, without their total]."""
+    return (
+        isinstance(value, list)
+        and len(value) <= ROWS_MAX
+        and all(isinstance(row, list) and len(row) == 3 + 5 for row in value)
+        and all(identifier(row[0], "@[]") and model_name(row[1]) for row in value)
+        and all(all(map(number, row[2:])) for row in value)
+    )
+
+
+def session_counts(value: object) -> bool:
+    """An object of TOKENS, and the calls of tools."""
+    return counts(value, (*TOKENS, "tool_calls").__contains__)
+
+
+BESIDE: dict[str, Shape] = {  # beside a ping, for a tracker that needs it, never in it
+    "own": own_texts,  # what its own variables said when the ping was made
+    "messages": message_rows,  # those whose tokens the ping was charged
+    "totals": session_counts,  # the session's, so far
+    "since_end": session_counts,  # the same since it last ended
+}
+
+
 def gate(fields: Fields) -> Fields:
     """Of `fields` what GATE names, in its shape. Every body is made by this."""
     return {
         name: fields[name]
         for name, shape in GATE.items()
         if name in fields and shape(fields[name])
+    }
+
+
+def gate_beside(fields: object, needs: tuple[str, ...]) -> Fields:
+    """Of what stands beside a ping only what its tracker needs, in its shape."""
+    if not isinstance(fields, dict):
+        return {}
+    return {
+        name: fields[name]
+        for name in needs
+        if name in fields and BESIDE[name](fields[name])
     }
 
 
@@ -552,6 +605,19 @@ def make_ping(
 
 
 # -- Trackers: who gets what -----------------------------------------------------------
+# A tracker is one class here and its name in TRACKERS; nothing else in this file knows
+# it. All that it is sent is made from the gate's output: the ping, and what BESIDE lets
+# through for those that need it.
+
+SESSION_EVENTS = (  # those that open an account, and those that tokens are charged to
+    "SessionStart",
+    "Stop",
+    "StopFailure",
+    "SubagentStop",
+    "SessionEnd",
+)
+USER_AGENT = {"User-Agent": f"telemhq-ping/{__version__}"}
+JSON_BODY = {"Content-Type": "application/json", **USER_AGENT}
 
 
 class Request:
@@ -561,35 +627,55 @@ class Request:
         self.url, self.headers, self.body = url, headers, body
 
 
-class TelemHQ:
-    """TelemHQ (public docs): the ping is the body, the token is in the URL's path."""
+class Tracker:
+    """A service that takes pings, as far as all of them are alike.
 
-    kind = "telemhq"
+    kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with; secrets:
+    those that must never be shown. needs: what of BESIDE it is given. url: where it is;
+    secret: what it knows us by. Made from Settings; Skipped says why there is none.
+    """
 
-    def __init__(self, settings: Settings) -> None:
-        """Skipped says why there is none."""
-        if not settings.url:
-            raise Skipped(
-                "TELEMHQ_PING_URL is not set; export it with your tracker's URL"
-            )
-        try:
-            need_usable(settings.url, settings.allow_http)
-        except ValueError as error:
-            raise Skipped(f"TELEMHQ_PING_URL is not usable: {error}") from None
-        self.url = settings.url
-        self.headers = {
-            "Content-Type": "application/json",
-            "User-Agent": f"telemhq-ping/{__version__}",
-        }
+    kind = ""
+    variables: tuple[str, ...] = ()
+    secrets: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    url_is_secret = False
+
+    def __init__(self, url: str, secret: str = "") -> None:
+        self.url, self.secret = url, secret
+        self.headers = dict(JSON_BODY)
+        if secret:
+            self.headers["Authorization"] = f"Bearer {secret}"
 
     def directory_name(self) -> str:
-        """Its directory's name, which does not tell the URL."""
-        return f"{self.kind}-{sha256_hex(self.url.encode())[:12]}"
+        """Its directory's name, which tells neither the URL nor the secret."""
+        known_by = "\n".join(filter(None, (self.url, self.secret)))
+        return f"{self.kind}-{sha256_hex(known_by.encode())[:12]}"
 
-    def requests(self, ping: Fields) -> list[Request]:
-        """What is sent of a ping; a repeat of it has the same Idempotency-Key."""
-        headers = {"Idempotency-Key": ping["event_id"], **self.headers}
-        return [Request(self.url, headers, encode_json(ping).encode())]
+    def wants(self, _: Fields) -> bool:
+        """Whether a ping concerns it: others are not even queued."""
+        return True
+
+    def frozen(self, _: Fields) -> dict[str, str]:
+        """What its own variables put into the bodies of a ping. It waits beside the
+        ping, for the sender may be another session's, with other settings."""
+        return {}
+
+    def requests(self, ping: Fields, beside: Fields) -> list[Request]:
+        """What is sent of a ping, in this order; the same bytes at every repeat."""
+        raise NotImplementedError
+
+    def refuses(self, _: bytes) -> bool:
+        """Whether the beginning of a 200's body says that the ping was refused."""
+        return False
+
+    def check(self) -> Request:
+        """A request that records nothing, and shows whether the tracker takes us."""
+        return Request(self.url, self.headers, None)
+
+    def post(self, path: str, fields: Fields) -> Request:
+        """A request with a JSON body."""
+        return Request(self.url + path, self.headers, encode_json(fields).encode())
 
 
 def need_usable(url: str, allow_http: bool) -> None:
@@ -599,6 +685,469 @@ def need_usable(url: str, allow_http: bool) -> None:
         raise ValueError(
             "http:// can be read on the way; use https:// (or set TELEMHQ_ALLOW_HTTP=1)"
         )
+
+
+def base_url(settings: Settings, name: str, default: str = "") -> str:
+    """The base URL in a variable, without a slash at its end; Skipped: unusable."""
+    url = settings.environ.get(name) or default
+    if not url:
+        raise Skipped(f"{name} is not set")
+    try:
+        need_usable(url, settings.allow_http)
+        if "?" in url or "#" in url:
+            raise ValueError("it must be a base URL, without ? and #")
+    except ValueError as error:
+        raise Skipped(f"{name} is not usable: {error}") from None
+    return url.rstrip("/")
+
+
+def secret_in(text: str, name: str) -> str:
+    """A token that may stand in a header; Skipped says what is wrong, and not it."""
+    text = text.strip()
+    if not text:
+        raise Skipped(f"{name} is not set")
+    if not text.isascii() or not text.isprintable() or " " in text:
+        raise Skipped(f"{name} is not usable: it has characters that no token has")
+    return text
+
+
+class TelemHQ(Tracker):
+    """TelemHQ (public docs): the ping is the body, the token is in the URL's path."""
+
+    kind = "telemhq"
+    variables = secrets = ("TELEMHQ_PING_URL",)
+    url_is_secret = True
+
+    def __init__(self, settings: Settings) -> None:
+        if not settings.url:
+            raise Skipped(
+                "TELEMHQ_PING_URL is not set; export it with your tracker's URL"
+            )
+        try:
+            need_usable(settings.url, settings.allow_http)
+        except ValueError as error:
+            raise Skipped(f"TELEMHQ_PING_URL is not usable: {error}") from None
+        super().__init__(settings.url)
+
+    def requests(self, ping: Fields, _: Fields) -> list[Request]:
+        """The ping as it is; a repeat of it has the same Idempotency-Key."""
+        headers = {"Idempotency-Key": ping["event_id"], **self.headers}
+        return [Request(self.url, headers, encode_json(ping).encode())]
+
+
+class Wigtoken(Tracker):
+    """wigtoken (server 0.3): a row for each API message. The server knows a row by its
+    id and keeps the first, so that a repeat is harmless; it ignores project and
+    session, and wants a name for the machine."""
+
+    kind = "wigtoken"
+    variables = ("WIGTOKEN_SERVER", "WIGTOKEN_TOKEN", "WIGTOKEN_MACHINE")
+    secrets = ("WIGTOKEN_TOKEN",)
+    needs = ("own", "messages")
+    ROWS_MAX = 1000  # more in a request: 413
+    MACHINE_MAX_CHARS = 100
+
+    def __init__(self, settings: Settings) -> None:
+        token = settings.environ.get("WIGTOKEN_TOKEN", "")
+        url = base_url(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
+        super().__init__(url, secret_in(token, "WIGTOKEN_TOKEN"))
+        self.usage = settings.usage
+        self.machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
+        if not self.machine:
+            raise Skipped("WIGTOKEN_MACHINE is not set; the server demands a name")
+        if not identifier(self.machine) or ":" in self.machine:
+            raise Skipped("WIGTOKEN_MACHINE may hold letters, digits and _ . - only")
+        if len(self.machine) > self.MACHINE_MAX_CHARS:
+            raise Skipped("WIGTOKEN_MACHINE is too long")
+
+    def wants(self, ping: Fields) -> bool:
+        """What tokens are charged to, and what opens the account."""
+        return self.usage and ping.get("event") in SESSION_EVENTS
+
+    def frozen(self, _: Fields) -> dict[str, str]:
+        """The machine's name."""
+        return {"machine": str(self.machine)}
+
+    def requests(self, _: Fields, beside: Fields) -> list[Request]:
+        """The messages charged, some at a time."""
+        rows = [self.row(*row) for row in beside.get("messages", ())]
+        machine = beside.get("own", {}).get("machine", self.machine)
+        return [
+            self.post(
+                "", {"machine": machine, "messages": rows[at : at + self.ROWS_MAX]}
+            )
+            for at in range(0, len(rows), self.ROWS_MAX)
+        ]
+
+    @staticmethod
+    def row(message: str, model: str, ms: int, *counts: int) -> Fields:
+        """A message as the server has it; counts: in the order of TOKENS."""
+        return {
+            "message_id": message,
+            "model": model,
+            "ts": iso_time(ms * 10**6),
+            "input_tokens": counts[0],
+            "output_tokens": counts[1],
+            "cache_read_input_tokens": counts[2],
+            "cache_creation_input_tokens": counts[3],
+        }
+
+    def check(self) -> Request:
+        """No message at all."""
+        return self.post("", {"machine": self.machine, "messages": []})
+
+
+class Recorder(Tracker):
+    """Recorder (its recipe, CLI and SDK): a request a value, four values a session,
+    under a prefix that is chosen for each project. Nothing is known of how it takes a
+    repeat: the comment tells one."""
+
+    kind = "recorder"
+    variables = ("RECORDER_PAT", "RECORDER_URL", "RECORDER_PREFIX")
+    secrets = ("RECORDER_PAT",)
+    needs = ("own", "since_end")
+    URL = "https://api.recorder.nasebanal.com"
+    VALUES = (
+        ("/Input", "input_tokens"),
+        ("/Output", "output_tokens"),
+        ("/CacheRead", "cached_input_tokens"),
+        ("/CacheCreate", "cache_creation_input_tokens"),
+    )
+    PREFIX_MAX_CHARS = 128
+
+    def __init__(self, settings: Settings) -> None:
+        url = base_url(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
+        token = settings.environ.get("RECORDER_PAT", "")
+        super().__init__(url, secret_in(token, "RECORDER_PAT"))
+        self.usage = settings.usage
+        self.prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
+        if self.prefix and not project_name(self.prefix):
+            raise Skipped("RECORDER_PREFIX is not usable: it is no line of text")
+
+    def wants(self, ping: Fields) -> bool:
+        """The ends; and whatever tells that a session is there, or none that ends
+        without a word would ever be told."""
+        return bool(self.prefix and self.usage and ping.get("event") in SESSION_EVENTS)
+
+    def frozen(self, ping: Fields) -> dict[str, str]:
+        """Where the project's values are kept."""
+        return {"prefix": self.prefix.replace("{project}", str(ping.get("project")))}
+
+    def requests(self, ping: Fields, beside: Fields) -> list[Request]:
+        """What the session used, when it ends (again: since it last did)."""
+        used, prefix = beside.get("since_end", {}), beside.get("own", {}).get("prefix")
+        ends = ping.get("event") in ("SessionEnd", "SessionLost")
+        if not (ends and prefix and any(used.values())):
+            return []
+        return [
+            self.post(
+                "",
+                {
+                    "name": prefix + name,
+                    "unit": "tokens",
+                    "data_type": "integer",
+                    "chart_type": "line",
+                    "value": used.get(count, 0),
+                    "recorded_at": ping.get("timestamp"),
+                    "comment": f"telemhq_ping {ping['event_id']}",
+                },
+            )
+            for name, count in self.VALUES
+        ]
+
+
+class OTLP(Tracker):
+    """OpenTelemetry: a log record a ping, OTLP/HTTP with JSON (its specification: names
+    in lowerCamelCase, 64-bit integers as strings, nanoseconds). At least once:
+    telemhq.event_id tells a repeat."""
+
+    kind = "otlp"
+    variables = ("TELEMHQ_OTLP_ENDPOINT", "TELEMHQ_OTLP_HEADERS")
+    secrets = ("TELEMHQ_OTLP_HEADERS",)
+    INFO, ERROR = 9, 17
+    NAMES = (  # the ping's, the GenAI conventions' or the client's own telemetry's
+        ("provider", "gen_ai.provider.name"),
+        ("model", "gen_ai.response.model"),
+        ("session_id", "gen_ai.conversation.id"),
+        ("session_id", "session.id"),
+        ("prompt_id", "prompt.id"),
+        ("cached_input_tokens", "gen_ai.usage.cache_read.input_tokens"),
+        ("cache_creation_input_tokens", "gen_ai.usage.cache_creation.input_tokens"),
+        ("output_tokens", "gen_ai.usage.output_tokens"),
+    )
+    ELSEWHERE = ("input_tokens", "timestamp", "event", "hook_version")
+
+    def __init__(self, settings: Settings) -> None:
+        url = base_url(settings, "TELEMHQ_OTLP_ENDPOINT")
+        super().__init__(url if url.endswith("/v1/logs") else url + "/v1/logs")
+        self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
+        try:
+            self.headers = {**self.headers_in(self.secret), **JSON_BODY}
+        except ValueError:
+            text = "it must be Name=value,Name=value (%2C is a comma, %20 a space)"
+            raise Skipped(f"TELEMHQ_OTLP_HEADERS is not usable: {text}") from None
+
+    @staticmethod
+    def headers_in(text: str) -> dict[str, str]:
+        """Name=value,... with %XX in the values, as OpenTelemetry's own variables have
+        it; ValueError when it is not so."""
+        found = {}
+        for pair in filter(None, map(str.strip, text.split(","))):
+            name, equals, value = map(str.strip, pair.partition("="))
+            first, *rest = value.split("%")
+            value = first + "".join(chr(int(p[:2], 16)) + p[2:] for p in rest)
+            good = LETTERS_DIGITS.union("-_.").issuperset(name) and value.isascii()
+            if not (name and equals and good and value.isprintable()):
+                raise ValueError("no header")
+            found[name] = value
+        return found
+
+    def requests(self, ping: Fields, _: Fields) -> list[Request]:
+        """The one record."""
+        failed = ping.get("status") == "failed"
+        record = {
+            "timeUnixNano": str(ns_of_iso(ping.get("timestamp"))),
+            "severityNumber": self.ERROR if failed else self.INFO,
+            "eventName": f"claude_code.{ping.get('event')}",
+            "attributes": list(map(self.attribute, self.named(ping))),
+        }
+        scope = {"name": "telemhq_ping", "version": ping.get("hook_version", "")}
+        return [self.export([{"scope": scope, "logRecords": [record]}])]
+
+    def export(self, scopes: list[Fields]) -> Request:
+        """An ExportLogsServiceRequest."""
+        service = self.attribute(("service.name", "claude-code"))
+        resource = {"attributes": [service]}
+        logs = [{"resource": resource, "scopeLogs": scopes}] if scopes else []
+        return self.post("", {"resourceLogs": logs})
+
+    def named(self, ping: Fields) -> Iterator[tuple[str, object]]:
+        """A ping's fields as attributes have them; objects are laid flat."""
+        if "input_tokens" in ping:
+            yield "gen_ai.usage.input_tokens", all_input(ping)
+        for field, value in ping.items():
+            if field not in self.ELSEWHERE:
+                names = [name for known, name in self.NAMES if known == field]
+                for name in names or [f"telemhq.{field}"]:
+                    yield from self.flat(name, value)
+
+    def flat(self, name: str, value: object) -> Iterator[tuple[str, object]]:
+        """An attribute, or those of an object's inner values."""
+        if not isinstance(value, dict):
+            yield name, value
+            return
+        for key, inner in value.items():
+            yield from self.flat(f"{name}.{key}", inner)
+
+    @staticmethod
+    def attribute(pair: tuple[str, object]) -> Fields:
+        """A KeyValue."""
+        name, value = pair
+        found: Fields = {"stringValue": value}
+        if isinstance(value, bool):
+            found = {"boolValue": value}
+        elif isinstance(value, int):
+            found = {"intValue": str(value)}
+        elif isinstance(value, float):
+            found = {"doubleValue": value}
+        return {"key": name, "value": found}
+
+    def refuses(self, body: bytes) -> bool:
+        """A partial success rejects the one record: it must not be sent again."""
+        try:
+            partial = decode_json(body.decode("utf-8", "replace"))["partialSuccess"]
+            return int(partial["rejectedLogRecords"]) > 0
+        except (ValueError, KeyError, TypeError):
+            return False
+
+    def check(self) -> Request:
+        """An export of nothing."""
+        return self.export([])
+
+
+class ClaudeMetrics(Tracker):
+    """Claude Metrics (its plugin 0.4.0; the server is not public): the metadata of what
+    the plugin sends. Never a prompt, a response or an e-mail address."""
+
+    kind = "claude-metrics"
+    variables = (
+        "CLAUDE_METRICS_API_URL",
+        "CLAUDE_METRICS_API_TOKEN",
+        "CLAUDE_METRICS_DISABLED",
+    )
+    secrets = ("CLAUDE_METRICS_API_TOKEN",)
+    needs = ("totals",)
+    URL = "http://127.0.0.1:8000/api/v1"
+    TOKEN_FILE = "~/.claude-metrics/token"
+    SYSTEM = (  # event, kind, what of the ping its payload has
+        ("Notification", "notification", ("notification_type",)),
+        ("PreCompact", "pre_compact", ("trigger",)),
+        ("SubagentStop", "subagent_stop", ("agent_id", "agent_type")),
+    )
+    TOOL = ("PostToolUse", "PostToolUseFailure")
+    EXECUTION = ("Stop", "StopFailure")
+    SESSION = ("SessionStart", "Stop", "SessionEnd", "SessionLost")
+
+    def __init__(self, settings: Settings) -> None:
+        if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
+            raise Skipped("CLAUDE_METRICS_DISABLED is set")
+        url = base_url(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
+        token = settings.environ.get("CLAUDE_METRICS_API_TOKEN") or self.token_in_file()
+        super().__init__(url, secret_in(token, "CLAUDE_METRICS_API_TOKEN"))
+        # Without it, Laravel answers what it does not accept with a redirect.
+        self.headers["Accept"] = "application/json"
+
+    def token_in_file(self) -> str:
+        """What the plugin keeps; Skipped when others could read it as well."""
+        path, flags = absolute(self.TOKEN_FILE) or "", getattr(os, "O_NONBLOCK", 0)
+        try:
+            fd = os.open(path, os.O_RDONLY | flags)
+            try:
+                found, raw = os.fstat(fd), os.read(fd, 4096)
+            finally:
+                os.close(fd)
+        except OSError:
+            text = "CLAUDE_METRICS_API_TOKEN is not set"
+            raise Skipped(f"{text}, and {self.TOKEN_FILE} cannot be read") from None
+        if os.name == "posix" and (
+            found.st_uid != os.geteuid() or found.st_mode & 0o077
+        ):
+            raise Skipped(f"{self.TOKEN_FILE} is not its owner's alone: chmod 600 it")
+        return raw.decode("ascii", "replace")
+
+    def wants(self, ping: Fields) -> bool:
+        """The events that it has a place for."""
+        event = ping.get("event")
+        known = (*self.TOOL, *self.EXECUTION, *self.SESSION)
+        return event in known or any(event == name for name, _, _ in self.SYSTEM)
+
+    def requests(self, ping: Fields, beside: Fields) -> list[Request]:
+        """One of each kind that the event is."""
+        event, found = ping.get("event"), []
+        if event in self.EXECUTION or ping.get("total_tokens"):
+            found.append(self.post("/execution", self.execution(ping)))
+        if event in self.TOOL:
+            found.append(self.post("/tool", self.tool(ping)))
+        for name, kind, fields in self.SYSTEM:
+            if name == event:
+                payload = {field: ping[field] for field in fields if field in ping}
+                system = {"kind": kind, "payload": payload}
+                found.append(
+                    self.post("/system", {**self.common(ping, "/system"), **system})
+                )
+        if event in self.SESSION:
+            found.append(self.post("/session", self.session(ping, beside)))
+        return found
+
+    @staticmethod
+    def common(ping: Fields, path: str) -> Fields:
+        """What every kind but a session's begins with; event_id is a UUID, and another
+        one for each request of a ping."""
+        key = sha256_hex(f"{ping['event_id']}{path}".encode())[:32]
+        uuid = "-".join((key[:8], key[8:12], key[12:16], key[16:20], key[20:]))
+        return without_none(
+            event_id=uuid,
+            session_id=ping.get("session_id"),
+            turn_id=ping.get("prompt_id"),
+            permission_mode=ping.get("permission_mode"),
+            client_meta={"client": f"telemhq_ping {ping.get('hook_version')}"},
+        )
+
+    def execution(self, ping: Fields) -> Fields:
+        """A turn, or what tokens went to behind one. response_text: null, which the
+        plugin sends when it has none."""
+        tools = ping.get("tools", {}).items()
+        fields = without_none(
+            message_length=ping.get("last_assistant_message_chars"),
+            tools_used=[{"name": name, "count": calls} for name, calls in tools],
+            tokens_in=all_input(ping) if "input_tokens" in ping else None,
+            tokens_out=ping.get("output_tokens"),
+            cache_read_tokens=ping.get("cached_input_tokens"),
+            cache_creation_tokens=ping.get("cache_creation_input_tokens"),
+            thinking_tokens=ping.get("reasoning_tokens"),
+            model=ping.get("model"),
+            duration_ms=ping.get("duration_ms"),
+            stop_reason=ping.get("error"),
+            status=ping.get("status"),
+        )
+        return {**self.common(ping, "/execution"), "response_text": None, **fields}
+
+    def tool(self, ping: Fields) -> Fields:
+        """A tool's call."""
+        fields = without_none(
+            tool_name=ping.get("tool_name"),
+            success=ping.get("status") == "success",
+            duration_ms=ping.get("duration_ms"),
+            error_class=ping.get("error"),
+            subagent_type=ping.get("agent_type"),
+        )
+        return {**self.common(ping, "/tool"), **fields}
+
+    def session(self, ping: Fields, beside: Fields) -> Fields:
+        """A session as it stands: known by its id, each such request replaces it."""
+        event, at, totals = ping["event"], ping.get("timestamp"), beside.get("totals")
+        ends = event in ("SessionEnd", "SessionLost")
+        common = self.common(ping, "/session")
+        fields = without_none(
+            session_id=common.get("session_id"),
+            client_meta=common["client_meta"],
+            started_at=at if event == "SessionStart" else None,
+            ended_at=at if ends else None,
+            exit_kind=ping.get("reason", "lost") if ends else None,
+        )
+        if totals:
+            fields.update(
+                tokens_in_total=all_input(totals),
+                tokens_out_total=totals.get("output_tokens", 0),
+                tool_calls_total=totals.get("tool_calls", 0),
+            )
+        return fields
+
+    def check(self) -> Request:
+        """A GET where only POSTs are taken."""
+        return Request(self.url + "/session", self.headers, None)
+
+
+def without_none(**fields: object) -> Fields:
+    """The fields that have a value."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def all_input(counts: Fields) -> int:
+    """All tokens that went in, cached or not, which TelemHQ's names tell apart."""
+    names = ("input_tokens", "cached_input_tokens", "cache_creation_input_tokens")
+    return sum(int(counts.get(name, 0)) for name in names)
+
+
+def ns_of_iso(text: object) -> int:
+    """The inverse of iso_time(); 0 when it is no such time."""
+    from calendar import timegm
+
+    try:
+        seconds, _, ms = str(text).rstrip("Z").partition(".")
+        when = time.strptime(seconds, "%Y-%m-%dT%H:%M:%S")
+        return timegm(when) * 10**9 + int(ms or 0) * 10**6
+    except ValueError:
+        return 0
+
+
+TRACKERS: dict[str, Callable[[Settings], Tracker]] = {
+    found.kind: found for found in (TelemHQ, Wigtoken, Recorder, OTLP, ClaudeMetrics)
+}
+
+
+def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
+    """The trackers that the settings name; and why others that they name are none."""
+    trackers, problems = [], []
+    for name in settings.destinations:
+        try:
+            if name not in TRACKERS:
+                known = ", ".join(TRACKERS)
+                raise Skipped(f"TELEMHQ_DESTINATIONS: {name!r} is none of {known}")
+            trackers.append(TRACKERS[name](settings))
+        except Skipped as why:
+            problems.append(str(why))
+    return trackers, problems
 
 
 def find_tracker(settings: Settings) -> TelemHQ:
@@ -2897,7 +3446,7 @@ class Sender:
         begun = time.monotonic()
         self.watch_over(DEADLINE * limit)
         answer = Answer(DELIVERED, "nothing to send")
-        for request in self.tracker.requests(ping):
+        for request in self.tracker.requests(ping, {}):
             answer = post(self.opener, request, limit)
             if answer.verdict != DELIVERED:
                 break

@@ -1,0 +1,609 @@
+"""Trackers: from variables to destinations, from a ping to requests, to the letter."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import trackers
+from support import SCRIPT, TOKEN, Request
+
+if TYPE_CHECKING:
+    import pathlib
+    from types import ModuleType
+
+EVENT_ID = "0123456789abcdef0123456789abcdef"
+PING = {
+    "event_id": EVENT_ID,
+    "event": "Stop",
+    "timestamp": "2026-11-20T12:00:00.250Z",
+    "status": "success",
+    "project": "api",
+    "session_id": "5e551011-0000-4000-8000-000000000000",
+    "prompt_id": "prompt-1",
+    "provider": "anthropic",
+    "tool": "claude-code",
+    "hook_version": "1.0.0",
+    "model": "claude-opus-5-5",
+    "input_tokens": 3,
+    "output_tokens": 5,
+    "cached_input_tokens": 7,
+    "cache_creation_input_tokens": 11,
+    "reasoning_tokens": 2,
+    "total_tokens": 26,
+    "tools": {"Bash": 2, "mcp__a__b": 1},
+    "tool_calls": 3,
+    "duration_ms": 1250,
+    "usage_complete": False,
+    "cost_usd": 0.5,
+}
+ROW = ["msg_01abc", "claude-opus-5-5", 1763640000250, 3, 5, 7, 11, 2]
+USED = {
+    "input_tokens": 3,
+    "output_tokens": 5,
+    "cached_input_tokens": 7,
+    "cache_creation_input_tokens": 11,
+    "total_tokens": 26,
+    "tool_calls": 3,
+}
+GOOD = {  # what makes each a destination
+    "telemhq": {"TELEMHQ_PING_URL": f"https://telemhq.com/ping/{TOKEN}"},
+    "wigtoken": {
+        "WIGTOKEN_SERVER": "https://wig.example/",
+        "WIGTOKEN_TOKEN": "wts_SECRET",
+        "WIGTOKEN_MACHINE": "laptop",
+    },
+    "recorder": {"RECORDER_PAT": "pat_SECRET", "RECORDER_PREFIX": "Code/{project}"},
+    "otlp": {"TELEMHQ_OTLP_ENDPOINT": "http://localhost:4318"},
+    "claude-metrics": {"CLAUDE_METRICS_API_TOKEN": "cm_SECRET"},
+}
+KINDS = tuple(GOOD)
+
+
+def section_cut(title: str) -> tuple[str, str]:
+    """(one section of the script, all the rest)."""
+    text = SCRIPT.read_text("utf-8")
+    start = text.index(f"# -- {title}")
+    end = text.index("\n# -- ", start + 1)
+    return text[start:end], text[:start] + text[end:]
+
+
+def made(script: ModuleType, kind: str, **changes: str) -> Any:
+    """A tracker, from the variables that are good for it."""
+    environ = {"TELEMHQ_DESTINATIONS": kind, **GOOD[kind], **changes}
+    (tracker,), problems = script.find_trackers(script.Settings(environ))
+    assert problems == []
+    return tracker
+
+
+def problem(script: ModuleType, kind: str, **changes: str) -> str:
+    """Why there is no such tracker."""
+    environ = {"TELEMHQ_DESTINATIONS": kind, **GOOD[kind], **changes}
+    found, problems = script.find_trackers(script.Settings(environ))
+    assert found == []
+    (text,) = problems
+    return str(text)
+
+
+# -- Who is named, and what it is set up with ------------------------------------------
+
+
+def test_no_trackers_name_stands_outside_of_its_section() -> None:
+    """Adding a tracker touches one section: no other one knows any of them, or their
+    variables. (TelemHQ's own name is the product's.)"""
+    inside, outside = section_cut("Trackers")
+    names = r"(?i)wigtoken|recorder|otlp|claude[-_]?metrics"
+    assert re.findall(names, outside) == []
+    assert len(set(map(str.lower, re.findall(names, inside)))) >= 4
+
+
+def test_trackers_are_in_the_auditors_part() -> None:
+    """The section stands right behind the gate's."""
+    banners = re.findall(r"(?m)^# -- (\w+)", SCRIPT.read_text("utf-8"))
+    assert banners[banners.index("Trackers") - 1] == "Event"
+
+
+def test_by_default_only_telemhq_is_used(script: ModuleType) -> None:
+    """Other trackers' variables that lie around mean nothing."""
+    environ = {k: v for found in GOOD.values() for k, v in found.items()}
+    for named in ({}, {"TELEMHQ_DESTINATIONS": ""}, {"TELEMHQ_DESTINATIONS": " , "}):
+        found, problems = script.find_trackers(script.Settings({**environ, **named}))
+        assert [tracker.kind for tracker in found] == ["telemhq"]
+        assert problems == []
+
+
+@pytest.mark.parametrize(
+    "named, kinds",
+    [
+        ("wigtoken", ["wigtoken"]),
+        ("otlp,telemhq", ["otlp", "telemhq"]),
+        (" OTLP , Recorder,,otlp", ["otlp", "recorder"]),
+        (",".join(KINDS), list(KINDS)),
+    ],
+)
+def test_named_trackers_are_used(
+    script: ModuleType, named: str, kinds: list[str]
+) -> None:
+    """The list's order, once each; case and spaces do not matter."""
+    environ = {k: v for found in GOOD.values() for k, v in found.items()}
+    environ["TELEMHQ_DESTINATIONS"] = named
+    found, problems = script.find_trackers(script.Settings(environ))
+    assert [tracker.kind for tracker in found] == kinds
+    assert problems == []
+
+
+def test_what_is_wrong_with_one_stops_only_that_one(script: ModuleType) -> None:
+    """What is wrong with one is told; the others work."""
+    environ = {"TELEMHQ_DESTINATIONS": "recoder,wigtoken,otlp", **GOOD["otlp"]}
+    found, problems = script.find_trackers(script.Settings(environ))
+    assert [tracker.kind for tracker in found] == ["otlp"]
+    assert len(problems) == 2
+    assert "recoder" in problems[0]
+    assert "claude-metrics" in problems[0]
+    assert "WIGTOKEN_SERVER is not set" in problems[1]
+
+
+@pytest.mark.parametrize(
+    "kind, changes, names",
+    [
+        ("telemhq", {"TELEMHQ_PING_URL": ""}, "TELEMHQ_PING_URL is not set"),
+        ("telemhq", {"TELEMHQ_PING_URL": "ftp://x"}, "TELEMHQ_PING_URL"),
+        ("wigtoken", {"WIGTOKEN_SERVER": ""}, "WIGTOKEN_SERVER is not set"),
+        ("wigtoken", {"WIGTOKEN_SERVER": "http://far.example"}, "WIGTOKEN_SERVER"),
+        ("wigtoken", {"WIGTOKEN_SERVER": "https://u:p@far.example"}, "user:password"),
+        ("wigtoken", {"WIGTOKEN_SERVER": "https://far.example/?a=b"}, "base URL"),
+        ("wigtoken", {"WIGTOKEN_TOKEN": ""}, "WIGTOKEN_TOKEN is not set"),
+        ("wigtoken", {"WIGTOKEN_TOKEN": "a\r\nX: y"}, "WIGTOKEN_TOKEN"),
+        ("wigtoken", {"WIGTOKEN_TOKEN": "a b"}, "WIGTOKEN_TOKEN"),
+        ("wigtoken", {"WIGTOKEN_TOKEN": "é"}, "WIGTOKEN_TOKEN"),
+        ("wigtoken", {"WIGTOKEN_MACHINE": ""}, "WIGTOKEN_MACHINE is not set"),
+        ("wigtoken", {"WIGTOKEN_MACHINE": "my laptop"}, "WIGTOKEN_MACHINE"),
+        ("wigtoken", {"WIGTOKEN_MACHINE": "a:b"}, "WIGTOKEN_MACHINE"),
+        ("wigtoken", {"WIGTOKEN_MACHINE": "a" * 101}, "WIGTOKEN_MACHINE"),
+        ("recorder", {"RECORDER_PAT": ""}, "RECORDER_PAT is not set"),
+        ("recorder", {"RECORDER_URL": "recorder.example"}, "RECORDER_URL"),
+        ("recorder", {"RECORDER_PREFIX": "a\nb"}, "RECORDER_PREFIX"),
+        ("recorder", {"RECORDER_PREFIX": "a" * 129}, "RECORDER_PREFIX"),
+        ("otlp", {"TELEMHQ_OTLP_ENDPOINT": ""}, "TELEMHQ_OTLP_ENDPOINT is not set"),
+        ("otlp", {"TELEMHQ_OTLP_HEADERS": "SECRET"}, "TELEMHQ_OTLP_HEADERS"),
+        ("otlp", {"TELEMHQ_OTLP_HEADERS": "a=SECRET%0d%0aX"}, "TELEMHQ_OTLP_HEADERS"),
+        ("otlp", {"TELEMHQ_OTLP_HEADERS": "a b=SECRET"}, "TELEMHQ_OTLP_HEADERS"),
+        ("otlp", {"TELEMHQ_OTLP_HEADERS": "a=SECRET%zz"}, "TELEMHQ_OTLP_HEADERS"),
+        ("claude-metrics", {"CLAUDE_METRICS_DISABLED": "1"}, "DISABLED is set"),
+        ("claude-metrics", {"CLAUDE_METRICS_API_URL": "/api"}, "METRICS_API_URL"),
+    ],
+)
+def test_reason_names_the_variable_and_no_secret(
+    script: ModuleType, kind: str, changes: dict[str, str], names: str
+) -> None:
+    """What is missing or unusable is told by its variable's name, not by its value."""
+    text = problem(script, kind, **changes)
+    assert names in text
+    assert "SECRET" not in text
+    assert TOKEN not in text
+
+
+def test_wigtokens_machine_is_telemhqs_unless_it_has_one(script: ModuleType) -> None:
+    """WIGTOKEN_MACHINE, else TELEMHQ_MACHINE; the host's name never leaves."""
+    machine = {"TELEMHQ_MACHINE": "desk"}
+    assert made(script, "wigtoken", **machine).machine == "laptop"
+    assert made(script, "wigtoken", WIGTOKEN_MACHINE="", **machine).machine == "desk"
+    # A name that TelemHQ takes, and wigtoken does not:
+    text = problem(script, "wigtoken", WIGTOKEN_MACHINE="", TELEMHQ_MACHINE="a:b")
+    assert "WIGTOKEN_MACHINE" in text
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such modes")
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o640, 0o604, 0o666])
+def test_token_file_that_others_can_read_is_refused(
+    script: ModuleType,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: int,
+) -> None:
+    """~/.claude-metrics/token is the plugin's; only its owner may have a look at it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert "cannot be read" in problem(
+        script, "claude-metrics", CLAUDE_METRICS_API_TOKEN=""
+    )
+    (tmp_path / ".claude-metrics").mkdir()
+    path = tmp_path / ".claude-metrics" / "token"
+    path.write_text("cm_FILE\n")
+    path.chmod(mode)
+    if mode & 0o077:
+        text = problem(script, "claude-metrics", CLAUDE_METRICS_API_TOKEN="")
+        assert "chmod 600" in text
+        assert "cm_FILE" not in text
+    else:
+        tracker = made(script, "claude-metrics", CLAUDE_METRICS_API_TOKEN="")
+        assert tracker.secret == "cm_FILE"
+    # The variable goes before the file, whatever that is.
+    assert made(script, "claude-metrics").secret == "cm_SECRET"
+
+
+def test_directory_is_named_by_url_and_secret(script: ModuleType) -> None:
+    """Another URL or another secret is another destination; TelemHQ's name stays what
+    it was: pings wait there."""
+    url = GOOD["telemhq"]["TELEMHQ_PING_URL"]
+    expected = "telemhq-" + script.sha256_hex(url.encode())[:12]
+    assert made(script, "telemhq").directory_name() == expected
+    for kind, change in (
+        ("wigtoken", {"WIGTOKEN_TOKEN": "wts_OTHER"}),
+        ("wigtoken", {"WIGTOKEN_SERVER": "https://other.example"}),
+        ("recorder", {"RECORDER_PAT": "pat_OTHER"}),
+        ("otlp", {"TELEMHQ_OTLP_HEADERS": "Authorization=Bearer OTHER"}),
+        ("claude-metrics", {"CLAUDE_METRICS_API_TOKEN": "cm_OTHER"}),
+    ):
+        name = made(script, kind).directory_name()
+        assert re.fullmatch(re.escape(kind) + "-[0-9a-f]{12}", name)
+        assert made(script, kind).directory_name() == name
+        assert made(script, kind, **change).directory_name() != name
+    # What shapes a body, and not where it goes, makes no other one.
+    name = made(script, "wigtoken").directory_name()
+    assert made(script, "wigtoken", WIGTOKEN_MACHINE="x").directory_name() == name
+
+
+# -- From a ping to requests -----------------------------------------------------------
+
+
+class Place:
+    """A strict receiver that is called without a network."""
+
+    def __init__(self, kind: str) -> None:
+        (cls,) = (found for found in trackers.ALL if found.kind == kind)
+        self.strict: Any = cls()
+        self.strict.close()
+
+    def tracker(self, script: ModuleType, **changes: str) -> Any:
+        """The tracker that sends to it."""
+        environ = {"TELEMHQ_DESTINATIONS": self.strict.kind, **self.strict.env()}
+        (found,), problems = script.find_trackers(
+            script.Settings({**environ, **changes})
+        )
+        assert problems == []
+        return found
+
+    def send(self, requests: list[Any]) -> list[int]:
+        """The statuses of requests."""
+        return [self.answer(request)[0] for request in requests]
+
+    def answer(self, request: Any) -> Any:
+        """(status, headers, body) that a request gets."""
+        headers = __import__("email.message").message.Message()
+        for name, value in request.headers.items():
+            headers[name] = value
+        method = "GET" if request.body is None else "POST"
+        path = re.sub(r"^\w+://[^/]+", "", request.url)
+        place = Request(method, path, headers, request.body or b"")
+        return self.strict.serve(place)
+
+
+def test_telemhqs_body_is_the_ping(script: ModuleType) -> None:
+    """Byte for byte, whatever stands beside it for others."""
+    (request,) = made(script, "telemhq").requests(PING, {"messages": [ROW]})
+    assert request.body == script.encode_json(PING).encode()
+    assert request.headers["Idempotency-Key"] == EVENT_ID
+    assert "Authorization" not in request.headers
+
+
+def test_wigtoken_gets_a_row_a_message(script: ModuleType) -> None:
+    """Its own id, model, time and four counts; the machine that was its when the ping
+    was made."""
+    place = Place("wigtoken")
+    tracker = place.tracker(script)
+    beside = {"own": {"machine": "desk"}, "messages": [ROW]}
+    requests = tracker.requests(PING, beside)
+    assert json.loads(requests[0].body) == {
+        "machine": "desk",
+        "messages": [
+            {
+                "message_id": "msg_01abc",
+                "model": "claude-opus-5-5",
+                "ts": "2025-11-20T12:00:00.250Z",
+                "input_tokens": 3,
+                "output_tokens": 5,
+                "cache_read_input_tokens": 7,
+                "cache_creation_input_tokens": 11,
+            }
+        ],
+    }
+    assert place.send(requests) == [200]
+    assert place.send(requests) == [200]
+    assert place.strict.totals() == dict(zip(trackers.COUNTS, (3, 5, 7, 11)))
+    assert place.strict.faults == []
+
+
+@pytest.mark.parametrize("count", [0, 1, 999, 1000, 1001, 4000])
+def test_wigtoken_gets_at_most_1000_rows_a_request(
+    script: ModuleType, count: int
+) -> None:
+    """More: 413. No rows: no request."""
+    place = Place("wigtoken")
+    rows = [[f"msg_{n}", *ROW[1:]] for n in range(count)]
+    requests = place.tracker(script).requests(PING, {"messages": rows})
+    assert place.send(requests) == [200] * -(-count // 1000)
+    assert place.strict.totals()["output"] == 5 * count
+    assert place.strict.faults == []
+
+
+@pytest.mark.parametrize("name", ["SessionEnd", "SessionLost"])
+def test_recorder_gets_four_values_a_session(script: ModuleType, name: str) -> None:
+    """Under the project's prefix, at the session's end, with the event's id."""
+    place = Place("recorder")
+    tracker = place.tracker(script)
+    own = tracker.frozen(PING)
+    assert own == {"prefix": "System/Code/api/Tokens"}
+    ping = dict(PING, event=name)
+    requests = tracker.requests(ping, {"own": own, "since_end": USED})
+    assert place.send(requests) == [201] * 4
+    assert place.strict.faults == []
+    assert [point["name"] for point in place.strict.points] == [
+        f"System/Code/api/Tokens/{name}"
+        for name in ("Input", "Output", "CacheRead", "CacheCreate")
+    ]
+    assert [point["value"] for point in place.strict.points] == [3, 5, 7, 11]
+    assert {point["recorded_at"] for point in place.strict.points} == {
+        PING["timestamp"]
+    }
+    assert all(EVENT_ID in point["comment"] for point in place.strict.points)
+
+
+def test_recorder_gets_nothing_else(script: ModuleType) -> None:
+    """No value before the end, of a session that used nothing, without a prefix."""
+    tracker = made(script, "recorder")
+    own = tracker.frozen(PING)
+    end = dict(PING, event="SessionEnd")
+    assert tracker.requests(PING, {"own": own, "since_end": USED}) == []
+    assert tracker.requests(end, {"own": own}) == []
+    nothing = dict.fromkeys(USED, 0)
+    assert tracker.requests(end, {"own": own, "since_end": nothing}) == []
+    assert tracker.requests(end, {"since_end": USED}) == []
+    assert tracker.wants(end)
+    assert not made(script, "recorder", RECORDER_PREFIX="").wants(end)
+
+
+def test_otlp_gets_a_record_a_ping(script: ModuleType) -> None:
+    """OTLP/HTTP with JSON, names by the GenAI conventions where there are any."""
+    place = Place("otlp")
+    (request,) = place.tracker(script).requests(PING, {})
+    assert place.send([request]) == [200]
+    assert place.strict.faults == []
+    assert place.strict.records == [
+        {
+            "service.name": "claude-code",
+            "event": "claude_code.Stop",
+            "severity": 9,
+            "telemhq.event_id": EVENT_ID,
+            "telemhq.status": "success",
+            "telemhq.project": "api",
+            "telemhq.tool": "claude-code",
+            "session.id": PING["session_id"],
+            "gen_ai.conversation.id": PING["session_id"],
+            "prompt.id": "prompt-1",
+            "gen_ai.provider.name": "anthropic",
+            "gen_ai.response.model": "claude-opus-5-5",
+            "gen_ai.usage.input_tokens": 21,
+            "gen_ai.usage.cache_read.input_tokens": 7,
+            "gen_ai.usage.cache_creation.input_tokens": 11,
+            "gen_ai.usage.output_tokens": 5,
+            "telemhq.reasoning_tokens": 2,
+            "telemhq.total_tokens": 26,
+            "telemhq.tools.Bash": 2,
+            "telemhq.tools.mcp__a__b": 1,
+            "telemhq.tool_calls": 3,
+            "telemhq.duration_ms": 1250,
+            "telemhq.usage_complete": False,
+            "telemhq.cost_usd": 0.5,
+        }
+    ]
+    (body,) = place.strict.accepted
+    (logs,) = body[1]["resourceLogs"][0]["scopeLogs"]
+    assert logs["scope"] == {"name": "telemhq_ping", "version": "1.0.0"}
+    assert logs["logRecords"][0]["timeUnixNano"] == "1795176000250000000"
+
+
+def test_otlp_says_what_failed(script: ModuleType) -> None:
+    """A failed event is of severity ERROR."""
+    place = Place("otlp")
+    place.send(place.tracker(script).requests(dict(PING, status="failed"), {}))
+    assert place.strict.records[0]["severity"] == 17
+
+
+@pytest.mark.parametrize(
+    "body, refused",
+    [
+        (b"", False),
+        (b"{}", False),
+        (b"OK", False),
+        (b'{"partialSuccess": {}}', False),
+        (b'{"partialSuccess": null}', False),
+        (b'{"partialSuccess": {"rejectedLogRecords": "0"}}', False),
+        (b'{"partialSuccess": {"errorMessage": "a warning"}}', False),
+        (b'{"partialSuccess": {"rejectedLogRecords": "1"}}', True),
+        (b'{"partialSuccess": {"rejectedLogRecords": 1}}', True),
+        (b'{"partialSuccess": {"rejectedLogRecords": "1"', False),
+    ],
+)
+def test_partial_success_refuses(
+    script: ModuleType, body: bytes, refused: bool
+) -> None:
+    """A 200 that rejects the record is a refusal, and no other one is."""
+    assert made(script, "otlp").refuses(body) is refused
+    for kind in set(KINDS) - {"otlp"}:
+        assert not made(script, kind).refuses(body)
+
+
+@pytest.mark.parametrize(
+    "text, headers",
+    [
+        ("", {}),
+        ("Authorization=Bearer abc==", {"Authorization": "Bearer abc=="}),
+        ("Authorization=Basic%20abc%3D", {"Authorization": "Basic abc="}),
+        ("a=1, b = 2%2C3 ,", {"a": "1", "b": "2,3"}),
+        ("Content-Type=text/plain", {}),
+    ],
+)
+def test_headers_of_ones_own(
+    script: ModuleType, text: str, headers: dict[str, str]
+) -> None:
+    """As OTEL_EXPORTER_OTLP_HEADERS has them; they cannot change what a body is."""
+    tracker = made(script, "otlp", TELEMHQ_OTLP_HEADERS=text)
+    plain = made(script, "otlp").headers
+    assert tracker.headers == {**plain, **headers}
+    assert tracker.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize(
+    "endpoint, url",
+    [
+        ("http://localhost:4318", "http://localhost:4318/v1/logs"),
+        ("http://localhost:4318/", "http://localhost:4318/v1/logs"),
+        ("https://x.example/otlp", "https://x.example/otlp/v1/logs"),
+        ("https://x.example/v1/logs", "https://x.example/v1/logs"),
+    ],
+)
+def test_endpoint_is_a_base_url(script: ModuleType, endpoint: str, url: str) -> None:
+    """/v1/logs is added to it, once."""
+    assert made(script, "otlp", TELEMHQ_OTLP_ENDPOINT=endpoint).url == url
+
+
+CLAUDE_METRICS: tuple[
+    tuple[str, dict[str, Any], list[str]], ...
+] = (  # event, changes, the paths of its requests
+    ("SessionStart", {"source": "startup"}, ["session"]),
+    ("Stop", {}, ["execution", "session"]),
+    ("StopFailure", {"status": "failed", "error": "rate_limit"}, ["execution"]),
+    ("PostToolUse", {"tool_name": "Bash"}, ["tool"]),
+    ("PostToolUseFailure", {"tool_name": "Bash", "status": "failed"}, ["tool"]),
+    ("Notification", {"notification_type": "idle"}, ["system"]),
+    ("PreCompact", {"trigger": "auto"}, ["system"]),
+    ("SubagentStop", {"agent_type": "Explore"}, ["system"]),
+    ("SubagentStop", {"total_tokens": 26}, ["execution", "system"]),
+    ("SessionEnd", {"reason": "clear"}, ["session"]),
+    ("SessionEnd", {"total_tokens": 26}, ["execution", "session"]),
+    ("SessionLost", {"total_tokens": 26}, ["execution", "session"]),
+)
+
+
+@pytest.mark.parametrize("name, changes, paths", CLAUDE_METRICS)
+def test_claude_metrics_gets_the_metadata_of_its_plugins_events(
+    script: ModuleType, name: str, changes: dict[str, Any], paths: list[str]
+) -> None:
+    """Each kind of event at its own path; a repeat is known by its UUID."""
+    place = Place("claude-metrics")
+    bare = {k: PING[k] for k in PING if not k.endswith("_tokens") and k != "tools"}
+    ping = {**(bare if "total_tokens" not in changes else PING), "event": name}
+    ping.update(changes)
+    requests = place.tracker(script).requests(ping, {"totals": USED})
+    assert [request.url.rsplit("/", 1)[1] for request in requests] == paths
+    for _ in range(2):
+        assert place.send(requests) == [202] * len(paths)
+    assert place.strict.faults == []
+    assert len(place.strict.events) == len(set(paths) - {"session"})
+    if "session" in paths:
+        (session,) = place.strict.sessions.values()
+        assert session["tokens_in_total"] == 21
+        assert session["tokens_out_total"] == 5
+        assert session["tool_calls_total"] == 3
+        assert ("ended_at" in session) == (name in ("SessionEnd", "SessionLost"))
+        assert ("started_at" in session) == (name == "SessionStart")
+    expected = (3, 5, 7, 11) if "total_tokens" in changes else (0, 0, 0, 0)
+    assert place.strict.totals() == dict(zip(trackers.COUNTS, expected))
+
+
+def test_claude_metrics_never_gets_prompts(script: ModuleType) -> None:
+    """Its plugin sends them in full; ours does not tell of them at all."""
+    tracker = made(script, "claude-metrics")
+    for name in ("UserPromptSubmit", "UserPromptExpansion", "PreToolUse"):
+        assert not tracker.wants(dict(PING, event=name))
+    for name, _, _ in CLAUDE_METRICS[:-1]:
+        assert tracker.wants(dict(PING, event=name))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_sent_is_the_same_at_every_repeat(
+    script: ModuleType, kind: str
+) -> None:
+    """From the frozen ping and what stands beside it, and nothing else: neither the
+    clock nor today's settings."""
+    environ = {"WIGTOKEN_MACHINE": "other", "RECORDER_PREFIX": "Other/{project}"}
+    first, later = made(script, kind), made(script, kind, **environ)
+    beside = {"messages": [ROW], "totals": USED, "since_end": USED}
+    beside["own"] = first.frozen(PING)
+    for name in ("Stop", "SessionEnd", "PostToolUse"):
+        ping = dict(PING, event=name)
+        one, two = first.requests(ping, beside), later.requests(ping, beside)
+        assert [(r.url, r.headers, r.body) for r in one] == [
+            (r.url, r.headers, r.body) for r in two
+        ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_check_records_nothing(script: ModuleType, kind: str) -> None:
+    """Doctor's question is answered, and leaves nothing behind."""
+    place = Place(kind)
+    status = place.answer(place.tracker(script).check())[0]
+    assert status in (200, 405)
+    assert place.strict.faults == []
+    assert place.strict.totals() == dict.fromkeys(trackers.COUNTS, 0)
+    for kept in ("rows", "points", "records", "events", "sessions", "by_id"):
+        assert not getattr(place.strict, kept, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_secrets_stand_in_headers_or_the_url_only(
+    script: ModuleType, kind: str
+) -> None:
+    """No body holds one."""
+    tracker = made(script, kind)
+    beside = {"messages": [ROW], "totals": USED, "since_end": USED}
+    beside["own"] = tracker.frozen(PING)
+    for name in ("Stop", "SessionEnd"):
+        for request in tracker.requests(dict(PING, event=name), beside):
+            assert b"SECRET" not in request.body
+
+
+# -- The gate, for what stands beside a ping -------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, good, bad",
+    [
+        ("messages", [], {}),
+        ("messages", [ROW], [ROW[:-1]]),
+        ("messages", [["e.m@1[x]", *ROW[1:]]], [["a b", *ROW[1:]]]),
+        ("messages", [ROW] * 4000, [ROW] * 4001),
+        ("messages", [ROW], [[*ROW[:1], "vendor/name", *ROW[2:]]]),
+        ("messages", [ROW], [[*ROW[:-1], "CANARY"]]),
+        ("messages", [ROW], [[*ROW[:-1], -1]]),
+        ("totals", USED, {**USED, "CANARY": 1}),
+        ("totals", USED, {**USED, "tool_calls": "CANARY"}),
+        ("since_end", USED, [USED]),
+        ("own", {"prefix": "A/b c/é"}, {"prefix": "a\nb"}),
+        ("own", {"prefix": "a" * 300}, {"prefix": "a" * 301}),
+        ("own", {"machine": "x"}, {"machine": 1}),
+    ],
+)
+def test_gate_beside_the_ping(
+    script: ModuleType, name: str, good: object, bad: object
+) -> None:
+    """Only in its shape, and only what the tracker needs."""
+    needs = (name,)
+    assert script.gate_beside({name: good}, needs) == {name: good}
+    assert script.gate_beside({name: bad}, needs) == {}
+    assert script.gate_beside({name: good}, ()) == {}
+    assert script.gate_beside({name: good, "CANARY": 1}, needs) == {name: good}
+    assert script.gate_beside([name], needs) == {}
+
+
+def test_needs_are_of_the_gates_table(script: ModuleType) -> None:
+    """A tracker can ask for nothing that the gate does not know; TelemHQ and otlp ask
+    for nothing: they are sent the ping alone."""
+    for kind in KINDS:
+        needs = made(script, kind).needs
+        assert set(needs) <= set(script.BESIDE)
+        assert bool(needs) == (kind not in ("telemhq", "otlp"))
