@@ -3398,6 +3398,7 @@ class Sender:
         self.opener: OpenerDirector | None = None
         self.seen: set[str] = set()  # names that this life has dealt with
         self.walk: Walk | None = None
+        self.bodies: list[bytes] = []  # of the ping that was sent last
         self.sending = ""  # the name of the ping whose request is on its way
         self.deadline = float("inf")  # monotonic, of that request
         self.watched = self.alarmed = False  # who ends a request that overstays
@@ -3428,8 +3429,11 @@ class Sender:
         add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
 
     def keep(self, ping: Fields, answer: Answer) -> None:
-        """Add a delivered ping to sent.jsonl, for its user to look up what left."""
+        """Add a delivered ping to sent.jsonl, for its user to look up what left; with
+        its bodies, where those are not the ping itself."""
         found = {"at": iso_time(time.time_ns()), "answer": answer.what, "ping": ping}
+        if self.bodies != [encode_json(ping).encode()]:
+            found["bodies"] = [body.decode("utf-8", "replace") for body in self.bodies]
         line = encode_json(found) + "\n"
         add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
@@ -3446,7 +3450,9 @@ class Sender:
         begun = time.monotonic()
         self.watch_over(DEADLINE * limit)
         answer = Answer(DELIVERED, "nothing to send")
+        self.bodies = []
         for request in self.tracker.requests(ping, {}):
+            self.bodies.append(request.body or b"")
             answer = post(self.opener, request, limit)
             if answer.verdict != DELIVERED:
                 break
@@ -5507,10 +5513,13 @@ class Trial:
 
 
 def known_variables() -> list[str]:
-    """The variables that this file's docstring documents."""
+    """The variables that this file's docstring and its trackers name."""
     import re
 
-    return re.findall(r"(?m)^    (TELEMHQ_\w+)", __doc__ or "")
+    names: list[str] = re.findall(r"(?m)^    (TELEMHQ_\w+)", __doc__ or "")
+    for tracker in TRACKERS.values():
+        names += getattr(tracker, "variables", ())
+    return names
 
 
 def check_variables(around: Surroundings) -> Iterator[Check]:
@@ -5866,9 +5875,11 @@ COLUMNS = (  # of the table: heading, name in a row; the last to go when it is n
 )
 
 
+NARROW = [COLUMNS[n] for n in (6, 5, 4, 3, 2, 1)]  # where there is no room, these go
+
+
 class Delivery:
-    """One line of sent.jsonl. at: ISO 8601, UTC. answer: the tracker's. ping: as it
-    was sent."""
+    """One line of sent.jsonl. at: ISO 8601, UTC. answer: the tracker's. ping: a dict."""
 
     def __init__(self, found: Fields) -> None:
         """ValueError: it is none, or was cut off."""
@@ -5876,6 +5887,13 @@ class Delivery:
         if not isinstance(found.get("ping"), dict):
             raise ValueError("no ping")
         self.ping: Fields = found["ping"]
+        self.others = found.get("bodies")
+
+    def bodies(self) -> list[str]:
+        """What was sent: the ping, or what another tracker gets of it."""
+        if isinstance(self.others, list):
+            return list(map(str, self.others))
+        return [encode_json(self.ping)]
 
 
 def destinations(name: str | None) -> list[Outbox]:
@@ -5916,11 +5934,10 @@ def deliveries(kept: list[Outbox]) -> list[Delivery]:
 
 def sent(options: Namespace) -> int:
     """print the last pings that left, as they were sent, with time and answer"""
-    import json
-
     found = deliveries(destinations(options.destination))
-    for delivery in found[-options.n :] if options.n > 0 else []:
-        print(delivery.at, delivery.answer, json.dumps(delivery.ping))
+    for delivery in found[-options.n :]:
+        for body in delivery.bodies():
+            print(delivery.at, delivery.answer, body)
     if not found:
         print("Nothing was delivered yet.", file=sys.stderr)
     return 0
@@ -5971,57 +5988,71 @@ def rows_of(found: list[Delivery], by: str, since: str) -> list[Fields]:
 
 def short_number(value: float) -> str:
     """`950`, `41.2k`, `3.5M`."""
-    for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if value >= unit:
-            return f"{value / (1000 if name == 'k' else unit):.1f}{name}"
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= 10 * unit or (value >= unit and unit > 10**3):
+            return f"{value / unit:.1f}{name}"
     return f"{value:.0f}"
 
 
-def table(rows: list[Fields], by: str, width: int) -> Iterator[str]:
-    """The lines of a table of that width: exact numbers where there is room."""
-    total: Fields = {by: "in all"}
-    for _, name in COLUMNS:
-        total[name] = sum(row[name] for row in rows)
-    lines = [*rows, total]
-    columns = list(COLUMNS)
-    key_width = min(KEY_MOST, max(len(str(row[by])) for row in lines))
+class Table:
+    """A report for a terminal of that width. lines: the rows, and their sums. columns:
+    those that have room. exact: whether numbers are written in full."""
 
-    def cell(row: Fields, name: str, exact: bool) -> str:
+    def __init__(self, rows: list[Fields], by: str, width: int) -> None:
+        total: Fields = {by: "in all"}
+        for _, name in COLUMNS:
+            total[name] = sum(row[name] for row in rows)
+        self.rows, self.by, self.width = rows, by, width
+        self.lines = [*rows, total]
+        self.columns, self.exact = list(COLUMNS), True
+        longest = max(len(str(row[by])) for row in self.lines)
+        self.key_width = min(KEY_MOST, longest)
+        self.exact = self.bar_width() >= BAR_LEAST
+        for column in NARROW:  # these go first
+            if self.bar_width() < BAR_LEAST:
+                self.columns.remove(column)
+        self.bar_columns = max(0, self.bar_width())
+
+    def cell(self, row: Fields, name: str) -> str:
+        """A value of a row, for a person."""
         if name == "cost_usd":
             return f"{row[name]:.2f}"
-        return f"{row[name]:,}" if exact else short_number(row[name])
+        return f"{row[name]:,}" if self.exact else short_number(row[name])
 
-    def widths(exact: bool) -> list[int]:
-        return [
-            max([len(heading), *(len(cell(row, name, exact)) for row in lines)])
-            for heading, name in columns
-        ]
+    def column_width(self, heading: str, name: str) -> int:
+        """How wide a column is, with the gap before it."""
+        cells = [self.cell(row, name) for row in self.lines]
+        return 2 + max(len(heading), *map(len, cells))
 
-    exact = True
-    while key_width + sum(2 + wide for wide in widths(exact)) + 1 + BAR_LEAST > width:
-        if exact:
-            exact = False
-        elif len(columns) > 3:
-            columns.pop(3 if len(columns) > 5 else 1)  # tokens by kind go first
-        else:
-            break
-    wide = widths(exact)
-    bar_width = width - key_width - sum(2 + one for one in wide) - 1
-    most = max((row["total_tokens"] for row in rows), default=0)
-    block = printable("█", "#")
-    heads = [heading.rjust(wide[at] + 2) for at, (heading, _) in enumerate(columns)]
-    yield by.ljust(key_width) + "".join(heads)
-    for row in lines:
-        key = clean(str(row[by]))
-        key = key if len(key) <= key_width else key[: key_width - 1] + "~"
-        cells = [
-            cell(row, name, exact).rjust(wide[at] + 2)
-            for at, (_, name) in enumerate(columns)
-        ]
-        bar = ""
-        if row is not total and most:
-            bar = " " + block * round(max(0, bar_width) * row["total_tokens"] / most)
-        yield (key.ljust(key_width) + "".join(cells) + bar).rstrip()
+    def bar_width(self) -> int:
+        """What is left for the bars."""
+        columns = sum(self.column_width(*column) for column in self.columns)
+        return self.width - self.key_width - columns - 1
+
+    def key(self, row: Fields) -> str:
+        """What a row is called, as wide as the column."""
+        text = clean(str(row[self.by]))
+        if len(text) > self.key_width:
+            text = text[: self.key_width - 1] + "~"
+        return text.ljust(self.key_width)
+
+    def bar(self, row: Fields, most: float) -> str:
+        """A row's tokens, as a bar; `most` fill all there is."""
+        length = self.bar_columns * row["total_tokens"] / most if most else 0
+        return printable("█", "#") * round(length)
+
+    def print(self) -> None:
+        """Print the heading, the rows with their bars, and the sums."""
+        wide = {name: self.column_width(head, name) for head, name in self.columns}
+        heads = [head.rjust(wide[name]) for head, name in self.columns]
+        print(self.by.ljust(self.key_width) + "".join(heads))
+        most = max(row["total_tokens"] for row in self.rows)
+        for row in self.lines:
+            cells = [self.cell(row, name).rjust(wide[name]) for name in wide]
+            line = self.key(row) + "".join(cells)
+            if row is not self.lines[-1]:
+                line += " " + self.bar(row, most)
+            print(line.rstrip())
 
 
 def report(options: Namespace) -> int:
@@ -6041,8 +6072,7 @@ def report(options: Namespace) -> int:
         print(json.dumps(rows, indent=2))
         return 0
     if rows:
-        for line in table(rows, options.by, shutil.get_terminal_size().columns):
-            print(line)
+        Table(rows, options.by, shutil.get_terminal_size().columns).print()
     else:
         print("Nothing was delivered in that time.")
     waiting = sum(len(outbox.waiting()) for outbox in kept)
@@ -6137,7 +6167,8 @@ def command_line() -> ArgumentParser:
     command = line.add(report)
     said = "one row for each"
     command.add_argument("--by", choices=GROUPS, default="day", help=said)
-    command.add_argument("--days", type=at_least_one, metavar="N", help="the last N only")
+    said = "only the last N, today included"
+    command.add_argument("--days", type=at_least_one, metavar="N", help=said)
     command.add_argument("--destination", metavar="NAME", help=which)
     line.switch(command, "--json", "a list of objects instead of a table")
     said = "also what waits for a former URL"
