@@ -3666,7 +3666,8 @@ class Walk:
         if self.tried:
             self.state.save()
             self.sender.log(
-                f"sent {self.tried} of {len(self.names)}, last: {self.last_answer}"
+                f"delivered {self.delivered} of {len(self.names)}, "
+                f"last answer: {self.last_answer}"
             )
 
     # What waits
@@ -5879,7 +5880,8 @@ NARROW = [COLUMNS[n] for n in (6, 5, 4, 3, 2, 1)]  # where there is no room, the
 
 
 class Delivery:
-    """One line of sent.jsonl. at: ISO 8601, UTC. answer: the tracker's. ping: a dict."""
+    """One line of sent.jsonl. at: ISO 8601, UTC. answer: the tracker's. ping: what it
+    told."""
 
     def __init__(self, found: Fields) -> None:
         """ValueError: it is none, or was cut off."""
@@ -6086,14 +6088,6 @@ def report(options: Namespace) -> int:
 
 # -- Commands: the command line --------------------------------------------------------
 
-USAGE = f"""\
-usage: {SCRIPT} COMMAND [OPTION ...]
-
-{SCRIPT} tells a TelemHQ tracker what Claude Code did, never what was said.
-
-"""
-
-
 def at_least_one(text: str) -> int:
     """A number of days or lines."""
     value = int(text)
@@ -6115,12 +6109,15 @@ class CommandLine:
             "never what was said.",
             epilog=epilog(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,  # it would stand before the commands
         )
-        version = f"telemhq_ping {__version__}"
-        self.commands = self.parser.add_subparsers(title="commands", metavar="COMMAND")
-        self.parser.add_argument(
-            "--version", action="version", version=version, help="print the version"
+        self.commands = self.parser.add_subparsers(
+            title="commands", metavar="COMMAND", prog=SCRIPT
         )
+        version, told = f"telemhq_ping {__version__}", "print the version"
+        group = self.parser.add_argument_group("options")
+        group.add_argument("-h", "--help", action="help", help="print this, or COMMAND's")
+        group.add_argument("--version", action="version", version=version, help=told)
 
     def add(self, run: Callable[[Namespace], int]) -> ArgumentParser:
         """Add a command; its function is its name, its docstring its help."""
@@ -6145,7 +6142,7 @@ def epilog() -> str:
 def command_line() -> ArgumentParser:
     """All commands; of what is parsed, `run` is the command's function."""
     line = CommandLine()
-    project = "DIR: that project's .claude/settings.local.json, not yours"
+    project = "in that project's settings.local.json, instead of yours"
     line.switch(line.add(demo), "--all", "show every kind of event")
     command = line.add(preview)
     said = "a sample; without it an event is read from stdin"
@@ -6197,6 +6194,10 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
+    except ImportError as error:
+        lacks = f"this Python lacks the module {error.name}"
+        print(f"{SCRIPT}: {lacks}; take a whole one", file=sys.stderr)
+        return 1
     except BrokenPipeError:  # head(1) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

@@ -76,20 +76,53 @@ def test_bad_usage_exits_2_with_a_message(home: Home, arguments: list[str]) -> N
     assert ended.out == ""
 
 
-def test_help_names_each_command(home: Home) -> None:
-    """--help tells of every command, and of every variable."""
+def test_help_is_for_users(home: Home) -> None:
+    """--help tells of every command first, then of the options, then of every variable;
+    each option of each command has its meaning."""
     ended = run(home, "--help")
     assert ended.code == 0
-    for word in [
+    places = [
+        ended.out.index(f"\n{word}:\n") for word in ("commands", "options", "variables")
+    ]
+    assert places == sorted(places)
+    commands = re.findall(r"(?m)^    (\w+)", ended.out[places[0] : places[1]])
+    assert commands == [
         "demo",
         "preview",
         "install",
-        "uninstall",
         "doctor",
+        "sent",
+        "report",
         "flush",
-        "TELEMHQ_PING_URL",
-    ]:
-        assert word in ended.out
+        "uninstall",
+    ]
+    assert "TELEMHQ_PING_URL" in ended.out[places[2] :]
+    for command in commands:
+        told = run(home, command, "--help").out
+        assert told.startswith(f"usage: telemhq_ping.py {command} ")
+        options = re.findall(r"(?m)^  (-.*)$", told)
+        assert options
+        for option in options:  # its meaning stands beside it, or below
+            assert "  " in option or f"  {option}\n        " in told
+
+
+@pytest.mark.parametrize(
+    "module, command",
+    [("json", "preview Stop"), ("argparse", "doctor"), ("subprocess", "doctor")],
+)
+def test_a_python_that_lacks_something(home: Home, module: str, command: str) -> None:
+    """Where Python lacks a module, as a distribution's minimal one does, a command
+    names it: no traceback, exit 1."""
+    code = f"import sys; sys.modules[{module!r}] = None; import telemhq_ping as t\n"
+    code += f"sys.exit(t.main({command.split()}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=home.env(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    assert f"this Python lacks the module {module}".encode() in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_on_a_terminal_without_arguments_it_helps(home: Home) -> None:

@@ -217,8 +217,9 @@ def test_uninstall_names_other_projects(home: Home, known_by: str) -> None:
         found = read(record)
         found["settings"] = {}
         record.write_text(json.dumps(found))
-        projects = {"projects": {str(other): {}, "/gone": {}}}
-        (home.path / ".claude.json").write_text(json.dumps(projects))
+        projects: dict[str, Any] = {str(other): {}, "/gone": {}}
+        known = json.dumps({"projects": projects})
+        (home.path / ".claude.json").write_text(known)
     ended = run(home, "uninstall")
     path = other / ".claude" / "settings.local.json"
     assert ended.code == 0
