@@ -35,8 +35,8 @@ Variables
     TELEMHQ_FOREGROUND  1: the hook waits for the delivery (containers, CI)
     TELEMHQ_ALLOW_HTTP  1: allow http:// to other machines
     TELEMHQ_STATE_DIR   where the state is kept
-    TELEMHQ_DESTINATIONS  a list of who gets pings; by default TelemHQ alone (what others
-                        need stands in the section Trackers)
+    TELEMHQ_DESTINATIONS  who gets pings, a list; by default TelemHQ alone (what other
+                        trackers need stands in the section Trackers)
     TELEMHQ_HOOK_DEBUG  1: deliver while the hook waits, tell on stderr what happens
 Exit status
     Hook and sender: 0, whatever happens; nothing on stdout, and nothing on stderr but
@@ -61,11 +61,11 @@ imported = __name__ != "__main__" and sys.flags.no_site and sys.argv[:1] == ["-c
 if imported or (__name__ == "__main__" and len(sys.argv) < 2):
     try:
         try:
-            from _signal import SIG_IGN, SIGINT, signal  # 2 ms less than signal
+            import _signal as signals  # type: ignore[import-not-found]  # 2 ms less
         except ImportError:
-            from signal import SIG_IGN, SIGINT, signal
-        signal(SIGINT, SIG_IGN)
-    except Exception:
+            import signal as signals
+        signals.signal(signals.SIGINT, signals.SIG_IGN)
+    except Exception:  # noqa: BLE001
         pass  # not to be had here
 
 import os
@@ -75,7 +75,6 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from collections import Counter
     from http.server import HTTPServer
     from queue import Queue
     from typing import Any, Callable, Dict, Iterable, Iterator, NoReturn
@@ -84,6 +83,7 @@ if TYPE_CHECKING:
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
     Shape = Callable[[object], bool]
     Tell = Callable[[str], None]  # says a line to a person, or swallows it
+    ReadSecret = Callable[[str], str]  # what a file holds that only its owner can read
 
 __version__ = "1.0.0"
 
@@ -100,6 +100,8 @@ DEADLINE = 1.5  # a whole request's time in timeouts: urllib bounds operations o
 OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is away
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
 PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
+RECORD_MAX_BYTES = 2 << 20  # the same with ROWS_MAX messages beside it
+SECRET_MAX_BYTES = 4096  # a token in a file
 ROWS_MAX = 4000  # messages beside a ping, 0.1 KB each; more are added up, by model
 OWN_MAX_CHARS = 300  # a text of the user's with the project's name in it
 PATH_MAX_CHARS = 4096  # PATH_MAX on Linux; a longer path opens nothing
@@ -194,11 +196,11 @@ def sha256_hex(raw: bytes, key: bytes = b"") -> str:
         import hmac
 
         return hmac.new(key, raw, "sha256").hexdigest()
-    for private in ("_sha2", "_sha256"):  # CPython from 3.12 on, before
-        try:
-            return str(__import__(private).sha256(raw).hexdigest())
-        except Exception:  # noqa: BLE001 - that module has changed, or is not there
-            continue
+    private = "_sha2" if sys.version_info >= (3, 12) else "_sha256"
+    try:
+        return str(__import__(private).sha256(raw).hexdigest())
+    except Exception:  # noqa: BLE001 - that module has changed, or is not there
+        pass
     from hashlib import sha256
 
     return sha256(raw).hexdigest()
@@ -265,6 +267,7 @@ def iso_time(ns: int) -> str:
 
 # -- Settings --------------------------------------------------------------------------
 
+PLUGIN_URL = "CLAUDE_PLUGIN_OPTION_PING_URL"  # what the plugin's user was asked for
 SWITCH = {"1": 1, "yes": 1, "on": 1, "true": 1, "0": 0, "no": 0, "off": 0, "false": 0}
 
 
@@ -274,7 +277,7 @@ class Settings:
     def __init__(self, environ: dict[str, str]) -> None:
         self.environ = environ
         self.ignored: list[str] = []
-        option = environ.get("CLAUDE_PLUGIN_OPTION_PING_URL", "")
+        option = environ.get(PLUGIN_URL, "")
         self.url = environ.get("TELEMHQ_PING_URL", option)
         self.hash_key = environ.get("TELEMHQ_HASH_KEY", "")
         self.debug = self.switch("TELEMHQ_HOOK_DEBUG")
@@ -632,7 +635,8 @@ class Tracker:
 
     kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with; secrets:
     those that must never be shown. needs: what of BESIDE it is given. url: where it is;
-    secret: what it knows us by. Made from Settings; Skipped says why there is none.
+    secret: what it knows us by. reads: how much of a 200's body says more than 200.
+    Made from Settings, and of what reads a secret's file; Skipped: why there is none.
     """
 
     kind = ""
@@ -640,6 +644,7 @@ class Tracker:
     secrets: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     url_is_secret = False
+    reads = 0
 
     def __init__(self, url: str, secret: str = "") -> None:
         self.url, self.secret = url, secret
@@ -718,7 +723,7 @@ class TelemHQ(Tracker):
     variables = secrets = ("TELEMHQ_PING_URL",)
     url_is_secret = True
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, _: ReadSecret) -> None:
         if not settings.url:
             raise Skipped(
                 "TELEMHQ_PING_URL is not set; export it with your tracker's URL"
@@ -747,7 +752,7 @@ class Wigtoken(Tracker):
     ROWS_MAX = 1000  # more in a request: 413
     MACHINE_MAX_CHARS = 100
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, _: ReadSecret) -> None:
         token = settings.environ.get("WIGTOKEN_TOKEN", "")
         url = base_url(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
         super().__init__(url, secret_in(token, "WIGTOKEN_TOKEN"))
@@ -815,7 +820,7 @@ class Recorder(Tracker):
     )
     PREFIX_MAX_CHARS = 128
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = base_url(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
         token = settings.environ.get("RECORDER_PAT", "")
         super().__init__(url, secret_in(token, "RECORDER_PAT"))
@@ -864,6 +869,7 @@ class OTLP(Tracker):
     kind = "otlp"
     variables = ("TELEMHQ_OTLP_ENDPOINT", "TELEMHQ_OTLP_HEADERS")
     secrets = ("TELEMHQ_OTLP_HEADERS",)
+    reads = 4096
     INFO, ERROR = 9, 17
     NAMES = (  # the ping's, the GenAI conventions' or the client's own telemetry's
         ("provider", "gen_ai.provider.name"),
@@ -877,7 +883,7 @@ class OTLP(Tracker):
     )
     ELSEWHERE = ("input_tokens", "timestamp", "event", "hook_version")
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = base_url(settings, "TELEMHQ_OTLP_ENDPOINT")
         super().__init__(url if url.endswith("/v1/logs") else url + "/v1/logs")
         self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
@@ -988,32 +994,20 @@ class ClaudeMetrics(Tracker):
     EXECUTION = ("Stop", "StopFailure")
     SESSION = ("SessionStart", "Stop", "SessionEnd", "SessionLost")
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, read_secret: ReadSecret) -> None:
         if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
         url = base_url(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
-        token = settings.environ.get("CLAUDE_METRICS_API_TOKEN") or self.token_in_file()
+        token = settings.environ.get("CLAUDE_METRICS_API_TOKEN", "")
+        if not token:
+            try:
+                token = read_secret(self.TOKEN_FILE)
+            except OSError as error:
+                text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
+                raise Skipped(f"CLAUDE_METRICS_API_TOKEN {text}") from None
         super().__init__(url, secret_in(token, "CLAUDE_METRICS_API_TOKEN"))
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
-
-    def token_in_file(self) -> str:
-        """What the plugin keeps; Skipped when others could read it as well."""
-        path, flags = absolute(self.TOKEN_FILE) or "", getattr(os, "O_NONBLOCK", 0)
-        try:
-            fd = os.open(path, os.O_RDONLY | flags)
-            try:
-                found, raw = os.fstat(fd), os.read(fd, 4096)
-            finally:
-                os.close(fd)
-        except OSError:
-            text = "CLAUDE_METRICS_API_TOKEN is not set"
-            raise Skipped(f"{text}, and {self.TOKEN_FILE} cannot be read") from None
-        if os.name == "posix" and (
-            found.st_uid != os.geteuid() or found.st_mode & 0o077
-        ):
-            raise Skipped(f"{self.TOKEN_FILE} is not its owner's alone: chmod 600 it")
-        return raw.decode("ascii", "replace")
 
     def wants(self, ping: Fields) -> bool:
         """The events that it has a place for."""
@@ -1131,28 +1125,26 @@ def ns_of_iso(text: object) -> int:
         return 0
 
 
-TRACKERS: dict[str, Callable[[Settings], Tracker]] = {
+TRACKERS: dict[str, Callable[[Settings, ReadSecret], Tracker]] = {
     found.kind: found for found in (TelemHQ, Wigtoken, Recorder, OTLP, ClaudeMetrics)
 }
 
 
-def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
-    """The trackers that the settings name; and why others that they name are none."""
+def find_trackers(
+    settings: Settings, read_secret: ReadSecret
+) -> tuple[list[Tracker], list[str]]:
+    """The trackers that the settings name; and why others that they name are none.
+    read_secret: OSError when a file holds none that only its owner can read."""
     trackers, problems = [], []
     for name in settings.destinations:
         try:
             if name not in TRACKERS:
                 known = ", ".join(TRACKERS)
                 raise Skipped(f"TELEMHQ_DESTINATIONS: {name!r} is none of {known}")
-            trackers.append(TRACKERS[name](settings))
+            trackers.append(TRACKERS[name](settings, read_secret))
         except Skipped as why:
             problems.append(str(why))
     return trackers, problems
-
-
-def find_tracker(settings: Settings) -> TelemHQ:
-    """The tracker that the settings name; Skipped says why there is none."""
-    return TelemHQ(settings)
 
 
 # -- Outbox: what waits, on disk -------------------------------------------------------
@@ -1219,6 +1211,20 @@ def rename(path: str, target: str) -> None:
     os.replace(path, target)
 
 
+def read_secret(path: str) -> str:
+    """What a file (~ is home) holds that only its owner can read; else OSError."""
+    fd = os.open(absolute(path) or "", os.O_RDONLY | NO_WAIT)
+    try:
+        found = os.fstat(fd)
+        if os.name == "posix" and (
+            found.st_mode & 0o077 or found.st_uid != os.geteuid()
+        ):
+            raise PermissionError(1, "others can read it, chmod 600 mends that")
+        return os.read(fd, SECRET_MAX_BYTES).decode("ascii", "replace")
+    finally:
+        os.close(fd)
+
+
 def write_object(path: str, value: Fields) -> None:
     """Make `path` hold `value` as JSON."""
     write_file(path, encode_json(value).encode())
@@ -1277,6 +1283,12 @@ class Lock:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+
+    def close(self) -> None:
+        """Leave it to the sender that was given it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def release(self) -> None:
         """Give it back, also from a hook just ending that still shares it."""
@@ -1426,15 +1438,55 @@ class State:
         self.losses[reason] = self.losses.get(reason, 0) + count
 
 
+class Record:
+    """What the file of a ping that waits holds. ping: what is sent. local: what the
+    sender needs and never sends. beside: what else the tracker needs, by the gate.
+    accepted: how many of the ping's requests have been; the next ones go."""
+
+    def __init__(
+        self,
+        ping: Fields,
+        local: Fields | None = None,
+        beside: Fields | None = None,
+        accepted: int = 0,
+    ) -> None:
+        self.ping, self.local, self.beside = ping, local or {}, beside or {}
+        self.accepted = accepted
+
+    @classmethod
+    def load(cls, found: Fields, needs: tuple[str, ...]) -> Record:
+        """As `as_object` gave it, through the gate; ValueError: it holds no ping."""
+        ping, local, accepted = map(found.get, ("ping", "local", "accepted"))
+        ping = gate(ping) if isinstance(ping, dict) else {}
+        if "event_id" not in ping:
+            raise ValueError("no ping")
+        local = local if isinstance(local, dict) else {}
+        beside = gate_beside(found.get("beside"), needs)
+        return cls(ping, local, beside, accepted if isinstance(accepted, int) else 0)
+
+    def as_object(self) -> Fields:
+        """As JSON's objects have it."""
+        found: Fields = {"ping": self.ping, "local": self.local}
+        if self.beside:
+            found["beside"] = self.beside
+        if self.accepted:
+            found["accepted"] = self.accepted
+        return found
+
+
 class Outbox:
     """A destination's directory: the pings that wait, and all else that is kept of it.
 
     outbox/ holds a file for each ping, named by its time and id, so that names sort by
-    age: {"ping": what is sent, "local": what the sender needs and never sends}.
+    age. needs: what else of BESIDE its tracker is given.
     """
 
-    def __init__(self, directory: str) -> None:
-        self.directory = directory
+    def __init__(self, directory: str, needs: tuple[str, ...] = ()) -> None:
+        self.directory, self.needs = directory, needs
+
+    def name(self) -> str:
+        """The directory's own name: it tells the tracker, and no secret."""
+        return os.path.basename(self.directory)
 
     def path(self, *names: str) -> str:
         """Path of something in the directory."""
@@ -1452,12 +1504,23 @@ class Outbox:
             if problem:
                 raise Skipped(f"{directory} {problem}; mend or remove it")
 
-    def put(self, ns: int, ping: Fields, local: Fields) -> str:
+    def put(
+        self, ns: int, ping: Fields, local: Fields, beside: Fields | None = None
+    ) -> str:
         """Add the ping of an event of that time; its name. It is whole or not there."""
         name = f"{ns:020d}-{ping['event_id']}.json"
-        content = encode_json({"ping": ping, "local": local}).encode()
+        content = encode_json(Record(ping, local, beside).as_object()).encode()
         write_file(self.file(name), content, make_directory=True)
         return name
+
+    def holds_any(self) -> bool:
+        """Whether a ping waits. It looks no further than to the first one, however many
+        there are."""
+        try:
+            with os.scandir(self.path("outbox")) as entries:
+                return any(self.is_ping(entry.name) for entry in entries)
+        except OSError:
+            return False
 
     def waiting(self) -> list[str]:
         """Names of the pings that wait, oldest first."""
@@ -1483,20 +1546,19 @@ class Outbox:
                 remove(self.file(name))
         return found
 
+    def record(self, name: str) -> Record:
+        """What a file holds. OSError: it is gone; ValueError: it is no ping."""
+        most = RECORD_MAX_BYTES if self.needs else PING_MAX_BYTES
+        return Record.load(read_object(self.file(name), most), self.needs)
+
     def read(self, name: str) -> tuple[Fields, Fields]:
         """(ping, local) of a file. OSError: it is gone; ValueError: it is no ping."""
-        record = read_object(self.file(name), PING_MAX_BYTES)
-        ping, local = record.get("ping"), record.get("local")
-        if not isinstance(ping, dict):
-            raise ValueError("no ping")
-        ping = gate(ping)
-        if "event_id" not in ping:
-            raise ValueError("no ping")
-        return ping, local if isinstance(local, dict) else {}
+        record = self.record(name)
+        return record.ping, record.local
 
-    def rewrite(self, name: str, ping: Fields) -> None:
+    def rewrite(self, name: str, record: Record) -> None:
         """Make the ping that waits under `name` this one, as it will be sent."""
-        write_object(self.file(name), {"ping": ping, "local": {}})
+        write_object(self.file(name), record.as_object())
 
     def set_aside(self, name: str) -> None:
         """Move what can never be delivered out of the others' way, to refused/."""
@@ -1531,11 +1593,22 @@ class Outbox:
         return None
 
 
-def outbox_of(settings: Settings, tracker: TelemHQ) -> Outbox:
+def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
     """The outbox of a tracker; Skipped when there is no place for it."""
     if not settings.state_dir:
         raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
-    return Outbox(os.path.join(settings.state_dir, tracker.directory_name()))
+    directory = os.path.join(settings.state_dir, tracker.directory_name())
+    return Outbox(directory, tracker.needs)
+
+
+def find_tracker(settings: Settings, name: str = "") -> Tracker:
+    """The tracker whose directory has that name, by default the first that is named;
+    Skipped says why there is none."""
+    trackers, problems = find_trackers(settings, read_secret)
+    for tracker in trackers:
+        if name in ("", tracker.directory_name()):
+            return tracker
+    raise Skipped("; ".join(problems) or "it is no destination any more")
 
 
 def outboxes(state_dir: str | None) -> list[Outbox]:
@@ -1555,49 +1628,35 @@ def read_stdin(keep: bool = True) -> bytes:
     """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
     when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S; beyond
     STDIN_MAX_BYTES it is none."""
-    ends, size = time.monotonic() + STDIN_WAIT_S, 0
+    import _thread  # built in; select is not, and knows sockets only on Windows
+
+    ends = time.monotonic() + STDIN_WAIT_S
     parts: list[bytes] = []
-    if os.name == "nt":
-        return read_stdin_in_thread(ends)
-    import select
-
-    try:
-        while size <= STDIN_MAX_BYTES:
-            left = max(0.0, ends - time.monotonic())
-            if not select.select([0], [], [], left)[0] or not left:
-                break
-            part = os.read(0, 1 << 20)
-            if not part:
-                break
-            size += len(part)
-            if keep:
-                parts.append(part)
-    except OSError:
-        pass
-    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
-
-
-def read_stdin_in_thread(ends: float) -> bytes:
-    """The same where select() knows sockets only (Windows)."""
-    import threading
-
-    parts: list[bytes] = []
+    size = 0
+    over = _thread.allocate_lock()
+    over.acquire()
 
     def read() -> None:
-        while time.monotonic() < ends and sum(map(len, parts)) <= STDIN_MAX_BYTES:
-            try:
+        nonlocal size
+        try:
+            while time.monotonic() < ends and size <= STDIN_MAX_BYTES:
                 part = os.read(0, 1 << 20)
-            except OSError:
-                return
-            if not part:
-                return
-            parts.append(part)
+                if not part:
+                    break
+                size += len(part)
+                if keep:
+                    parts.append(part)
+        except OSError:
+            pass
+        finally:
+            over.release()
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    reader.join(max(0.0, ends - time.monotonic()))
-    found = b"".join(parts)
-    return found if len(found) <= STDIN_MAX_BYTES else b""
+    try:
+        _thread.start_new_thread(read, ())
+        over.acquire(True, STDIN_WAIT_S)
+    except RuntimeError:  # no thread to be had
+        read()
+    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
 
 
 def inside(path: str, directory: str) -> bool:
@@ -1682,8 +1741,8 @@ def names_script(command: str) -> bool:
 
 def registered_elsewhere(event: Fields, environ: dict[str, str]) -> bool:
     """Whether, run as a plugin, a settings file runs this script for the same event."""
-    if not (environ.get("CLAUDE_PLUGIN_ROOT") and environ.get("TELEMHQ_PING_URL")):
-        return False  # without that variable, the settings' one would send nothing
+    if not environ.get("CLAUDE_PLUGIN_ROOT"):
+        return False
     config = absolute(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
     project = os.path.join(environ.get("CLAUDE_PROJECT_DIR") or config, ".claude")
     for path in (
@@ -1707,20 +1766,22 @@ def sender_command(*arguments: str) -> list[str]:
     start = (
         "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
     )
-    python = [sys.executable, "-I", "-S", "-X", "lazy_imports=all", "-c", start]
-    return [*python, directory, name[: -len(".py")], *arguments]
+    python = [sys.executable, "-I", "-S", "-X", "lazy_imports=all"]
+    if sys.pycache_prefix == os.devnull:  # there is bad bytecode that must not be used
+        python += ["-X", f"pycache_prefix={os.devnull}"]
+    return [*python, "-c", start, directory, name[: -len(".py")], *arguments]
 
 
-def start_sender(lock: Lock, environ: dict[str, str]) -> None:
-    """Start the detached sender and hand it the lock; it outlives the hook. A fresh
+def start_sender(outbox: Outbox, lock: Lock, environ: dict[str, str]) -> None:
+    """Start an outbox's detached sender and hand it the lock; it outlives us. A fresh
     interpreter, for urllib crashes in a forked process on macOS. In its own session and
     with no descriptor but the lock: Claude Code kills groups and families, and waits
     for the end of its pipes."""
     if os.name == "nt":
-        start_sender_on_windows(lock, environ)
+        start_sender_on_windows(outbox, lock, environ)
         return
     os.chdir("/")  # keep no project's directory busy
-    command = sender_command("detached", str(lock.fd))
+    command = sender_command("detached", str(lock.fd), outbox.name())
     if not hasattr(os, "posix_spawn"):  # PyPy, Termux
         start_sender_by_subprocess(command, lock, environ)
         return
@@ -1769,14 +1830,16 @@ def start_sender_by_subprocess(
     )
 
 
-def start_sender_on_windows(lock: Lock, environ: dict[str, str]) -> None:
+def start_sender_on_windows(
+    outbox: Outbox, lock: Lock, environ: dict[str, str]
+) -> None:
     """The same on Windows, where no descriptor is inherited: it locks for itself."""
     import subprocess
 
     lock.release()
     flags = 0x00000008 | 0x00000200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
     subprocess.Popen(
-        sender_command("detached", "-1"),
+        sender_command("detached", "-1", outbox.name()),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -1787,27 +1850,34 @@ def start_sender_on_windows(lock: Lock, environ: dict[str, str]) -> None:
 
 
 def deliver_in_foreground(
-    outbox: Outbox, name: str, settings: Settings, ends: float, tell: Tell
+    queued: list[tuple[Outbox, str]], settings: Settings, ends: float, tell: Tell
 ) -> None:
-    """Run a sender and wait for it, until `ends` (monotonic): no longer, whatever it
-    meets, for a sender may be killed at any instant."""
+    """Run a sender for each outbox and the ping put into it ("": none was), all at once
+    and until `ends` (monotonic): no longer, whatever they meet, for a sender may be
+    killed at any instant."""
     import subprocess
 
     left = max(0.5, ends - time.monotonic())
-    try:
-        subprocess.run(
-            sender_command("foreground", f"{left:.3f}", name),
+    senders = [
+        subprocess.Popen(
+            sender_command("foreground", f"{left:.3f}", name, outbox.name()),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=None if settings.debug else subprocess.DEVNULL,
             env=settings.environ,
-            timeout=left,
-            check=False,
         )
-    except subprocess.TimeoutExpired:
-        tell("the time is over")
-    if os.path.exists(outbox.file(name)):
-        tell("the ping waits in the outbox; a later hook delivers it")
+        for outbox, name in queued
+    ]
+    ends = time.monotonic() + left
+    for process, (outbox, name) in zip(senders, queued):
+        try:
+            process.wait(max(0.0, ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            tell("the time is over")
+        if name and os.path.exists(outbox.file(name)):
+            tell("the ping waits in the outbox; a later hook delivers it")
 
 
 def event_on_stdin() -> tuple[Fields, int]:
@@ -1822,33 +1892,89 @@ def event_on_stdin() -> tuple[Fields, int]:
     return event, len(raw)
 
 
+def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
+    """The trackers that pings can go to; Skipped when there is none."""
+    trackers, problems = find_trackers(settings, read_secret)
+    if not trackers:
+        raise Skipped("; ".join(problems))
+    for text in problems:
+        tell(text)
+    if not settings.state_dir:
+        raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
+    return trackers
+
+
+def ours_alone(trackers: list[Tracker], settings: Settings) -> list[Tracker]:
+    """Those of a plugin's trackers that the same event is not told by the script that a
+    settings file runs: that one has no URL from the plugin."""
+    environ = {k: v for k, v in settings.environ.items() if k != PLUGIN_URL}
+    theirs, _ = find_trackers(Settings(environ), read_secret)
+    told = [tracker.directory_name() for tracker in theirs]
+    found = [tracker for tracker in trackers if tracker.directory_name() not in told]
+    if not found:
+        raise Skipped("a settings file runs this script for the event, too")
+    return found
+
+
+def enqueue(
+    outbox: Outbox, tracker: Tracker, ns: int, ping: Fields, local: Fields
+) -> str:
+    """Put a ping into a tracker's outbox, if it wants it; its name, "" when it does
+    not. Skipped says why that cannot be."""
+    if not tracker.wants(ping):
+        return ""
+    outbox.need_sound()
+    beside = gate_beside({"own": tracker.frozen(ping)}, tracker.needs)
+    try:
+        return outbox.put(ns, ping, local, beside)
+    except OSError as error:
+        raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
+
+
 def report_event(settings: Settings, tell: Tell) -> None:
-    """The event on stdin becomes a ping in the outbox; Skipped says why it did not."""
+    """The event on stdin becomes a ping in the outboxes; Skipped says why it did not.
+    No destination hinders another."""
     ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
     for text in settings.ignored:
         tell(text)
     try:
-        tracker = find_tracker(settings)
-        outbox = outbox_of(settings, tracker)
+        trackers = destinations(settings, tell)
     except Skipped:
         read_stdin(keep=False)
         raise
     event, event_bytes = event_on_stdin()
     if registered_elsewhere(event, settings.environ):
-        raise Skipped("a settings file runs this script for the event, too")
+        trackers = ours_alone(trackers, settings)
     ping = make_ping(event, settings, project_of(event, settings), ns, event_bytes)
-    outbox.need_sound()
-    try:
-        name = outbox.put(ns, ping, local_of(event, settings, ping))
-    except OSError as error:
-        raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
-    tell(f"{ping.get('event')} {ping['event_id']} is in the outbox")
+    local = local_of(event, settings, ping)
+    queued, problems = [], []
+    for tracker in trackers:
+        outbox = outbox_of(settings, tracker)
+        try:
+            name = enqueue(outbox, tracker, ns, ping, local)
+        except Skipped as why:
+            problems.append(str(why))
+            continue
+        if name or outbox.holds_any():
+            queued.append((outbox, name))
+    if any(name for _, name in queued):
+        tell(f"{ping.get('event')} {ping['event_id']} is in the outbox")
     if settings.foreground:
-        deliver_in_foreground(outbox, name, settings, ends, tell)
-    elif not outbox.state().backoff_left_s(time.time()):
-        lock = outbox.take_lock()
-        if lock is not None:  # busy: a sender runs, and will see the file
-            start_sender(lock, settings.environ)
+        deliver_in_foreground(queued, settings, ends, tell)
+    else:
+        start_senders(queued, settings)
+    if problems:
+        raise Skipped("; ".join(problems))
+
+
+def start_senders(queued: list[tuple[Outbox, str]], settings: Settings) -> None:
+    """Start a sender for each outbox where none runs and no back-off stands."""
+    for outbox, _ in queued:
+        if not outbox.state().backoff_left_s(time.time()):
+            lock = outbox.take_lock()
+            if lock is not None:  # busy: a sender runs, and will see the file
+                start_sender(outbox, lock, settings.environ)
+                lock.close()
 
 
 def open_missing_descriptors() -> None:
@@ -1892,59 +2018,66 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
     os._exit(0)
 
 
-def bytecode_is_ours() -> bool:
-    """Whether the bytecode that runs is that of the file as it stands.
+def bytecode_path() -> str:
+    """Where Python caches this file's bytecode (PEP 3147)."""
+    directory, name = os.path.split(os.path.abspath(__file__))
+    name = f"{name[: -len('.py')]}.{sys.implementation.cache_tag}.pyc"
+    return os.path.join(directory, "__pycache__", name)
 
-    Python compares the source's time and size only, which two versions may share (cp
-    -p); and under a umask of 000 it makes a directory in which anybody may put some.
-    """
-    spec = __spec__ if __name__ != "__main__" else None
-    cached = spec.cached if spec else None
-    if not cached or os.name == "nt":
-        return True
-    directory = os.path.dirname(cached)
-    try:
-        kept, source = os.stat(cached), os.stat(__file__)
-        ours, beside = os.stat(directory), os.stat(os.path.dirname(directory))
-    except OSError:
-        return True  # none is kept
-    if ours.st_mode & ~beside.st_mode & 0o022:
-        try:
-            os.chmod(directory, stat.S_IMODE(ours.st_mode) & ~0o022)
-        except OSError:
-            pass
-        remove(cached)
+
+def keep_others_out(directory: str) -> bool:
+    """Under a umask of 000 Python makes a directory in which anybody may put bytecode:
+    whether it was so. (As open as the script's own directory it may stay.)"""
+    mode = os.stat(directory).st_mode
+    if not mode & ~os.stat(os.path.dirname(directory)).st_mode & 0o022:
         return False
-    if source.st_ctime_ns > kept.st_ctime_ns:
-        remove(cached)
-        return False
+    os.chmod(directory, stat.S_IMODE(mode) & ~0o022)
     return True
 
 
-def remove_damaged_bytecode() -> None:
-    """Python never recovers from a truncated .pyc, which a full disk may leave: the
-    settings' command then runs us as a script, and no sender could be imported."""
-    import marshal
-    from importlib.util import cache_from_source
+def is_stale(bytecode: str) -> bool:
+    """Whether the file, or a link that is its name, has changed since. Python compares
+    its time and size only, which two versions may share (cp -p)."""
+    changed = max(os.stat(__file__).st_ctime_ns, os.lstat(__file__).st_ctime_ns)
+    return changed > os.stat(bytecode).st_ctime_ns
 
-    cached = cache_from_source(os.path.abspath(__file__))
+
+def is_damaged(bytecode: str) -> bool:
+    """Whether it cannot be loaded. Python never recovers from a .pyc that a power cut
+    has cut off: the settings' command then runs us as a script."""
+    import marshal
+
     try:
-        with open(cached, "rb") as file:
-            content = file.read()
-        marshal.loads(content[16:])
-    except OSError:
-        pass  # there is none
+        code = marshal.loads(read_file(bytecode, STATE_MAX_BYTES)[16:])
     except (EOFError, ValueError, TypeError):
-        remove(cached)
+        return True
+    return not isinstance(code, type(is_damaged.__code__))
+
+
+def bytecode_serves() -> bool:
+    """Whether what Python has cached of this file is good. What is not is removed, or,
+    where nothing can be removed, left unused from now on."""
+    if sys.pycache_prefix == os.devnull:
+        return True  # it is left unused
+    bytecode = bytecode_path()
+    try:
+        opened = keep_others_out(os.path.dirname(bytecode))
+        bad = is_stale(bytecode) or (__name__ == "__main__" and is_damaged(bytecode))
+    except OSError:
+        return True  # there is none
+    if (bad or opened) and not remove(bytecode):
+        sys.pycache_prefix = os.devnull
+    return not bad
 
 
 def hook() -> NoReturn:
     """What Claude Code runs."""
     try:
-        if __name__ == "__main__":
-            remove_damaged_bytecode()
-        elif not bytecode_is_ours():
-            os.execv(sys.executable, [sys.executable, "-I", "-S", __file__])
+        if not bytecode_serves() and __name__ != "__main__":
+            from importlib import reload
+
+            sys.path.insert(0, os.path.dirname(__file__))
+            reload(sys.modules[__name__]).hook()  # what the file holds now
     except Exception:  # noqa: BLE001
         pass  # then with what is there
     run_for_claude_code(report_event)
@@ -2031,7 +2164,9 @@ def lines_in(block: bytes, whole: int, needles: tuple[bytes, ...]) -> dict[int, 
 
 def short_id(text: str) -> str:
     """What is kept of an id: enough to know it again."""
-    return sha256_hex(text.encode("utf-8", "surrogatepass"))[:ID_CHARS]
+    from hashlib import sha256  # imported already, by urllib
+
+    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:ID_CHARS]
 
 
 def counts_in(found: Fields, column: int) -> list[int]:
@@ -2096,8 +2231,9 @@ class Row:
 class MessageRow(Row):
     """One content block of an API message, with the whole message's usage.
 
-    real: no words of the client's own. copied: from another session. calls: tool
-    calls, id -> name. final: the turn ends with this message.
+    id: short; message_id: whole. real: no words of the client's own. copied: from
+    another session. calls: tool calls, id -> name. final: the turn ends with this
+    message.
     """
 
     def __init__(self, fields: Fields) -> None:
@@ -2105,7 +2241,8 @@ class MessageRow(Row):
         message, session = fields["message"], fields.get("sessionId")
         if not message["id"]:
             raise ValueError("no id")
-        self.id = short_id(message["id"])
+        self.message_id = str(message["id"])
+        self.id = short_id(self.message_id)
         self.counts = counts_in(message["usage"], 1)
         model = message.get("model")
         self.real = model != "<synthetic>" and not fields.get("isApiErrorMessage")
@@ -2364,13 +2501,15 @@ ABSENT, FAILED, FAILED_AGENT, PART = "absent", "failed", "agent", "part"  # a re
 
 class Usage:
     """What was read and not yet charged. models: model -> counts, of which some may be
-    negative, when too much was charged before. tools: name -> calls."""
+    negative, when too much was charged before. tools: name -> calls. rows: for trackers
+    that need it, short id of a message -> [its id, model, time in ms, its counts]."""
 
     NUMBERS = ("tool_calls", "tool_failures", "interrupts")
 
     def __init__(self) -> None:
         self.models: dict[str, list[int]] = {}
         self.tools: dict[str, int] = {}
+        self.rows: dict[str, tuple[str, str, int, list[int]]] = {}
         self.tool_calls = self.tool_failures = self.interrupts = 0
 
     @classmethod
@@ -2381,12 +2520,17 @@ class Usage:
         usage.tools = {name: int(calls) for name, calls in found["tools"].items()}
         for name in cls.NUMBERS:
             setattr(usage, name, int(found[name]))
+        for key, (message, model, ms, counts) in found.get("rows", {}).items():
+            counts = [int(n) for n in counts]
+            usage.rows[str(key)] = str(message), str(model), int(ms), counts
         return usage
 
     def as_object(self) -> Fields:
         """As JSON's objects have it."""
         found: Fields = {name: getattr(self, name) for name in self.NUMBERS}
         found.update(models=self.models, tools=self.tools)
+        if self.rows:
+            found["rows"] = self.rows
         return found
 
     def add(self, model: str, counts: list[int]) -> None:
@@ -2401,6 +2545,20 @@ class Usage:
             self.tools[name] = self.tools.get(name, 0) + calls
         for name in self.NUMBERS:
             setattr(self, name, getattr(self, name) + getattr(more, name))
+        self.rows.update(more.rows)
+
+    def add_row(self, row: MessageRow, told: list[int]) -> None:
+        """Note whose tokens were gained. told: what the message had until now; when
+        that was charged, the difference goes under an id of its own."""
+        message, gained = row.message_id, minus(row.counts, told)
+        if row.id in self.rows:
+            message, _, _, before = self.rows[row.id]
+            gained = plus(before, gained)
+        elif any(told):
+            message = f"{message}.{row.counts[OUTPUT]}"
+        known = row.id in self.rows or len(self.rows) < ROWS_MAX - 2 * NAMES_MAX
+        if known and identifier(message):
+            self.rows[row.id] = message, row.model, int(row.at * 1000), gained
 
     def add_call(self, name: object) -> None:
         """Count a call of a tool; by name when that is an identifier."""
@@ -2429,6 +2587,28 @@ class Usage:
         if model:
             fields["model"] = model
         return fields
+
+
+def rows_charged(usage: Usage, event_id: str, ms: int) -> list[list[Any]]:
+    """The messages whose tokens are charged to a ping, as BESIDE has them: together
+    what the ping says, to the token. What no message has (the ledger's, or more rows
+    than there may be) has a row for each model; what was charged too much before is
+    taken off. ms: the event's time."""
+    left = {model: positive(counts) for model, counts in usage.models.items()}
+    rows: list[list[Any]] = []
+    for message, model, at, counts in usage.rows.values():
+        rest = left.get(model, [0] * len(COUNTS))
+        told = [min(pair) for pair in zip(positive(counts), rest)]
+        if any(told):
+            rows.append([message, model, at or ms, *told])
+            left[model] = minus(rest, told)
+    for model, counts in left.items():
+        name = f"{event_id}.{model}"
+        if not identifier(name, "@[]"):  # it is too long
+            name = f"{event_id}.{short_id(model)}"
+        if any(counts):
+            rows.append([name, model, ms, *counts])
+    return rows
 
 
 def add_to(models: dict[str, list[int]], model: str, counts: list[int]) -> None:
@@ -2472,6 +2652,10 @@ class Account:
     over_at: the last end of a turn. stopped_at: the last Stop. owed: (ns, ping) of a
     SessionLost not yet in the outbox. merged: marks of former accounts that are in it.
     unlearned: its ids are not all known.
+
+    For trackers that need it (needs: what of BESIDE): own: what was frozen with the
+    last ping. tool_calls: told so far. at_end: the counts told when the session last
+    ended. beside: event_id -> what stands beside a ping that was charged.
     """
 
     TEXTS = (
@@ -2508,6 +2692,11 @@ class Account:
         self.repeated: set[str] = set()  # tool calls met again, in a copied row
         self.unnamed = self.missed = False  # prompts are not marked; counts are missing
         self.git = False  # this ping wants the branch
+        self.needs: tuple[str, ...] = ()
+        self.own: Fields = {}
+        self.tool_calls = 0
+        self.at_end = [0] * len(COUNTS)
+        self.beside: dict[str, Fields] = {}
 
     # -- Its file --
 
@@ -2546,6 +2735,10 @@ class Account:
         if found["ledger"] is not None:
             self.ledger = models_in(found["ledger"][0]), float(found["ledger"][1])
         self.owed = [(int(ns), dict(ping)) for ns, ping in found["owed"]]
+        if "beside" in found:
+            self.own, self.tool_calls = dict(found["own"]), int(found["tool_calls"])
+            self.at_end = models_in({"": found["at_end"]})[""]
+            self.beside = {k: dict(found["beside"][k]) for k in found["beside"]}
         for name, kept in found["transcripts"].items():
             self.transcripts[name] = Transcript.load(name, kept)
             for key, (counts, calls) in kept[-1].items():
@@ -2608,6 +2801,9 @@ class Account:
             owed=self.owed,
             transcripts={},
         )
+        if self.needs or self.beside:
+            found.update(own=self.own, tool_calls=self.tool_calls)
+            found.update(at_end=self.at_end, beside=self.beside)
         for name, kept in self.transcripts.items():
             messages = [(key, self.messages[key]) for key in kept.recent]
             recent = {key: [m.counts, sorted(m.calls)] for key, m in messages}
@@ -2619,10 +2815,22 @@ class Account:
         known = {key for kept in self.transcripts.values() for key in kept.recent}
         self.messages = {k: m for k, m in self.messages.items() if k in known}
         self.charged = dict(list(self.charged.items())[-CHARGED_MAX:])
+        self.forget_beside()
         directory = os.path.dirname(self.path)
         if not os.path.isdir(directory):
             os.mkdir(directory, 0o700)
         write_object(self.path, self.as_object())
+
+    def forget_beside(self) -> None:
+        """Keep what stands beside the last pings charged, by rows: their own files have
+        it by then, unless the disk was full."""
+        kept: dict[str, Fields] = {}
+        rows = 0
+        for event_id in reversed(list(self.beside)):
+            rows += len(self.beside[event_id].get("messages", ()))
+            if not kept or (rows <= 2 * ROWS_MAX and len(kept) < CHARGED_MAX):
+                kept[event_id] = self.beside[event_id]
+        self.beside = dict(reversed(list(kept.items())))
 
     # -- Where it opens --
 
@@ -2633,8 +2841,6 @@ class Account:
         path = outbox.account_path(str(ping["session_id"]))
         try:
             account = cls.load(path)
-            if not account.transcript:  # usage was off until now
-                account.begin(ping, at, at)
         except FileNotFoundError:
             account = cls(path)
             account.begin(ping, at, ours_from(outbox, path, at))
@@ -2644,6 +2850,7 @@ class Account:
             account = cls(path)
             account.follow(ping, local, at)
             account.pass_over()
+        account.needs = outbox.needs
         return account
 
     def begin(self, ping: Fields, at: float, ours: float) -> None:
@@ -2834,6 +3041,8 @@ class Account:
         # usage; in older ones the output may be partial.
         if row.counts[OUTPUT] > message.counts[OUTPUT] or not any(message.counts):
             self.gained.add(row.model, minus(row.counts, message.counts))
+            if "messages" in self.needs:
+                self.gained.add_row(row, message.counts)
             message.counts = row.counts
         for call, name in row.calls.items():
             if call in message.calls:
@@ -2919,7 +3128,10 @@ class Account:
         elif missing or self.missed or not came:
             fields["usage_complete"] = False
         self.ended = event == "SessionEnd" and (settled or not missing)
-        fields.update(self.take_usage(local.get("tool_names") is not False))
+        tool_names = local.get("tool_names") is not False
+        fields.update(self.take_usage(tool_names, str(ping["event_id"]), at))
+        if event == "SessionEnd":
+            self.at_end = total(self.reported)
         if event == "Stop":
             begun = self.agents_turn(ping, at) or self.turn_begun(at)
             if ping.get("stop_hook_active") and 0 < self.stopped_at < at:
@@ -3011,14 +3223,24 @@ class Account:
         self.cost, self.settled_at = max(cost, self.cost), max(at, self.settled_at)
         return new
 
-    def take_usage(self, tool_names: bool) -> Fields:
+    def take_usage(self, tool_names: bool, event_id: str, at: float) -> Fields:
         """The usage fields of what was read since the last charge; now it is told."""
         fields, rest = self.gained.fields(self.model, tool_names), Usage()
+        rows = rows_charged(self.gained, event_id, int(at * 1000))
+        self.tool_calls += self.gained.tool_calls
         for name, counts in self.gained.models.items():
             add_to(self.reported, name, positive(counts))
             if min(counts) < 0:  # told before, and too much: the next ping has less
                 rest.models[name] = minus(counts, positive(counts))
         self.gained = rest
+        if self.needs:
+            told = total(self.reported)
+            beside = {
+                "messages": rows,
+                "totals": {**named(told), "tool_calls": self.tool_calls},
+                "since_end": named(minus(told, self.at_end)),
+            }
+            self.beside[event_id] = gate_beside(beside, self.needs)
         return fields
 
     # -- Sessions without a word, and new URLs --
@@ -3026,11 +3248,18 @@ class Account:
     def find_lost(self, settings: Settings, ends: float) -> None:
         """Owe a ping of what was used and never told. Today's settings shape it."""
         self.read(float("inf"), min(time.monotonic() + READ_S, ends))
-        if not any(positive(total(self.gained.models))):
+        gained = any(positive(total(self.gained.models)))
+        ended = total(self.reported) == self.at_end
+        if not gained and (ended or "since_end" not in self.needs):
             return
-        fields = self.take_usage(settings.tool_names)
-        mark = f"{self.identity.get('session_id')}{encode_json(self.reported)}"
+        told: dict[str, list[int]] = {}
+        for models in (self.reported, self.gained.models):
+            for name, counts in models.items():
+                add_to(told, name, positive(counts))
+        mark = f"{self.identity.get('session_id')}{encode_json(told)}"
         ns, event_id = int(self.last_at * 1e9), sha256_hex(mark.encode())[:32]
+        fields = self.take_usage(settings.tool_names, event_id, self.last_at)
+        self.at_end = total(self.reported)
         fields.update(self.identity, **ORIGIN, event="SessionLost", event_id=event_id)
         fields.update(timestamp=iso_time(ns), status="success", usage_complete=False)
         fields["machine"] = settings.machine
@@ -3061,7 +3290,7 @@ class Account:
         if former.last_at > self.last_at or not self.transcript:
             self.ended, self.model = former.ended, former.model
             self.transcript, self.place = former.transcript, former.place
-            self.identity = former.identity
+            self.identity, self.own = former.identity, former.own
         for name in {**former.transcripts, **self.transcripts}:
             self.merge_transcript(name, former.transcripts.get(name))
         self.messages = {**former.messages, **self.messages}
@@ -3086,6 +3315,9 @@ class Account:
             add_to(self.reported, name, counts)
         self.gained.merge(former.gained)
         self.charged = {**former.charged, **self.charged}
+        self.beside = {**former.beside, **self.beside}
+        self.tool_calls += former.tool_calls
+        self.at_end = plus(former.at_end, self.at_end)
         self.owed, self.cost = former.owed + self.owed, max(former.cost, self.cost)
         self.ledger = self.ledger or former.ledger
         self.prompts = sorted({*former.prompts, *self.prompts})[-PROMPTS_MAX:]
@@ -3122,49 +3354,38 @@ def ours_from(outbox: Outbox, path: str, at: float) -> float:
 
 
 def charge(
-    outbox: Outbox, name: str, ping: Fields, local: Fields, ends: float, patient: bool
-) -> Fields:
-    """The ping of an outbox file, with its usage in it. local: what its hook left for
-    us, not empty. ends: monotonic. patient: false when someone waits for us.
+    outbox: Outbox, name: str, record: Record, ends: float, patient: bool
+) -> Record:
+    """What the file of a ping holds, with the usage in it. Its `local`, which its hook
+    left for us, is not empty. ends: monotonic. patient: false when someone waits.
 
     The order makes it exact: the account is committed together with which ping was
     charged what; then the ping's file is rewritten; then it may be sent. Whoever comes
     after a crash finds the same charge, so that it is neither lost nor doubled.
     """
-    at, event = ns_of(name) / 1e9, ping.get("event")
+    ping, local, at = record.ping, record.local, ns_of(name) / 1e9
+    event, beside = ping.get("event"), record.beside
     if ping.get("reason") != "clear":
         patient = True  # only /clear awaits our end before it writes its ledger
     try:
         account = Account.of(outbox, ping, local, at)
+        account.own = beside.get("own", {})
         if event not in USAGE_EVENTS:
             account.meet(ping, local, at)
-            return ping
+            return record
         fields = account.charge(ping, local, at, ends, patient)
+        told = account.beside.get(str(ping["event_id"]), {})
+        beside = gate_beside({**beside, **told}, outbox.needs)
     except (OSError, ValueError):
         if event not in USAGE_EVENTS:
-            return ping
+            return record
         fields = {"usage_complete": False}  # not charged: the next ping has it
-    ping = gate({**ping, **fields})
+    record = Record(gate({**ping, **fields}), {}, beside)
     try:
-        outbox.rewrite(name, ping)
+        outbox.rewrite(name, record)
     except OSError:
         pass  # a full disk: a repeat finds the same charge in the account
-    return ping
-
-
-def leave_out(outbox: Outbox, name: str, ping: Fields) -> None:
-    """Note the session of a ping that has no `local`. When that was for TELEMHQ_USAGE=0
-    and the account is still unknown: what was used until now is never billed."""
-    path = outbox.account_path(str(ping.get("session_id")))
-    if "session_id" not in ping or os.path.lexists(path):
-        return
-    account = Account(path)
-    account.begin(ping, ns_of(name) / 1e9, ns_of(name) / 1e9)
-    account.ended = True
-    try:
-        account.save()
-    except OSError:
-        pass  # a session that began before the script would be billed the same
+    return record
 
 
 def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> None:
@@ -3177,14 +3398,17 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
         account = Account.load(path)
     except ValueError:
         return  # damaged: nobody knows what was told
+    account.needs = outbox.needs
     if not account.owed and not account.ended:
         account.find_lost(settings, ends)
         if account.owed:
             account.save()
     if account.owed:
         for ns, ping in account.owed:
+            told = {"own": account.own, **account.beside.get(ping["event_id"], {})}
+            beside = gate_beside(told, outbox.needs)
             name = f"{ns:020d}-{ping['event_id']}.json"
-            write_object(outbox.file(name), {"ping": ping, "local": {}})
+            outbox.rewrite(name, Record(ping, {}, beside))
         account.owed = []
         account.save()
 
@@ -3193,8 +3417,7 @@ def hand_over(former_path: str, path: str) -> None:
     """Make a session's account at one destination another's, which may have its own.
     Both locks are held, and the pings that wait come after it."""
     if not os.path.lexists(path):
-        if not os.path.isdir(os.path.dirname(path)):
-            os.mkdir(os.path.dirname(path), 0o700)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
         os.replace(former_path, path)
         return
     try:
@@ -3229,8 +3452,11 @@ class Answer:
     """What became of one request.
 
     what: for a person. retry_after: the header's text, or None. may_blame: whether the
-    ping itself may be the cause, and not only the way to the tracker.
+    ping itself may be the cause, and not only the way to the tracker. body: what a 2xx
+    begins with, as far as the tracker says something in it.
     """
+
+    body = b""
 
     def __init__(
         self,
@@ -3299,9 +3525,11 @@ def make_opener(url: str) -> OpenerDirector:
     return opener
 
 
-def post(opener: OpenerDirector, sent: Request, timeout_s: float) -> Answer:
+def post(
+    opener: OpenerDirector, sent: Request, timeout_s: float, reads: int = 0
+) -> Answer:
     """POST a request (GET, if it has no body). Of the response one buffer is read, at
-    most."""
+    most; reads: how many bytes of a 2xx's body are asked for."""
     from http.client import HTTPException
     from urllib import request
     from urllib.error import URLError
@@ -3312,12 +3540,29 @@ def post(opener: OpenerDirector, sent: Request, timeout_s: float) -> Answer:
         if response is None:  # no handler took an https URL
             return Answer(HOLD, "this Python was built without TLS")
         with response:
-            return answer_of(response)
+            answer = answer_of(response)
+            if reads and answer.verdict == DELIVERED:
+                answer.body = beginning_of(response, reads)
+            return answer
     except URLError as error:  # urllib wraps what fails up to the end of sending
         broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
         return no_answer(error.reason, RETRY if broken else NOT_NOW)
     except (OSError, HTTPException, ValueError) as error:  # and nothing after that
         return no_answer(error, RETRY)
+
+
+def beginning_of(response: Any, most: int) -> bytes:
+    """The first bytes of a response's body. What breaks off has been accepted."""
+    from http.client import HTTPException
+
+    body, part = b"", b"-"
+    try:
+        while part and len(body) < most:
+            part = response.read1(most - len(body))
+            body += part
+    except (OSError, HTTPException, ValueError):
+        pass
+    return body
 
 
 def answer_of(response: Any) -> Answer:
@@ -3385,7 +3630,7 @@ class Sender:
     def __init__(
         self,
         outbox: Outbox,
-        tracker: TelemHQ,
+        tracker: Tracker,
         settings: Settings,
         ends: float,
         tell: Tell = silent,
@@ -3398,7 +3643,6 @@ class Sender:
         self.opener: OpenerDirector | None = None
         self.seen: set[str] = set()  # names that this life has dealt with
         self.walk: Walk | None = None
-        self.bodies: list[bytes] = []  # of the ping that was sent last
         self.sending = ""  # the name of the ping whose request is on its way
         self.deadline = float("inf")  # monotonic, of that request
         self.watched = self.alarmed = False  # who ends a request that overstays
@@ -3428,19 +3672,47 @@ class Sender:
         line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
         add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
 
-    def keep(self, ping: Fields, answer: Answer) -> None:
+    def keep(self, record: Record, answer: Answer) -> None:
         """Add a delivered ping to sent.jsonl, for its user to look up what left; with
         its bodies, where those are not the ping itself."""
-        found = {"at": iso_time(time.time_ns()), "answer": answer.what, "ping": ping}
-        if self.bodies != [encode_json(ping).encode()]:
-            found["bodies"] = [body.decode("utf-8", "replace") for body in self.bodies]
+        at, ping = iso_time(time.time_ns()), record.ping
+        found: Fields = {"at": at, "answer": answer.what, "ping": ping}
+        requests = self.tracker.requests(ping, record.beside)
+        bodies = [(request.body or b"").decode() for request in requests]
+        if bodies != [encode_json(ping)]:
+            found["bodies"] = bodies
         line = encode_json(found) + "\n"
         add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
     # The request on its way, and its watchdog
 
-    def attempt(self, name: str, ping: Fields) -> Answer:
-        """Send one ping."""
+    def attempt(self, name: str, record: Record) -> Answer | None:
+        """Send the requests of a ping that are still to be accepted, one after another;
+        the first that is not delivered has the last word. None: there was none to send,
+        or no time for all of them."""
+        requests = self.tracker.requests(record.ping, record.beside)
+        answer = None
+        for request in requests[record.accepted :]:
+            if answer and self.is_over():
+                return None
+            answer = self.send(name, record.ping, request)
+            if answer.verdict != DELIVERED:
+                break
+            record.accepted += 1
+            if record.accepted < len(requests):
+                self.remember(name, record)
+        return answer
+
+    def remember(self, name: str, record: Record) -> None:
+        """Note how many requests were accepted, before the next one goes: whoever comes
+        after us goes on behind them."""
+        try:
+            self.outbox.rewrite(name, record)
+        except OSError:
+            pass  # a full disk: after a crash they are repeated
+
+    def send(self, name: str, ping: Fields, request: Request) -> Answer:
+        """Send one request; it has a deadline of its own."""
         self.sending = name
         if self.opener is None:
             self.opener = make_opener(self.tracker.url)
@@ -3449,14 +3721,10 @@ class Sender:
             limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
         begun = time.monotonic()
         self.watch_over(DEADLINE * limit)
-        answer = Answer(DELIVERED, "nothing to send")
-        self.bodies = []
-        for request in self.tracker.requests(ping, {}):
-            self.bodies.append(request.body or b"")
-            answer = post(self.opener, request, limit)
-            if answer.verdict != DELIVERED:
-                break
+        answer = post(self.opener, request, limit, self.tracker.reads)
         self.watch_over(float("inf"))
+        if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
+            answer = Answer(REFUSED, f"{answer.what}, rejected", may_blame=True)
         took_ms = (time.monotonic() - begun) * 1000
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
@@ -3470,11 +3738,11 @@ class Sender:
         not hear."""
         self.deadline = time.monotonic() + seconds
         if not self.watched:
-            import threading
+            import _thread
 
             self.watched = True
             try:
-                threading.Thread(target=self.watch, daemon=True).start()
+                _thread.start_new_thread(self.watch, ())
             except RuntimeError:
                 self.log("no thread to be had for the watchdog")
                 self.alarmed = hasattr(os, "fork")  # Windows has no alarm
@@ -3587,7 +3855,7 @@ class Sender:
             if not wait and self.news():
                 lock = self.outbox.take_lock()
                 if lock and self.is_outdated():  # go on by the code as it is now
-                    start_sender(lock, self.settings.environ)
+                    start_sender(self.outbox, lock, self.settings.environ)
                     return
                 if self.is_over():
                     self.ends = time.monotonic() + LIFE_S
@@ -3878,59 +4146,68 @@ class Walk:
     # One ping
 
     def attempt(self, name: str) -> Answer | None:
-        """Send a ping; None when there is none under `name`, or no time left."""
-        ping = self.read_ping(name)
-        if ping is None:
+        """Send a ping; None when there is nothing to send under `name`, or no time."""
+        record = self.read_record(name)
+        if record is None:
             return None
-        answer = self.sender.attempt(name, ping)
+        answer = self.sender.attempt(name, record)
+        if answer is None:
+            if not self.sender.is_over():
+                self.drop(name)
+            return None
         self.tried += 1
         self.last_answer = answer.what
         if answer.verdict == DELIVERED:
-            self.accepted(name, ping, answer)
+            self.accepted(name, record, answer)
         return answer
 
-    def accepted(self, name: str, ping: Fields, answer: Answer) -> None:
+    def drop(self, name: str) -> None:
+        """Remove a ping of which the tracker wants nothing: so it is no witness."""
+        remove(self.outbox.file(name))
+        self.state.suspects.pop(name, None)
+
+    def accepted(self, name: str, record: Record, answer: Answer) -> None:
         """The tracker has the ping: only now its file goes. It is in sent.jsonl before:
         after a crash it may stand there twice, but never not at all."""
-        self.sender.keep(ping, answer)
+        self.sender.keep(record, answer)
         remove(self.outbox.file(name))
         self.delivered += 1
-        self.last_event = str(ping.get("event"))
+        self.last_event = str(record.ping.get("event"))
         state = self.state
         state.suspects.pop(name, None)
         state.failures, state.not_before = 0, 0
         state.delivered_at = time.time()
 
-    def read_ping(self, name: str) -> Fields | None:
+    def read_record(self, name: str) -> Record | None:
         """The ping to send, its usage charged; None when there is none under `name`, or
         no time to charge those before it."""
         self.done.add(name)
         try:
-            ping, local = self.outbox.read(name)
+            record = self.outbox.record(name)
         except OSError:  # gone, or an I/O error: perhaps another time
             return None
         except ValueError:
             self.set_aside(name, "no ping")
             return None
-        if not local:
-            return ping
-        for older in self.older_of_session(name, ping.get("session_id")):
+        if not record.local:
+            return record
+        for older in self.older_of_session(name, record.ping.get("session_id")):
             if self.sender.is_over():
                 return None
             try:
-                self.charge(older, *self.outbox.read(older))
+                self.charge(older, self.outbox.record(older))
             except (OSError, ValueError):
                 continue
-        return self.charge(name, ping, local)
+        return self.charge(name, record)
 
-    def charge(self, name: str, ping: Fields, local: Fields) -> Fields:
+    def charge(self, name: str, record: Record) -> Record:
         """The ping with its usage in it; whatever a transcript holds, the ping goes."""
         sender = self.sender
         try:
-            return charge(self.outbox, name, ping, local, sender.ends, sender.patient)
+            return charge(self.outbox, name, record, sender.ends, sender.patient)
         except Exception as error:
             sender.log(f"usage left out: {type(error).__name__}")
-            return ping
+            return record
 
     def older_of_session(self, name: str, session_id: object) -> Iterator[str]:
         """The session's older pings that are sent later than `name`: they are charged
@@ -3947,14 +4224,15 @@ class Walk:
 
 def deliver_now(
     outbox: Outbox,
-    tracker: TelemHQ,
+    tracker: Tracker,
     settings: Settings,
     ends: float,
     tell: Tell,
     name: str,
 ) -> None:
     """Deliver while a hook waits, until `ends` (monotonic). Debug mode ignores a
-    back-off, once. name: the hook's ping; no more is waited for when it is gone."""
+    back-off, once. name: the hook's ping; no more is waited for when it is gone. (There
+    may be none: then another sender at work is enough.)"""
     state = outbox.state()
     left = state.backoff_left_s(time.time())
     if left and not settings.debug:
@@ -3964,7 +4242,7 @@ def deliver_now(
         tell(f"a back-off lasts {left:.0f} s more ({why}); this attempt ignores it")
     lock = outbox.take_lock()
     while lock is None:
-        if not os.path.exists(outbox.file(name)):
+        if not name or not os.path.exists(outbox.file(name)):
             return
         if time.monotonic() >= ends:
             raise Skipped("a sender is at work and has the ping; see sender.log")
@@ -3983,7 +4261,7 @@ def deliver_now(
 
 
 def deliver_in_background(
-    outbox: Outbox, tracker: TelemHQ, settings: Settings, lock: Lock
+    outbox: Outbox, tracker: Tracker, settings: Settings, lock: Lock
 ) -> None:
     """A detached sender's life."""
     try:
@@ -4001,15 +4279,20 @@ def deliver_in_background(
 
 
 def send(settings: Settings, tell: Tell) -> None:
-    """Deliver as the command line says: `detached FD` or `foreground SECONDS NAME`."""
+    """Deliver as the command line says: `detached FD DESTINATION`, or `foreground
+    SECONDS NAME DESTINATION`, which is the name of its directory."""
+    import gc
+
+    gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
     began = time.monotonic()
-    how, number = sys.argv[3:5]
-    tracker = find_tracker(settings)
+    how, number, *names = sys.argv[3:]
+    name = names.pop(0) if how == "foreground" else ""
+    tracker = find_tracker(settings, *names)
     outbox = outbox_of(settings, tracker)
     outbox.need_sound()
     if how == "foreground":
         ends = began + float(number) - 0.25  # so that a failure is still noted
-        deliver_now(outbox, tracker, settings, ends, tell, sys.argv[5])
+        deliver_now(outbox, tracker, settings, ends, tell, name)
         return
     if os.name == "posix":
         import signal
@@ -4387,7 +4670,7 @@ def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
     return lock
 
 
-def flush_outbox(outbox: Outbox, tracker: TelemHQ, settings: Settings) -> int:
+def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> int:
     """Deliver what waits, in spite of a back-off; how many pings that were."""
     tell, ends = Teller(), time.monotonic() + LIFE_S
     lock = wait_for_lock(outbox, ends)
@@ -4411,35 +4694,53 @@ def flush(options: Namespace) -> int:
     if not settings.url and around.plugin_in():
         how = f"run `{URL_NAME}=... {SCRIPT} flush`, or start a session"
         raise Skipped(f"the plugin's URL is known to Claude Code only; {how}")
-    tracker = find_tracker(settings)
-    outbox = outbox_of(settings, tracker)
-    outbox.need_sound()
-    if options.adopt:
-        adopt(settings, outbox)
-    delivered = 0
-    if outbox.waiting():
-        delivered = flush_outbox(outbox, tracker, settings)
-    left = len(outbox.waiting())
+    delivered = left = 0
+    for tracker in destinations(settings, print):
+        outbox = outbox_of(settings, tracker)
+        outbox.need_sound()
+        if options.adopt:
+            adopt(settings, outbox)
+        if outbox.waiting():
+            delivered += flush_outbox(outbox, tracker, settings)
+        left += len(outbox.waiting())
     print(f"{delivered} delivered, {left} left.")
     return 1 if left else 0
 
 
+def kind_of(outbox: Outbox) -> str:
+    """The kind of the tracker that an outbox is, or was, for."""
+    return os.path.basename(outbox.directory).rpartition("-")[0]
+
+
 def adopt(settings: Settings, present: Outbox) -> None:
-    """Move what waits for former URLs, and their accounts, to the present one's."""
-    for former in outboxes(settings.state_dir):
-        if former.directory == present.directory:
-            continue
-        former.need_sound()
-        lock = former.take_lock()
-        if lock is None:
-            at_work = f"a sender is at work in {former.directory}"
-            raise Skipped(f"{at_work}; try again in a minute")
-        for name in former.waiting():
-            move(former.path("outbox", name), present.path("outbox", name))
-        if os.path.isdir(former.path("accounts")):
-            for name in sorted(os.listdir(former.path("accounts"))):
-                move(former.path("accounts", name), present.path("accounts", name))
-        lock.release()
+    """Move what waits for former URLs of a tracker to the present one's."""
+    kind = kind_of(present)
+    os.makedirs(present.directory, 0o700, exist_ok=True)
+    held = wait_for_lock(present, time.monotonic() + LIFE_S)
+    try:
+        for former in outboxes(settings.state_dir):
+            if former.directory != present.directory and kind_of(former) == kind:
+                adopt_from(former, present)
+    finally:
+        held.release()
+
+
+def adopt_from(former: Outbox, present: Outbox) -> None:
+    """Move what waits in a former URL's outbox; before it the accounts, for whoever
+    charges a ping must know what was charged. The present one's lock is held."""
+    former.need_sound()
+    lock = former.take_lock()
+    if lock is None:
+        at_work = f"a sender is at work in {former.directory}"
+        raise Skipped(f"{at_work}; try again in a minute")
+    accounts = former.path("accounts")
+    for name in sorted(os.listdir(accounts)) if os.path.isdir(accounts) else ():
+        if name.endswith(".json") and not name.startswith("."):
+            hand_over(os.path.join(accounts, name), present.path("accounts", name))
+    remove(accounts)
+    for name in former.waiting():
+        move(former.path("outbox", name), present.path("outbox", name))
+    lock.release()
 
 
 def move(path: str, target: str) -> None:
@@ -4758,14 +5059,15 @@ def take_out(content: Fields, hooks: list[RegisteredHook]) -> None:
         del content["hooks"]
 
 
-def need_whole_url(url: str) -> None:
-    """Raise Skipped when a ping URL is a form that was not filled in."""
+def unfilled(url: str) -> str:
+    """Why a ping URL is a form that was not filled in, or ""."""
     if "<" in url or ">" in url:
-        raise Skipped("<token> stands for your tracker's own: copy its whole URL")
+        return "<token> stands for your tracker's own: copy its whole URL"
     _, found, rest = url.partition("://")
     path = rest.partition("/")[2].split("?")[0]
     if found and path.strip("/") in ("", "ping"):
-        raise Skipped(f"{URL_NAME} has no token: copy the whole URL of your tracker")
+        return f"{URL_NAME} has no token: copy the whole URL of your tracker"
+    return ""
 
 
 def ask_for_url() -> str | None:
@@ -4926,8 +5228,9 @@ def install(options: Namespace) -> int:
     if url is None and not settings.url and at_a_terminal() and not options.dry_run:
         url = ask_for_url()
     if url is not None:
-        need_whole_url(url)
-        find_tracker(Settings({**settings.environ, URL_NAME: url}))
+        if unfilled(url):
+            raise Skipped(unfilled(url))
+        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
     plan = InstallPlan(options, url)
     plan.show()
     if not options.dry_run:
@@ -5212,10 +5515,10 @@ TRIAL_S = 10.0  # for its ping to arrive
 MEANINGS = (  # of an answer, by what it begins with
     ("HTTP 402", "the tracker's account wants to be paid"),
     ("HTTP 408", "it was slow; pings are kept and sent later"),
-    ("HTTP 40", "the token in TELEMHQ_PING_URL is wrong or was revoked"),
+    ("HTTP 40", "the token in {variable} is wrong or was revoked"),
     ("HTTP 410", "the tracker was deleted"),
     ("HTTP 42", "it has too much to do; pings are kept and sent later"),
-    ("HTTP 3", "it has moved; put its new address into TELEMHQ_PING_URL"),
+    ("HTTP 3", "it has moved; put its new address into {variable}"),
     ("HTTP", "it has a problem of its own; pings are kept and sent later"),
     (
         "proxy: HTTP 407",
@@ -5226,7 +5529,7 @@ MEANINGS = (  # of an answer, by what it begins with
     ("TLS: HTTP_REQUEST", "no TLS is spoken there: is https:// right, and the port?"),
     ("TLS", "the certificate is not trusted; SSL_CERT_FILE can name a company's own"),
     ("this Python", "run `install` with a Python that has the module ssl"),
-    ("", "is TELEMHQ_PING_URL right, is there a network, or a proxy for HTTPS_PROXY?"),
+    ("", "is {variable} right, is there a network, or a proxy for HTTPS_PROXY?"),
 )
 MACOS_CERTIFICATES = "run `Install Certificates.command` in your Python's folder"
 
@@ -5271,7 +5574,7 @@ def diagnosis(around: Surroundings, run_all: bool = False) -> Iterator[Check]:
     yield from check_events(around)
     yield from check_commands(around, run_all)
     yield from check_variables(around)
-    yield from check_tracker(around)
+    yield from check_trackers(around)
     yield from check_disk(around)
 
 
@@ -5547,68 +5850,76 @@ def check_variables(around: Surroundings) -> Iterator[Check]:
     yield Check(None, f"pings from this directory say project {project}")
 
 
-def in_words(what: str) -> str:
-    """What an answer means (`what` of an Answer), and what to do."""
+def in_words(what: str, variable: str = URL_NAME) -> str:
+    """What an answer means (`what` of an Answer), and what to do. variable: that which
+    holds the tracker's URL or token."""
     said = "the tracker answered " + what[5:] if what.startswith("HTTP ") else what
     meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
     if "CERTIFICATE_VERIFY_FAILED" in what and sys.platform == "darwin":
         meaning = f"{meaning}; or {MACOS_CERTIFICATES}"
-    return f"{said}: {meaning}"
+    return f"{said}: {meaning.replace('{variable}', variable)}"
 
 
-def check_tracker(around: Surroundings) -> Iterator[Check]:
-    """Whether the ping URL is usable and answers; a GET records no run."""
+def is_plugin_alone(around: Surroundings) -> bool:
+    """Whether only the plugin, and so the client, knows where pings go."""
+    return bool(not around.settings.url and around.plugin_in())
+
+
+def check_trackers(around: Surroundings) -> Iterator[Check]:
+    """Whether the destinations are usable, and answer to what records nothing."""
     settings = around.settings
-    if not settings.url and around.plugin_in():
-        yield Check(
-            None, "the plugin's URL is kept by Claude Code; it is not tried here"
-        )
+    if is_plugin_alone(around):
+        kept = "the plugin's URL is kept by Claude Code; it is not tried here"
+        yield Check(None, kept)
         return
-    try:
-        if settings.url:
-            need_whole_url(settings.url)
-        tracker = find_tracker(settings)
-    except Skipped as error:
-        yield Check(False, "ping URL", str(error))
-        return
-    question = Request(tracker.url, tracker.headers, None)  # no body: a GET
-    answer = post(make_opener(tracker.url), question, settings.timeout_s)
-    takes_posts = answer.what == "HTTP 405"
-    good = answer.verdict in (DELIVERED, REFUSED) or takes_posts
-    text = f"tracker at {origin(tracker.url)} answers a GET"
-    yield Check(good, text, in_words(answer.what))
+    trackers, problems = find_trackers(settings, read_secret)
+    for problem in problems:
+        told = unfilled(settings.url) if "<" in settings.url else problem
+        yield Check(False, "destination", told)
+    for tracker in trackers:
+        name = "tracker" if tracker.kind == TelemHQ.kind else tracker.kind
+        problem = unfilled(tracker.url) if tracker.kind == TelemHQ.kind else ""
+        if problem:
+            yield Check(False, "destination", problem)
+            continue
+        opener = make_opener(tracker.url)
+        answer = post(opener, tracker.check(), settings.timeout_s)
+        takes_posts = answer.what == "HTTP 405"
+        good = answer.verdict in (DELIVERED, REFUSED) or takes_posts
+        text = f"{name} at {origin(tracker.url)} answers"
+        yield Check(good, text, in_words(answer.what, tracker.secrets[0]))
 
 
 def check_disk(around: Surroundings) -> Iterator[Check]:
     """Whether all is well on disk: what waits, what failed, what was lost."""
     settings, state_dir = around.settings, around.settings.state_dir or ""
-    kept = outboxes(state_dir)
-    present = Outbox(os.path.join(state_dir, "none"))
-    try:
-        present = outbox_of(settings, find_tracker(settings))
-    except Skipped:
-        if not state_dir:
-            yield Check(False, "state directory", "set TELEMHQ_STATE_DIR, or HOME")
+    if not state_dir:
+        yield Check(False, "state directory", "set TELEMHQ_STATE_DIR, or HOME")
+        return
+    kept, present = outboxes(state_dir), {}
+    for tracker in find_trackers(settings, read_secret)[0]:
+        outbox = outbox_of(settings, tracker)
+        present[outbox.directory] = outbox, tracker.secrets[0]
+    if is_plugin_alone(around):
+        present = {outbox.directory: (outbox, URL_NAME) for outbox in kept}
+    nowhere = Outbox(os.path.join(state_dir, "none")), URL_NAME
+    for outbox, _ in present.values() or [nowhere]:
+        try:
+            outbox.need_sound()
+        except Skipped as error:
+            yield Check(False, "state directory", str(error))
             return
-    try:
-        present.need_sound()
-    except Skipped as error:
-        yield Check(False, "state directory", str(error))
-        return
     yield Check(True, "state directory " + state_dir)
-    if not settings.url and around.plugin_in():
-        for outbox in kept:
-            yield from check_delivery(outbox)
-        return
-    yield from check_delivery(present)
+    for outbox, variable in present.values():
+        yield from check_delivery(outbox, variable)
     for former in kept:
         waiting = len(former.waiting())
-        if waiting and former.directory != present.directory:
+        if waiting and former.directory not in present:
             text = f"{counted(waiting, 'ping')} wait for a URL no longer configured"
             yield Check(False, text, "`flush --adopt` sends them to the present one")
 
 
-def check_delivery(outbox: Outbox) -> Iterator[Check]:
+def check_delivery(outbox: Outbox, variable: str) -> Iterator[Check]:
     """How delivery from an outbox goes."""
     now, names, state = time.time(), outbox.waiting(), outbox.state()
     backoff_s, pace_s = state.backoff_left_s(now), state.pace_left_s(now)
@@ -5622,7 +5933,9 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
         fine = not backoff_s and age_s < WAIT_OLD_S
     yield Check(fine, text, "`flush` sends them now")
     if backoff_s:
-        why = in_words(state.problem) if state.failures else "a pause after an outage"
+        why = "a pause after an outage"
+        if state.failures:
+            why = in_words(state.problem, variable)
         yield Check(False, f"back-off: {duration_of(backoff_s)} more", why)
     elif pace_s and names:
         text = f"after an outage pings go bit by bit, the next in {duration_of(pace_s)}"
@@ -5661,17 +5974,16 @@ def clear_losses(state_dir: str | None) -> None:
 
 def send_test(settings: Settings) -> Check:
     """Send one ping that is marked as a test, the way that every ping goes."""
-    tracker = find_tracker(settings)
-    outbox = outbox_of(settings, tracker)
-    outbox.need_sound()
-    event = {"hook_event_name": "Test", "cwd": os.getcwd()}
-    ns = time.time_ns()
+    event, ns = {"hook_event_name": "Test", "cwd": os.getcwd()}, time.time_ns()
     ping = make_ping(event, settings, project_of(event, settings), ns, 0)
-    name = outbox.put(ns, ping, {})
-    flush_outbox(outbox, tracker, settings)
     text = f"a ping with the event Test, {ping['event_id']}"
-    if name in outbox.waiting():
-        return Check(False, text, "it waits; see above")
+    for tracker in destinations(settings, print):
+        outbox = outbox_of(settings, tracker)
+        name = enqueue(outbox, tracker, ns, ping, {})
+        if name:
+            flush_outbox(outbox, tracker, settings)
+        if name in outbox.waiting():
+            return Check(False, text, f"it waits for {origin(tracker.url)}; see above")
     return Check(True, f"{text}, is in your tracker")
 
 
@@ -5679,7 +5991,7 @@ def send_test(settings: Settings) -> Check:
 
 WIDTH = 88  # of the demo's lines
 DEMO_EVENTS = 3  # of SAMPLES are enough to see it; --all shows the rest
-STRUCK, DIM, PLAIN = "\x1b[9;2m", "\x1b[2m", "\x1b[0m"  # ECMA-48
+STRUCK, PLAIN = "\x1b[9;2m", "\x1b[0m"  # ECMA-48
 
 
 def preview(options: Namespace) -> int:
@@ -5898,15 +6210,15 @@ class Delivery:
         return [encode_json(self.ping)]
 
 
-def destinations(name: str | None) -> list[Outbox]:
+def outboxes_named(name: str | None) -> list[Outbox]:
     """The outboxes to tell of: by kind or directory's name, TelemHQ's by default."""
     kept = outboxes(Surroundings().settings.state_dir)
     wanted = name or TelemHQ.kind
-    found = []
-    for outbox in kept:
-        directory = os.path.basename(outbox.directory)
-        if wanted in (directory, directory.rpartition("-")[0]):
-            found.append(outbox)
+    found = [
+        outbox
+        for outbox in kept
+        if wanted in (os.path.basename(outbox.directory), kind_of(outbox))
+    ]
     if name and not found:
         known = ", ".join(os.path.basename(outbox.directory) for outbox in kept)
         raise Skipped(f"there is no destination {name}; there are: {known or 'none'}")
@@ -5936,7 +6248,7 @@ def deliveries(kept: list[Outbox]) -> list[Delivery]:
 
 def sent(options: Namespace) -> int:
     """print the last pings that left, as they were sent, with time and answer"""
-    found = deliveries(destinations(options.destination))
+    found = deliveries(outboxes_named(options.destination))
     for delivery in found[-options.n :]:
         for body in delivery.bodies():
             print(delivery.at, delivery.answer, body)
@@ -6062,7 +6374,7 @@ def report(options: Namespace) -> int:
     import json
     import shutil
 
-    kept = destinations(options.destination)
+    kept = outboxes_named(options.destination)
     since = ""
     if options.days:
         noon = time.mktime((*time.localtime()[:3], 12, 0, 0, 0, 0, -1))
@@ -6087,6 +6399,7 @@ def report(options: Namespace) -> int:
 
 
 # -- Commands: the command line --------------------------------------------------------
+
 
 def at_least_one(text: str) -> int:
     """A number of days or lines."""
@@ -6116,7 +6429,8 @@ class CommandLine:
         )
         version, told = f"telemhq_ping {__version__}", "print the version"
         group = self.parser.add_argument_group("options")
-        group.add_argument("-h", "--help", action="help", help="print this, or COMMAND's")
+        said = "print this, or COMMAND's"
+        group.add_argument("-h", "--help", action="help", help=said)
         group.add_argument("--version", action="version", version=version, help=told)
 
     def add(self, run: Callable[[Namespace], int]) -> ArgumentParser:

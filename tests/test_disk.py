@@ -169,7 +169,7 @@ def test_only_the_user_can_read_what_is_written(
     answers = {"Stop": 400, "StopFailure": 200, "SessionEnd": 500}
     receiver.answer = lambda request: answers[request.ping["event"]]
     before = set(home.path.rglob("*"))
-    env = {name: str(home.path / value) for name, value in where.items()}
+    env: dict[str, Any] = {name: home.path / value for name, value in where.items()}
     alone = f"os.umask({umask}); os.posix_spawn = lambda *_, **__: 0"
     sent = event("Stop")
     assert outcome(patched(home, alone, url=receiver.url, sent=sent, **env)) == SILENT

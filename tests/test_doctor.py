@@ -74,7 +74,7 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
         f"a ping arrived from the command for StopFailure in {settings_path(well)}",
         f"ping URL, from {settings_path(well)}",
         "pings from this directory say project api",
-        f"tracker at http://127.0.0.1:{receiver.port} answers a GET",
+        f"tracker at http://127.0.0.1:{receiver.port} answers",
         "state directory " + str(well.state),
         "no pings wait",
         "back-off: none",

@@ -75,7 +75,9 @@ def section_cut(title: str) -> tuple[str, str]:
 def made(script: ModuleType, kind: str, **changes: str) -> Any:
     """A tracker, from the variables that are good for it."""
     environ = {"TELEMHQ_DESTINATIONS": kind, **GOOD[kind], **changes}
-    (tracker,), problems = script.find_trackers(script.Settings(environ))
+    (tracker,), problems = script.find_trackers(
+        script.Settings(environ), script.read_secret
+    )
     assert problems == []
     return tracker
 
@@ -83,7 +85,7 @@ def made(script: ModuleType, kind: str, **changes: str) -> Any:
 def problem(script: ModuleType, kind: str, **changes: str) -> str:
     """Why there is no such tracker."""
     environ = {"TELEMHQ_DESTINATIONS": kind, **GOOD[kind], **changes}
-    found, problems = script.find_trackers(script.Settings(environ))
+    found, problems = script.find_trackers(script.Settings(environ), script.read_secret)
     assert found == []
     (text,) = problems
     return str(text)
@@ -111,7 +113,9 @@ def test_by_default_only_telemhq_is_used(script: ModuleType) -> None:
     """Other trackers' variables that lie around mean nothing."""
     environ = {k: v for found in GOOD.values() for k, v in found.items()}
     for named in ({}, {"TELEMHQ_DESTINATIONS": ""}, {"TELEMHQ_DESTINATIONS": " , "}):
-        found, problems = script.find_trackers(script.Settings({**environ, **named}))
+        found, problems = script.find_trackers(
+            script.Settings({**environ, **named}), script.read_secret
+        )
         assert [tracker.kind for tracker in found] == ["telemhq"]
         assert problems == []
 
@@ -131,7 +135,7 @@ def test_named_trackers_are_used(
     """The list's order, once each; case and spaces do not matter."""
     environ = {k: v for found in GOOD.values() for k, v in found.items()}
     environ["TELEMHQ_DESTINATIONS"] = named
-    found, problems = script.find_trackers(script.Settings(environ))
+    found, problems = script.find_trackers(script.Settings(environ), script.read_secret)
     assert [tracker.kind for tracker in found] == kinds
     assert problems == []
 
@@ -139,7 +143,7 @@ def test_named_trackers_are_used(
 def test_what_is_wrong_with_one_stops_only_that_one(script: ModuleType) -> None:
     """What is wrong with one is told; the others work."""
     environ = {"TELEMHQ_DESTINATIONS": "recoder,wigtoken,otlp", **GOOD["otlp"]}
-    found, problems = script.find_trackers(script.Settings(environ))
+    found, problems = script.find_trackers(script.Settings(environ), script.read_secret)
     assert [tracker.kind for tracker in found] == ["otlp"]
     assert len(problems) == 2
     assert "recoder" in problems[0]
@@ -207,7 +211,7 @@ def test_token_file_that_others_can_read_is_refused(
 ) -> None:
     """~/.claude-metrics/token is the plugin's; only its owner may have a look at it."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert "cannot be read" in problem(
+    assert "No such file" in problem(
         script, "claude-metrics", CLAUDE_METRICS_API_TOKEN=""
     )
     (tmp_path / ".claude-metrics").mkdir()
@@ -262,7 +266,7 @@ class Place:
         """The tracker that sends to it."""
         environ = {"TELEMHQ_DESTINATIONS": self.strict.kind, **self.strict.env()}
         (found,), problems = script.find_trackers(
-            script.Settings({**environ, **changes})
+            script.Settings({**environ, **changes}), script.read_secret
         )
         assert problems == []
         return found
