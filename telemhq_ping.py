@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from http.server import HTTPServer
     from queue import Queue
-    from typing import Any, Callable, Dict, Iterator, NoReturn
+    from typing import Any, Callable, Dict, Iterable, Iterator, NoReturn
     from urllib.request import OpenerDirector
 
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
@@ -117,6 +117,7 @@ WITNESS_REFUSALS = 25  # set aside on one witness's word, before another is hear
 POISON_CHARGES, POISON_AGE_S = 8, 3600.0  # both: neither a burst nor an outage blames
 PACE_PINGS, PACE_S = 25, (30.0, 90.0)  # after an outage: pings a pass, then a pause
 LOG_MAX_BYTES = 256 << 10  # some 2,000 passes
+SENT_MAX_BYTES = 5 << 20  # some 5,000 pings; with the file before it, 10,000
 
 
 class Skipped(Exception):
@@ -1499,7 +1500,7 @@ class Outbox:
 
     def need_sound(self) -> None:
         """Skipped when others may have a hand in anything from telemhq/ down."""
-        for name in ("outbox", "refused", "accounts", "..", "."):
+        for name in ("..", ".", "outbox", "refused", "accounts"):
             directory = os.path.normpath(self.path(name))
             problem = unsound(directory)
             if problem:
@@ -3604,6 +3605,25 @@ BURSTS = (  # events of which another may follow within seconds
 ).split()
 
 
+def add_line(path: str, line: str, most: int) -> None:
+    """Add a line to a file, which makes way for a new one when it has `most` bytes. It
+    never fails: no disk may stop delivery."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | NO_FOLLOW
+    raw = line.encode("utf-8", "replace")
+    try:
+        fd = os.open(path, flags, 0o600)
+        try:
+            size = os.fstat(fd).st_size
+            if os.write(fd, raw) < len(raw):
+                os.ftruncate(fd, size)  # a full disk: the line or nothing
+        finally:
+            os.close(fd)
+        if size + len(raw) > most:
+            rename(path, path + ".1")
+    except OSError:
+        pass  # a FIFO, a directory, a full disk
+
+
 class Sender:
     """Delivers from one outbox. ends: monotonic, when this life is over. tell: for a
     person. patient: whether to await what the client writes after its event. status:
@@ -3651,20 +3671,20 @@ class Sender:
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
-        path = self.outbox.path("sender.log")
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | NO_FOLLOW
         line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
-        try:
-            fd = os.open(path, flags, 0o600)
-            try:
-                os.write(fd, line.encode("utf-8", "replace"))
-                full = os.fstat(fd).st_size > LOG_MAX_BYTES
-            finally:
-                os.close(fd)
-            if full:
-                rename(path, path + ".1")
-        except OSError:
-            pass  # a FIFO, a directory, a full disk: nobody reads it
+        add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
+
+    def keep(self, record: Record, answer: Answer) -> None:
+        """Add a delivered ping to sent.jsonl, for its user to look up what left; with
+        its bodies, where those are not the ping itself."""
+        at, ping = iso_time(time.time_ns()), record.ping
+        found: Fields = {"at": at, "answer": answer.what, "ping": ping}
+        requests = self.tracker.requests(ping, record.beside)
+        bodies = [(request.body or b"").decode() for request in requests]
+        if bodies != [encode_json(ping)]:
+            found["bodies"] = bodies
+        line = encode_json(found) + "\n"
+        add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
     # The request on its way, and its watchdog
 
@@ -3920,7 +3940,8 @@ class Walk:
         if self.tried:
             self.state.save()
             self.sender.log(
-                f"sent {self.tried} of {len(self.names)}, last: {self.last_answer}"
+                f"delivered {self.delivered} of {len(self.names)}, "
+                f"last answer: {self.last_answer}"
             )
 
     # What waits
@@ -4146,7 +4167,7 @@ class Walk:
         self.tried += 1
         self.last_answer = answer.what
         if answer.verdict == DELIVERED:
-            self.accepted(name, record.ping)
+            self.accepted(name, record, answer)
         return answer
 
     def drop(self, name: str) -> None:
@@ -4154,13 +4175,15 @@ class Walk:
         remove(self.outbox.file(name))
         self.state.suspects.pop(name, None)
 
-    def accepted(self, name: str, ping: Fields) -> None:
-        """The tracker has the ping: only now its file goes."""
+    def accepted(self, name: str, record: Record, answer: Answer) -> None:
+        """The tracker has the ping: only now its file goes. It is in sent.jsonl before:
+        after a crash it may stand there twice, but never not at all."""
+        self.sender.keep(record, answer)
         remove(self.outbox.file(name))
         self.delivered += 1
         if self.refusals_left:  # a witness that came by itself
             self.refusals_left = WITNESS_REFUSALS
-        self.last_event = str(ping.get("event"))
+        self.last_event = str(record.ping.get("event"))
         state = self.state
         state.suspects.pop(name, None)
         state.failures, state.not_before = 0, 0
@@ -4308,15 +4331,56 @@ def sender() -> NoReturn:
 # ======================================================================================
 
 
-# -- Commands: the settings files of Claude Code ---------------------------------------
+# -- Commands: talking with a person ---------------------------------------------------
 
 URL_NAME = "TELEMHQ_PING_URL"
+MARKS = {True: ("✓", "ok"), False: ("✗", "!!"), None: ("·", "--")}  # fancy, ASCII
+
+
+def at_a_terminal() -> bool:
+    """Whether a person can be asked."""
+    return bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def ask(question: str) -> bool:
+    """Whether a person says yes; no answer is a no."""
+    try:
+        answer = input(f"{question} [y/N] ")
+    except EOFError:
+        print()
+        return False
+    return answer.strip().lower() in ("y", "yes")
+
+
+def counted(count: int, noun: str) -> str:
+    """`no pings`, `1 ping`, `2 pings`."""
+    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
+
+
+def printable(text: str, plain: str) -> str:
+    """`text`, or `plain` where the terminal's encoding knows no such characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return plain
+    return text
+
+
+def mark(good: bool | None) -> str:
+    """The mark of a line: good, bad, or None for what is only told."""
+    fancy, plain = MARKS[good]
+    return fancy if printable("✓✗·", "") else plain
+
+
+# -- Commands: the settings files of Claude Code ---------------------------------------
+
 IMPORT = "import telemhq_ping as t; t.hook()"  # a module's bytecode is cached
 IGNORE_TERM = "trap '' TERM; "  # a failing `claude -p` sends one before Python is up
 HOOK_TIMEOUT_S = 10  # Claude Code's; without it a SessionEnd hook has 1.5 s
-SETTINGS_MAX_BYTES = 16 << 20  # larger ones exist, but not of settings
-EVENTS = {"Stop": "", "StopFailure": "", "SessionEnd": ""}  # event: matcher, "" for all
-TOOL_EVENTS = {"PostToolUse": "Bash|Edit|MultiEdit|Write", "PostToolUseFailure": ""}
+FILE_MAX_BYTES = 16 << 20  # settings and scripts are smaller
+EVENTS = ("Stop", "StopFailure", "SessionEnd")  # what install registers
+TOOL_EVENTS = ("PostToolUse", "PostToolUseFailure")  # --tools: both for the same tools
+TOOLS = "Bash|Edit|MultiEdit|Write"  # those that change something, as TelemHQ's docs
 MANAGED_SETTINGS = {  # a company's, by sys.platform; Linux is the default
     "": ("/etc/claude-code/managed-settings.json",),
     "darwin": ("/Library/Application Support/ClaudeCode/managed-settings.json",),
@@ -4358,6 +4422,12 @@ def settings_path(project: str | None) -> str:
     return os.path.join(os.path.abspath(project), ".claude", "settings.local.json")
 
 
+def project_settings(project: str) -> list[str]:
+    """The settings files that a project may have."""
+    names = ("settings.json", "settings.local.json")
+    return [os.path.join(project, ".claude", name) for name in names]
+
+
 def shell_words(command: str) -> list[str]:
     """The words and operators of a shell command; [] when they cannot be told apart."""
     import shlex
@@ -4376,7 +4446,7 @@ def runs_script_only(words: list[str]) -> bool:
     paths = [word.replace("\\", "/") for word in words if not word.startswith("-")]
     if not paths or paths[-1].split("/")[-1] != SCRIPT or words[-1].startswith("-"):
         return False
-    if any(mark in word for word in words for mark in ("=", "`")):
+    if any(sign in word for word in words for sign in ("=", "`")):
         return False
     if len(paths) == 1:
         return len(words) == 1
@@ -4398,9 +4468,7 @@ class RegisteredHook:
     itself, a dict."""
 
     def __init__(self, event: str, group: Fields, entry: Fields) -> None:
-        self.event = event
-        self.group = group
-        self.entry = entry
+        self.event, self.group, self.entry = event, group, entry
         command = entry.get("command")
         self.command = command if isinstance(command, str) else ""
 
@@ -4418,6 +4486,12 @@ class RegisteredHook:
             words = words[:-2]
         return runs_script_only(words) or imports_script_only(words)
 
+    def meets(self, other: RegisteredHook) -> bool:
+        """Whether both run for some event of the same name."""
+        matchers = [hook.group.get("matcher") or "*" for hook in (self, other)]
+        same = "*" in matchers or matchers[0] == matchers[1]
+        return self.event == other.event and same
+
 
 def hooks_of(content: Fields) -> list[RegisteredHook]:
     """The hooks in settings (dict), in their order."""
@@ -4429,7 +4503,7 @@ def hooks_of(content: Fields) -> list[RegisteredHook]:
     ]
 
 
-def need_form(content: Any) -> None:
+def need_form(content: object) -> None:
     """Raise ValueError when settings are not of the form that Claude Code documents."""
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
@@ -4448,32 +4522,48 @@ def need_form(content: Any) -> None:
 
 
 class SettingsFile:
-    """A settings file of Claude Code's; Skipped when what is there is none.
+    """A settings file of Claude Code's.
 
     path: as it is named. real: what that is a link to, for dotfiles are often links.
     raw: its bytes, None when there is no file. content: the JSON object in it.
+    problem: why it is no settings file, or "". twice: keys that stand there twice.
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.real = os.path.realpath(path)
+        self.path, self.real = path, os.path.realpath(path)
         self.raw: bytes | None = None
         self.content: Fields = {}
+        self.problem = ""
+        self.twice: list[str] = []
         try:
-            self.raw = read_file(self.real, SETTINGS_MAX_BYTES)
+            self.raw = read_file(self.real, FILE_MAX_BYTES)
             self.content = self.decode(self.raw)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, RecursionError) as error:
-            raise Skipped(f"{path} is left as it is, no settings: {error}") from None
+        except OSError as error:
+            self.problem = error.strerror or "it cannot be read"
+        except (ValueError, RecursionError) as error:
+            self.problem = str(error)
 
-    @staticmethod
-    def decode(raw: bytes) -> Fields:
-        """The settings (dict) in a file's bytes; ValueError says why there are none."""
+    def decode(self, raw: bytes) -> Fields:
+        """The settings in a file's bytes; ValueError says why there are none. As strict
+        as Claude Code: it ignores the whole of a file with a comment in it."""
         import json
 
+        def no_constant(name: str) -> None:
+            raise ValueError(f"{name} is no JSON")
+
+        def pairs(found: list[tuple[str, Any]]) -> Fields:
+            names = [name for name, _ in found]
+            self.twice += [name for name in dict(found) if names.count(name) > 1]
+            return dict(found)
+
         text = raw.decode("utf-8-sig")
-        content: Fields = json.loads(text) if text.strip() else {}
+        if not text.strip():
+            return {}
+        content: Fields = json.loads(
+            text, object_pairs_hook=pairs, parse_constant=no_constant
+        )
         need_form(content)
         return content
 
@@ -4499,12 +4589,22 @@ class SettingsFile:
         env: Fields = self.content.get("env", {})
         return env
 
-    def is_ours_in_part(self) -> bool:
-        """Whether anything in it may be from install."""
-        return URL_NAME in self.env() or any(hook.is_ours() for hook in self.hooks())
+    def events(self) -> list[str]:
+        """The events for which anything is registered in it."""
+        return [hook.event for hook in self.hooks()]
 
-    def need_writable(self) -> None:
-        """Raise Skipped when the file is read-only: its owner meant that."""
+    def names_script(self) -> bool:
+        """Whether any hook in it runs the script."""
+        return any(hook.names_script() for hook in self.hooks())
+
+    def need_editable(self) -> None:
+        """Raise Skipped when the file cannot be changed without harm."""
+        if self.problem:
+            left = f"{self.path} is left as it is, for it is no settings file"
+            raise Skipped(f"{left}: {self.problem}")
+        if self.twice:
+            again = f'"{self.twice[0]}" stands there twice; take one of them out'
+            raise Skipped(f"{self.path} is left as it is: {again}")
         if self.raw is not None and not os.stat(self.real).st_mode & stat.S_IWUSR:
             raise Skipped(f"{self.path} is left as it is: it is read-only")
 
@@ -4516,262 +4616,50 @@ class SettingsFile:
         write_file(self.real, raw, make_directory=True)
         os.chmod(self.real, mode)
 
-    def back_up(self) -> None:
-        """Keep what the file holds beside it, under a timestamp."""
-        backup = self.real + time.strftime(".%Y%m%d-%H%M%S.bak")
-        if self.raw is not None and not os.path.exists(backup):
-            write_file(backup, self.raw)
 
-    def backups(self) -> list[str]:
-        """Paths of the backups, the oldest first."""
-        import glob
-
-        return sorted(glob.glob(glob.escape(self.real) + ".[0-9]*-[0-9]*.bak"))
+def has_plugin(content: Fields) -> bool:
+    """Whether settings (dict) enable this script as a plugin."""
+    plugins = content.get("enabledPlugins")
+    if not isinstance(plugins, dict):
+        return False
+    return any(on and name.startswith("telemhq-ping@") for name, on in plugins.items())
 
 
 class Surroundings:
     """What a hook finds that Claude Code runs here.
 
-    files: the settings files (SettingsFile), in the order in which each goes before
-    those above it. settings: from the environment and their env blocks; what is no
-    settings file is told in its `ignored`.
+    files: the settings files, in the order in which each goes before those above it.
+    settings: from the environment and the files' env blocks. sources: of each variable
+    the path of the file that sets it; where there is none, it is the shell.
     """
 
     def __init__(self) -> None:
-        here = os.path.join(os.getcwd(), ".claude")
         paths = [
             settings_path(None),
-            os.path.join(here, "settings.json"),
-            os.path.join(here, "settings.local.json"),
+            *project_settings(os.getcwd()),
             *MANAGED_SETTINGS.get(sys.platform, MANAGED_SETTINGS[""]),
         ]
-        environ, problems = dict(os.environ), []
-        self.files: list[SettingsFile] = []
-        for path in dict.fromkeys(paths):
-            try:
-                file = SettingsFile(path)
-            except Skipped as error:
-                problems.append(str(error))
-                continue
-            self.files.append(file)
-            environ.update((name, str(value)) for name, value in file.env().items())
+        self.files = [SettingsFile(path) for path in dict.fromkeys(paths)]
+        self.sources: dict[str, str] = {}
+        environ = dict(os.environ)
+        for file in self.files:
+            for name, value in file.env().items():
+                environ[name] = str(value)
+                self.sources[name] = file.path
         self.settings = Settings(environ)
-        self.settings.ignored = problems + self.settings.ignored
 
+    def plugin_in(self) -> str:
+        """The settings file that enables this script as a plugin, or ""."""
+        for file in self.files:
+            if has_plugin(file.content):
+                return file.path
+        return ""
 
-def print_diff(path: str, before: bytes, after: bytes) -> None:
-    """Print how a settings file will change; of each URL only scheme, host and port."""
-    import difflib
-    import re
-
-    secret = re.compile(
-        r"(TELEMHQ_PING_URL\W+|\b(?=\w+://))"  # the variable's value, or any URL,
-        r"(\w+://[\w.:\[\]-]+(?=[/?#\"']))?"  # of which this may be shown
-        r"[^\"'\n]*"
-    )
-    old, new = (
-        secret.sub(r"\1\2/...", raw.decode("utf-8", "replace")).splitlines()
-        for raw in (before, after)
-    )
-    print("\n".join(difflib.unified_diff(old, new, path, path, lineterm="")))
-
-
-# -- Commands: install, uninstall ------------------------------------------------------
-
-
-def shell_quoted(path: str) -> str:
-    """A path as one word for a shell; on Windows that is Git Bash."""
-    import shlex
-
-    return shlex.quote(path.replace("\\", "/") if os.name == "nt" else path)
-
-
-def interpreter() -> str:
-    """The Python to name in settings: never a virtual environment's, which comes and
-    goes, but the one behind it."""
-    if sys.prefix == sys.base_prefix:
-        return sys.executable
-    major, minor = sys.version_info[:2]
-    behind = os.path.join(sys.base_prefix, "bin", f"python{major}.{minor}")
-    if os.name == "nt":
-        behind = os.path.join(sys.base_prefix, "python.exe")
-    return behind if os.path.exists(behind) else sys.executable
-
-
-def hook_command(event: str) -> str:
-    """The command for settings. It imports the script from its own directory; when that
-    fails (bytecode that a crash has cut off), it runs it. It never ends with 2."""
-    python = shell_quoted(interpreter())
-    directory, script = shell_quoted(hooks_dir()), shell_quoted(installed_script())
-    imported = f"cd {directory} && {python} -ESc '{IMPORT}'"
-    trap = IGNORE_TERM if event == "StopFailure" else ""
-    return f"{trap}{imported} || {python} -I -S {script} || true"
-
-
-def with_ours(content: Fields, url: str | None, tools: bool) -> Fields:
-    """Settings with our hooks, and with the ping URL unless it is None."""
-    import copy
-
-    content = copy.deepcopy(content)
-    if url is not None:
-        content.setdefault("env", {})[URL_NAME] = url
-    wanted = {**EVENTS, **TOOL_EVENTS} if tools else EVENTS
-    there = [hook.event for hook in hooks_of(content) if hook.names_script()]
-    for event, matcher in wanted.items():
-        if event not in there:
-            group: Fields = {"matcher": matcher} if matcher else {}
-            group["hooks"] = [{"type": "command", "command": SCRIPT}]
-            content.setdefault("hooks", {}).setdefault(event, []).append(group)
-    for hook in hooks_of(content):
-        if hook.is_ours():
-            command = hook_command(hook.event)
-            hook.entry.update(command=command, timeout=HOOK_TIMEOUT_S)
-    return content
-
-
-def without_ours(content: Fields) -> Fields:
-    """Settings without our hooks and the ping URL, and without what that left empty."""
-    import copy
-
-    content = copy.deepcopy(content)
-    content.get("env", {}).pop(URL_NAME, None)
-    for hook in hooks_of(content):
-        if hook.is_ours():
-            hook.group["hooks"].remove(hook.entry)
-    hooks = {}
-    for event, groups in content.get("hooks", {}).items():
-        kept = [group for group in groups if group["hooks"]]
-        if kept:
-            hooks[event] = kept
-    content["hooks"] = hooks
-    for name in ("hooks", "env"):
-        if not content.get(name):
-            content.pop(name, None)
-    return content
-
-
-def bytecode_dir(script: str) -> str:
-    """Where Python caches the bytecode of a script that is imported."""
-    return os.path.join(os.path.dirname(script), "__pycache__")
-
-
-def bytecode_of(script: str) -> list[str]:
-    """Paths of the bytecode of the installed script, of whatever Pythons."""
-    import glob
-
-    stem = os.path.splitext(SCRIPT)[0]
-    return glob.glob(os.path.join(glob.escape(bytecode_dir(script)), stem + ".*.pyc"))
-
-
-def install_script() -> None:
-    """Put this file into place. Python takes cached bytecode for that of any source of
-    the same size and second: a changed file gets another second. And under a umask of
-    000 it would let everybody write the bytecode: so its directory is made here."""
-    source, script = read_file(this_script(), SETTINGS_MAX_BYTES), installed_script()
-    real = os.path.realpath(script)
-    try:
-        before, old = read_file(real, SETTINGS_MAX_BYTES), os.stat(real).st_mtime
-    except FileNotFoundError:
-        before, old = b"", 0.0
-    if before != source:
-        write_file(real, source, make_directory=True)
-        written = max(time.time(), old + 1)
-        os.utime(real, (written, written))
-    os.chmod(real, 0o700)
-    for path in bytecode_of(script):
-        remove(path)
-    if not os.path.isdir(bytecode_dir(script)):
-        os.mkdir(bytecode_dir(script))
-        os.chmod(bytecode_dir(script), 0o755)
-
-
-def install(options: Namespace) -> int:
-    """Copy this file to ~/.claude/hooks, register it in settings.json."""
-    file = SettingsFile(settings_path(options.project))
-    settings = Surroundings().settings
-    if options.url is not None:
-        find_tracker(Settings({**settings.environ, URL_NAME: options.url}))
-    after = with_ours(file.content, options.url, options.tools)
-    print_diff(file.path, file.encode(file.content), file.encode(after))
-    if not options.dry_run:
-        if file.content != after:
-            file.need_writable()
-            file.back_up()
-            file.write(file.encode(after))
-        install_script()
-        print(f"Installed: {file.path} names {installed_script()}.")
-    if not (options.url or settings.url):
-        print("Now export TELEMHQ_PING_URL, or run install again with --url.")
-    return 0
-
-
-def restore(file: SettingsFile) -> None:
-    """Take ours out of a settings file; the backups go: they may hold ping URLs."""
-    if not file.is_ours_in_part():
-        return
-    file.need_writable()
-    after = without_ours(file.content)
-    new = file.encode(after) if after else None  # None: install has made the file
-    backups = file.backups()
-    for path in backups:
-        backup = SettingsFile(path)
-        theirs = not any(hook.is_ours() for hook in backup.hooks())
-        if theirs and without_ours(backup.content) == after:
-            new = backup.raw  # nothing else has changed: to the byte as it was
-    print_diff(file.path, file.encode(file.content), new or b"")
-    if new is None:
-        os.unlink(file.real)
-    else:
-        file.write(new)
-    for path in backups:
-        os.unlink(path)
-
-
-def need_consent(question: str) -> None:
-    """Ask a person; Skipped when the answer is not yes, or nobody is there to ask."""
-    if not sys.stdin.isatty() or input(question + " [y/N] ").lower() != "y":
-        raise Skipped("nothing was changed; with --yes they are removed")
-
-
-def remove_script() -> None:
-    """Remove the installed script and its bytecode."""
-    script = installed_script()
-    for path in [*bytecode_of(script), script]:
-        remove(path)
-    remove_if_empty(bytecode_dir(script))
-
-
-def remove_if_empty(directory: str) -> None:
-    """Remove a directory with nothing in it; any other stays."""
-    try:
-        os.rmdir(directory)
-    except OSError:
-        pass
-
-
-def uninstall(options: Namespace) -> int:
-    """The inverse of install: settings as before, script and state removed."""
-    import shutil
-
-    path, state_dir = settings_path(options.project), Surroundings().settings.state_dir
-    kept = outboxes(state_dir)
-    waiting = sum(len(outbox.waiting()) for outbox in kept)
-    if waiting and not options.yes:
-        print(f"{waiting} pings wait and would be lost; `flush` sends them.")
-        need_consent("Remove them?")
-    restore(SettingsFile(path))
-    for name in (path, settings_path(None)):
-        if any(hook.names_script() for hook in SettingsFile(name).hooks()):
-            print(f"{name} still names the script: it stays, with its state.")
-            return 0
-    for outbox in kept:
-        shutil.rmtree(outbox.directory)
-    remove_script()
-    ours = state_dir or config_dir()
-    for directory in (ours, hooks_dir(), config_dir(), os.path.dirname(path)):
-        remove_if_empty(directory)
-    print("Removed.")
-    return 0
+    def theirs(self) -> list[SettingsFile]:
+        """The files whose commands are their owner's: the user's and the managed ones.
+        A project's may be a stranger's shell code."""
+        project = project_settings(os.getcwd())
+        return [file for file in self.files if file.path not in project]
 
 
 # -- Commands: flush -------------------------------------------------------------------
@@ -4794,39 +4682,61 @@ def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
     while lock is None:
         if time.monotonic() >= ends:
             raise Skipped("a sender is at work and has the pings; see sender.log")
-        time.sleep(POLL_S)
+        time.sleep(LOOK_S)
         lock = outbox.take_lock()
     return lock
 
 
-def flush(options: Namespace) -> int:
-    """One pass of a sender now, in spite of a back-off."""
-    settings = Surroundings().settings
-    tracker = find_tracker(settings)
-    outbox = outbox_of(settings, tracker)
-    outbox.need_sound()
-    if options.adopt:
-        adopt(settings, outbox)
-    tell = Teller()
-    if outbox.waiting():
-        ends = time.monotonic() + LIFE_S
-        lock = wait_for_lock(outbox, ends)
-        sender = Sender(outbox, tracker, settings, ends, tell, patient=True)
-        sender.status = 1  # when its watchdog ends this process
+def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> int:
+    """Deliver what waits, in spite of a back-off; how many pings that were."""
+    tell, ends = Teller(), time.monotonic() + LIFE_S
+    lock = wait_for_lock(outbox, ends)
+    sender = Sender(outbox, tracker, settings, ends, tell, status=1)
+    left, before = len(outbox.waiting()), 0
+    while left and left != before:
+        sender.state.paced_until = 0  # a person who asks is no stampede
+        sender.state.save()
         sender.one_pass()
-        lock.release()
-    left = len(outbox.waiting())
-    print(f"{tell.delivered} delivered, {left} left.")
+        left, before = len(outbox.waiting()), left
+        if sender.state.backoff_left_s(time.time()):
+            break
+    lock.release()
+    return tell.delivered
+
+
+def flush(options: Namespace) -> int:
+    """deliver what waits now, in spite of a back-off"""
+    around = Surroundings()
+    settings = around.settings
+    if not settings.url and around.plugin_in():
+        how = f"run `{URL_NAME}=... {SCRIPT} flush`, or start a session"
+        raise Skipped(f"the plugin's URL is known to Claude Code only; {how}")
+    delivered = left = 0
+    for tracker in destinations(settings, print):
+        outbox = outbox_of(settings, tracker)
+        outbox.need_sound()
+        if options.adopt:
+            adopt(settings, outbox)
+        if outbox.waiting():
+            delivered += flush_outbox(outbox, tracker, settings)
+        left += len(outbox.waiting())
+    print(f"{delivered} delivered, {left} left.")
     return 1 if left else 0
 
 
+def kind_of(outbox: Outbox) -> str:
+    """The kind of the tracker that an outbox is, or was, for."""
+    return os.path.basename(outbox.directory).rpartition("-")[0]
+
+
 def adopt(settings: Settings, present: Outbox) -> None:
-    """Move what waits for former URLs to the present one's."""
+    """Move what waits for former URLs of a tracker to the present one's."""
+    kind = kind_of(present)
     os.makedirs(present.directory, 0o700, exist_ok=True)
     held = wait_for_lock(present, time.monotonic() + LIFE_S)
     try:
         for former in outboxes(settings.state_dir):
-            if former.directory != present.directory:
+            if former.directory != present.directory and kind_of(former) == kind:
                 adopt_from(former, present)
     finally:
         held.release()
@@ -4856,188 +4766,679 @@ def move(path: str, target: str) -> None:
         os.renames(path, target)
 
 
-# -- Commands: doctor ------------------------------------------------------------------
-
-WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
-MEANINGS = (  # of an answer, by what it begins with
-    ("HTTP 40", "the token in TELEMHQ_PING_URL is wrong or was revoked"),
-    ("HTTP 41", "the tracker was deleted"),
-    ("HTTP 3", "it has moved; put its new address into TELEMHQ_PING_URL"),
-    ("HTTP", "it has a problem of its own; pings are kept and sent later"),
-    ("TLS", "the certificate is not trusted; SSL_CERT_FILE can name a company's own"),
-    ("", "is TELEMHQ_PING_URL right, is there a network, or a proxy for HTTPS_PROXY?"),
-)
+# -- Commands: what install changes, shown and remembered ------------------------------
 
 
-class Check:
-    """One line of doctor's. good: all is well. text: what was looked at and found.
-    remedy: what to do when it is not well."""
+class Mask:
+    """Hides secrets in text that a person reads, alike ones alike, so that a change of
+    one shows: `<hidden 1>`."""
 
-    def __init__(self, good: bool, text: str, remedy: str = "") -> None:
-        self.good = good
-        self.text = text
-        self.remedy = remedy
+    SHOWN = ("TELEMHQ_PROJECT", "TELEMHQ_MACHINE", "TELEMHQ_STATE_DIR")
 
-    def line(self) -> str:
-        """For a person."""
-        return f"✓ {self.text}" if self.good else f"✗ {self.text}: {self.remedy}"
+    def __init__(self, *contents: Fields) -> None:
+        """contents: settings (dicts), whose env blocks may hold secrets."""
+        self.numbers: dict[str, int] = {}
+        self.names = {name for content in contents for name in content.get("env", {})}
+        self.names.difference_update(self.SHOWN)
 
+    def hidden(self, secret: str) -> str:
+        """What is shown instead of a secret."""
+        number = self.numbers.setdefault(secret, len(self.numbers) + 1)
+        return f"<hidden {number}>"
 
-def in_words(what: str) -> str:
-    """What an answer means (`what` of an Answer), and what to do."""
-    said = "the tracker answered " + what[5:] if what.startswith("HTTP ") else what
-    meanings = [text for begins, text in MEANINGS if what.startswith(begins)]
-    return f"{said}: {meanings[0]}"
+    def url(self, url: str) -> str:
+        """A URL without what may be secret: scheme and host stay."""
+        import re
 
+        match = re.match(r"\w+://[\w.:\[\]-]+(?=[/?#]|$)", url)
+        shown = match.group() if match else ""
+        rest = url[len(shown) :]
+        return shown + ("/" + self.hidden(rest) if len(rest) > 1 else rest)
 
-def doctor(options: Namespace) -> int:
-    """Check all that lies between an event and the tracker; say what to do."""
-    here = Surroundings()
-    checks = [
-        *check_hooks(here.files),
-        *check_commands(here.files),
-        *check_tracker(here.settings),
-        *check_outbox(here.settings),
-    ]
-    for check in checks:
-        print(check.line())
-    return 0 if all(check.good for check in checks) else 1
+    def value(self, text: str) -> str:
+        """A text of the settings, say a command: without URLs and set variables."""
+        import re
 
+        def url(match: re.Match[str]) -> str:
+            return self.url(match.group())
 
-def has_plugin(content: Fields) -> bool:
-    """Whether settings (dict) enable this script as a plugin."""
-    plugins = content.get("enabledPlugins")
-    if not isinstance(plugins, dict):
-        return False
-    return any(on and name.startswith("telemhq-ping@") for name, on in plugins.items())
+        def assignment(match: re.Match[str]) -> str:
+            return match.group(1) + self.hidden(match.group(2))
 
+        secret = r"(\b[A-Z_]*(?:URL|KEY|TOKEN|SECRET|PASSWORD)=['\"]?)"
+        text = re.sub(r"\w+://[^\s'\"]+", url, text)
+        return re.sub(secret + r"(?!\w+://)([^\s'\";]+)", assignment, text)
 
-def check_hooks(files: list[SettingsFile]) -> Iterator[Check]:
-    """Whether each event runs the script."""
-    where: dict[str, str] = {}
-    for file in files:
-        if file.content.get("disableAllHooks"):
-            off = f"disableAllHooks in {file.path} turns them off"
-            yield Check(False, "settings", off)
-        if has_plugin(file.content):
-            where.update(dict.fromkeys(EVENTS, "the plugin"))
-        for hook in file.hooks():
-            if hook.names_script():
-                where[hook.event] = file.path
-    for event in dict.fromkeys([*EVENTS, *where]):
-        place = where.get(event, "no settings file")
-        yield Check(event in where, f"hook for {event}, in {place}", "run `install`")
+    def text(self, raw: bytes) -> str:
+        """The bytes of a settings file, for a person."""
+        import json
+        import re
 
+        key = ""
 
-def check_commands(files: list[SettingsFile]) -> Iterator[Check]:
-    """Whether what the commands name is there: script and interpreter."""
-    hooks = [hook for file in files for hook in file.hooks() if hook.is_ours()]
-    runs = {tuple(script_run(shell_words(hook.command))) for hook in hooks}
-    for run in sorted(runs):
-        problem = problem_of(list(run))
-        text = "script and interpreter: " + " ".join(run)
-        yield Check(not problem, text, problem + "; run `install`")
+        def shown(match: re.Match[str]) -> str:
+            nonlocal key
+            try:
+                said = str(json.loads(match.group(1)))
+            except ValueError:
+                return '"..."'
+            if match.group(2):  # a colon: it is a key
+                key = said
+                return match.group()
+            masked = self.value(said)
+            if masked == said and key in self.names:
+                masked = self.hidden(said)
+            key = ""
+            return match.group() if masked == said else json.dumps(masked)
+
+        text = raw.decode("utf-8", "replace")
+        return re.sub(r'("(?:[^"\\]|\\.)*")(\s*:)?', shown, text)
 
 
-def script_run(words: list[str]) -> list[str]:
-    """Of a command of ours (its words), those that run the script as a script."""
-    while words and os.path.basename(words[-1]) != SCRIPT:
-        words = words[:-1]
-    operators = [at for at, word in enumerate(words) if word in (";", "&&", "||")]
-    words = words[operators[-1] + 1 :] if operators else words
-    return [os.path.expandvars(os.path.expanduser(word)) for word in words]
+def print_diff(path: str, before: bytes, after: bytes, mask: Mask) -> None:
+    """Print how the bytes of a settings file will change, secrets masked."""
+    import difflib
+
+    old, new = (mask.text(raw).splitlines() for raw in (before, after))
+    for line in difflib.unified_diff(old, new, path, path, lineterm=""):
+        print(line)
 
 
-def problem_of(run: list[str]) -> str:
-    """Why a script (words that run it) is not this version's; "" when it is."""
+def remove_if_empty(directory: str) -> None:
+    """Remove a directory with nothing in it; any other stays."""
+    try:
+        os.rmdir(directory)
+    except OSError:
+        pass
+
+
+class InstallRecord:
+    """What install did, so that uninstall undoes that and no more: installed.json.
+
+    script: SHA-256 of the script as it was put there, or "". kept: where the script is
+    that stood there before, or "". made: directories that were made. settings: of each
+    settings file (its real path) {"made": bool, "written": SHA-256 of what install made
+    of it, "backups": {path: SHA-256}, the oldest first}.
+    """
+
+    def __init__(self) -> None:
+        self.path = os.path.join(config_dir(), "telemhq", "installed.json")
+        problem = unsound(os.path.dirname(self.path))
+        if problem:  # somebody else could tell uninstall what to delete
+            raise Skipped(f"{os.path.dirname(self.path)} {problem}; mend or remove it")
+        try:
+            found = read_object(self.path, FILE_MAX_BYTES)
+        except (OSError, ValueError):
+            found = {}
+        self.script = str(found.get("script", ""))
+        self.kept = str(found.get("kept", ""))
+        made, settings = found.get("made"), found.get("settings")
+        self.made: list[str] = made if isinstance(made, list) else []
+        self.settings: dict[str, Fields] = (
+            settings if isinstance(settings, dict) else {}
+        )
+
+    def save(self) -> None:
+        """Write it; the file goes when there is nothing to remember."""
+        if not (self.script or self.kept or self.settings):
+            remove(self.path)
+            return
+        found = {"script": self.script, "kept": self.kept}
+        content = encode_json({**found, "made": self.made, "settings": self.settings})
+        write_file(self.path, content.encode(), make_directory=True)
+
+    def will_make(self, path: str) -> None:
+        """Note which directories are missing above a file that will be written."""
+        directory = os.path.dirname(path)
+        while not os.path.isdir(directory):
+            if directory not in self.made:
+                self.made.append(directory)
+            directory = os.path.dirname(directory)
+
+    def remove_directories(self) -> None:
+        """Remove those that install made and that are empty again."""
+        for directory in sorted(self.made, key=len, reverse=True):
+            remove_if_empty(directory)
+        self.made = [path for path in self.made if os.path.isdir(path)]
+
+    def changes(self, file: SettingsFile, new: bytes) -> None:
+        """A settings file will hold `new`; what it holds is kept beside it."""
+        self.will_make(file.real)
+        entry = self.settings.setdefault(
+            file.real, {"made": file.raw is None, "written": "", "backups": {}}
+        )
+        untouched = file.raw is not None and entry["written"] == sha256_hex(file.raw)
+        if file.raw is not None and not untouched:
+            backup = file.real + time.strftime(".%Y%m%d-%H%M%S.bak")
+            if not os.path.lexists(backup):
+                entry["backups"][backup] = sha256_hex(file.raw)
+                write_file(backup, file.raw)
+        entry["written"] = sha256_hex(new)
+
+    def backups(self, file: SettingsFile) -> list[SettingsFile]:
+        """The backups that install made of a file and nobody changed, oldest first."""
+        found = []
+        entry = self.settings.get(file.real, {})
+        for path, digest in entry.get("backups", {}).items():
+            backup = SettingsFile(path)
+            if backup.raw is not None and sha256_hex(backup.raw) == digest:
+                found.append(backup)
+        return found
+
+
+# -- Commands: install -----------------------------------------------------------------
+
+OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
+OLDEST_CLIENT_TEXT = "2.1.78"
+CLIENT_ANSWERS_S = 20.0  # `claude --version`, on a slow disk
+TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins with it
+
+
+def client_version() -> str:
+    """What `claude --version` says, such as 2.1.329; "" when no client was found."""
+    import re
+    import shutil
+    import subprocess
+
+    home = os.path.expanduser("~")
+    places = [os.path.join(home, *names) for names in CLIENT_PLACES]
+    search = os.pathsep.join([os.environ.get("PATH", ""), *places])
+    client = shutil.which("claude", path=search)
+    if not client:
+        return ""
+    try:
+        said = subprocess.run(
+            [client, "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "DISABLE_AUTOUPDATER": "1"},
+            timeout=CLIENT_ANSWERS_S,
+            check=False,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    match = re.search(rb"\d+\.\d+\.\d+", said)
+    return match.group().decode() if match else ""
+
+
+CLIENT_PLACES = (
+    (".local", "bin"),
+    (".claude", "local"),
+)  # below home; often not in PATH
+
+
+def is_too_old(version: str) -> bool:
+    """Whether this client (its version, "" unknown) knows no StopFailure."""
+    numbers = tuple(int(part) for part in version.split(".")) if version else ()
+    return bool(numbers) and numbers < OLDEST_CLIENT
+
+
+def shell_quoted(path: str) -> str:
+    """A path as one word for a shell; on Windows that is Git Bash."""
+    import shlex
+
+    return shlex.quote(path.replace("\\", "/") if os.name == "nt" else path)
+
+
+def own_interpreter() -> str:
+    """The Python that runs this: not a virtual environment's, which comes and goes, but
+    the one behind it."""
+    if sys.prefix == sys.base_prefix:
+        return sys.executable
+    major, minor = sys.version_info[:2]
+    behind = os.path.join(sys.base_prefix, "bin", f"python{major}.{minor}")
+    if os.name == "nt":
+        behind = os.path.join(sys.base_prefix, "python.exe")
+    return behind if os.path.exists(behind) else sys.executable
+
+
+def names_release(path: str) -> bool:
+    """Whether a path holds a full version, as pyenv's and Homebrew's do: an upgrade
+    removes it."""
+    import re
+
+    return re.search(r"\d+\.\d+\.\d+", path) is not None
+
+
+def interpreter() -> str:
+    """The Python to name in settings: this one, by a path that outlives its upgrade
+    where there is such a path."""
+    import shutil
+
+    own = own_interpreter()
+    if not names_release(own):
+        return own
+    major, minor = sys.version_info[:2]
+    places = [os.environ.get("PATH", ""), "/opt/homebrew/bin", "/usr/local/bin"]
+    for name in (f"python{major}.{minor}", "python3"):
+        found = shutil.which(name, path=os.pathsep.join(places))
+        stable = found and os.path.isabs(found) and not names_release(found)
+        if found and stable and os.path.realpath(found) == os.path.realpath(own):
+            return found
+    return own
+
+
+def hook_command(event: str) -> str:
+    """The command for settings. It imports the script from its own directory; when that
+    fails (bytecode that a crash has cut off, a Python that an upgrade has removed), it
+    runs it. It never ends with 2, which Claude Code takes for a veto."""
+    python = shell_quoted(interpreter())
+    other = "python3" if names_release(python) else python
+    directory, script = shell_quoted(hooks_dir()), shell_quoted(installed_script())
+    imported = f"cd {directory} && {python} -ESc '{IMPORT}'"
+    trap = IGNORE_TERM if event == "StopFailure" else ""
+    return f"{trap}{imported} || {other} -I -S {script} || true"
+
+
+def with_ours(
+    content: Fields, url: str | None, tools: bool, client: str = ""
+) -> Fields:
+    """Settings with our hooks, and with the ping URL unless it is None. client: its
+    version; StopFailure is left out, or taken out, where it would do harm."""
+    import copy
+
+    content = copy.deepcopy(content)
+    if url is not None:
+        content.setdefault("env", {})[URL_NAME] = url
+    if is_too_old(client):
+        take_out(content, [hook for hook in hooks_of(content) if is_harmful(hook)])
+    there = [hook.event for hook in hooks_of(content) if hook.names_script()]
+    for event in [*EVENTS, *TOOL_EVENTS] if tools else EVENTS:
+        if event in there or (event == "StopFailure" and is_too_old(client)):
+            continue
+        group: Fields = {"matcher": TOOLS} if event in TOOL_EVENTS else {}
+        group["hooks"] = [{"type": "command", "command": SCRIPT}]
+        content.setdefault("hooks", {}).setdefault(event, []).append(group)
+    for hook in hooks_of(content):
+        if hook.is_ours():
+            command = hook_command(hook.event)
+            hook.entry.update(command=command, timeout=HOOK_TIMEOUT_S)
+    return content
+
+
+def is_harmful(hook: RegisteredHook) -> bool:
+    """Whether it is ours, for an event that older clients than OLDEST_CLIENT stumble
+    on."""
+    return hook.event == "StopFailure" and hook.is_ours()
+
+
+def take_out(content: Fields, hooks: list[RegisteredHook]) -> None:
+    """Remove hooks from settings, and what that leaves empty."""
+    for hook in hooks:
+        hook.group["hooks"].remove(hook.entry)
+    groups_of = content.get("hooks", {})
+    for event in {hook.event for hook in hooks}:
+        groups_of[event] = [group for group in groups_of[event] if group["hooks"]]
+        if not groups_of[event]:
+            del groups_of[event]
+    if hooks and not groups_of:
+        del content["hooks"]
+
+
+def unfilled(url: str) -> str:
+    """Why a ping URL is a form that was not filled in, or ""."""
+    if "<" in url or ">" in url:
+        return "<token> stands for your tracker's own: copy its whole URL"
+    _, found, rest = url.partition("://")
+    path = rest.partition("/")[2].split("?")[0]
+    if found and path.strip("/") in ("", "ping"):
+        return f"{URL_NAME} has no token: copy the whole URL of your tracker"
+    return ""
+
+
+def ask_for_url() -> str | None:
+    """The ping URL that a person types, unseen; None when it is none."""
+    import getpass
+
+    print("The URL of your tracker looks like https://telemhq.com/ping/<token>.")
+    try:
+        url = getpass.getpass("Ping URL (not shown; Enter to go on without): ")
+    except EOFError:
+        return None
+    return url.strip() or None
+
+
+class ScriptFile:
+    """The script where install puts it. raw: what is there, None: nothing."""
+
+    def __init__(self) -> None:
+        self.path = installed_script()
+        self.real = os.path.realpath(self.path)
+        self.raw: bytes | None = None
+        try:
+            self.raw = read_file(self.real, FILE_MAX_BYTES)
+        except FileNotFoundError:
+            pass
+
+    def is_ours(self) -> bool:
+        """Whether what is there is this script, in whatever version."""
+        return self.raw is not None and TITLE in self.raw[:1000]
+
+    def version(self) -> str:
+        """Its version, for a person."""
+        import re
+
+        match = re.search(rb'\n__version__ = "([\w.]+)"', self.raw or b"")
+        return match.group(1).decode() if match else "unknown"
+
+    def bytecode_dir(self) -> str:
+        """Where Python caches its bytecode."""
+        return os.path.join(os.path.dirname(self.path), "__pycache__")
+
+    def remove_bytecode(self) -> None:
+        """Remove what Pythons have cached of it."""
+        import glob
+
+        stem = os.path.splitext(SCRIPT)[0]
+        pattern = os.path.join(glob.escape(self.bytecode_dir()), stem + ".*.pyc")
+        for path in glob.glob(pattern):
+            remove(path)
+
+    def write(self, source: bytes) -> None:
+        """Put `source` there. Python takes cached bytecode for that of any source of
+        the same size and second: a changed file gets another second. And under a umask
+        of 000 it would let everybody write it: so its directory is made here."""
+        if self.raw != source:
+            old = os.stat(self.real).st_mtime if os.path.exists(self.real) else 0.0
+            write_file(self.real, source, make_directory=True)
+            written = max(time.time(), old + 1)
+            os.utime(self.real, (written, written))
+        os.chmod(self.real, 0o700)
+        self.remove_bytecode()
+        if not os.path.isdir(self.bytecode_dir()):
+            os.mkdir(self.bytecode_dir())
+            os.chmod(self.bytecode_dir(), 0o755)
+
+
+class InstallPlan:
+    """What install will do. file: the settings file; new: the bytes that it will hold;
+    url: the ping URL to write, None to leave it; script: what stands in its place."""
+
+    def __init__(self, options: Namespace, url: str | None) -> None:
+        self.url = url
+        self.file = SettingsFile(settings_path(options.project))
+        self.file.need_editable()
+        self.client = client_version()
+        self.source = read_file(this_script(), FILE_MAX_BYTES)
+        self.script = ScriptFile()
+        before = self.file.content
+        self.content = with_ours(before, url, options.tools, self.client)
+        self.new = self.file.raw or b""
+        if self.content != before:
+            self.new = self.file.encode(self.content)
+
+    def is_done(self) -> bool:
+        """Whether all stands there already."""
+        return self.content == self.file.content and self.script.raw == self.source
+
+    def show(self) -> None:
+        """Print what will change."""
+        mask = Mask(self.file.content, self.content)
+        print_diff(self.file.path, self.file.raw or b"", self.new, mask)
+        if self.script.raw is not None and self.script.raw != self.source:
+            what = (
+                "a script that is not this one; it is kept, and uninstall puts it back"
+            )
+            if self.script.is_ours():
+                what = f"version {self.script.version()} of this script"
+            print(f"{self.script.path} is replaced: it is {what}.")
+        if is_too_old(self.client):
+            old = f"Claude Code {self.client} ignores settings that name StopFailure"
+            print(f"{old} ({OLDEST_CLIENT_TEXT} does not): it is left out.")
+        elif not self.client:
+            least = f"Claude Code {OLDEST_CLIENT_TEXT} or newer"
+            print(f"No claude command was found; this is for {least}.")
+
+    def carry_out(self) -> None:
+        """Change the files; first note how that is undone."""
+        record = InstallRecord()
+        record.will_make(self.script.real)
+        record.will_make(record.path)
+        if self.script.raw is not None and not self.script.is_ours():
+            record.kept = self.script.real + time.strftime(".%Y%m%d-%H%M%S.bak")
+        record.script = sha256_hex(self.source)
+        if self.content != self.file.content:
+            record.changes(self.file, self.new)
+        record.save()
+        if record.kept and not os.path.lexists(record.kept):
+            os.rename(self.script.real, record.kept)
+        if self.content != self.file.content:
+            self.file.write(self.new)
+        self.script.write(self.source)
+
+
+def git_says(directory: str, *arguments: str) -> tuple[int, str]:
+    """(exit status, output) of git in a directory; 128 without git or a repository."""
     import subprocess
 
     try:
         ended = subprocess.run(
-            [*run, "--version"],
+            ["git", "-C", directory, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.DEVNULL,
+            check=False,
         )
-    except FileNotFoundError:
-        return "the interpreter is missing"
-    except OSError as error:
-        return f"the interpreter does not run ({error.strerror})"
-    if ended.stdout.decode("utf-8", "replace").strip().endswith(" " + __version__):
-        return ""
-    if not os.path.exists(run[-1]):
-        return "the script is missing"
-    return f"it is not version {__version__}, or not Python 3.8"
+    except OSError:
+        return 128, ""
+    return ended.returncode, ended.stdout.decode("utf-8", "replace").strip()
 
 
-def check_tracker(settings: Settings) -> Iterator[Check]:
-    """Whether the ping URL is usable and answers; a GET records no run."""
-    for problem in settings.ignored:
-        yield Check(False, "settings", problem)
+def tell_where_token_is(file: SettingsFile) -> None:
+    """Say where the token ended up, when somebody could see it there."""
+    if file.real != os.path.abspath(file.path):
+        print(f"{file.path} is a link: the URL, with its token, is in {file.real}.")
+    directory, name = os.path.split(file.real)
+    if git_says(directory, "check-ignore", "-q", name)[0] != 1:
+        return  # ignored, or no repository
+    exclude = git_says(directory, "rev-parse", "--git-path", "info/exclude")[1]
+    exclude = os.path.normpath(os.path.join(directory, exclude))
+    inside = git_says(directory, "rev-parse", "--show-prefix")[1] + name
+    print(f"Git does not ignore {file.real}, which holds the URL with its token:")
+    print(f"  echo {shell_quoted('/' + inside)} >> {shell_quoted(exclude)}")
+
+
+def install(options: Namespace) -> int:
+    """put the script into ~/.claude/hooks and register it in settings.json"""
+    settings, url = Surroundings().settings, options.url
+    if url is None and not settings.url and at_a_terminal() and not options.dry_run:
+        url = ask_for_url()
+    if url is not None:
+        if unfilled(url):
+            raise Skipped(unfilled(url))
+        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
+    plan = InstallPlan(options, url)
+    plan.show()
+    if not options.dry_run:
+        questions = at_a_terminal() and not options.yes and not plan.is_done()
+        if questions and not ask("Write this?"):
+            raise Skipped("nothing was changed")
+        plan.carry_out()
+        print(f"Installed: {plan.file.path} names {plan.script.path}.")
+        if url is not None:
+            tell_where_token_is(plan.file)
+    if not (url or settings.url):
+        print(f"Now export {URL_NAME}, or run install again with --url.")
+    elif at_a_terminal() and not options.dry_run:
+        print("Sessions that run already must be started anew. doctor says:")
+        print_checks(diagnosis(Surroundings()))
+    return 0
+
+
+# -- Commands: uninstall ---------------------------------------------------------------
+
+
+def without_ours(content: Fields, before: Fields) -> Fields:
+    """Settings without our hooks and ping URL; those that `before` had (settings of
+    before install, {}: none) are put back."""
+    import copy
+
+    content = copy.deepcopy(content)
+    env = content.get("env", {})
+    env.pop(URL_NAME, None)
+    if URL_NAME in before.get("env", {}):
+        env[URL_NAME] = before["env"][URL_NAME]
+    if "env" in content and not env:
+        del content["env"]
+    theirs = [hook for hook in hooks_of(before) if hook.is_ours()]
+    ours = []
+    for hook in hooks_of(content):
+        if not hook.is_ours():
+            continue
+        same = [other for other in theirs if other.event == hook.event]
+        if same:
+            hook.entry.clear()
+            hook.entry.update(same[0].entry)
+            theirs.remove(same[0])
+        else:
+            ours.append(hook)
+    take_out(content, ours)
+    return content
+
+
+def restored(file: SettingsFile, record: InstallRecord) -> bytes | None:
+    """What a settings file must hold without install; None: there was none."""
+    backups = record.backups(file)
+    entry = record.settings.get(file.real, {})
+    if backups and file.raw is not None and entry["written"] == sha256_hex(file.raw):
+        first = backups[0]
+        if record.kept or not any(hook.is_ours() for hook in first.hooks()):
+            return first.raw  # nobody else has changed it
+    before = backups[0].content if backups and record.kept else {}
+    after = without_ours(file.content, before)
+    for backup in backups:
+        theirs = not any(hook.is_ours() for hook in backup.hooks())
+        if theirs and without_ours(backup.content, before) == after:
+            return backup.raw
+    return file.encode(after) if after or not entry.get("made") else None
+
+
+def restore(file: SettingsFile, record: InstallRecord) -> bool:
+    """Take ours out of a settings file; whether there was anything. Our backups go, for
+    they may hold ping URLs."""
+    if not (URL_NAME in file.env() or any(hook.is_ours() for hook in file.hooks())):
+        return False
+    file.need_editable()
+    new, backups = restored(file, record), record.backups(file)
+    print_diff(file.path, file.raw or b"", new or b"", Mask(file.content))
+    if new is None:
+        os.unlink(file.real)
+    else:
+        file.write(new)
+    for backup in backups:
+        os.unlink(backup.path)
+    record.settings.pop(file.real, None)
+    return True
+
+
+def known_projects() -> list[str]:
+    """The directories in which Claude Code has run, from its own .claude.json."""
+    path = os.path.join(os.path.expanduser("~"), ".claude.json")
+    if os.environ.get("CLAUDE_CONFIG_DIR"):
+        path = os.path.join(config_dir(), ".claude.json")
     try:
-        tracker = find_tracker(settings)
-    except Skipped as error:
-        yield Check(False, "ping URL", str(error))
-        return
-    question = Request(tracker.url, tracker.headers, None)  # no body: a GET
-    answer = post(make_opener(tracker.url), question, settings.timeout_s)
-    takes_posts = answer.what == "HTTP 405"
-    good = answer.verdict in (DELIVERED, REFUSED) or takes_posts
-    text = f"tracker at {origin(tracker.url)} answers a GET"
-    yield Check(good, text, in_words(answer.what))
+        projects = read_object(path, 4 * FILE_MAX_BYTES).get("projects")
+    except (OSError, ValueError):
+        return []
+    return list(projects) if isinstance(projects, dict) else []
 
 
-def check_outbox(settings: Settings) -> Iterator[Check]:
-    """Whether all is well on disk: what waits, what failed, what was lost."""
-    state_dir = settings.state_dir or ""
-    try:
-        outbox = outbox_of(settings, find_tracker(settings))
-    except Skipped:
-        outbox = Outbox(os.path.join(state_dir, "none"))
-    try:
-        if not settings.state_dir:
-            raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
-        outbox.need_sound()
-    except Skipped as error:
-        yield Check(False, "state directory", str(error))
-        return
-    yield Check(True, "state directory " + state_dir)
-    yield from check_delivery(outbox)
-    for former in outboxes(state_dir):
-        names = former.waiting()
-        if names and former.directory != outbox.directory:
-            text = f"{len(names)} pings wait for a URL no longer configured"
-            yield Check(False, text, "`flush --adopt` sends them to the present one")
+def others_that_name_script(record: InstallRecord) -> list[str]:
+    """Paths of settings files that still name the script that install has put there."""
+    paths = [file.path for file in Surroundings().files] + list(record.settings)
+    for project in known_projects():
+        paths += project_settings(project)
+    named: dict[str, str] = {}
+    for path in paths:
+        file = SettingsFile(path)
+        theirs = record.kept and file.real not in record.settings
+        if file.names_script() and not theirs:  # but the one from before install
+            named.setdefault(file.real, path)
+    return list(named.values())
 
 
-def check_delivery(outbox: Outbox) -> Iterator[Check]:
-    """How delivery from an outbox goes."""
-    now, names, state = time.time(), outbox.waiting(), outbox.state()
-    age_s = now - ns_of(names[0]) / 1e9 if names else 0.0
-    left_s = state.backoff_left_s(now)
-    text = f"{len(names)} pings wait, the oldest for {int(age_s / 60)} min"
-    fine = not names or (not left_s and age_s < WAIT_OLD_S)
-    yield Check(fine, text, "`flush` sends them now")
-    why = "after an outage the pings are sent bit by bit"
-    if state.failures:
-        why = in_words(state.problem)
-    lasts = f"{int(left_s)} s more" if left_s else "none"
-    yield Check(not left_s, f"back-off: {lasts}", why)
-    last = "none"
-    if state.delivered_at:
-        last = iso_time(int(state.delivered_at * 1e9))
-    yield Check(True, f"last delivery: {last}")
-    for reason, count in sorted(state.losses.items()):
-        where = f"see refused/ in {outbox.directory}"
-        yield Check(False, f"lost: {count}, {reason}", where)
+def remove_script(record: InstallRecord) -> None:
+    """Remove the script and its bytecode; the one from before install comes back."""
+    script = ScriptFile()
+    if script.raw is None:
+        pass
+    elif script.is_ours() or sha256_hex(script.raw) == record.script:
+        remove(script.real)
+        remove(script.path)
+    else:
+        print(f"{script.path} is not this script: it stays.")
+    script.remove_bytecode()
+    remove_if_empty(script.bytecode_dir())
+    if record.kept and os.path.exists(record.kept) and not os.path.exists(script.real):
+        os.rename(record.kept, script.real)
+        print(f"{script.path} is again the script from before install.")
+    record.script = record.kept = ""
 
 
-# -- Commands: preview, demo -----------------------------------------------------------
+def remove_state(state_dir: str | None) -> None:
+    """Remove all that is kept of each destination, after a sender at work is done."""
+    import shutil
+
+    for outbox in outboxes(state_dir):
+        wait_for_lock(outbox, time.monotonic() + LIFE_S).release()
+        shutil.rmtree(outbox.directory)
+
+
+def uninstall(options: Namespace) -> int:
+    """the inverse of install: settings as before, script and state removed"""
+    around = Surroundings()
+    state_dir, record = around.settings.state_dir, InstallRecord()
+    file = SettingsFile(settings_path(options.project))
+    file.need_editable()
+    kept, plugin = outboxes(state_dir), around.plugin_in()
+    waiting = sum(len(outbox.waiting()) for outbox in kept)
+    if waiting and not options.yes:
+        print(f"{counted(waiting, 'ping')} wait and would be lost; `flush` sends them.")
+        if not (at_a_terminal() and ask("Remove them?")):
+            raise Skipped("nothing was changed; with --yes they are removed")
+    script = ScriptFile()
+    if script.raw is not None and not record.script and not script.is_ours():
+        raise Skipped(f"{script.path} is not this script; nothing was changed")
+    there = restore(file, record) or bool(record.script) or script.is_ours()
+    record.save()
+    still = others_that_name_script(record)
+    for path in still:
+        print(f"{path} still names the script: it stays, with its state.")
+        print("  `uninstall --project DIR` takes it out of a project's local settings.")
+    if not still:
+        remove_script(record)
+        if not plugin:
+            remove_state(state_dir)
+    record.remove_directories()
+    record.save()
+    if not still:
+        remove_if_empty(state_dir or config_dir())
+        record.remove_directories()  # in which record and state were
+    if plugin:
+        print(f"The plugin is enabled in {plugin}; its state stays.")
+        print("  claude plugin uninstall telemhq-ping@telemhq-ping")
+    elif not still:
+        print("Removed." if there or kept else "Nothing of it was installed here.")
+    return 0
+
+
+# -- Commands: a tracker of our own, on loopback ---------------------------------------
 
 ARRIVES_S = 30.0  # a ping that has not come by then is lost
-OUTAGE = "Now the receiver goes away; a second after the next event it is back."
 DEMO_MODEL = "claude-opus-5-5"
 SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
+    "PostToolUseFailure": {
+        "tool_name": "Bash",
+        "tool_input": {"command": "./deploy --password hunter2"},
+        "error": "Exit code 3\nno /home/you/acme/deploy.key",
+        "duration_ms": 1250,
+    },
+    "Stop": {
+        "last_assistant_message": "The password is hunter2.",
+        "stop_hook_active": False,
+    },
+    "SessionEnd": {"reason": "prompt_input_exit"},
     "SessionStart": {"source": "startup", "model": DEMO_MODEL},
     "PostToolUse": {
         "tool_name": "Bash",
@@ -5045,38 +5446,580 @@ SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
         "tool_response": {"stdout": "hunter2"},
         "duration_ms": 25,
     },
-    "PostToolUseFailure": {
-        "tool_name": "Bash",
-        "tool_input": {"command": "./deploy"},
-        "error": "Exit code 3\nno /home/you/acme/key",
-    },
-    "Stop": {"last_assistant_message": "It is hunter2.", "stop_hook_active": False},
     "StopFailure": {
         "error": "rate_limit",
         "last_assistant_message": "API Error: 429",
     },
-    "SessionEnd": {"reason": "prompt_input_exit"},
 }
 
 
-def sample(name: str, transcript: str) -> Fields:
+def sample(name: str, transcript: str, cwd: str = "/home/you/acme") -> Fields:
     """A sample event."""
     return {
-        **SAMPLES[name],
         "hook_event_name": name,
-        "transcript_path": transcript,
         "session_id": "5e551011-0000-4000-8000-0000000000",
-        "cwd": "/home/you/acme",
+        "cwd": cwd,
+        "transcript_path": transcript,
+        **SAMPLES[name],
     }
 
 
+class Receiver:
+    """A tracker on loopback that says 200. arrived: a queue of (monotonic, ping)."""
+
+    def __init__(self) -> None:
+        import queue
+
+        self.arrived: Queue[tuple[float, Fields]] = queue.Queue()
+        self.server: HTTPServer | None = None
+        self.port = 0
+        self.start()
+        self.url = f"http://127.0.0.1:{self.port}/ping/sample"
+
+    def start(self) -> None:
+        """Listen, on the same port as before."""
+        import http.server
+        import json
+        import threading
+
+        arrived = self.arrived
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            """Takes pings."""
+
+            def do_POST(self) -> None:
+                """One ping."""
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                self.send_response(200)
+                self.end_headers()
+                arrived.put((time.monotonic(), json.loads(body)))
+
+            def log_message(self, *_: object) -> None:
+                """Nothing."""
+
+        self.server = http.server.HTTPServer(("127.0.0.1", self.port), Handler)
+        self.port = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        """Listen no more."""
+        if self.server is not None:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server = None
+
+    def environ(self, directory: str) -> dict[str, str]:
+        """The variables for a hook that sends here, its state in `directory`."""
+        return {
+            "TELEMHQ_STATE_DIR": os.path.join(directory, "state"),
+            URL_NAME: self.url,
+            "TELEMHQ_DESTINATIONS": "telemhq",  # nobody else is to get samples
+        }
+
+
+def wait_for_end(state_dir: str) -> None:
+    """Wait until a sender has ended: it gives its lock back just before."""
+    for outbox in outboxes(state_dir):
+        wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
+    time.sleep(0.2)
+
+
+# -- Commands: doctor ------------------------------------------------------------------
+
+WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
+HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
+TRIAL_S = 10.0  # for its ping to arrive
+MEANINGS = (  # of an answer, by what it begins with
+    ("HTTP 402", "the tracker's account wants to be paid"),
+    ("HTTP 408", "it was slow; pings are kept and sent later"),
+    ("HTTP 40", "the token in {variable} is wrong or was revoked"),
+    ("HTTP 410", "the tracker was deleted"),
+    ("HTTP 42", "it has too much to do; pings are kept and sent later"),
+    ("HTTP 3", "it has moved; put its new address into {variable}"),
+    ("HTTP", "it has a problem of its own; pings are kept and sent later"),
+    (
+        "proxy: HTTP 407",
+        "the proxy wants a password: HTTPS_PROXY=http://USER:PASSWORD@…",
+    ),
+    ("proxy", "the proxy in HTTPS_PROXY refuses; NO_PROXY can name the tracker's host"),
+    ("TLS: WRONG_VERSION", "no TLS is spoken there: is https:// right, and the port?"),
+    ("TLS: HTTP_REQUEST", "no TLS is spoken there: is https:// right, and the port?"),
+    ("TLS", "the certificate is not trusted; SSL_CERT_FILE can name a company's own"),
+    ("this Python", "run `install` with a Python that has the module ssl"),
+    ("", "is {variable} right, is there a network, or a proxy for HTTPS_PROXY?"),
+)
+MACOS_CERTIFICATES = "run `Install Certificates.command` in your Python's folder"
+
+
+class Check:
+    """One line of doctor's. good: all is well; None: only told. text: what was looked
+    at and found. remedy: what to do when it is not well."""
+
+    def __init__(self, good: bool | None, text: str, remedy: str = "") -> None:
+        self.good, self.text, self.remedy = good, text, remedy
+
+    def line(self) -> str:
+        """For a person."""
+        told = f"{mark(self.good)} {self.text}"
+        return told if self.good is not False else f"{told}: {self.remedy}"
+
+
+def print_checks(checks: Iterable[Check]) -> bool:
+    """Print checks as they are made; whether all is well."""
+    well = True
+    for check in checks:
+        print(check.line(), flush=True)
+        well = well and check.good is not False
+    return well
+
+
+def doctor(options: Namespace) -> int:
+    """check all that lies between an event and the tracker, and say what to do"""
+    around = Surroundings()
+    if options.clear:
+        clear_losses(around.settings.state_dir)
+    well = print_checks(diagnosis(around, options.run_all))
+    if options.send:
+        well = print_checks([send_test(around.settings)]) and well
+    return 0 if well else 1
+
+
+def diagnosis(around: Surroundings, run_all: bool = False) -> Iterator[Check]:
+    """All checks, in the order of a ping's way. run_all: run every command, too."""
+    yield from check_settings(around)
+    yield from check_client(around)
+    yield from check_events(around)
+    yield from check_commands(around, run_all)
+    yield from check_variables(around)
+    yield from check_trackers(around)
+    yield from check_disk(around)
+
+
+def check_settings(around: Surroundings) -> Iterator[Check]:
+    """Whether Claude Code reads the settings files at all."""
+    for file in around.files:
+        if file.problem:
+            ignored = f"Claude Code ignores the whole of {file.path}"
+            yield Check(False, ignored, f"mend it: {file.problem}")
+        for name in file.twice:
+            yield Check(None, f'"{name}" stands twice in {file.path}; the last counts')
+        if file.content.get("disableAllHooks"):
+            off = f"hooks are turned off by {file.path}"
+            yield Check(False, off, "take disableAllHooks out of it")
+
+
+def check_client(around: Surroundings) -> Iterator[Check]:
+    """Whether the client can read settings that name StopFailure."""
+    version = client_version()
+    if not version:
+        yield Check(None, "no claude command was found")
+        return
+    harmed = [file.path for file in around.files if "StopFailure" in file.events()]
+    if is_too_old(version) and harmed:
+        ignores = f"Claude Code {version} ignores the whole of {harmed[0]}"
+        why = f"it knows no StopFailure; update it to {OLDEST_CLIENT_TEXT} or newer"
+        yield Check(False, ignores, f"{why}, or run `install`")
+    else:
+        yield Check(True, f"Claude Code {version}")
+
+
+def check_events(around: Surroundings) -> Iterator[Check]:
+    """Whether each event runs the script, and does so once."""
+    found: dict[str, list[tuple[RegisteredHook, str]]] = {}
+    for file in around.files:
+        for hook in file.hooks():
+            if hook.names_script():
+                found.setdefault(hook.event, []).append((hook, file.path))
+    plugin = around.plugin_in()
+    wanted = list(EVENTS)
+    if is_too_old(client_version()):
+        wanted.remove("StopFailure")
+    for event in dict.fromkeys([*wanted, *found]):
+        places = found.get(event, [])
+        if not places and plugin:
+            yield Check(True, f"hook for {event}, by the plugin in {plugin}")
+        elif not places:
+            yield Check(False, f"no hook for {event}", "run `install`")
+        else:
+            yield Check(True, f"hook for {event}, in {places[0][1]}")
+            yield from check_twice(event, places, plugin)
+
+
+def check_twice(
+    event: str, places: list[tuple[RegisteredHook, str]], plugin: str
+) -> Iterator[Check]:
+    """Whether an event becomes two pings. Claude Code runs the same command once."""
+    (first, path), rest = places[0], places[1:]
+    for hook, other in rest:
+        if hook.command != first.command and hook.meets(first):
+            both = f"{path} and {other}" if path != other else path
+            twice = f"{event} is registered twice, in {both}"
+            yield Check(False, twice, "take one out, for each sends a ping")
+    if plugin and event in EVENTS:
+        text = f"{event} is registered by the plugin, too, which leaves it to {path}"
+        yield Check(None, text)
+
+
+def is_macos_stub(command: str) -> bool:
+    """Whether a command's Python is macOS's, which without the command line tools does
+    nothing but open a dialog."""
+    import shutil
+    import subprocess
+
+    if sys.platform != "darwin":
+        return False
+    pythons = [word for word in shell_words(command) if "python" in word]
+    if not any(shutil.which(word) == "/usr/bin/python3" for word in pythons):
+        return False
+    try:
+        quiet = subprocess.DEVNULL
+        asked = ["xcode-select", "-p"]
+        return subprocess.call(asked, stdout=quiet, stderr=quiet) != 0
+    except OSError:
+        return True
+
+
+def sets_variable(command: str) -> bool:
+    """Whether a command sets a TELEMHQ_ variable: it might send elsewhere."""
+    import re
+
+    return re.search(r"\bTELEMHQ_\w+=", command) is not None
+
+
+def check_commands(around: Surroundings, run_all: bool) -> Iterator[Check]:
+    """Whether each command that names the script sends a ping: each is run."""
+    trusted = [file.path for file in around.theirs()]
+    seen = set()
+    for file in sorted(around.files, key=lambda file: file.path not in trusted):
+        for hook in file.hooks():
+            if not hook.names_script() or hook.command in seen:
+                continue
+            seen.add(hook.command)
+            ours = hook.command == hook_command(hook.event)
+            foreign = file.path not in trusted and not ours
+            shown = Mask(file.content).value(hook.command)
+            if foreign or sets_variable(hook.command):
+                question = f"Run this command of {file.path}?\n  {shown}\n"
+                if not (run_all or (at_a_terminal() and ask(question))):
+                    text = f"not tried, in {file.path}: {shown}"
+                    yield Check(False, text, "`doctor --run-all` tries it")
+                    continue
+            yield try_command(hook, file.path, around)
+
+
+def try_command(hook: RegisteredHook, path: str, around: Surroundings) -> Check:
+    """Run a command of settings; whether a ping of this version arrived."""
+    name = f"the command for {hook.event} in {path}"
+    if is_macos_stub(hook.command):
+        remedy = "run `xcode-select --install`, or `install` with another Python"
+        return Check(False, f"{name} opens a dialog at every event", remedy)
+    shell = find_shell()
+    if not shell:
+        return Check(None, f"{name} was not tried: there is no Git Bash")
+    trial = Trial(shell, hook.command, around.settings.environ)
+    if trial.ping is None:
+        if not trial.said:
+            environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "1"}
+            trial.said = Trial(shell, hook.command, environ).said
+        cause = trial.cause() + "; run `install`, or mend the command"
+        return Check(False, f"nothing arrived from {name}", cause)
+    if trial.said:  # which Claude Code shows to its user, or to the model
+        prints = f"a ping arrived from {name}, but it prints `{trial.said[0]}`"
+        return Check(False, prints, trial.cause() + "; run `install`")
+    version = trial.ping.get("hook_version")
+    if version != __version__:
+        other = f"{name} is version {version or 'of another script'}"
+        return Check(False, other, f"run `install` to make it version {__version__}")
+    times = f"{trial.hook_ms} ms in the hook, there after {trial.arrived_ms} ms"
+    return Check(True, f"a ping arrived from {name}: {times}")
+
+
+def find_shell() -> str:
+    """The shell that runs Claude Code's hooks: on Windows, Git's bash; "": none."""
+    import shutil
+
+    if os.name != "nt":
+        return "/bin/sh"
+    places = [os.environ.get("CLAUDE_CODE_GIT_BASH_PATH", "")]
+    names = ("ProgramFiles", "ProgramFiles(x86)", "LocalAppData")
+    tops = [os.path.join(os.environ.get(name, ""), "Git") for name in names]
+    git = shutil.which("git")
+    if git:
+        tops.append(os.path.dirname(os.path.dirname(git)))
+    places += [os.path.join(top, "bin", "bash.exe") for top in tops]
+    return next((place for place in places if os.path.isfile(place)), "")
+
+
+class Trial:
+    """One run of a command as Claude Code does it, on a sample event, with a receiver
+    of our own, and the state in a directory that goes.
+
+    ping: what arrived, None: nothing. hook_ms, arrived_ms: after the start. said: lines
+    that it printed. status: its exit status. command: the command.
+    """
+
+    def __init__(self, shell: str, command: str, environ: dict[str, str]) -> None:
+        import queue
+        import shutil
+        import tempfile
+
+        self.command, self.ping = command, None
+        directory, receiver = tempfile.mkdtemp("telemhq"), Receiver()
+        environ = {"TELEMHQ_HOOK_DEBUG": "0", **environ}
+        environ.update(receiver.environ(directory))
+        environ.pop("CLAUDE_PLUGIN_ROOT", None)
+        try:
+            begun = time.monotonic()
+            self.run([shell, "-c", command], environ, directory)
+            self.hook_ms = round((time.monotonic() - begun) * 1000)
+            try:
+                at, self.ping = receiver.arrived.get(timeout=self.patience_s(directory))
+                self.arrived_ms = round((at - begun) * 1000)
+            except queue.Empty:
+                pass
+            wait_for_end(os.path.join(directory, "state"))
+        finally:
+            receiver.stop()
+            shutil.rmtree(directory, ignore_errors=True)
+
+    def run(self, command: list[str], environ: dict[str, str], directory: str) -> None:
+        """Run it, with a sample event on stdin; one that hangs is ended."""
+        import signal
+        import subprocess
+
+        event = sample("Stop", os.path.join(directory, "none.jsonl"), os.getcwd())
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environ,
+            start_new_session=True,
+        )
+        try:
+            out = process.communicate(encode_json(event).encode(), HOOK_MOST_S)[0]
+        except subprocess.TimeoutExpired:
+            if os.name == "posix":
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            out = b"it does not end"
+            process.wait()
+        self.said = out.decode("utf-8", "replace").strip().splitlines()
+        self.status = process.returncode
+
+    @staticmethod
+    def patience_s(directory: str) -> float:
+        """How long to wait for a ping: where none was made, none will come."""
+        made = os.path.isdir(os.path.join(directory, "state"))
+        return TRIAL_S if made else 0.5
+
+    def cause(self) -> str:
+        """Why nothing arrived, as far as can be told."""
+        text = "\n".join(self.said)
+        scripts = [word for word in shell_words(self.command) if word.endswith(SCRIPT)]
+        paths = [os.path.expandvars(os.path.expanduser(word)) for word in scripts]
+        missing = [path for path in paths if not os.path.exists(path)]
+        if "can't open file" in text or "No module named" in text or missing:
+            return "the script is missing"
+        if "Permission denied" in text:
+            return "a file there may not be executed"
+        if "not found" in text or "No such file" in text:
+            return "the interpreter is missing"
+        if "SyntaxError" in text or "3.8" in text:
+            return "its Python is older than 3.8"
+        if text:
+            return f"it said `{text.rpartition('skipped: ')[2].splitlines()[-1]}`"
+        return f"it said nothing, and ended with {self.status}"
+
+
+def known_variables() -> list[str]:
+    """The variables that this file's docstring and its trackers name."""
+    import re
+
+    names: list[str] = re.findall(r"(?m)^    (TELEMHQ_\w+)", __doc__ or "")
+    for tracker in TRACKERS.values():
+        names += getattr(tracker, "variables", ())
+    return names
+
+
+def check_variables(around: Surroundings) -> Iterator[Check]:
+    """Whether each variable is understood; where the URL comes from, and what the
+    project would be called here."""
+    import difflib
+
+    settings, known = around.settings, known_variables()
+    for problem in settings.ignored:
+        yield Check(False, "settings", problem)
+    for name in sorted(settings.environ):
+        if not name.startswith("TELEMHQ_") or name in known:
+            continue
+        if name.startswith("TELEMHQ_TEST_"):  # this project's own tests
+            continue
+        ends = [other[len("TELEMHQ_") :] for other in known]
+        close = difflib.get_close_matches(name[len("TELEMHQ_") :], ends, 1, 0.5)
+        remedy = f"did you mean TELEMHQ_{close[0]}?" if close else "take it out"
+        yield Check(False, f"{name} is no variable of this script", remedy)
+    if settings.url:
+        source = around.sources.get(URL_NAME, "the environment of this shell")
+        yield Check(True, f"ping URL, from {source}")
+    project = project_of({"cwd": os.getcwd()}, settings)
+    yield Check(None, f"pings from this directory say project {project}")
+
+
+def in_words(what: str, variable: str = URL_NAME) -> str:
+    """What an answer means (`what` of an Answer), and what to do. variable: that which
+    holds the tracker's URL or token."""
+    said = "the tracker answered " + what[5:] if what.startswith("HTTP ") else what
+    meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
+    if "CERTIFICATE_VERIFY_FAILED" in what and sys.platform == "darwin":
+        meaning = f"{meaning}; or {MACOS_CERTIFICATES}"
+    return f"{said}: {meaning.replace('{variable}', variable)}"
+
+
+def is_plugin_alone(around: Surroundings) -> bool:
+    """Whether only the plugin, and so the client, knows where pings go."""
+    return bool(not around.settings.url and around.plugin_in())
+
+
+def check_trackers(around: Surroundings) -> Iterator[Check]:
+    """Whether the destinations are usable, and answer to what records nothing."""
+    settings = around.settings
+    if is_plugin_alone(around):
+        kept = "the plugin's URL is kept by Claude Code; it is not tried here"
+        yield Check(None, kept)
+        return
+    trackers, problems = find_trackers(settings, read_secret)
+    for problem in problems:
+        told = unfilled(settings.url) if "<" in settings.url else problem
+        yield Check(False, "destination", told)
+    for tracker in trackers:
+        name = "tracker" if tracker.kind == TelemHQ.kind else tracker.kind
+        problem = unfilled(tracker.url) if tracker.kind == TelemHQ.kind else ""
+        if problem:
+            yield Check(False, "destination", problem)
+            continue
+        opener = make_opener(tracker.url)
+        answer = post(opener, tracker.check(), settings.timeout_s)
+        takes_posts = answer.what == "HTTP 405"
+        good = answer.verdict in (DELIVERED, REFUSED) or takes_posts
+        text = f"{name} at {origin(tracker.url)} answers"
+        yield Check(good, text, in_words(answer.what, tracker.secrets[0]))
+
+
+def check_disk(around: Surroundings) -> Iterator[Check]:
+    """Whether all is well on disk: what waits, what failed, what was lost."""
+    settings, state_dir = around.settings, around.settings.state_dir or ""
+    if not state_dir:
+        yield Check(False, "state directory", "set TELEMHQ_STATE_DIR, or HOME")
+        return
+    kept, present = outboxes(state_dir), {}
+    for tracker in find_trackers(settings, read_secret)[0]:
+        outbox = outbox_of(settings, tracker)
+        present[outbox.directory] = outbox, tracker.secrets[0]
+    if is_plugin_alone(around):
+        present = {outbox.directory: (outbox, URL_NAME) for outbox in kept}
+    nowhere = Outbox(os.path.join(state_dir, "none")), URL_NAME
+    for outbox, _ in present.values() or [nowhere]:
+        try:
+            outbox.need_sound()
+        except Skipped as error:
+            yield Check(False, "state directory", str(error))
+            return
+    yield Check(True, "state directory " + state_dir)
+    for outbox, variable in present.values():
+        yield from check_delivery(outbox, variable)
+    for former in kept:
+        waiting = len(former.waiting())
+        if waiting and former.directory not in present:
+            text = f"{counted(waiting, 'ping')} wait for a URL no longer configured"
+            yield Check(False, text, "`flush --adopt` sends them to the present one")
+
+
+def check_delivery(outbox: Outbox, variable: str) -> Iterator[Check]:
+    """How delivery from an outbox goes."""
+    now, names, state = time.time(), outbox.waiting(), outbox.state()
+    backoff_s, pace_s = state.backoff_left_s(now), state.pace_left_s(now)
+    text, fine = "no pings wait", True
+    if names:
+        age_s = now - ns_of(names[0]) / 1e9
+        verb = "waits" if len(names) == 1 else "wait"
+        text = (
+            f"{counted(len(names), 'ping')} {verb}, the oldest for {duration_of(age_s)}"
+        )
+        fine = not backoff_s and age_s < WAIT_OLD_S
+    yield Check(fine, text, "`flush` sends them now")
+    if backoff_s:
+        why = "a pause after an outage"
+        if state.failures:
+            why = in_words(state.problem, variable)
+        yield Check(False, f"back-off: {duration_of(backoff_s)} more", why)
+    elif pace_s and names:
+        text = f"after an outage pings go bit by bit, the next in {duration_of(pace_s)}"
+        yield Check(None, text)
+    else:
+        yield Check(True, "back-off: none")
+    last = "none yet"
+    if state.delivered_at:
+        last = iso_time(int(state.delivered_at * 1e9))
+    yield Check(True, f"last delivery: {last}")
+    for reason, count in sorted(state.losses.items()):
+        seen = "`doctor --clear` when you have seen it"
+        if reason != "tokens":
+            seen = f"look into {outbox.path('refused')}, then {seen}"
+        yield Check(False, f"lost: {count}, {reason}", seen)
+
+
+def duration_of(seconds: float) -> str:
+    """`40 s`, `3 min`, `5 h`, `2 days`."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{int(seconds / unit)} {name}"
+    return f"{int(seconds)} s"
+
+
+def clear_losses(state_dir: str | None) -> None:
+    """Forget the losses that a person has seen."""
+    for outbox in outboxes(state_dir):
+        lock = wait_for_lock(outbox, time.monotonic() + LIFE_S)
+        state = outbox.state()
+        if state.losses:
+            state.losses = {}
+            state.save()
+        lock.release()
+
+
+def send_test(settings: Settings) -> Check:
+    """Send one ping that is marked as a test, the way that every ping goes."""
+    event, ns = {"hook_event_name": "Test", "cwd": os.getcwd()}, time.time_ns()
+    ping = make_ping(event, settings, project_of(event, settings), ns, 0)
+    text = f"a ping with the event Test, {ping['event_id']}"
+    for tracker in destinations(settings, print):
+        outbox = outbox_of(settings, tracker)
+        name = enqueue(outbox, tracker, ns, ping, {})
+        if name:
+            flush_outbox(outbox, tracker, settings)
+        if name in outbox.waiting():
+            return Check(False, text, f"it waits for {origin(tracker.url)}; see above")
+    return Check(True, f"{text}, is in your tracker")
+
+
+# -- Commands: preview, demo -----------------------------------------------------------
+
+WIDTH = 88  # of the demo's lines
+DEMO_EVENTS = 3  # of SAMPLES are enough to see it; --all shows the rest
+STRUCK, PLAIN = "\x1b[9;2m", "\x1b[0m"  # ECMA-48
+
+
 def preview(options: Namespace) -> int:
-    """Print the ping that an event (stdin, or a sample) makes, without its tokens."""
+    """print the ping that an event (stdin, or a sample) makes"""
     import json
 
     if options.event:
         raw = encode_json(sample(options.event, "/x.jsonl")).encode()
     else:
+        if sys.stdin.isatty():
+            print("Paste an event (JSON), then Ctrl-D on a line of its own:")
         raw = sys.stdin.buffer.read()
     event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
     if not isinstance(event, dict):
@@ -5085,184 +6028,483 @@ def preview(options: Namespace) -> int:
     project = project_of(event, settings)
     ping = make_ping(event, settings, project, time.time_ns(), len(raw))
     print(json.dumps(ping, indent=2))
+    if settings.usage:
+        note = "Tokens and cost are added later, from the transcript, by the sender."
+        print(note, file=sys.stderr)
     return 0
 
 
-def start_receiver(port: int, arrived: Queue[tuple[float, Any]]) -> HTTPServer:
-    """A tracker on loopback that says 200; `arrived` gets (monotonic time, ping)."""
-    import http.server
-    import json
-    import threading
-
-    class Receiver(http.server.BaseHTTPRequestHandler):
-        """Takes pings."""
-
-        def do_POST(self) -> None:
-            """One ping."""
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
-            arrived.put((time.monotonic(), json.loads(body)))
-
-        def log_message(self, *_: Any) -> None:
-            """Nothing."""
-
-    server = http.server.HTTPServer(("127.0.0.1", port), Receiver)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return server
+def in_colour() -> bool:
+    """Whether output may be coloured (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 class Demo:
     """The script as it is installed, in a directory of its own, with a receiver."""
 
     def __init__(self, directory: str) -> None:
-        import queue
-
-        self.arrived: Queue[tuple[float, Any]] = queue.Queue()
-        self.server = start_receiver(0, self.arrived)
-        self.port: int = self.server.server_address[1]
+        self.receiver = Receiver()
         self.hooks = os.path.join(directory, "hooks")
         self.state_dir = os.path.join(directory, "state")
         self.transcript = os.path.join(directory, "session.jsonl")
-        self.environ = {
-            "HOME": directory,
-            "TELEMHQ_STATE_DIR": self.state_dir,
-            URL_NAME: f"http://127.0.0.1:{self.port}/ping/demo",
-        }
+        self.environ = {"HOME": directory, **self.receiver.environ(directory)}
         if "SYSTEMROOT" in os.environ:  # without it Windows has no random numbers
             self.environ["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
 
     def prepare(self) -> None:
-        """The script with its bytecode, and a transcript with usage in it."""
+        """The script with its bytecode, and the transcript of a session."""
         import py_compile
 
         copied = os.path.join(self.hooks, SCRIPT)
-        source = read_file(this_script(), SETTINGS_MAX_BYTES)
+        source = read_file(this_script(), FILE_MAX_BYTES)
         write_file(copied, source, make_directory=True)
         py_compile.compile(copied)
-        usage = {"input_tokens": 12, "output_tokens": 950}
-        usage.update(cache_read_input_tokens=41200, cache_creation_input_tokens=2300)
-        ledger = {"inputTokens": 12, "outputTokens": 950}
-        ledger.update(cacheReadInputTokens=41200, cacheCreationInputTokens=2300)
-        message = {"id": "msg_01", "model": DEMO_MODEL, "usage": usage}
-        message["stop_reason"] = "end_turn"
-        now = iso_time(time.time_ns())
-        rows = [
-            {"type": "assistant", "timestamp": now, "message": message},
-            {
-                "type": "cost-state",
-                "totalCostUSD": 0.06,
-                "modelUsage": {DEMO_MODEL: ledger},
-            },
-        ]
-        lines = "".join(encode_json(row) + "\n" for row in rows)
-        write_file(self.transcript, lines.encode())
+        write_file(self.transcript, b"")
 
-    def show(self, name: str) -> None:
-        """Run the hook as Claude Code does; what stays home, what arrives, and when."""
-        import json
+    def work(self) -> None:
+        """What a turn adds to the transcript: an answer, with its tokens."""
+        message = {
+            "id": "msg_" + os.urandom(8).hex(),
+            "model": DEMO_MODEL,
+            "stop_reason": "end_turn",
+            "usage": {
+                "input_tokens": 12,
+                "output_tokens": 950,
+                "cache_read_input_tokens": 41200,
+                "cache_creation_input_tokens": 2300,
+            },
+        }
+        now = iso_time(time.time_ns())
+        self.add_row({"type": "assistant", "timestamp": now, "message": message})
+
+    def end(self) -> None:
+        """What the client adds at a session's end: its own ledger."""
+        ledger = {
+            "inputTokens": 12,
+            "outputTokens": 950,
+            "cacheReadInputTokens": 41200,
+            "cacheCreationInputTokens": 2300,
+        }
+        models = {DEMO_MODEL: ledger}
+        self.add_row({"type": "cost-state", "totalCostUSD": 0.06, "modelUsage": models})
+
+    def add_row(self, row: Fields) -> None:
+        """Append a row to the transcript."""
+        with open(self.transcript, "a", encoding="utf-8") as file:
+            file.write(encode_json(row) + "\n")
+
+    def play(self, name: str) -> tuple[Fields, Fields, str]:
+        """Run the hook as Claude Code does: (event, ping, how long that took)."""
+        import queue
         import subprocess
 
+        if name == "Stop":
+            self.work()
+        if name == "SessionEnd":
+            self.end()
         event, begun = sample(name, self.transcript), time.monotonic()
-        command = [sys.executable, "-ESc", IMPORT]
-        sent = encode_json(event).encode()
         subprocess.run(
-            command, input=sent, env=self.environ, cwd=self.hooks, check=True
+            [sys.executable, "-ESc", IMPORT],
+            input=encode_json(event).encode(),
+            env=self.environ,
+            cwd=self.hooks,
+            check=True,
         )
         took_ms = (time.monotonic() - begun) * 1000
-        at, ping = self.arrived.get(timeout=ARRIVES_S)
+        try:
+            at, ping = self.receiver.arrived.get(timeout=ARRIVES_S)
+        except queue.Empty:
+            raise Skipped("a ping did not arrive") from None
         after_ms = (at - begun) * 1000
         times = f"{took_ms:.0f} ms in the hook, delivered after {after_ms:.0f} ms"
+        return event, ping, times
+
+    def show(self, name: str) -> None:
+        """Play an event; print what was handed over, what became of it, what left."""
+        import json
+        import textwrap
+
+        event, ping, times = self.play(name)
         print(f"{name}: {times}")
-        print("  stayed home: " + ", ".join(stayed_home(event, ping)))
-        left = json.dumps(ping, indent=2).replace("\n", "\n  ")
-        print(f"  left: {left}\n")
+        for field, value in event.items():
+            if field != "hook_event_name":
+                print(f"  {field:24}{fate(field, value, ping)}")
+        body = json.dumps(ping)
+        lines = textwrap.wrap(
+            body, WIDTH - 9, break_long_words=False, break_on_hyphens=False
+        )
+        print("  left " + "\n       ".join(lines) + "\n")
 
     def outage(self) -> None:
-        """The receiver goes away, and is back in a second."""
+        """The receiver goes away, and is back in a second: nothing is lost."""
         import threading
 
-        self.server.shutdown()
-        self.server.server_close()
-        threading.Timer(1, start_receiver, [self.port, self.arrived]).start()
-
-    def settle(self) -> None:
-        """Wait until the sender has ended: it gives the lock back just before."""
-        for outbox in outboxes(self.state_dir):
-            wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
-        time.sleep(0.2)
+        self.receiver.stop()
+        threading.Timer(1, self.receiver.start).start()
+        times = self.play("StopFailure")[2]
+        print(f"The tracker was away for a second. StopFailure: {times}.")
 
 
-def stayed_home(event: Fields, ping: Fields) -> list[str]:
-    """The fields of an event that did not leave, for a person."""
-    found = []
-    for name, value in event.items():
-        if name == "hook_event_name" or ping.get(name) == value:
-            continue
-        if name + "_hash" in ping:
-            found.append(name + " (its hash went)")
-        elif name + "_chars" in ping:
-            found.append(name + " (its length went)")
-        else:
-            found.append(name)
-    return found
+def fate(name: str, value: object, ping: Fields) -> str:
+    """What was handed over in a field of an event, and what became of it."""
+    import json
+
+    text = json.dumps(value)
+    if ping.get(name) == value:
+        return text
+    room = WIDTH - 48
+    text = text if len(text) <= room else text[: room - 3] + "..."
+    struck = f"{STRUCK}{text}{PLAIN}" if in_colour() else f"~~{text}~~"
+    if name + "_hash" in ping:
+        return f"{struck} only its hash left"
+    if name + "_chars" in ping:
+        return f"{struck} only its length left"
+    return f"{struck} stayed home"
 
 
 def demo(options: Namespace) -> int:
-    """Show, on this machine only, what leaves of each event; then an outage."""
-    import queue
+    """show, on this machine only, what leaves of an event and what stays"""
+    import shutil
     import tempfile
 
-    with tempfile.TemporaryDirectory() as directory:
+    names = list(SAMPLES) if options.all else list(SAMPLES)[:DEMO_EVENTS]
+    directory = tempfile.mkdtemp("telemhq")
+    try:
         scene = Demo(directory)
         scene.prepare()
-        try:
-            for name in SAMPLES:
-                scene.show(name)
-            print(OUTAGE + "\n")
-            scene.outage()
-            scene.show("Stop")
-        except queue.Empty:
-            raise Skipped("a ping did not arrive") from None
-        print("Nothing was lost.")
-        scene.settle()
+        print(
+            "Claude Code hands an event to the hook; a tracker on this machine gets the"
+        )
+        print("ping. What is struck out was handed over, and did not leave.\n")
+        for name in names:
+            scene.show(name)
+        scene.outage()
+        wait_for_end(scene.state_dir)
+        scene.receiver.stop()
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    print(f"To install it: python3 {SCRIPT} install")
+    return 0
+
+
+# -- Commands: sent, report ------------------------------------------------------------
+
+GROUPS = ("day", "project", "model", "session")
+BAR_LEAST, KEY_MOST = 6, 30  # columns
+SUMS = ("tool_calls", "tool_failures", *TOKENS, "cost_usd")  # the pings' own names
+COLUMNS = (  # of the table: heading, name in a row; the last to go when it is narrow
+    ("turns", "turns"),
+    ("failed", "failed"),
+    ("tools", "tool_calls"),
+    ("input", "input_tokens"),
+    ("output", "output_tokens"),
+    ("cached", "cached_input_tokens"),
+    ("written", "cache_creation_input_tokens"),
+    ("tokens", "total_tokens"),
+    ("cost $", "cost_usd"),
+)
+
+
+NARROW = [COLUMNS[n] for n in (6, 5, 4, 3, 2, 1)]  # where there is no room, these go
+
+
+class Delivery:
+    """One line of sent.jsonl. at: ISO 8601, UTC. answer: the tracker's. ping: what it
+    told."""
+
+    def __init__(self, found: Fields) -> None:
+        """ValueError: it is none, or was cut off."""
+        self.at, self.answer = str(found.get("at")), str(found.get("answer"))
+        if not isinstance(found.get("ping"), dict):
+            raise ValueError("no ping")
+        self.ping: Fields = found["ping"]
+        self.others = found.get("bodies")
+
+    def bodies(self) -> list[str]:
+        """What was sent: the ping, or what another tracker gets of it."""
+        if isinstance(self.others, list):
+            return list(map(str, self.others))
+        return [encode_json(self.ping)]
+
+
+def outboxes_named(name: str | None) -> list[Outbox]:
+    """The outboxes to tell of: by kind or directory's name, TelemHQ's by default."""
+    kept = outboxes(Surroundings().settings.state_dir)
+    wanted = name or TelemHQ.kind
+    found = [
+        outbox
+        for outbox in kept
+        if wanted in (os.path.basename(outbox.directory), kind_of(outbox))
+    ]
+    if name and not found:
+        known = ", ".join(os.path.basename(outbox.directory) for outbox in kept)
+        raise Skipped(f"there is no destination {name}; there are: {known or 'none'}")
+    return found
+
+
+def deliveries(kept: list[Outbox]) -> list[Delivery]:
+    """What was delivered, the oldest first, each ping once: after a crash it may stand
+    there twice."""
+    import json
+
+    found: dict[str, Delivery] = {}
+    for outbox in kept:
+        for name in ("sent.jsonl.1", "sent.jsonl"):
+            try:
+                raw = read_file(outbox.path(name), 2 * SENT_MAX_BYTES)
+            except (OSError, ValueError):
+                continue
+            for line in raw.splitlines():
+                try:
+                    delivery = Delivery(json.loads(line))
+                    found.setdefault(str(delivery.ping["event_id"]), delivery)
+                except (ValueError, KeyError, AttributeError):
+                    continue  # cut off by a full disk
+    return sorted(found.values(), key=lambda delivery: delivery.at)
+
+
+def sent(options: Namespace) -> int:
+    """print the last pings that left, as they were sent, with time and answer"""
+    found = deliveries(outboxes_named(options.destination))
+    for delivery in found[-options.n :]:
+        for body in delivery.bodies():
+            print(delivery.at, delivery.answer, body)
+    if not found:
+        print("Nothing was delivered yet.", file=sys.stderr)
+    return 0
+
+
+def day_of(timestamp: object) -> str:
+    """The day here (not in UTC) of a ping's timestamp."""
+    seconds = seconds_of(timestamp)
+    if not seconds:
+        return "unknown"
+    return time.strftime("%Y-%m-%d", time.localtime(seconds))
+
+
+def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
+    """[(row's name, what of the ping counts there)]; several with several models."""
+    models = ping.get("models")
+    if by == "day":
+        return [(day_of(ping.get("timestamp")), ping)]
+    if by == "session":
+        return [(str(ping.get("session_id", "unknown")), ping)]
+    if by == "project" or not isinstance(models, dict):
+        return [(str(ping.get(by, "unknown")), ping)]
+    rest = {name: value for name, value in ping.items() if name not in TOKENS}
+    found = [(str(ping.get("model", "unknown")), rest)]
+    for model, counts in models.items():
+        billed = [number for name, number in counts.items() if name in TOKENS[:4]]
+        found.append((model, {"total_tokens": sum(billed), **counts}))
+    return found
+
+
+def rows_of(found: list[Delivery], by: str, since: str) -> list[Fields]:
+    """One row for each day, project, model or session, in order; `since`: a day."""
+    rows: dict[str, Fields] = {}
+    for delivery in found:
+        if since and day_of(delivery.ping.get("timestamp")) < since:
+            continue
+        for key, part in shares(delivery.ping, by):
+            row = rows.setdefault(key, {by: key, "turns": 0, "failed": 0})
+            row["turns"] += part.get("event") in ("Stop", "StopFailure")
+            row["failed"] += part.get("status") == "failed"
+            for name in SUMS:
+                value = part.get(name, 0)
+                row[name] = row.get(name, 0) + (value if number(value) else 0)
+    for row in rows.values():
+        row["cost_usd"] = round(row["cost_usd"], 6)
+    return [rows[key] for key in sorted(rows)]
+
+
+def short_number(value: float) -> str:
+    """`950`, `41.2k`, `3.5M`."""
+    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if value >= 10 * unit or (value >= unit and unit > 10**3):
+            return f"{value / unit:.1f}{name}"
+    return f"{value:.0f}"
+
+
+class Table:
+    """A report for a terminal of that width. lines: the rows, and their sums. columns:
+    those that have room. exact: whether numbers are written in full."""
+
+    def __init__(self, rows: list[Fields], by: str, width: int) -> None:
+        total: Fields = {by: "in all"}
+        for _, name in COLUMNS:
+            total[name] = sum(row[name] for row in rows)
+        self.rows, self.by, self.width = rows, by, width
+        self.lines = [*rows, total]
+        self.columns, self.exact = list(COLUMNS), True
+        longest = max(len(str(row[by])) for row in self.lines)
+        self.key_width = min(KEY_MOST, longest)
+        self.exact = self.bar_width() >= BAR_LEAST
+        for column in NARROW:  # these go first
+            if self.bar_width() < BAR_LEAST:
+                self.columns.remove(column)
+        self.bar_columns = max(0, self.bar_width())
+
+    def cell(self, row: Fields, name: str) -> str:
+        """A value of a row, for a person."""
+        if name == "cost_usd":
+            return f"{row[name]:.2f}"
+        return f"{row[name]:,}" if self.exact else short_number(row[name])
+
+    def column_width(self, heading: str, name: str) -> int:
+        """How wide a column is, with the gap before it."""
+        cells = [self.cell(row, name) for row in self.lines]
+        return 2 + max(len(heading), *map(len, cells))
+
+    def bar_width(self) -> int:
+        """What is left for the bars."""
+        columns = sum(self.column_width(*column) for column in self.columns)
+        return self.width - self.key_width - columns - 1
+
+    def key(self, row: Fields) -> str:
+        """What a row is called, as wide as the column."""
+        text = clean(str(row[self.by]))
+        if len(text) > self.key_width:
+            text = text[: self.key_width - 1] + "~"
+        return text.ljust(self.key_width)
+
+    def bar(self, row: Fields, most: float) -> str:
+        """A row's tokens, as a bar; `most` fill all there is."""
+        length = self.bar_columns * row["total_tokens"] / most if most else 0
+        return printable("█", "#") * round(length)
+
+    def print(self) -> None:
+        """Print the heading, the rows with their bars, and the sums."""
+        wide = {name: self.column_width(head, name) for head, name in self.columns}
+        heads = [head.rjust(wide[name]) for head, name in self.columns]
+        print(self.by.ljust(self.key_width) + "".join(heads))
+        most = max(row["total_tokens"] for row in self.rows)
+        for row in self.lines:
+            cells = [self.cell(row, name).rjust(wide[name]) for name in wide]
+            line = self.key(row) + "".join(cells)
+            if row is not self.lines[-1]:
+                line += " " + self.bar(row, most)
+            print(line.rstrip())
+
+
+def report(options: Namespace) -> int:
+    """add up what was delivered, by day, project, model or session"""
+    import json
+    import shutil
+
+    kept = outboxes_named(options.destination)
+    since = ""
+    if options.days:
+        noon = time.mktime((*time.localtime()[:3], 12, 0, 0, 0, 0, -1))
+        since = time.strftime(
+            "%Y-%m-%d", time.localtime(noon - 86400 * (options.days - 1))
+        )
+    rows = rows_of(deliveries(kept), options.by, since)
+    if options.json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    if rows:
+        Table(rows, options.by, shutil.get_terminal_size().columns).print()
+    else:
+        print("Nothing was delivered in that time.")
+    waiting = sum(len(outbox.waiting()) for outbox in kept)
+    if waiting:
+        print(f"Not in it: {counted(waiting, 'ping')} still to be delivered.")
+    for outbox in kept:
+        for reason, count in sorted(outbox.state().losses.items()):
+            print(f"Not in it: lost: {count}, {reason}.")
     return 0
 
 
 # -- Commands: the command line --------------------------------------------------------
 
 
-def command_line() -> ArgumentParser:
-    """The parser; of what it parses, `run` is the command's function."""
-    import argparse
+def at_least_one(text: str) -> int:
+    """A number of days or lines."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
 
-    parser = argparse.ArgumentParser(
-        prog=SCRIPT,
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    version = f"telemhq_ping {__version__}"
-    parser.add_argument("--version", action="version", version=version)
-    commands = parser.add_subparsers(metavar="COMMAND")
 
-    def add(run: Callable[[Namespace], int]) -> ArgumentParser:
-        command = commands.add_parser(run.__name__, help=run.__doc__)
+class CommandLine:
+    """The parser of the command line, command by command."""
+
+    def __init__(self) -> None:
+        import argparse
+
+        self.parser = argparse.ArgumentParser(
+            prog=SCRIPT,
+            usage=f"{SCRIPT} COMMAND [OPTION ...]",
+            description="Tell a TelemHQ tracker what Claude Code did, "
+            "never what was said.",
+            epilog=epilog(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=False,  # it would stand before the commands
+        )
+        self.commands = self.parser.add_subparsers(
+            title="commands", metavar="COMMAND", prog=SCRIPT
+        )
+        version, told = f"telemhq_ping {__version__}", "print the version"
+        group = self.parser.add_argument_group("options")
+        said = "print this, or COMMAND's"
+        group.add_argument("-h", "--help", action="help", help=said)
+        group.add_argument("--version", action="version", version=version, help=told)
+
+    def add(self, run: Callable[[Namespace], int]) -> ArgumentParser:
+        """Add a command; its function is its name, its docstring its help."""
+        said = run.__doc__ or ""
+        command: ArgumentParser = self.commands.add_parser(
+            run.__name__, help=said, description=said[:1].upper() + said[1:] + "."
+        )
         command.set_defaults(run=run)
         return command
 
-    add(demo)
-    add(preview).add_argument("event", nargs="?", choices=list(SAMPLES))
-    add(doctor)
-    add(flush).add_argument("--adopt", action="store_true")
-    command = add(uninstall)
-    command.add_argument("--project", metavar="DIR")
-    command.add_argument("--yes", action="store_true")
-    command = add(install)
-    command.add_argument("--url")
-    command.add_argument("--tools", action="store_true")
-    command.add_argument("--project", metavar="DIR")
-    command.add_argument("--dry-run", action="store_true")
-    return parser
+    def switch(self, command: ArgumentParser, name: str, said: str) -> None:
+        """Add an option without a value."""
+        command.add_argument(name, action="store_true", help=said)
+
+
+def epilog() -> str:
+    """The variables and files, from this file's docstring."""
+    text = (__doc__ or "").partition("Variables\n")[2].partition("Exit status")[0]
+    return f"variables:\n{text}\nThe README has the rest." if text else ""
+
+
+def command_line() -> ArgumentParser:
+    """All commands; of what is parsed, `run` is the command's function."""
+    line = CommandLine()
+    project = "in that project's settings.local.json, instead of yours"
+    line.switch(line.add(demo), "--all", "show every kind of event")
+    command = line.add(preview)
+    said = "a sample; without it an event is read from stdin"
+    command.add_argument("event", nargs="?", choices=sorted(SAMPLES), help=said)
+    command = line.add(install)
+    command.add_argument("--url", help="the ping URL, to be kept in settings.json")
+    line.switch(command, "--tools", f"register tool activity, too: {TOOLS}")
+    command.add_argument("--project", metavar="DIR", help=project)
+    line.switch(command, "--dry-run", "show what would change, and change nothing")
+    line.switch(command, "--yes", "ask nothing")
+    command = line.add(doctor)
+    line.switch(command, "--send", "send one real ping, with the event Test")
+    line.switch(command, "--clear", "forget the losses that you have seen")
+    line.switch(command, "--run-all", "run commands of the project's settings, too")
+    which = "its kind or directory; TelemHQ's by default"
+    command = line.add(sent)
+    command.add_argument("-n", type=at_least_one, default=20, help="how many (20)")
+    command.add_argument("--destination", metavar="NAME", help=which)
+    command = line.add(report)
+    said = "one row for each"
+    command.add_argument("--by", choices=GROUPS, default="day", help=said)
+    said = "only the last N, today included"
+    command.add_argument("--days", type=at_least_one, metavar="N", help=said)
+    command.add_argument("--destination", metavar="NAME", help=which)
+    line.switch(command, "--json", "a list of objects instead of a table")
+    said = "also what waits for a former URL"
+    line.switch(line.add(flush), "--adopt", said)
+    command = line.add(uninstall)
+    command.add_argument("--project", metavar="DIR", help=project)
+    line.switch(command, "--yes", "remove pings that wait, too")
+    return line.parser
 
 
 def main(arguments: list[str]) -> int:
@@ -5273,11 +6515,23 @@ def main(arguments: list[str]) -> int:
     os.umask(0o077)
     reconfigure = getattr(sys.stdout, "reconfigure", None)
     if reconfigure:
-        reconfigure(errors="replace")  # a terminal that knows no ✓
-    options = command_line().parse_args(arguments or ["--help"])
+        reconfigure(errors="replace")  # a terminal that knows no such character
     try:
+        options = command_line().parse_args(arguments or ["--help"])
+        if not hasattr(options, "run"):
+            options = command_line().parse_args(["--help"])
         status: int = options.run(options)
         return status
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        lacks = f"this Python lacks the module {error.name}"
+        print(f"{SCRIPT}: {lacks}; take a whole one", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # head(1) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except (Skipped, OSError, EOFError, ValueError) as error:
         print(f"{SCRIPT}: {error}", file=sys.stderr)
         return 1

@@ -6,8 +6,8 @@ import fcntl
 import json
 import os
 import pathlib
-import pty
 import re
+import shlex
 import shutil
 import socket
 import stat
@@ -18,6 +18,22 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from person import (
+    EVENTS,
+    IMPORT,
+    OTHER_HOOK,
+    URL,
+    Ended,
+    Terminal,
+    commands_in,
+    installed,
+    on_a_terminal,
+    read,
+    run,
+    settings_path,
+    tree,
+    write_settings,
+)
 from support import (
     ROOT,
     SCRIPT,
@@ -34,122 +50,7 @@ from support import (
 )
 
 if TYPE_CHECKING:
-    # relative path: mode, and a file's content or a link's target
-    Tree = dict[str, tuple[int, bytes | str | None]]
-
-URL = "https://tracker.invalid/ping/" + TOKEN
-OTHER_HOOK = {"hooks": [{"type": "command", "command": "~/bin/notify 'done' | cat"}]}
-EVENTS = ["Stop", "StopFailure", "SessionEnd"]
-PYTHON = sys.executable  # that install names: of a virtual environment, its base
-if sys.prefix != sys.base_prefix:
-    PYTHON = os.path.join(
-        sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info)
-    )
-
-
-class Ended:
-    """How a command ended: `code`, `out`, `err`."""
-
-    def __init__(self, code: int, out: bytes, err: bytes = b"") -> None:
-        self.code, self.out, self.err = code, out.decode("utf-8"), err.decode("utf-8")
-
-
-def run(
-    home: Home,
-    *arguments: object,
-    sent: bytes = b"",
-    script: pathlib.Path = SCRIPT,
-    python: str = sys.executable,
-    **env: Any,
-) -> Ended:
-    """Run a command; its output never holds the token."""
-    url = env.pop("url", None)
-    done = subprocess.run(
-        [str(python), str(script)] + [str(argument) for argument in arguments],
-        input=sent,
-        capture_output=True,
-        env=home.env(url, **env),
-        cwd=str(home.project),
-        timeout=120,
-    )
-    assert TOKEN.encode() not in done.stdout + done.stderr
-    assert b"Traceback" not in done.stderr
-    return Ended(done.returncode, done.stdout, done.stderr)
-
-
-def settings_path(home: Home) -> pathlib.Path:
-    """The user's settings file."""
-    return home.path / ".claude" / "settings.json"
-
-
-def write_settings(home: Home, content: object) -> pathlib.Path:
-    """Give the user's settings file these bytes, or this value as JSON."""
-    path = settings_path(home)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not isinstance(content, bytes):
-        content = json.dumps(content, indent=2).encode()
-    path.write_bytes(content)
-    return path
-
-
-def read(path: pathlib.Path) -> Any:
-    """The JSON in a file."""
-    return json.loads(path.read_text("utf-8-sig"))
-
-
-def commands_in(settings: dict[str, Any]) -> list[tuple[str, str | None, str]]:
-    """[(event, matcher, command)] in settings, in order."""
-    return [
-        (name, group.get("matcher"), hook["command"])
-        for name, groups in settings.get("hooks", {}).items()
-        for group in groups
-        for hook in group["hooks"]
-    ]
-
-
-def installed(home: Home) -> pathlib.Path:
-    """Where install puts the script."""
-    return home.path / ".claude" / "hooks" / SCRIPT.name
-
-
-def tree(path: pathlib.Path) -> Tree:
-    """{relative path: (mode, content or link)} of everything below a directory."""
-    found: Tree = {}
-    for top, directories, files in os.walk(str(path)):
-        for name in directories + files:
-            full = os.path.join(top, name)
-            mode = os.lstat(full).st_mode
-            content: bytes | str | None = None
-            if stat.S_ISLNK(mode):
-                content = os.readlink(full)
-            elif stat.S_ISREG(mode):
-                with open(full, "rb") as file:
-                    content = file.read()
-            found[os.path.relpath(full, str(path))] = stat.S_IMODE(mode), content
-    return found
-
-
-def on_a_terminal(home: Home, typed: bytes, *arguments: str) -> tuple[int, str]:
-    """Run a command on a terminal, type something; (exit status, output)."""
-    pid, fd = pty.fork()
-    if not pid:
-        os.chdir(str(home.project))
-        os.execve(sys.executable, [sys.executable, str(SCRIPT), *arguments], home.env())
-    os.write(fd, typed)
-    out = b""
-    while True:
-        try:
-            part = os.read(fd, 65536)
-        except OSError:
-            part = b""
-        if not part:
-            break
-        out += part
-    code = os.waitpid(pid, 0)[1] >> 8
-    os.close(fd)
-    assert TOKEN.encode() not in out
-    assert b"Traceback" not in out
-    return code, out.decode("utf-8")
+    from person import Tree
 
 
 # -- The command line ------------------------------------------------------------
@@ -175,20 +76,53 @@ def test_bad_usage_exits_2_with_a_message(home: Home, arguments: list[str]) -> N
     assert ended.out == ""
 
 
-def test_help_names_each_command(home: Home) -> None:
-    """--help tells of every command, and of every variable."""
+def test_help_is_for_users(home: Home) -> None:
+    """--help tells of every command first, then of the options, then of every variable;
+    each option of each command has its meaning."""
     ended = run(home, "--help")
     assert ended.code == 0
-    for word in [
+    places = [
+        ended.out.index(f"\n{word}:\n") for word in ("commands", "options", "variables")
+    ]
+    assert places == sorted(places)
+    commands = re.findall(r"(?m)^    (\w+)", ended.out[places[0] : places[1]])
+    assert commands == [
         "demo",
         "preview",
         "install",
-        "uninstall",
         "doctor",
+        "sent",
+        "report",
         "flush",
-        "TELEMHQ_PING_URL",
-    ]:
-        assert word in ended.out
+        "uninstall",
+    ]
+    assert "TELEMHQ_PING_URL" in ended.out[places[2] :]
+    for command in commands:
+        told = run(home, command, "--help").out
+        assert told.startswith(f"usage: telemhq_ping.py {command} ")
+        options = re.findall(r"(?m)^  (-.*)$", told)
+        assert options
+        for option in options:  # its meaning stands beside it, or below
+            assert "  " in option or f"  {option}\n        " in told
+
+
+@pytest.mark.parametrize(
+    "module, command",
+    [("json", "preview Stop"), ("argparse", "doctor"), ("subprocess", "doctor")],
+)
+def test_a_python_that_lacks_something(home: Home, module: str, command: str) -> None:
+    """Where Python lacks a module, as a distribution's minimal one does, a command
+    names it: no traceback, exit 1."""
+    code = f"import sys; sys.modules[{module!r}] = None; import telemhq_ping as t\n"
+    code += f"sys.exit(t.main({command.split()}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=home.env(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    assert f"this Python lacks the module {module}".encode() in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_on_a_terminal_without_arguments_it_helps(home: Home) -> None:
@@ -220,14 +154,20 @@ def test_it_says_that_an_old_python_will_not_do(home: Home) -> None:
     assert "3.8" in ended.err
 
 
-def test_a_terminal_without_unicode_is_no_reason_to_fail(
-    home: Home, receiver: Receiver
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_unicode_gets_other_marks(
+    home: Home, receiver: Receiver, encoding: str
 ) -> None:
-    """Where a check mark cannot be printed, doctor still reports."""
+    """Where a check mark cannot be printed, doctor's marks are plain words."""
     run(home, "install", "--url", receiver.url)
-    ended = run(home, "doctor", PYTHONIOENCODING="ascii")
+    ended = run(home, "doctor", PYTHONIOENCODING=encoding)
     assert ended.code == 0, ended.out + ended.err
-    assert "? hook for Stop" in ended.out
+    assert "ok hook for Stop" in ended.out
+    assert "-- pings from this directory" in ended.out
+    installed(home).unlink()
+    ended = run(home, "doctor", PYTHONIOENCODING=encoding)
+    assert "!! nothing arrived" in ended.out
+    assert "?" not in ended.out
 
 
 def test_without_a_home_it_says_so() -> None:
@@ -282,68 +222,99 @@ def demonstration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, Tree,
 
 
 def shown(ended: Ended) -> dict[str, Any]:
-    """{event: ping} of the first ping of each event in a demo's output."""
+    """{event: ping} of a demo's output."""
     found: dict[str, Any] = {}
-    ping = r"(?m)^(\w+): .*\n.*\n  left: ((?:.|\n)*?\n  \})"
-    for name, body in re.findall(ping, ended.out):
-        found.setdefault(name, json.loads(body))
+    block = r"(?m)^(\w+): .*\n(?:  .*\n)*?  left ((?:.+\n)+)"
+    for name, body in re.findall(block, ended.out):
+        found[name] = json.loads(body)
     return found
 
 
-def test_demo_shows_the_ping_of_each_event(
-    demonstration: tuple[Home, Tree, Ended],
-) -> None:
-    """The demo shows the exact JSON that left for each of six events, and exits 0."""
+def test_demo_shows_the_pings(demonstration: tuple[Home, Tree, Ended]) -> None:
+    """The demo shows the exact JSON that left for each of three events, and exits 0."""
     _, _, ended = demonstration
     assert ended.code == 0, ended.err
     pings = shown(ended)
-    assert list(pings) == [
-        "SessionStart",
-        "PostToolUse",
-        "PostToolUseFailure",
-        "Stop",
-        "StopFailure",
-        "SessionEnd",
-    ]
+    assert list(pings) == ["PostToolUseFailure", "Stop", "SessionEnd"]
     for name, ping in pings.items():
         assert ping["event"] == name
         assert ping["status"] == ("failed" if "Failure" in name else "success")
-    assert '"event": "Stop"' in ended.out
+        assert ping["project"] == "acme"
 
 
-def test_demo_shows_tokens_and_cost(demonstration: tuple[Home, Tree, Ended]) -> None:
-    """The demo's Stop has the tokens of a transcript, its SessionEnd the cost."""
-    pings = shown(demonstration[2])
-    assert pings["Stop"]["total_tokens"] > 0
-    assert pings["SessionEnd"]["cost_usd"] > 0
+def test_demo_fits_a_screen(demonstration: tuple[Home, Tree, Ended]) -> None:
+    """The demo has at most 60 lines, none wider than 100 columns: two to begin with,
+    and how to install as the last one."""
+    lines = demonstration[2].out.splitlines()
+    assert len(lines) <= 60
+    assert max(len(line) for line in lines) <= 100
+    assert [bool(line) for line in lines[:4]] == [True, True, False, True]
+    assert lines[-1] == "To install it: python3 telemhq_ping.py install"
 
 
-def test_demo_shows_what_stays_home(demonstration: tuple[Home, Tree, Ended]) -> None:
-    """The demo names the fields that stay home, and prints none of their content."""
-    _, _, ended = demonstration
-    home = re.findall(r"stayed home: (.*)", ended.out)
-    assert len(home) == 7
-    assert all("transcript_path (its hash went)" in line for line in home)
-    assert "tool_input" in home[1]
-    assert "tool_response" in home[1]
-    assert "error" in home[2]
-    assert "tool_name" not in home[2]
-    assert "last_assistant_message (its length went)" in home[3]
-    assert "hook_event_name" not in ended.out.replace("hook_event_name:", "")
-    for content in "hunter2", "deploy", "/home/you":
-        assert content not in ended.out
-
-
-def test_demo_shows_times_and_survives_an_outage(
+def test_demo_shows_realistic_tokens_and_cost(
     demonstration: tuple[Home, Tree, Ended],
 ) -> None:
+    """The demo's Stop has the tokens of its transcript, its SessionEnd the cost."""
+    pings = shown(demonstration[2])
+    assert pings["Stop"]["cached_input_tokens"] == 41200
+    assert pings["Stop"]["total_tokens"] == 44462
+    assert pings["Stop"]["model"] == "claude-opus-5-5"
+    assert pings["SessionEnd"]["cost_usd"] == 0.06
+
+
+def test_demo_strikes_out_what_stays_home(
+    demonstration: tuple[Home, Tree, Ended],
+) -> None:
+    """The demo shows what Claude Code handed over, field by field; what did not leave
+    is struck out, and none of it is in the pings."""
+    _, _, ended = demonstration
+    handed = dict(re.findall(r"(?m)^  (\w+) {2,}(.*)$", ended.out))
+    assert handed["tool_input"].startswith('~~{"command": "./deploy --password')
+    assert handed["tool_input"].endswith("~~ stayed home")
+    assert handed["transcript_path"].endswith("~~ only its hash left")
+    message = '~~"The password is hunter2."~~ only its length left'
+    assert handed["last_assistant_message"] == message
+    assert handed["error"].endswith("~~ only its length left")
+    assert handed["tool_name"] == '"Bash"'
+    assert handed["reason"] == '"prompt_input_exit"'
+    for ping in shown(ended).values():
+        for content in "hunter2", "deploy", "/home/you":
+            assert content not in json.dumps(ping)
+
+
+def test_demo_survives_an_outage(demonstration: tuple[Home, Tree, Ended]) -> None:
     """The demo gives the times of each event; one is delivered after an outage."""
     _, _, ended = demonstration
     times = re.findall(r"(\d+) ms in the hook, delivered after (\d+) ms", ended.out)
-    assert len(times) == 7
+    assert len(times) == 4
     assert all(0 < int(hook) < int(delivered) for hook, delivered in times)
     assert int(times[-1][1]) >= 1000
-    assert "receiver goes away" in ended.out
+    assert "The tracker was away for a second." in ended.out
+
+
+def test_demo_shows_all_on_request(home: Home) -> None:
+    """demo --all shows an event of each kind."""
+    ended = run(home, "demo", "--all")
+    assert ended.code == 0, ended.err
+    assert sorted(shown(ended)) == [
+        "PostToolUse",
+        "PostToolUseFailure",
+        "SessionEnd",
+        "SessionStart",
+        "Stop",
+        "StopFailure",
+    ]
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_demo_has_colours_at_a_terminal_only(home: Home, no_color: str) -> None:
+    """At a terminal what stays home is struck out by the terminal, unless NO_COLOR is
+    set; elsewhere there is no escape sequence."""
+    code, out = on_a_terminal(home, b"", "demo", NO_COLOR=no_color)
+    assert code == 0
+    assert ("\x1b[9;2m" in out) == (not no_color)
+    assert ("~~" in out) == bool(no_color)
 
 
 def test_demo_leaves_nothing_behind(demonstration: tuple[Home, Tree, Ended]) -> None:
@@ -381,12 +352,24 @@ def test_preview_prints_the_ping_that_the_hook_sends(
 
 
 def test_preview_has_samples(home: Home) -> None:
-    """`preview Stop` shows the ping of a built-in sample, without any URL set."""
+    """`preview Stop` shows the ping of a built-in sample, without any URL set, and says
+    that tokens are added later; unless none are."""
     ended = run(home, "preview", "Stop")
     assert ended.code == 0
     assert json.loads(ended.out)["event"] == "Stop"
-    assert ended.err == ""
+    assert ended.err.startswith("Tokens and cost are added later")
+    assert run(home, "preview", "Stop", TELEMHQ_USAGE="0").err == ""
     assert not (home.path / ".claude").exists()
+
+
+def test_preview_at_a_terminal_says_that_it_waits(home: Home) -> None:
+    """At a terminal preview says that it waits for an event, and how to end it."""
+    terminal = Terminal(home, "preview")
+    terminal.answer("Paste an event", '{"hook_event_name": "Stop"}\n\x04')
+    code, out = terminal.end()
+    assert code == 0
+    assert "Ctrl-D" in out
+    assert '"event": "Stop"' in out
 
 
 def test_preview_uses_the_settings_env_block(home: Home) -> None:
@@ -433,13 +416,15 @@ SHAPES = {
 
 
 def check_command(home: Home, command: str) -> None:
-    """The command runs the installed script with an interpreter that is there."""
-    python, _, rest = command.replace("trap '' TERM; ", "", 1).partition(" ")
+    """The command imports the installed script with an interpreter that is there; when
+    that fails, it runs it."""
+    words = shlex.split(command.replace("trap '' TERM; ", "", 1))
+    python, script = words[3], installed(home)
     assert os.path.isabs(python)
     assert os.access(python, os.X_OK)
-    assert rest.startswith("-I -S ")
-    assert rest.endswith(" || true")
-    assert rest[6:-8].replace("~", str(home.path)) == str(installed(home))
+    assert words[:5] == ["cd", str(script.parent), "&&", python, "-ESc"]
+    assert words[5:7] == [IMPORT, "||"]
+    assert words[8:] == ["-I", "-S", str(script), "||", "true"]
 
 
 def test_install_into_an_empty_home(home: Home) -> None:
@@ -473,6 +458,9 @@ def test_install_does_not_depend_on_the_umask(home: Home, umask: int) -> None:
     assert (config / "settings.json").exists()
     for name, (mode, _) in tree(home.path).items():
         if name.startswith("acme"):
+            continue
+        if name.endswith("__pycache__"):  # as Python makes it under the usual umask
+            assert stat.S_IMODE(mode) == 0o755
             continue
         assert mode & 0o077 == 0, name
 
@@ -610,6 +598,8 @@ THEIRS = [
     "python3 ~/.claude/hooks/telemhq_ping.py | tee log",
     "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py",
     "cd /tmp\npython3 ~/.claude/hooks/telemhq_ping.py",
+    "cd ~/.claude/hooks && python3 -c 'import telemhq_ping; telemhq_ping.hook()'",
+    f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}' | tee log",
 ]
 
 
@@ -628,7 +618,7 @@ def test_other_peoples_hooks_are_never_touched(home: Home, command: str) -> None
     assert read(settings_path(home)) == {"hooks": theirs}
 
 
-@pytest.mark.parametrize("command", THEIRS[-4:])
+@pytest.mark.parametrize("command", THEIRS[4:])
 def test_a_hook_that_runs_the_script_its_own_way_is_enough(
     home: Home, command: str
 ) -> None:
@@ -650,6 +640,15 @@ OURS = [
     "/usr/bin/python3.8 '/old place/telemhq_ping.py'",
     '"/opt/my python/bin/python3" -I "$HOME/.claude/hooks/telemhq_ping.py" || true',
     "~/.claude/hooks/telemhq_ping.py",
+    (
+        f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}' || "
+        "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true"
+    ),
+    (
+        f"trap '' TERM; cd '/old place' && /usr/bin/python3 -ESc '{IMPORT}' || "
+        "/usr/bin/python3 -I -S '/old place/telemhq_ping.py' || true"
+    ),
+    f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}'",
 ]
 
 
@@ -662,8 +661,12 @@ def test_an_upgrade_replaces_only_our_commands(home: Home, command: str) -> None
     hooks = {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}
     write_settings(home, {"hooks": hooks})
     installed(home).parent.mkdir()
-    installed(home).write_text("old")
-    assert run(home, "install").code == 0
+    old = SCRIPT.read_bytes().replace(b'"1.0.0"', b'"0.9.0"')
+    installed(home).write_bytes(old)
+    ended = run(home, "install")
+    assert ended.code == 0
+    replaced = f"{installed(home)} is replaced: it is version 0.9.0 of this script."
+    assert replaced in ended.out
     found = read(settings_path(home))["hooks"]
     assert list(found) == ["Stop", "PreCompact", "StopFailure", "SessionEnd"]
     assert len(found["Stop"]) == 2
@@ -740,7 +743,8 @@ def test_install_refuses_an_unusable_url(home: Home, url: str) -> None:
 
 
 def test_tools_registers_tool_activity(home: Home) -> None:
-    """--tools adds PostToolUse, for four tools, and PostToolUseFailure, for all."""
+    """--tools adds successes and failures of the same tools, those that change files or
+    run commands, as TelemHQ's documentation has it."""
     run(home, "install", "--tools")
     found = commands_in(read(settings_path(home)))
     assert [(name, matcher) for name, matcher, _ in found] == [
@@ -748,7 +752,7 @@ def test_tools_registers_tool_activity(home: Home) -> None:
         ("StopFailure", None),
         ("SessionEnd", None),
         ("PostToolUse", "Bash|Edit|MultiEdit|Write"),
-        ("PostToolUseFailure", None),
+        ("PostToolUseFailure", "Bash|Edit|MultiEdit|Write"),
     ]
 
 
@@ -879,6 +883,81 @@ def test_the_installed_script_can_install(home: Home) -> None:
     assert tree(home.path) == before
 
 
+def bytecode(home: Home) -> list[str]:
+    """The names in `__pycache__` beside the installed script."""
+    return sorted(os.listdir(str(installed(home).parent / "__pycache__")))
+
+
+def test_install_drops_bytecode_and_gives_a_new_time(home: Home) -> None:
+    """Python judges bytecode by the source's second and size: install removes what is
+    cached, and another version never has its predecessor's time."""
+    run(home, "install")
+    cached = installed(home).parent / "__pycache__" / "telemhq_ping.cpython-311.pyc"
+    cached.write_bytes(b"stale")
+    future = time.time() + 1000
+    installed(home).write_bytes(SCRIPT.read_bytes().replace(b"1.0.0", b"0.9.9"))
+    os.utime(str(installed(home)), (future, future))
+    run(home, "install")
+    assert bytecode(home) == []
+    assert installed(home).read_bytes() == SCRIPT.read_bytes()
+    assert int(installed(home).stat().st_mtime) > int(future)
+
+
+def test_uninstall_removes_only_our_bytecode(home: Home) -> None:
+    """uninstall removes the script's bytecode, and leaves that of other hooks."""
+    run(home, "install")
+    directory = installed(home).parent / "__pycache__"
+    for name in ("telemhq_ping.cpython-39.pyc", "mine.cpython-39.pyc"):
+        (directory / name).write_bytes(b"")
+    run(home, "uninstall")
+    assert bytecode(home) == ["mine.cpython-39.pyc"]
+
+
+def example_command(name: str) -> str:
+    """The command of an event in settings.example.json."""
+    found = commands_in(read(ROOT / "settings.example.json"))
+    return next(command for event, _, command in found if event == name)
+
+
+@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
+@pytest.mark.parametrize("name", EVENTS)
+@pytest.mark.parametrize("fault", ["", "cd", "python", "import", "script"])
+def test_the_examples_command_in_a_shell(
+    home: Home, receiver: Receiver, shell: str, name: str, fault: str
+) -> None:
+    """The example's command delivers one ping; also when its import fails, for then it
+    runs the script. Where nothing can run it ends with 0, and a telemhq_ping.py of the
+    project's is never imported, in a HOME with a space in its name, too."""
+    odd = Home(home.path / "a b")
+    (odd.project / "telemhq_ping.py").write_text("import os; os.mkdir('IMPORTED')")
+    hooks = odd.path / ".claude" / "hooks"
+    if fault != "cd":
+        hooks.mkdir(parents=True)
+        shutil.copy(str(SCRIPT), str(hooks))
+    if fault == "script":
+        (hooks / SCRIPT.name).unlink()
+    if fault == "import":  # bytecode that a full disk has cut off
+        subprocess.run([sys.executable, "-m", "py_compile", hooks / SCRIPT.name])
+        (cached,) = (hooks / "__pycache__").iterdir()
+        cached.write_bytes(cached.read_bytes()[:50])
+    path = "/nonexistent" if fault == "python" else os.path.dirname(sys.executable)
+    done = subprocess.run(
+        [shell, "-c", example_command(name)],
+        input=json.dumps(event("Stop", hook_event_name=name)).encode(),
+        env=odd.env(receiver.url, PATH=path),
+        cwd=str(odd.project),
+        capture_output=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, b"")
+    if fault in ("", "import"):
+        assert (b"EOFError" in done.stderr) == bool(fault)
+        assert receiver.wait_for(1)[0]["event"] == name
+    odd.quiet()
+    assert len(receiver.requests) == (fault in ("", "import"))
+    assert not (odd.project / "IMPORTED").exists()
+
+
 # -- uninstall -------------------------------------------------------------------
 
 
@@ -969,275 +1048,6 @@ def test_what_was_removed_stays_removed(home: Home) -> None:
     assert run(home, "uninstall", "--yes").code == 0
     home.quiet(30)
     assert sorted(os.listdir(str(home.path))) == ["acme"]
-
-
-# -- doctor ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def well(home: Home, receiver: Receiver) -> Home:
-    """A HOME where all is well: installed for `receiver`, one ping delivered."""
-    run(home, "install", "--url", receiver.url)
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(1)
-    home.quiet()
-    return home
-
-
-def diagnosis(home: Home, **env: Any) -> tuple[int, str, str]:
-    """doctor's exit status, its good lines and its bad ones, as two texts."""
-    ended = run(home, "doctor", **env)
-    lines = ended.out.splitlines()
-    good = [line[2:] for line in lines if line.startswith("✓ ")]
-    bad = [line[2:] for line in lines if line.startswith("✗ ")]
-    assert len(good) + len(bad) == len(lines)
-    assert ended.code == (1 if bad else 0)
-    assert ended.err == ""
-    return ended.code, "\n".join(good), "\n".join(bad)
-
-
-def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
-    """All is well: a good line per check, exit 0; the host was asked by GET, once."""
-    code, good, bad = diagnosis(well)
-    assert (code, bad) == (0, "")
-    for words in (
-        *("hook for " + name for name in EVENTS),
-        str(settings_path(well)),
-        SCRIPT.name,
-        PYTHON,
-        "interpreter",
-        f"tracker at http://127.0.0.1:{receiver.port} answers a GET",
-        "state directory " + str(well.state),
-        "0 pings wait",
-        "back-off: none",
-        "last delivery: 2",
-    ):
-        assert words in good
-    assert [request.method for request in receiver.requests] == ["POST", "GET"]
-    assert receiver.requests[1].body == b""
-
-
-def test_doctor_changes_nothing(well: Home) -> None:
-    """doctor writes no file."""
-    before = tree(well.path)
-    diagnosis(well)
-    assert tree(well.path) == before
-
-
-def test_doctor_in_an_empty_home(home: Home) -> None:
-    """With nothing installed doctor names each missing hook and the URL, exit 1."""
-    code, _, bad = diagnosis(home)
-    assert code == 1
-    for name in EVENTS:
-        assert "hook for " + name in bad
-    assert "run `install`" in bad
-    assert "TELEMHQ_PING_URL is not set" in bad
-
-
-def test_doctor_names_one_missing_hook(well: Home) -> None:
-    """Where one event's hook is gone, that one is named."""
-    found = read(settings_path(well))
-    del found["hooks"]["SessionEnd"]
-    write_settings(well, found)
-    _, _good, bad = diagnosis(well)
-    assert "hook for SessionEnd" in bad
-    assert "hook for Stop" not in bad
-
-
-def test_doctor_sees_disabled_hooks(well: Home) -> None:
-    """disableAllHooks is named as a cause."""
-    write_settings(well, dict(read(settings_path(well)), disableAllHooks=True))
-    assert "disableAllHooks" in diagnosis(well)[2]
-
-
-def test_doctor_sees_a_projects_hooks(home: Home, receiver: Receiver) -> None:
-    """Hooks and URL in the project's settings count, where doctor runs in it."""
-    run(home, "install", "--url", receiver.url, "--project", home.project)
-    code, good, bad = diagnosis(home)
-    assert (code, bad) == (0, "")
-    assert "settings.local.json" in good
-
-
-def test_doctor_sees_malformed_settings(well: Home) -> None:
-    """A settings file that is not valid is named."""
-    path = well.project / ".claude" / "settings.json"
-    path.parent.mkdir()
-    path.write_text("{,}")
-    assert str(path) in diagnosis(well)[2]
-
-
-def test_doctor_misses_the_script(well: Home) -> None:
-    """Where the script that settings name is gone, doctor says so."""
-    installed(well).unlink()
-    bad = diagnosis(well)[2]
-    assert "the script is missing" in bad
-    assert "run `install`" in bad
-
-
-@pytest.mark.parametrize("python", ["/nonexistent/python3", "python2-of-old"])
-def test_doctor_misses_the_interpreter(well: Home, python: str) -> None:
-    """Where the interpreter that settings name is gone, doctor says so."""
-    text = settings_path(well).read_text("utf-8")
-    settings_path(well).write_text(text.replace(PYTHON, python), "utf-8")
-    bad = diagnosis(well)[2]
-    assert "interpreter is missing" in bad
-    assert python in bad
-
-
-def test_doctor_sees_an_old_interpreter(well: Home) -> None:
-    """An interpreter older than Python 3.8 will not do."""
-    old = pythons(6, 8)
-    if not old:
-        pytest.skip("no old Python here")
-    text = settings_path(well).read_text("utf-8")
-    settings_path(well).write_text(text.replace(PYTHON, old[-1]), "utf-8")
-    assert "Python 3.8" in diagnosis(well)[2]
-
-
-def test_doctor_sees_another_version(well: Home) -> None:
-    """Where the installed script is of another version, doctor says to install."""
-    text = installed(well).read_text("utf-8")
-    installed(well).write_text(text.replace('"1.0.0"', '"0.9.0"', 1), "utf-8")
-    bad = diagnosis(well)[2]
-    assert "version 1.0.0" in bad
-    assert "run `install`" in bad
-
-
-@pytest.mark.parametrize(
-    "url, words",
-    [
-        ("telemhq.com/ping/" + TOKEN, "https://"),
-        ("http://tracker.invalid/ping/" + TOKEN, "use https://"),
-        ("https://u:p@tracker.invalid/" + TOKEN, "user:password"),
-        ("https://tracker.invalid/ping/" + TOKEN, "network"),
-    ],
-)
-def test_doctor_sees_a_wrong_url(well: Home, url: str, words: str) -> None:
-    """An unusable URL, and a host that is not there, are named, without the token."""
-    write_settings(well, dict(read(settings_path(well)), env={"TELEMHQ_PING_URL": url}))
-    assert words in diagnosis(well)[2]
-
-
-def test_doctor_sees_ignored_variables(well: Home) -> None:
-    """A variable that makes no sense is named."""
-    assert "TELEMHQ_TIMEOUT is ignored" in diagnosis(well, TELEMHQ_TIMEOUT="soon")[2]
-
-
-ANSWERS = {
-    404: "the tracker answered 404: the token in TELEMHQ_PING_URL is wrong or was "
-    "revoked",
-    401: "the tracker answered 401",
-    410: "the tracker answered 410: the tracker was deleted",
-    301: "the tracker answered 301: it has moved",
-    500: "the tracker answered 500: it has a problem of its own",
-}
-
-
-@pytest.mark.parametrize("status", ANSWERS)
-def test_doctor_tells_what_an_answer_means(
-    well: Home, receiver: Receiver, status: int
-) -> None:
-    """A tracker that does not take pings is named, with the reason in words."""
-    receiver.answer = status, {"Location": "/" + TOKEN}, b""
-    assert ANSWERS[status] in diagnosis(well)[2]
-
-
-@pytest.mark.parametrize("status", [200, 204, 405])
-def test_doctor_takes_any_good_answer(
-    well: Home, receiver: Receiver, status: int
-) -> None:
-    """An answer to GET is good; 405, too: not every tracker knows GET."""
-    receiver.answer = status
-    assert diagnosis(well)[0] == 0
-
-
-def test_doctor_sees_a_dead_host(home: Home) -> None:
-    """Where nothing listens, doctor says so."""
-    run(home, "install", "--url", dead_url())
-    bad = diagnosis(home)[2]
-    assert "tracker at http://127.0.0.1" in bad
-    assert "Connection refused" in bad
-
-
-@pytest.mark.parametrize("age_s, fine", [(10, True), (400, False)])
-def test_doctor_minds_only_old_pings(
-    well: Home, receiver: Receiver, age_s: int, fine: bool
-) -> None:
-    """Pings that wait are a problem only when they are older than five minutes."""
-    place(well, receiver.url, 2, age_s)
-    code, good, bad = diagnosis(well)
-    assert code == (0 if fine else 1)
-    told = f"2 pings wait, the oldest for {age_s // 60} min"
-    assert told in (good if fine else bad)
-
-
-def test_doctor_tells_of_a_back_off(well: Home, receiver: Receiver) -> None:
-    """Under a back-off doctor says how long, and why, in words."""
-    place(well, receiver.url, 1)
-    now = time.time()
-    well.set_state(
-        failures=1,
-        set_at=now,
-        not_before=now + 840,
-        problem={"verdict": "hold", "what": "HTTP 404", "at": now},
-    )
-    bad = diagnosis(well)[2]
-    assert "1 pings wait" in bad
-    assert ANSWERS[404] in bad
-    assert re.search(r"back-off: 8[34]\d s more", bad)
-
-
-def test_doctor_tells_a_pause_from_a_failure(well: Home) -> None:
-    """The pause after an outage is not blamed on the tracker."""
-    now = time.time()
-    well.set_state(
-        failures=0,
-        set_at=now,
-        not_before=now + 60,
-        recovering=True,
-        problem={"what": "HTTP 404"},
-    )
-    bad = diagnosis(well)[2]
-    assert "outage" in bad
-    assert "404" not in bad
-
-
-def test_doctor_lists_refused_and_lost(home: Home) -> None:
-    """Refused and lost pings are listed by reason, with their tokens."""
-    with Receiver(answer=422) as receiver:
-        run(home, "install", "--url", receiver.url)
-        home.hook(event("Stop"), receiver.url)
-        wait_until(lambda: home.state_json().get("losses"))
-        home.quiet()
-        receiver.answer = 200
-        home.set_state(losses=dict(home.state_json()["losses"], tokens=77))
-        bad = diagnosis(home)[2]
-    assert "lost: 1, refused: HTTP 422" in bad
-    assert "lost: 77, tokens" in bad
-    assert "refused" in bad
-    assert str(home.destination()) in bad
-
-
-def test_doctor_sees_pings_of_a_former_url(well: Home) -> None:
-    """Pings that wait for a URL no longer configured are counted, with the remedy."""
-    place(well, dead_url(), 2)
-    bad = diagnosis(well)[2]
-    assert "2 pings wait for a URL no longer configured" in bad
-    assert "flush --adopt" in bad
-
-
-@pytest.mark.parametrize("what", ["link", "mode", "file"])
-def test_doctor_sees_an_unsound_state_directory(well: Home, what: str) -> None:
-    """A state directory that others could change is named."""
-    if what == "mode":
-        well.state.chmod(0o777)
-    else:
-        shutil.move(str(well.state), str(well.path / "elsewhere"))
-        if what == "link":
-            well.state.symlink_to(well.path / "elsewhere")
-        else:
-            well.state.write_text("")
-    assert "state directory: " + str(well.state) in diagnosis(well)[2]
 
 
 # -- flush -----------------------------------------------------------------------

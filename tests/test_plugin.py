@@ -238,17 +238,16 @@ def test_the_client_finds_the_plugins_files_valid(tmp_path: pathlib.Path) -> Non
 
 
 def test_the_plugin_registers_the_examples_events() -> None:
-    """The plugin's hooks are those of settings.example.json, from its own directory,
-    and with the README's `trap` for a failing `claude -p`."""
+    """The plugin's hooks are those of settings.example.json, from its own directory.
+    (`cd ""` would succeed, and import from the project: hence the slash.)"""
     example = json.loads((ROOT / "settings.example.json").read_text("utf-8"))["hooks"]
-    text = json.dumps(example).replace(
-        "~/.claude/hooks/telemhq_ping.py",
-        '\\"${CLAUDE_PLUGIN_ROOT}/telemhq_ping.py\\"',
-    )
-    expected = json.loads(text)
-    failure = expected["StopFailure"][0]["hooks"][0]
-    failure["command"] = "trap '' TERM; " + failure["command"]
-    assert manifest("plugin.json")["hooks"] == expected
+    text = json.dumps(example)
+    for place, its_own in (
+        ("~/.claude/hooks/telemhq_ping.py", "${CLAUDE_PLUGIN_ROOT}/telemhq_ping.py"),
+        ("~/.claude/hooks", "${CLAUDE_PLUGIN_ROOT}/"),
+    ):
+        text = text.replace(place, f'\\"{its_own}\\"')
+    assert manifest("plugin.json")["hooks"] == json.loads(text)
 
 
 def test_the_plugins_url_is_a_secret() -> None:
