@@ -484,7 +484,8 @@ COPIED = (  # from the event to the ping under the same name
 ).split()
 CLIENT_AGENTS = frozenset(  # Claude Code's own agent types: 2.1.329's and older ones
     "general-purpose Explore Plan claude claude-code-guide fork worker web-fetch "
-    "workflow-subagent comment-thread-analyst statusline-setup output-style-setup".split()
+    "workflow-subagent comment-thread-analyst statusline-setup "
+    "output-style-setup".split()
 )
 
 
@@ -2522,8 +2523,8 @@ class Usage:
         usage.tools = {name: int(calls) for name, calls in found["tools"].items()}
         for name in cls.NUMBERS:
             setattr(usage, name, int(found[name]))
-        for key, (message, model, ms, counts) in found.get("rows", {}).items():
-            counts = [int(n) for n in counts]
+        for key, (message, model, ms, given) in found.get("rows", {}).items():
+            counts = [int(n) for n in given]
             usage.rows[str(key)] = str(message), str(model), int(ms), counts
         return usage
 
@@ -3892,7 +3893,7 @@ class Sender:
                     report_lost(self.outbox, path, self.settings, self.ends)
                 if age_s(path) > (UNFINISHED_S if unfinished else ACCOUNT_MAX_S):
                     remove(path)
-            except Exception as error:  # a broken account must not hide the others
+            except Exception as error:  # noqa: BLE001 - it must not hide the others
                 self.log(f"an account is broken: {type(error).__name__}")
         self.state.swept_at = now
         self.state.save()
@@ -4045,9 +4046,10 @@ class Walk:
             if name in self.done or self.must_wait(name):
                 continue
             answer = self.attempt(name)
-            if answer and answer.verdict != DELIVERED:
-                if not self.survives(name, answer):
-                    return False
+            if answer is None or answer.verdict == DELIVERED:
+                continue
+            if not self.survives(name, answer):
+                return False
         return True
 
     def survives(self, name: str, answer: Answer) -> bool:
@@ -4216,7 +4218,7 @@ class Walk:
         sender = self.sender
         try:
             return charge(self.outbox, name, record, sender.ends, sender.patient)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             sender.log(f"usage left out: {type(error).__name__}")
             return record
 
@@ -4289,7 +4291,7 @@ def deliver_in_background(
     sender = Sender(outbox, tracker, settings, time.monotonic() + LIFE_S)
     try:
         sender.live(held or outbox.take_lock())
-    except Exception as error:  # back off, or every hook would start one that fails
+    except Exception as error:  # noqa: BLE001 - or every hook would start one that fails
         if os.path.isdir(outbox.path("outbox")):  # else it was removed meanwhile
             sender.state.suspect(sender.sending)
             sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
