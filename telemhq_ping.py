@@ -4302,7 +4302,8 @@ def send(settings: Settings, tell: Tell) -> None:
     SECONDS NAME DESTINATION`, which is the name of its directory."""
     import gc
 
-    gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
+    if hasattr(gc, "set_threshold"):  # PyPy has none
+        gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
     began = time.monotonic()
     how, number, *names = sys.argv[3:]
     name = names.pop(0) if how == "foreground" else ""

@@ -1487,7 +1487,7 @@ def test_every_function_says_what_it_means() -> None:
 PURE = {
     "os": {"environ", "path", "urandom"},
     "os.path": {"expanduser", "isabs", "join", "normpath"},
-    "sys": {"argv", "base_exec_prefix", "base_prefix", "flags", "path"},
+    "sys": {"argv", "base_exec_prefix", "base_prefix", "flags", "path", "version_info"},
     "time": {"gmtime", "strftime", "strptime"},
     "stat": set(),
 }

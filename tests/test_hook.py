@@ -25,9 +25,13 @@ from support import (
     Home,
     Receiver,
     Wire,
+    as_script,
     dead_url,
     event,
+    patched,
+    place,
     pythons,
+    run_sender,
     sender_command,
     wait_until,
 )
@@ -385,6 +389,28 @@ def test_with_python_3_6_the_whole_command_exits_0(
     )
     assert (done.returncode, done.stdout) == (0, b"")
     assert not home.state.exists()
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    ["os.posix_spawn", "gc.set_threshold", "time.tzset", "signal.alarm"],
+)
+def test_what_other_pythons_lack_is_done_without(
+    home: Home, receiver: Receiver, lacking: str
+) -> None:
+    """PyPy and Termux have no posix_spawn, PyPy no gc.set_threshold: both the hook and
+    the sender do their work."""
+    module, name = lacking.split(".")
+    patch = f"import {module}\nif hasattr({module}, {name!r}): del {lacking}"
+    done = patched(home, patch, url=receiver.url, sent=STOP)
+    assert outcome(done) == SILENT
+    receiver.wait_for(1)
+    home.quiet()
+    place(home, receiver.url)
+    done = run_sender(home, receiver.url, patch)
+    assert outcome(done) == SILENT
+    assert len(receiver.requests) == 2
+    assert home.waiting() == []
 
 
 # -- stdin -----------------------------------------------------------------------------
@@ -882,6 +908,114 @@ def test_debug_mode_names_what_it_ignores(home: Home, receiver: Receiver) -> Non
     for name in ("TELEMHQ_TIMEOUT", "TELEMHQ_MACHINE"):
         assert len([line for line in lines if name in line and "ignored" in line]) == 1
     assert len(receiver.pings) == 1
+
+
+# -- As a plugin -----------------------------------------------------------------------
+
+EXAMPLE = json.loads((SCRIPT.parent / "settings.example.json").read_text("utf-8"))
+TELEMHQS = {
+    "hooks": {
+        "Stop": [
+            {
+                "hooks": [
+                    {
+                        "type": "command",
+                        "command": "python3 ~/.claude/hooks/telemhq_ping.py",
+                    }
+                ]
+            }
+        ]
+    }
+}
+OTHERS = json.loads(
+    json.dumps(TELEMHQS).replace("telemhq_ping.py", "my_telemhq_ping.py")
+)
+
+
+def settings_of(home: Home, name: str) -> pathlib.Path:
+    """The path of a settings file: the user's, or one of the project's."""
+    top = home.path if name == "user" else home.project
+    file = "settings.local.json" if name == "local" else "settings.json"
+    (top / ".claude").mkdir(parents=True, exist_ok=True)
+    return top / ".claude" / file
+
+
+def as_plugin(home: Home, url: str, name: str = "Stop", **more: Any) -> None:
+    """Run the hook as the plugin does, with the variable set for everybody."""
+    env: dict[str, Any] = {
+        "CLAUDE_PLUGIN_ROOT": SCRIPT.parent,
+        "CLAUDE_PROJECT_DIR": home.project,
+        "TELEMHQ_FOREGROUND": "1",
+        **more,
+    }
+    assert outcome(home.hook(event(name), url, **env)) == SILENT
+
+
+@pytest.mark.parametrize("content", [EXAMPLE, TELEMHQS], ids=("ours", "telemhqs"))
+@pytest.mark.parametrize("link", [False, True], ids=("file", "link"))
+@pytest.mark.parametrize("name", ["user", "project", "local"])
+def test_a_plugin_leaves_the_event_to_the_settings(
+    home: Home, receiver: Receiver, name: str, link: bool, content: object
+) -> None:
+    """Where a settings file, be it a link into somebody's dotfiles, runs the script for
+    the same event, the plugin makes no second ping of it; of others it does."""
+    path = settings_of(home, name)
+    if link:
+        (home.path / "dotfiles").mkdir()
+        path.symlink_to(home.path / "dotfiles" / "claude.json")
+    path.write_text(json.dumps(content))
+    as_plugin(home, receiver.url, "Stop")
+    assert receiver.requests == []
+    as_plugin(home, receiver.url, "SessionStart-startup")
+    assert [ping["event"] for ping in receiver.pings] == ["SessionStart"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        OTHERS,
+        {},
+        [],
+        {"hooks": []},
+        {"hooks": {"Stop": None}},
+        {"hooks": {"Stop": [None, {"hooks": [{"command": 5}]}]}},
+        "dangling",
+        "binary",
+        "directory",
+    ],
+    ids=str,
+)
+def test_a_plugin_reports_what_no_settings_file_does(
+    home: Home, receiver: Receiver, content: object
+) -> None:
+    """Somebody else's hook, or a file that makes no sense, is no reason for silence."""
+    path = settings_of(home, "user")
+    if content == "dangling":
+        path.symlink_to(home.path / "nowhere")
+    elif content == "binary":
+        path.write_bytes(bytes(range(256)))
+    elif content == "directory":
+        path.mkdir()
+    else:
+        path.write_text(json.dumps(content))
+    as_plugin(home, receiver.url)
+    assert len(receiver.requests) == 1
+
+
+def test_a_plugin_with_its_own_url_is_alone(home: Home, receiver: Receiver) -> None:
+    """Without TELEMHQ_PING_URL the settings' hook sends nothing: the plugin does."""
+    settings_of(home, "user").write_text(json.dumps(EXAMPLE))
+    env = {"CLAUDE_PLUGIN_OPTION_PING_URL": receiver.url}
+    done = subprocess.run(
+        ["/bin/sh", "-c", as_script()],
+        input=STOP,
+        capture_output=True,
+        cwd=str(home.project),
+        timeout=30,
+        env=home.env(CLAUDE_PLUGIN_ROOT=SCRIPT.parent, TELEMHQ_FOREGROUND="1", **env),
+    )
+    assert outcome(done) == SILENT
+    assert len(receiver.requests) == 1
 
 
 # -- Foreground ------------------------------------------------------------------------
