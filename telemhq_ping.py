@@ -4876,10 +4876,11 @@ class InstallRecord:
         self.script = str(found.get("script", ""))
         self.kept = str(found.get("kept", ""))
         made, settings = found.get("made"), found.get("settings")
-        self.made: list[str] = made if isinstance(made, list) else []
-        self.settings: dict[str, Fields] = (
-            settings if isinstance(settings, dict) else {}
-        )
+        self.made = list(map(str, made)) if isinstance(made, list) else []
+        self.settings: dict[str, Fields] = {}
+        for name, entry in settings.items() if isinstance(settings, dict) else ():
+            if isinstance(entry, dict) and isinstance(entry.get("backups"), dict):
+                self.settings[name] = entry
 
     def save(self) -> None:
         """Write it; the file goes when there is nothing to remember."""
@@ -4910,13 +4911,17 @@ class InstallRecord:
         entry = self.settings.setdefault(
             file.real, {"made": file.raw is None, "written": "", "backups": {}}
         )
-        untouched = file.raw is not None and entry["written"] == sha256_hex(file.raw)
-        if file.raw is not None and not untouched:
+        if file.raw is not None and not self.is_as_written(file):
             backup = file.real + time.strftime(".%Y%m%d-%H%M%S.bak")
             if not os.path.lexists(backup):
                 entry["backups"][backup] = sha256_hex(file.raw)
                 write_file(backup, file.raw)
         entry["written"] = sha256_hex(new)
+
+    def is_as_written(self, file: SettingsFile) -> bool:
+        """Whether a settings file is still as install has made it."""
+        written = self.settings.get(file.real, {}).get("written")
+        return file.raw is not None and written == sha256_hex(file.raw)
 
     def backups(self, file: SettingsFile) -> list[SettingsFile]:
         """The backups that install made of a file and nobody changed, oldest first."""
@@ -5304,7 +5309,7 @@ def restored(file: SettingsFile, record: InstallRecord) -> bytes | None:
     """What a settings file must hold without install; None: there was none."""
     backups = record.backups(file)
     entry = record.settings.get(file.real, {})
-    if backups and file.raw is not None and entry["written"] == sha256_hex(file.raw):
+    if backups and record.is_as_written(file):
         first = backups[0]
         if record.kept or not any(hook.is_ours() for hook in first.hooks()):
             return first.raw  # nobody else has changed it
@@ -5362,20 +5367,19 @@ def others_that_name_script(record: InstallRecord) -> list[str]:
 
 
 def remove_script(record: InstallRecord) -> None:
-    """Remove the script and its bytecode; the one from before install comes back."""
+    """Remove the script and its bytecode; the one from before install comes back. (A
+    link to somebody's checkout: the link goes, not what it leads to.)"""
     script = ScriptFile()
-    if script.raw is None:
-        pass
-    elif script.is_ours() or sha256_hex(script.raw) == record.script:
-        remove(script.real)
-        remove(script.path)
-    else:
+    ours = script.is_ours() or sha256_hex(script.raw or b"") == record.script
+    if script.raw is not None and not ours:
         print(f"{script.path} is not this script: it stays.")
+    elif os.path.isfile(record.kept):
+        os.replace(record.kept, script.real)
+        print(f"{script.path} is again the script from before install.")
+    elif script.raw is not None:
+        remove(script.path)
     script.remove_bytecode()
     remove_if_empty(script.bytecode_dir())
-    if record.kept and os.path.exists(record.kept) and not os.path.exists(script.real):
-        os.rename(record.kept, script.real)
-        print(f"{script.path} is again the script from before install.")
     record.script = record.kept = ""
 
 
@@ -5388,41 +5392,51 @@ def remove_state(state_dir: str | None) -> None:
         shutil.rmtree(outbox.directory)
 
 
+def need_no_loss(kept: list[Outbox]) -> None:
+    """Skipped when pings wait that would be lost, and nobody says that they may be."""
+    waiting = sum(len(outbox.waiting()) for outbox in kept)
+    if not waiting:
+        return
+    print(f"{counted(waiting, 'ping')} wait and would be lost; `flush` sends them.")
+    if not (at_a_terminal() and ask("Remove them?")):
+        raise Skipped("nothing was changed; with --yes they are removed")
+
+
+def remove_rest(record: InstallRecord, state_dir: str | None, with_state: bool) -> None:
+    """Remove what no settings file needs any more: script, state, directories."""
+    remove_script(record)
+    if with_state:
+        remove_state(state_dir)
+    record.save()
+    if state_dir:
+        remove_if_empty(state_dir)
+    record.remove_directories()
+
+
 def uninstall(options: Namespace) -> int:
     """the inverse of install: settings as before, script and state removed"""
-    around = Surroundings()
-    state_dir, record = around.settings.state_dir, InstallRecord()
+    around, record, script = Surroundings(), InstallRecord(), ScriptFile()
+    kept, plugin = outboxes(around.settings.state_dir), around.plugin_in()
     file = SettingsFile(settings_path(options.project))
     file.need_editable()
-    kept, plugin = outboxes(state_dir), around.plugin_in()
-    waiting = sum(len(outbox.waiting()) for outbox in kept)
-    if waiting and not options.yes:
-        print(f"{counted(waiting, 'ping')} wait and would be lost; `flush` sends them.")
-        if not (at_a_terminal() and ask("Remove them?")):
-            raise Skipped("nothing was changed; with --yes they are removed")
-    script = ScriptFile()
+    if not options.yes:
+        need_no_loss(kept)
     if script.raw is not None and not record.script and not script.is_ours():
         raise Skipped(f"{script.path} is not this script; nothing was changed")
-    there = restore(file, record) or bool(record.script) or script.is_ours()
+    there = restore(file, record) or bool(record.script or kept) or script.is_ours()
+    record.remove_directories()
     record.save()
     still = others_that_name_script(record)
     for path in still:
         print(f"{path} still names the script: it stays, with its state.")
         print("  `uninstall --project DIR` takes it out of a project's local settings.")
     if not still:
-        remove_script(record)
-        if not plugin:
-            remove_state(state_dir)
-    record.remove_directories()
-    record.save()
-    if not still:
-        remove_if_empty(state_dir or config_dir())
-        record.remove_directories()  # in which record and state were
+        remove_rest(record, around.settings.state_dir, with_state=not plugin)
     if plugin:
         print(f"The plugin is enabled in {plugin}; its state stays.")
         print("  claude plugin uninstall telemhq-ping@telemhq-ping")
     elif not still:
-        print("Removed." if there or kept else "Nothing of it was installed here.")
+        print("Removed." if there else "Nothing of it was installed here.")
     return 0
 
 
@@ -5518,6 +5532,17 @@ class Receiver:
             URL_NAME: self.url,
             "TELEMHQ_DESTINATIONS": "telemhq",  # nobody else is to get samples
         }
+
+
+def remove_tree(directory: str) -> None:
+    """Remove a directory; a sender that is still at work may put something there while
+    we do, and nothing once it is gone."""
+    import shutil
+
+    ends = time.monotonic() + ARRIVES_S
+    while os.path.isdir(directory) and time.monotonic() < ends:
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(LOOK_S / 10)
 
 
 def wait_for_end(state_dir: str) -> None:
@@ -5763,7 +5788,6 @@ class Trial:
 
     def __init__(self, shell: str, command: str, environ: dict[str, str]) -> None:
         import queue
-        import shutil
         import tempfile
 
         self.command, self.ping = command, None
@@ -5783,7 +5807,7 @@ class Trial:
             wait_for_end(os.path.join(directory, "state"))
         finally:
             receiver.stop()
-            shutil.rmtree(directory, ignore_errors=True)
+            remove_tree(directory)
 
     def run(self, command: list[str], environ: dict[str, str], directory: str) -> None:
         """Run it, with a sample event on stdin; one that hangs is ended."""
@@ -6167,7 +6191,6 @@ def fate(name: str, value: object, ping: Fields) -> str:
 
 def demo(options: Namespace) -> int:
     """show, on this machine only, what leaves of an event and what stays"""
-    import shutil
     import tempfile
 
     names = list(SAMPLES) if options.all else list(SAMPLES)[:DEMO_EVENTS]
@@ -6185,7 +6208,7 @@ def demo(options: Namespace) -> int:
         wait_for_end(scene.state_dir)
         scene.receiver.stop()
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_tree(directory)
     print(f"To install it: python3 {SCRIPT} install")
     return 0
 

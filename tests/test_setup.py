@@ -176,6 +176,33 @@ def test_uninstall_of_a_set_up_by_hand(home: Home) -> None:
     assert read(settings_path(home)) == {}
 
 
+def test_a_link_to_a_checkout_is_no_file_of_ours(home: Home) -> None:
+    """Where the script in hooks/ is a link to a checkout, uninstall removes the link,
+    and leaves the checkout."""
+    checkout = home.path / "checkout.py"
+    shutil.copy(str(SCRIPT), str(checkout))
+    installed(home).parent.mkdir(parents=True)
+    installed(home).symlink_to(checkout)
+    run(home, "install", "--url", URL)
+    assert installed(home).is_symlink()
+    assert run(home, "uninstall").code == 0
+    assert not os.path.lexists(str(installed(home)))
+    assert checkout.read_bytes() == SCRIPT.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "found", [b"{", b"[]", b'{"made": 1, "settings": {"x": 1, "y": {}}, "script": []}']
+)
+def test_a_damaged_record_is_as_none(home: Home, found: bytes) -> None:
+    """Where installed.json is damaged, uninstall goes by what it recognises."""
+    write_settings(home, {"model": "opus"})
+    run(home, "install", "--url", URL)
+    (home.state / "installed.json").write_bytes(found)
+    assert run(home, "uninstall").code == 0
+    assert read(settings_path(home)) == {"model": "opus"}
+    assert not installed(home).exists()
+
+
 # -- uninstall says what remains -------------------------------------------------
 
 
