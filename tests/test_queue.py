@@ -317,6 +317,34 @@ def test_a_kind_that_is_refused_and_others_that_are_not(home: Home) -> None:
         assert home.state_json()["losses"] == {"refused: HTTP 422": 80}
 
 
+def test_a_witness_of_another_kind(home: Home) -> None:
+    """It is looked for: the newest ping may be of the kind that is refused."""
+    kinds = ["PostToolUse"] * 5 + ["Stop"] + ["PostToolUse"] * 9
+    with Receiver() as receiver:
+        receiver.answer = lambda r: 422 if r.ping["event"] == "PostToolUse" else 200
+        found = put(home, receiver.url, kinds)
+        run_sender(home, receiver.url)
+        assert ids(receiver.requests)[:3] == [found[0], found[1], found[5]]
+        assert waiting(home) == []
+        assert len(refused(home)) == 14
+
+
+def test_a_connection_that_breaks_at_one_ping(home: Home) -> None:
+    """A firewall that cuts off whoever sends a certain ping: the others flow."""
+    with Receiver() as receiver:
+        found = place(home, receiver.url, 5)
+        cut = f"""
+import socket
+def cut(_, sent, *__):
+    if b"{found[1]}" in bytes(sent):
+        raise BrokenPipeError(32, "Broken pipe")
+wrap(socket.socket, "sendall", before=cut)
+"""
+        run_sender(home, receiver.url, cut + ONE_LIFE)
+        assert waiting(home) == [found[1]]
+        assert charges(home) == {found[1]: 1}
+
+
 def test_a_witness_holds_for_25_refusals(home: Home) -> None:
     """Then another one is heard: a tracker that begins to refuse everything while an
     outbox is emptied costs it no more than that."""
@@ -455,15 +483,21 @@ def row(kind: str, at: float, **fields: Any) -> str:
 
 def session_of_turns(home: Home, url: str) -> list[str]:
     """A session of TURNS turns, a minute each, that an outage kept in the outbox: after
-    the n-th turn, of n * 100 output tokens, its Stop. The Stops' event_ids."""
+    the n-th turn, of n * 100 output tokens, its Stop; behind two pings of another
+    session. Their event_ids, and those of the Stops and the SessionEnd."""
     transcript = home.path / "session.jsonl"
-    begun, rows, stops = time.time() - 60 * TURNS - 120, [], []
-    outbox = only_enqueue(home, url).parent
-    (outbox / home.waiting()[0].name).unlink()
-    for turn in range(TURNS + 1):
+    begun, rows = time.time() - 60 * TURNS - 180, []
+    others = place(home, url, 2, age_s=60 * TURNS + 300)
+    outbox, stops = home.waiting()[0].parent, others
+    for turn in range(TURNS + 2):
         at = begun + 60 * turn
         name = "Stop" if turn else "SessionStart-startup"
-        if turn:
+        if turn > TURNS:
+            name = "SessionEnd-other"
+            used = {"inputTokens": TURNS, "outputTokens": 1500}
+            ledger = {"modelUsage": {"claude-x": used}, "totalCostUSD": 0.5}
+            rows.append(row("cost-state", at - 1, **ledger))
+        elif turn:
             usage = {"input_tokens": 1, "output_tokens": 100 * turn}
             message = {"id": f"m{turn}", "model": "claude-x", "usage": usage}
             message.update(role="assistant", content=[], stop_reason="end_turn")
@@ -471,20 +505,22 @@ def session_of_turns(home: Home, url: str) -> list[str]:
             rows.append(row("user", at - 30, promptId=f"p{turn}", message=prompt))
             rows.append(row("assistant", at - 5, message=message))
         sent = event(name, session_id="s", transcript_path=str(transcript))
-        sent.update({"prompt_id": f"p{turn}"} if turn else {})
+        sent["prompt_id"] = f"p{turn}"
         path = only_enqueue(home, url, sent)
         path.rename(outbox / f"{int(at * 1e9):020d}{path.name[20:]}")
-        stops.append(path.name[21:53])
+        if turn:
+            stops.append(path.name[21:53])
     transcript.write_text("\n".join(rows) + "\n")
-    return stops[1:]
+    return stops
 
 
 SCENES: dict[str, Callable[[list[str]], dict[str, int]]] = {
     "all well": lambda _: {},
-    "the first is still at work": lambda stops: {stops[0]: 409},
-    "a middle one fails": lambda stops: {stops[2]: 500},
+    "another session's fail": lambda stops: dict.fromkeys(stops[:2], 500),
+    "the first is still at work": lambda stops: {stops[2]: 409},
+    "a middle one fails": lambda stops: {stops[4]: 500},
     "all but the newest fail": lambda stops: dict.fromkeys(stops[:-1], 503),
-    "two oldest fail": lambda stops: dict.fromkeys(stops[:2], 403),
+    "two of them fail": lambda stops: dict.fromkeys(stops[2:4], 403),
 }
 
 
@@ -492,7 +528,8 @@ SCENES: dict[str, Callable[[list[str]], dict[str, int]]] = {
 def test_each_turns_tokens_stay_its_own(
     home: Home, scene: Callable[[list[str]], dict[str, int]]
 ) -> None:
-    """Retried, overtaken by a witness, or sent last: a Stop tells its own turn."""
+    """Retried, overtaken by a witness, or sent last: a Stop tells its own turn, and the
+    session's end its cost."""
     with Receiver() as receiver:
         stops = session_of_turns(home, receiver.url)
         receiver.answer = answers(dict(scene(stops)))
@@ -502,8 +539,10 @@ def test_each_turns_tokens_stay_its_own(
             let_time_pass(home)
             run_sender(home, receiver.url)
         assert waiting(home) == []
-        told = {p["event_id"]: p.get("output_tokens") for p in receiver.pings}
-        assert [told[stop] for stop in stops] == [100, 200, 300, 400, 500]
+        told = {ping["event_id"]: ping for ping in receiver.pings}
+        tokens = [told[stop].get("output_tokens") for stop in stops[2:]]
+        assert tokens == [100, 200, 300, 400, 500, 0]
+        assert told[stops[-1]]["cost_usd"] == 0.5
 
 
 def test_a_409_is_no_loss(home: Home) -> None:
@@ -590,10 +629,12 @@ class Machine:
         settings.state_dir = str(home.state)
         self.settings, self.tracker = settings, script.find_tracker(settings)
         self.outbox = script.outbox_of(settings, self.tracker)
+        self.made: dict[str, float] = {}  # event_id -> when
 
     def hook(self, name: str) -> None:
         """What a hook does with its ping."""
         ping = {"event_id": os.urandom(16).hex(), "event": name}
+        self.made[ping["event_id"]] = self.clock.now
         self.outbox.put(self.clock.time_ns(), ping, {})
         if self.outbox.state().backoff_left_s(self.clock.now):
             return
@@ -634,27 +675,30 @@ def test_a_backlog_drains_in_minutes(
 ) -> None:
     """After minutes of outage events go on as before: what comes after the recovery
     goes at once, the backlog bit by bit, and all of it within minutes."""
-    recovered, made = clock.now + outage_s, 0
-    arrived: list[float] = []
+    recovered = clock.now + outage_s
+    arrived: list[tuple[float, str]] = []
 
-    def answer(_: Request) -> int:
-        arrived.append(clock.now)
+    def answer(request: Request) -> int:
+        arrived.append((clock.now, request.ping["event_id"]))
         return 200 if clock.now >= recovered else status
 
     with Receiver(answer) as receiver:
         machine = Machine(script, home, receiver.url, clock)
         while clock.now < recovered + after_s:
             machine.hook(name)
-            made += 1
             clock.sleep(60 / per_minute)
         assert clock.errors == []
-        assert len(set(ids(receiver.requests)) | set(waiting(home))) == made
+        assert {event_id for _, event_id in arrived} | set(waiting(home)) == set(
+            machine.made
+        )
         assert len(home.waiting()) <= 2
-        late = [at for at in arrived if at >= recovered]
-        first = late[0]  # the recovery is noticed here: a probe, and 24 more
-        soon = [at for at in late if at < first + 25]
-        assert len(soon) <= 25 + 30 * per_minute / 60
-        assert sum(1 for at in arrived if at < recovered) < 3 * 5 * 12
+        first = min(at for at, _ in arrived if at >= recovered)
+        for at, event_id in arrived:  # the recovery is noticed at `first`
+            if machine.made[event_id] > first:
+                assert at - machine.made[event_id] < 2
+        backlog = [at for at, event_id in arrived if machine.made[event_id] <= first]
+        assert 25 <= sum(1 for at in backlog if first <= at < first + 25) <= 26
+        assert sum(1 for at, _ in arrived if at < recovered) < 3 * 20
     assert not home.state_json()["losses"]
 
 
