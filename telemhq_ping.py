@@ -648,6 +648,7 @@ class Tracker:
     needs: tuple[str, ...] = ()
     url_is_secret = False
     reads = 0
+    idle = ""  # why it wants nothing here, though it is set up
 
     def __init__(self, url: str, secret: str = "") -> None:
         self.url, self.secret = url, secret
@@ -709,6 +710,11 @@ def base_url(settings: Settings, name: str, default: str = "") -> str:
     return url.rstrip("/")
 
 
+def no_usage(settings: Settings) -> str:
+    """Why what is made of tokens has nothing to send, "" when it has."""
+    return "" if settings.usage else "TELEMHQ_USAGE=0 leaves it nothing to send"
+
+
 def secret_in(text: str, name: str) -> str:
     """A token that may stand in a header; Skipped says what is wrong, and not it."""
     text = text.strip()
@@ -759,7 +765,7 @@ class Wigtoken(Tracker):
         token = settings.environ.get("WIGTOKEN_TOKEN", "")
         url = base_url(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
         super().__init__(url, secret_in(token, "WIGTOKEN_TOKEN"))
-        self.usage = settings.usage
+        self.idle = no_usage(settings)
         self.machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
         if not self.machine:
             raise Skipped("WIGTOKEN_MACHINE is not set; the server demands a name")
@@ -770,7 +776,7 @@ class Wigtoken(Tracker):
 
     def wants(self, ping: Fields) -> bool:
         """What tokens are charged to, and what opens the account."""
-        return self.usage and ping.get("event") in SESSION_EVENTS
+        return not self.idle and ping.get("event") in SESSION_EVENTS
 
     def frozen(self, _: Fields) -> dict[str, str]:
         """The machine's name."""
@@ -827,15 +833,17 @@ class Recorder(Tracker):
         url = base_url(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
         token = settings.environ.get("RECORDER_PAT", "")
         super().__init__(url, secret_in(token, "RECORDER_PAT"))
-        self.usage = settings.usage
+        self.idle = no_usage(settings)
         self.prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
         if self.prefix and not project_name(self.prefix):
             raise Skipped("RECORDER_PREFIX is not usable: it is no line of text")
+        if not self.prefix:
+            self.idle = "RECORDER_PREFIX is not set for this project"
 
     def wants(self, ping: Fields) -> bool:
         """The ends; and whatever tells that a session is there, or none that ends
         without a word would ever be told."""
-        return bool(self.prefix and self.usage and ping.get("event") in SESSION_EVENTS)
+        return not self.idle and ping.get("event") in SESSION_EVENTS
 
     def frozen(self, ping: Fields) -> dict[str, str]:
         """Where the project's values are kept."""
@@ -1040,8 +1048,8 @@ class ClaudeMetrics(Tracker):
     def common(ping: Fields, path: str) -> Fields:
         """What every kind but a session's begins with; event_id is a UUID, and another
         one for each request of a ping."""
-        key = sha256_hex(f"{ping['event_id']}{path}".encode())[:32]
-        uuid = "-".join((key[:8], key[8:12], key[12:16], key[16:20], key[20:]))
+        key = sha256_hex(f"{ping['event_id']}{path}".encode())
+        uuid = f"{key[:8]}-{key[8:12]}-4{key[13:16]}-8{key[17:20]}-{key[20:32]}"
         return without_none(
             event_id=uuid,
             session_id=ping.get("session_id"),
@@ -4711,7 +4719,7 @@ def flush(options: Namespace) -> int:
     """deliver what waits now, in spite of a back-off"""
     around = Surroundings()
     settings = around.settings
-    if not settings.url and around.plugin_in():
+    if is_plugin_alone(around) and not find_trackers(settings, read_secret)[0]:
         how = f"run `{URL_NAME}=... {SCRIPT} flush`, or start a session"
         raise Skipped(f"the plugin's URL is known to Claude Code only; {how}")
     delivered = left = 0
@@ -5905,18 +5913,20 @@ def in_words(what: str, variable: str = URL_NAME) -> str:
 
 
 def is_plugin_alone(around: Surroundings) -> bool:
-    """Whether only the plugin, and so the client, knows where pings go."""
-    return bool(not around.settings.url and around.plugin_in())
+    """Whether only the plugin, and so the client, knows where TelemHQ's pings go."""
+    settings = around.settings
+    wanted = TelemHQ.kind in settings.destinations and not settings.url
+    return wanted and bool(around.plugin_in())
 
 
 def check_trackers(around: Surroundings) -> Iterator[Check]:
     """Whether the destinations are usable, and answer to what records nothing."""
     settings = around.settings
+    trackers, problems = find_trackers(settings, read_secret)
     if is_plugin_alone(around):
         kept = "the plugin's URL is kept by Claude Code; it is not tried here"
         yield Check(None, kept)
-        return
-    trackers, problems = find_trackers(settings, read_secret)
+        problems = [problem for problem in problems if URL_NAME not in problem]
     for problem in problems:
         told = unfilled(settings.url) if "<" in settings.url else problem
         yield Check(False, "destination", told)
@@ -5926,12 +5936,15 @@ def check_trackers(around: Surroundings) -> Iterator[Check]:
         if problem:
             yield Check(False, "destination", problem)
             continue
-        opener = make_opener(tracker.url)
-        answer = post(opener, tracker.check(), settings.timeout_s)
-        takes_posts = answer.what == "HTTP 405"
-        good = answer.verdict in (DELIVERED, REFUSED) or takes_posts
+        question, opener = tracker.check(), make_opener(tracker.url)
+        answer = post(opener, question, settings.timeout_s)
+        good = answer.verdict == DELIVERED
+        if question.body is None:  # a GET: any word of its own is good enough
+            good = good or answer.verdict == REFUSED or answer.what == "HTTP 405"
         text = f"{name} at {origin(tracker.url)} answers"
         yield Check(good, text, in_words(answer.what, tracker.secrets[0]))
+        if tracker.idle:
+            yield Check(None, f"{name} gets nothing from here: {tracker.idle}")
 
 
 def check_disk(around: Surroundings) -> Iterator[Check]:
@@ -5945,7 +5958,8 @@ def check_disk(around: Surroundings) -> Iterator[Check]:
         outbox = outbox_of(settings, tracker)
         present[outbox.directory] = outbox, tracker.secrets[0]
     if is_plugin_alone(around):
-        present = {outbox.directory: (outbox, URL_NAME) for outbox in kept}
+        ours = [outbox for outbox in kept if kind_of(outbox) == TelemHQ.kind]
+        present.update((outbox.directory, (outbox, URL_NAME)) for outbox in ours)
     nowhere = Outbox(os.path.join(state_dir, "none")), URL_NAME
     for outbox, _ in present.values() or [nowhere]:
         try:
@@ -5955,11 +5969,20 @@ def check_disk(around: Surroundings) -> Iterator[Check]:
             return
     yield Check(True, "state directory " + state_dir)
     for outbox, variable in present.values():
-        yield from check_delivery(outbox, variable)
-    for former in kept:
-        waiting = len(former.waiting())
-        if waiting and former.directory not in present:
+        for check in check_delivery(outbox, variable):
+            if len(present) > 1:
+                check.text = f"{kind_of(outbox)}: {check.text}"
+            yield check
+    yield from check_formers([o for o in kept if o.directory not in present])
+
+
+def check_formers(formers: list[Outbox]) -> Iterator[Check]:
+    """Whether pings wait for what is no destination any more."""
+    for former in formers:
+        waiting, kind = len(former.waiting()), kind_of(former)
+        if waiting:
             text = f"{counted(waiting, 'ping')} wait for a URL no longer configured"
+            text += "" if kind == TelemHQ.kind else f" ({kind})"
             yield Check(False, text, "`flush --adopt` sends them to the present one")
 
 
@@ -6038,6 +6061,48 @@ DEMO_EVENTS = 3  # of SAMPLES are enough to see it; --all shows the rest
 STRUCK, PLAIN = "\x1b[9;2m", "\x1b[0m"  # ECMA-48
 
 
+SAMPLE_USED = {**dict.fromkeys(TOKENS, 0), "input_tokens": 12, "output_tokens": 950}
+SAMPLE_USED.update(cached_input_tokens=41200, cache_creation_input_tokens=2300)
+SAMPLE_USED.update(total_tokens=44462, tool_calls=3)
+SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
+
+
+def tracker_named(settings: Settings, name: str) -> Tracker:
+    """A destination, by its tracker's kind or its directory's name."""
+    trackers, problems = find_trackers(settings, read_secret)
+    for tracker in trackers:
+        if name in (tracker.kind, tracker.directory_name()):
+            return tracker
+    known = ", ".join(tracker.kind for tracker in trackers) or "none"
+    text = f"there is no destination {name}; TELEMHQ_DESTINATIONS names: {known}"
+    raise Skipped("; ".join([text, *problems]))
+
+
+def print_requests(ping: Fields, settings: Settings, name: str) -> None:
+    """Print what a destination gets of a ping; sample tokens, and no secrets."""
+    import json
+
+    tracker, ns = tracker_named(settings, name), time.time_ns()
+    beside: Fields = {"own": tracker.frozen(ping)}
+    if settings.usage and ping.get("event") in USAGE_EVENTS:
+        counts = [SAMPLE_USED[name] for name in TOKENS[:5]]
+        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *counts]]
+        beside["totals"] = beside["since_end"] = SAMPLE_USED
+        ping = gate({**ping, **SAMPLE_USED, "model": DEMO_MODEL})
+    beside = gate_beside(beside, tracker.needs)
+    requests = tracker.requests(ping, beside) if tracker.wants(ping) else []
+    for request in requests:
+        url = f"{origin(request.url)}/..." if tracker.url_is_secret else request.url
+        print(f"POST {url}")
+        for header, value in request.headers.items():
+            print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
+        print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
+    if not requests:
+        print(f"{tracker.kind} gets nothing of {ping.get('event')}. {tracker.idle}")
+    elif "total_tokens" in ping:
+        print("The token counts are samples.", file=sys.stderr)
+
+
 def preview(options: Namespace) -> int:
     """print the ping that an event (stdin, or a sample) makes"""
     import json
@@ -6054,6 +6119,9 @@ def preview(options: Namespace) -> int:
     settings = Surroundings().settings
     project = project_of(event, settings)
     ping = make_ping(event, settings, project, time.time_ns(), len(raw))
+    if options.destination:
+        print_requests(ping, settings, options.destination)
+        return 0
     print(json.dumps(ping, indent=2))
     if settings.usage:
         note = "Tokens and cost are added later, from the transcript, by the sender."
@@ -6504,6 +6572,8 @@ def command_line() -> ArgumentParser:
     command = line.add(preview)
     said = "a sample; without it an event is read from stdin"
     command.add_argument("event", nargs="?", choices=sorted(SAMPLES), help=said)
+    said = "the requests that this tracker gets, instead of the ping"
+    command.add_argument("--destination", metavar="NAME", help=said)
     command = line.add(install)
     command.add_argument("--url", help="the ping URL, to be kept in settings.json")
     line.switch(command, "--tools", f"register tool activity, too: {TOOLS}")

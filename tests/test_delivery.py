@@ -170,7 +170,7 @@ def test_what_a_request_looks_like(home: Home, receiver: Receiver) -> None:
 
 def test_the_pings_file_is_sent_as_it_is(home: Home, receiver: Receiver) -> None:
     """The body is the ping that the hook wrote into the outbox, no more and no less."""
-    path = only_enqueue(home, receiver.url)
+    path = only_enqueue(home, receiver.url, event("Stop", transcript_path=""))
     ping = json.loads(path.read_text())["ping"]
     run_sender(home, receiver.url)
     assert receiver.pings == [ping]

@@ -163,7 +163,8 @@ def test_what_kind_of_process_the_sender_is(
     command = (proc / "cmdline").read_bytes().split(b"\0")[:-1]
     words = [os.fsdecode(part) for part in command]
     assert words[1:3] == ["-I", "-S"]
-    assert words[-4:-1] == [str(ROOT), "telemhq_ping", "detached"]
+    assert words[-5:-2] == [str(ROOT), "telemhq_ping", "detached"]
+    assert words[-1] == home.destination().name
     fields = (proc / "stat").read_text().rsplit(")", 1)[1].split()
     assert int(fields[1]) not in (hook.pid, os.getpid())  # its parent
     assert (int(fields[2]), int(fields[3])) == (pid, pid)  # its group and session

@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import email.message
 import json
 import re
+import shutil
+import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import pytest
 
 import trackers
-from support import SCRIPT, TOKEN, Request
+from support import (
+    FIXTURES,
+    SCRIPT,
+    TOKEN,
+    Home,
+    Request,
+    event,
+    patched,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     import pathlib
@@ -277,7 +292,7 @@ class Place:
 
     def answer(self, request: Any) -> Any:
         """(status, headers, body) that a request gets."""
-        headers = __import__("email.message").message.Message()
+        headers = email.message.Message()
         for name, value in request.headers.items():
             headers[name] = value
         method = "GET" if request.body is None else "POST"
@@ -611,3 +626,478 @@ def test_needs_are_of_the_gates_table(script: ModuleType) -> None:
         needs = made(script, kind).needs
         assert set(needs) <= set(script.BESIDE)
         assert bool(needs) == (kind not in ("telemhq", "otlp"))
+
+
+# -- From a hook to five trackers ------------------------------------------------------
+
+
+class Fleet:
+    """Receivers of some kinds, and a HOME that sends to them."""
+
+    def __init__(self, home: Home, script: ModuleType, *kinds: str) -> None:
+        self.home = home
+        self.places: dict[str, Any] = {
+            cls.kind: cls() for cls in trackers.ALL if cls.kind in (kinds or KINDS)
+        }
+        self.environ = {"TELEMHQ_DESTINATIONS": ",".join(self.places)}
+        for place in self.places.values():
+            self.environ.update(place.env())
+        found, _ = script.find_trackers(
+            script.Settings({**self.environ}), script.read_secret
+        )
+        self.names = {tracker.kind: tracker.directory_name() for tracker in found}
+
+    def base(self, kind: str) -> pathlib.Path:
+        """A destination's directory."""
+        return self.home.state / str(self.names[kind])
+
+    def waiting(self, kind: str) -> list[pathlib.Path]:
+        """The pings that wait for a tracker, oldest first."""
+        return sorted(self.base(kind).glob("outbox/[0-9]*.json"))
+
+    def hook(self, name: str, told: bytes = b"", **changes: Any) -> None:
+        """Run a hook. told: what it must say on stderr."""
+        env = {key: changes.pop(key) for key in list(changes) if key.isupper()}
+        more: dict[str, Any] = {**self.environ, **env}
+        done = self.home.hook(event(name, **changes), **more)
+        assert (done.returncode, done.stdout) == (0, b"")
+        assert told in done.stderr
+        assert bool(told) == bool(done.stderr)
+
+    def session(self, *names: str) -> dict[str, str]:
+        """Play a real session with hooks; the fields of its events."""
+        folder = FIXTURES / "transcripts" / "tools"
+        expected = json.loads((folder / "expected.json").read_text("utf-8"))
+        key = expected["session_id"]
+        path = self.home.path / ".claude" / "projects" / "-acme" / f"{key}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(str(folder / f"{key}.jsonl"), str(path))
+        fields = {"session_id": key, "transcript_path": str(path)}
+        for name in names:
+            self.hook(name, **fields)
+        return fields
+
+    def outage(self, *names: str) -> None:
+        """Play a session while every tracker answers 503; then they are well again, and
+        no back-off stands."""
+        for place in self.places.values():
+            place.disturb = lambda _: 503
+        if names:
+            for name in names:
+                self.hook(name, transcript_path="")
+        else:
+            self.session(*A_SESSION)
+        wait_until(lambda: all(place.requests for place in self.places.values()))
+        self.home.end()
+        for kind, place in self.places.items():
+            place.disturb = None
+            place.requests.clear()
+            state = self.base(kind) / "state.json"
+            if state.exists():
+                state.unlink()
+
+    def close(self) -> None:
+        """End the receivers."""
+        for place in self.places.values():
+            place.close()
+
+
+@pytest.fixture
+def fleet(home: Home, script: ModuleType) -> Iterator[Callable[..., Fleet]]:
+    """Makes a Fleet."""
+    made: list[Fleet] = []
+
+    def make(*kinds: str) -> Fleet:
+        made.append(Fleet(home, script, *kinds))
+        return made[-1]
+
+    yield make
+    for found in made:
+        found.close()
+
+
+TOOLS = dict(zip(trackers.COUNTS, (510, 260, 15000, 100)))  # of the fixture `tools`
+A_SESSION = ("SessionStart-startup", "Stop", "SessionEnd-other")
+
+
+def test_one_event_reaches_every_tracker(fleet: Callable[..., Fleet]) -> None:
+    """One hook, five destinations: each shows the session's tokens, and nothing that
+    was said, done, or kept secret lies anywhere."""
+    found = fleet()
+    found.session("SessionStart-startup", "PostToolUse-Bash", *A_SESSION[1:])
+    for place in found.places.values():
+        place.wait_for_totals(TOOLS)
+    found.home.quiet()
+    assert [place.faults for place in found.places.values() if place.faults] == []
+    assert found.home.waiting() == []
+    ids = {path.name for path in found.home.state.iterdir()}
+    assert ids == set(found.names.values())
+    for place in found.places.values():
+        everything = place.everything()
+        assert b"CANARY" not in everything
+        assert str(found.home.path).encode() not in everything
+    for path in found.home.state.rglob("*"):
+        if path.is_file():
+            assert b"SECRET" not in path.read_bytes(), path
+        assert "SECRET" not in str(path)
+
+
+def test_no_secret_is_in_any_processs_arguments(fleet: Callable[..., Fleet]) -> None:
+    """Senders are told their destination by its directory's name."""
+    found = fleet()
+    lines: list[bytes] = []
+
+    def look(_: Request) -> None:
+        for pid in found.home.processes():
+            with contextlib.suppress(OSError):
+                lines.append(Path("/proc", str(pid), "cmdline").read_bytes())
+
+    for place in found.places.values():
+        place.disturb = look
+    found.session(*A_SESSION)
+    for place in found.places.values():
+        place.wait_for_totals(TOOLS)
+    assert len(lines) > len(KINDS)
+    assert not [line for line in lines if b"SECRET" in line or b"127.0.0.1" in line]
+    for name in found.names.values():
+        assert [line for line in lines if name.encode() in line]
+
+
+def test_debug_tells_of_each(fleet: Callable[..., Fleet]) -> None:
+    """What is wrong with one, and what became of the ping at the others."""
+    found = fleet("telemhq", "otlp")
+    named = "telemhq,otlp,wigtoken,recoder"
+    for text in (b"recoder", b"WIGTOKEN_SERVER is not set"):
+        found.hook("Stop", text, TELEMHQ_DESTINATIONS=named, TELEMHQ_HOOK_DEBUG=1)
+    assert len(found.places["telemhq"].requests) == 2
+    assert len(found.places["otlp"].requests) == 2
+
+
+def test_nothing_usable_is_a_reason(fleet: Callable[..., Fleet]) -> None:
+    """Each name's own one; nothing is written."""
+    found = fleet("telemhq")
+    named: dict[str, Any] = {"TELEMHQ_DESTINATIONS": "wigtoken,recoder"}
+    found.hook("Stop", **named)
+    found.hook("Stop", b"recoder", TELEMHQ_HOOK_DEBUG=1, **named)
+    found.hook("Stop", b"WIGTOKEN_SERVER", TELEMHQ_HOOK_DEBUG=1, **named)
+    assert not found.home.state.exists()
+
+
+def test_tracker_that_wants_nothing_of_an_event(fleet: Callable[..., Fleet]) -> None:
+    """makes no outbox file of it; but what waits there gets its next try."""
+    found = fleet("recorder", "telemhq")
+    recorder = found.places["recorder"]
+    found.hook("PostToolUse-Bash")
+    found.places["telemhq"].wait_for(1)
+    found.home.quiet()
+    assert not found.base("recorder").exists()
+    found.outage()
+    assert found.waiting("recorder")
+    found.hook("PostToolUse-Bash")
+    recorder.wait_for_totals(TOOLS)
+
+
+def test_no_sender_starts_where_nothing_waits(fleet: Callable[..., Fleet]) -> None:
+    """The hook looks into an outbox no further than to its first ping."""
+    found = fleet("recorder", "telemhq")
+    found.session(*A_SESSION)
+    found.places["recorder"].wait_for_totals(TOOLS)
+    found.home.quiet()
+    patch = "os.posix_spawn = lambda *a, **k: os.write(2, a[1][-1].encode() + b' ')"
+    env: dict[str, Any] = dict(found.environ)
+    done = patched(found.home, patch, sent=event("PostToolUse-Bash"), **env)
+    assert done.stderr.decode().split() == [found.names["telemhq"]]
+
+
+def test_prefix_and_machine_are_those_of_the_hook(fleet: Callable[..., Fleet]) -> None:
+    """The sender may be another project's, with other settings."""
+    found = fleet("wigtoken", "recorder")
+    found.outage()
+    env: dict[str, Any] = {"WIGTOKEN_MACHINE": "other", "RECORDER_PREFIX": "Other"}
+    found.hook("Stop", session_id="another", transcript_path="/x.jsonl", **env)
+    for place in found.places.values():
+        place.wait_for_totals(TOOLS)
+    assert {r["machine"] for r in found.places["wigtoken"].rows.values()} == {"laptop"}
+    for point in found.places["recorder"].points:
+        assert point["name"].startswith("System/Code/api/Tokens/")
+
+
+def test_project_without_a_prefix_sends_nothing(fleet: Callable[..., Fleet]) -> None:
+    """RECORDER_PREFIX is set for each project, in its own settings."""
+    found = fleet("recorder", "telemhq")
+    found.environ["RECORDER_PREFIX"] = ""
+    found.session(*A_SESSION)
+    found.places["telemhq"].wait_for_totals(TOOLS)
+    found.home.quiet()
+    assert not found.base("recorder").exists()
+    assert found.places["recorder"].requests == []
+
+
+# -- None hinders another --------------------------------------------------------------
+
+
+def slow(_: Request) -> None:
+    """An answer that takes its time."""
+    time.sleep(6)
+
+
+def poisoned(request: Request) -> int:
+    """Everything is refused."""
+    del request
+    return 400
+
+
+TROUBLES: dict[str, Any] = {
+    "dead": None,
+    "slow": slow,
+    "poisoned": poisoned,
+    "rotated": lambda _: 401,
+}
+
+
+@pytest.mark.parametrize("trouble", [*TROUBLES, "full", "unsound"])
+@pytest.mark.parametrize("kind", ["telemhq", "wigtoken", "claude-metrics"])
+def test_one_in_trouble_delays_no_other(
+    fleet: Callable[..., Fleet], kind: str, trouble: str
+) -> None:
+    """Dead, slow, poisoned, full, unsound: the four others have it all within
+    seconds, and the hook is as fast as ever."""
+    found = fleet()
+    place = found.places[kind]
+    if trouble == "dead":
+        place.close()
+    elif trouble == "full":
+        place.disturb = lambda _: 503
+        outbox = found.base(kind) / "outbox"
+        for directory in (found.home.state, outbox.parent, outbox):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for n in range(6000):
+            (outbox / f"{n:020d}-{n:032x}.json").write_text("{}")
+    elif trouble == "unsound":
+        found.base(kind).mkdir(parents=True)
+        found.base(kind).chmod(0o777)
+    else:
+        place.disturb = TROUBLES[trouble]
+    begun = time.monotonic()
+    found.session(*A_SESSION)
+    assert time.monotonic() - begun < 8
+    for other in found.places.values():
+        if other is not place:
+            other.wait_for_totals(TOOLS)
+    found.home.end()
+
+
+def test_foreground_waits_for_all_at_once(fleet: Callable[..., Fleet]) -> None:
+    """8 s at most, however many are slow: their senders run side by side."""
+    found = fleet("telemhq", "otlp", "claude-metrics")
+    for place in found.places.values():
+        place.disturb = lambda _: time.sleep(1.5)
+    begun = time.monotonic()
+    found.hook("PostToolUse-Bash", TELEMHQ_FOREGROUND=1)
+    assert time.monotonic() - begun < 4
+    assert [len(place.requests) for place in found.places.values()] == [1, 1, 1]
+    assert found.home.waiting() == []
+    begun = time.monotonic()
+    for place in found.places.values():
+        place.disturb = slow
+    found.hook("PostToolUse-Bash", TELEMHQ_FOREGROUND=1, TELEMHQ_TIMEOUT=30)
+    assert time.monotonic() - begun < 10
+
+
+# -- Answers ---------------------------------------------------------------------------
+
+
+def test_partial_success_is_a_refusal(fleet: Callable[..., Fleet]) -> None:
+    """What a collector rejects in a 200 is not sent again, when others are taken."""
+    found = fleet("otlp")
+    place = found.places["otlp"]
+    found.outage("Stop", "PostToolUse-Bash", "SessionEnd-other")
+
+    def reject(request: Request) -> None:
+        place.reject = b"claude_code.Stop" in request.body
+
+    place.disturb = reject
+    found.hook("Notification")
+    wait_until(lambda: not found.waiting("otlp"))
+    found.home.quiet()
+    events = [record["event"] for record in place.records]
+    assert sorted(events) == [
+        "claude_code.Notification",
+        "claude_code.PostToolUse",
+        "claude_code.SessionEnd",
+    ]
+    assert len(place.requests) == 4
+    assert len(list(found.base("otlp").glob("refused/*"))) == 1
+    losses = json.loads((found.base("otlp") / "state.json").read_text())["losses"]
+    assert losses == {"refused: HTTP 200, rejected": 1}
+
+
+@pytest.mark.parametrize("body", [b"", b"OK", b"{}", b'{"partialSuccess":{}}'])
+def test_collectors_answer_otherwise(fleet: Callable[..., Fleet], body: bytes) -> None:
+    """Whatever else stands in a 200 is a success."""
+    found = fleet("otlp")
+    place = found.places["otlp"]
+    place.disturb = lambda _: (200, {}, body)
+    found.hook("Stop", transcript_path="")
+    place.wait_for(1)
+    found.home.quiet()
+    assert found.home.waiting() == []
+    assert not list(found.base("otlp").glob("refused/*"))
+
+
+def test_too_many_requests_waits_for_its_turn(fleet: Callable[..., Fleet]) -> None:
+    """wigtoken's 429 with Retry-After: 1 ends the pass; nothing is lost or doubled."""
+    found = fleet("wigtoken")
+    place = found.places["wigtoken"]
+    answers = [(429, {"Retry-After": "1"}, b"{}")]
+    place.disturb = lambda _: answers.pop() if answers else None
+    found.session(*A_SESSION)
+    place.wait_for_totals(TOOLS)
+    assert place.duplicates == 0
+    assert place.faults == []
+
+
+def test_ping_with_nothing_to_send_is_no_witness(fleet: Callable[..., Fleet]) -> None:
+    """It says nothing of the tracker: what failed beside it is not charged, and it goes
+    without a word."""
+    found = fleet("recorder")
+    place = found.places["recorder"]
+    place.disturb = lambda _: 500
+    found.session("SessionStart-startup", "SessionEnd-other")
+    wait_until(lambda: place.requests)
+    found.home.end()
+    for count in range(1, 4):
+        state = found.base("recorder") / "state.json"
+        told = json.loads(state.read_text())
+        state.write_text(json.dumps({**told, "not_before": 0}))
+        place.requests.clear()
+        found.hook("Stop", session_id=f"{count}", transcript_path="/none.jsonl")
+        wait_until(lambda: place.requests)
+        found.home.end()
+    told = json.loads((found.base("recorder") / "state.json").read_text())
+    assert [charges for charges, _ in told["suspects"].values()] == [0]
+    assert told["losses"] == {}
+
+
+def test_plugin_beside_a_settings_file(fleet: Callable[..., Fleet]) -> None:
+    """One ping an event at each tracker: the plugin leaves those to the settings' hook
+    that it knows as well; TelemHQ's, whose URL only the plugin has, is its own."""
+    found = fleet("telemhq", "otlp")
+    url = found.environ.pop("TELEMHQ_PING_URL")
+    settings = found.home.path / ".claude" / "settings.json"
+    settings.parent.mkdir(exist_ok=True)
+    hook = {"hooks": [{"type": "command", "command": f"python3 {SCRIPT}"}]}
+    settings.write_text(json.dumps({"hooks": {"Stop": [hook]}}))
+    found.hook("Stop", transcript_path="")
+    plugin: dict[str, Any] = {"CLAUDE_PLUGIN_ROOT": "/x"}
+    plugin["CLAUDE_PLUGIN_OPTION_PING_URL"] = url
+    found.hook("Stop", transcript_path="", **plugin)
+    for place in found.places.values():
+        place.wait_for(1)
+    found.home.quiet()
+    assert [len(place.requests) for place in found.places.values()] == [1, 1]
+
+
+# -- Commands --------------------------------------------------------------------------
+
+
+def run(found: Fleet, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments],
+        env=found.home.env(**{**found.environ, **env}),
+        cwd=str(found.home.project),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_preview_shows_a_trackers_requests(
+    fleet: Callable[..., Fleet], kind: str
+) -> None:
+    """All of them, as they would be sent, without a secret."""
+    found = fleet()
+    done = run(found, "preview", "SessionEnd", "--destination", kind)
+    assert done.returncode == 0
+    paths = {
+        "telemhq": [""],
+        "wigtoken": ["/api/ingest/messages"],
+        "recorder": ["/api/v1/records"] * 4,
+        "otlp": ["/v1/logs"],
+        "claude-metrics": ["/api/v1/events/execution", "/api/v1/events/session"],
+    }
+    posts = re.findall(r"(?m)^POST http://127.0.0.1:\d+(\S*)", done.stdout)
+    assert [path.replace("/...", "") for path in posts] == paths[kind]
+    assert "SECRET" not in done.stdout + done.stderr
+    assert "Bearer" not in done.stdout
+    if kind == "wigtoken":
+        assert '"machine": "laptop"' in done.stdout
+    assert found.places[kind].requests == []
+
+
+def test_preview_says_what_is_not_sent(fleet: Callable[..., Fleet]) -> None:
+    """An event that a tracker does not want; a name that is no destination."""
+    found = fleet("recorder")
+    done = run(found, "preview", "PostToolUse", "--destination", "recorder")
+    assert "recorder gets nothing of PostToolUse" in done.stdout
+    done = run(found, "preview", "Stop", "--destination", "otlp")
+    assert done.returncode == 1
+    assert "no destination otlp" in done.stderr
+
+
+def test_doctor_checks_each_and_records_nothing(fleet: Callable[..., Fleet]) -> None:
+    """A line a destination; a rotated token is told by its variable."""
+    found = fleet()
+    done = run(found, "doctor")
+    for kind in KINDS[1:]:
+        (line,) = re.findall(f"(?m)^(.*) {kind} at http://127.0.0.1", done.stdout)
+        assert line in ("✓", "ok", "[ok]"), done.stdout
+    for place in found.places.values():
+        assert len(place.requests) == 1
+        assert place.totals() == dict.fromkeys(trackers.COUNTS, 0)
+        assert place.faults == []
+        for kept in ("rows", "points", "records", "events", "sessions", "by_id"):
+            assert not getattr(place, kept, None)
+    for kind, name in (("wigtoken", "WIGTOKEN_TOKEN"), ("recorder", "RECORDER_PAT")):
+        found.places[kind].disturb = lambda _: 401
+        done = run(found, "doctor")
+        assert done.returncode == 1
+        (line,) = re.findall(f"(?m)^.* {kind} at .*$", done.stdout)
+        assert name in line
+        assert "SECRET" not in done.stdout
+
+
+def test_doctor_names_what_is_missing(fleet: Callable[..., Fleet]) -> None:
+    """An unknown name, a missing variable, a project without a prefix."""
+    found = fleet("recorder")
+    env = {"TELEMHQ_DESTINATIONS": "recorder,wigtoken,recoder", "RECORDER_PREFIX": ""}
+    done = run(found, "doctor", **env)
+    assert done.returncode == 1
+    assert "'recoder' is none of telemhq, wigtoken" in done.stdout
+    assert "WIGTOKEN_SERVER is not set" in done.stdout
+    assert "RECORDER_PREFIX is not set for this project" in done.stdout
+
+
+def test_flush_and_adopt_are_each_destinations_own(
+    fleet: Callable[..., Fleet], home: Home
+) -> None:
+    """Pings of a former token go to the present one's of the same tracker, and to no
+    other tracker."""
+    found = fleet("wigtoken", "otlp")
+    wigtoken, otlp = found.places["wigtoken"], found.places["otlp"]
+    found.outage()
+    wigtoken.secret = "wts_OTHER"
+    env = {"WIGTOKEN_TOKEN": "wts_OTHER"}
+    done = run(found, "flush", **env)
+    assert otlp.totals() == TOOLS
+    assert wigtoken.totals() == dict.fromkeys(trackers.COUNTS, 0)
+    assert "0 left" in done.stdout
+    assert "(wigtoken)" in run(found, "doctor", **env).stdout
+    done = run(found, "flush", "--adopt", **env)
+    assert done.returncode == 0, done.stdout
+    assert wigtoken.totals() == TOOLS
+    assert otlp.totals() == TOOLS
+    assert home.waiting() == []
