@@ -178,8 +178,10 @@ def test_64000_messages_of_250_agents(session: Session) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [text.replace("msg_KEY", f"msg_{agent}_{i}") for i in range(256)]
         path.write_text("".join(rows))
-    session.hold("Stop", 2)
-    assert session.send() == [("SessionStart", None), ("Stop", 64000)]
+    for at in (2, 2.1, 2.2):  # a busy machine does not read it all for the first one
+        session.hold("Stop", at)
+    session.send()
+    assert told(session) == 64000
     (account,) = session.accounts()
     assert account.stat().st_size < 3 << 20
     copied = session.agent("007").read_bytes() + session.agent("249").read_bytes()
@@ -187,7 +189,7 @@ def test_64000_messages_of_250_agents(session: Session) -> None:
     session.hold("Stop", 4)
     begun = time.monotonic()
     assert session.send() == [("Stop", 1)]
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 15  # on a busy machine; alone some 0.5 s
 
 
 # -- An account that cannot be read (row 45) -------------------------------------------
