@@ -5875,7 +5875,7 @@ def known_variables() -> list[str]:
     names: list[str] = re.findall(r"(?m)^    (TELEMHQ_\w+)", __doc__ or "")
     for tracker in TRACKERS.values():
         names += getattr(tracker, "variables", ())
-    return names
+    return [name for name in names if name.startswith("TELEMHQ_")]
 
 
 def check_variables(around: Surroundings) -> Iterator[Check]:

@@ -445,10 +445,19 @@ def test_doctors_own_runs_stay_on_this_machine(well: Home, receiver: Receiver) -
     """What doctor runs sends nothing to the tracker, whatever the settings' env says,
     and leaves the state alone."""
     found = read(settings_path(well))
-    found["env"].update(TELEMHQ_DESTINATIONS="otlp", TELEMHQ_HOOK_DEBUG="1")
-    write_settings(well, found)
-    before = tree(well.state)
-    diagnosis(well, TELEMHQ_STATE_DIR=well.state)
+    with Receiver() as other:
+        endpoint = f"http://127.0.0.1:{other.port}"
+        found["env"].update(
+            TELEMHQ_DESTINATIONS="telemhq,otlp",
+            TELEMHQ_OTLP_ENDPOINT=endpoint,
+            TELEMHQ_HOOK_DEBUG="1",
+        )
+        write_settings(well, found)
+        before = tree(well.state)
+        code, good, _ = diagnosis(well, TELEMHQ_STATE_DIR=well.state)
+        assert code == 0
+        assert f"otlp at {endpoint} answers" in good
+        assert [request.ping for request in other.requests] == [{"resourceLogs": []}]
     assert [request.method for request in receiver.requests] == ["POST", "GET"]
     assert tree(well.state) == before
 
