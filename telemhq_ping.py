@@ -59,14 +59,13 @@ elif sys.flags.no_site:
 # would be a traceback. A command, which a person runs, it ends.
 imported = __name__ != "__main__" and sys.flags.no_site and sys.argv[:1] == ["-c"]
 if imported or (__name__ == "__main__" and len(sys.argv) < 2):
-    try:
+    for signals in ("_signal", "signal"):  # the private one takes 2 ms less
         try:
-            import _signal as signals  # type: ignore[import-not-found]  # 2 ms less
-        except ImportError:
-            import signal as signals
-        signals.signal(signals.SIGINT, signals.SIG_IGN)
-    except Exception:  # noqa: BLE001
-        pass  # not to be had here
+            found = __import__(signals)
+            found.signal(found.SIGINT, found.SIG_IGN)
+            break
+        except Exception:  # noqa: BLE001 - that module has changed
+            continue
 
 import os
 import stat
@@ -3867,7 +3866,7 @@ class Sender:
             if not wait and self.news():
                 lock = self.outbox.take_lock()
                 if lock and self.is_outdated():  # go on by the code as it is now
-                    bytecode_serves()  # else it goes
+                    bytecode_serves()  # stale bytecode is not what it shall run
                     start_sender(self.outbox, lock, self.settings.environ)
                     return
                 if self.is_over():
@@ -3956,15 +3955,19 @@ class Walk:
     # What waits
 
     def within_bounds(self, names: list[str]) -> list[str]:
-        """The newest OUTBOX_MAX_PINGS names; the others' pings are lost."""
-        for name in names[:-OUTBOX_MAX_PINGS]:
+        """The newest OUTBOX_MAX_PINGS names; the others' pings are lost. They go some
+        at a time, counted before: a foreground sender may be killed meanwhile."""
+        excess = names[:-OUTBOX_MAX_PINGS]
+        for start in range(0, len(excess), 100):
             if self.sender.is_over():
                 break
-            self.sender.seen.add(name)
-            self.count_loss(name, "outbox full")
-            remove(self.outbox.file(name))
-        if len(names) > OUTBOX_MAX_PINGS:
+            some = excess[start : start + 100]
+            for name in some:
+                self.count_loss(name, "outbox full")
             self.state.save()
+            for name in some:
+                remove(self.outbox.file(name))
+            self.sender.seen.update(some)
         return names[-OUTBOX_MAX_PINGS:]
 
     def forget_suspects(self) -> None:

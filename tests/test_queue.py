@@ -345,6 +345,23 @@ wrap(socket.socket, "sendall", before=cut)
         assert charges(home) == {found[1]: 1}
 
 
+def test_a_ping_that_makes_the_sender_fail(home: Home) -> None:
+    """An error that nobody foresaw, at one ping: the next pass begins with others."""
+    with Receiver() as receiver:
+        found = place(home, receiver.url, 5)
+        odd = f"""
+import socket
+def odd(_, sent, *__):
+    if b"{found[1]}" in bytes(sent):
+        raise RuntimeError("odd")
+wrap(socket.socket, "sendall", before=odd)
+"""
+        for _ in range(2):
+            run_sender(home, receiver.url, odd + ONE_LIFE)
+            let_time_pass(home)
+        assert waiting(home) == [found[1]]
+
+
 def test_a_witness_holds_for_25_refusals(home: Home) -> None:
     """Then another one is heard: a tracker that begins to refuse everything while an
     outbox is emptied costs it no more than that."""
@@ -806,12 +823,9 @@ def test_fifty_thousand_in_the_foreground(home: Home, status: int) -> None:
         left = len(home.waiting())
         lost = home.state_json().get("losses", {}).get("outbox full", 0)
         assert lost > 1000
-        assert left + lost + status_200(receiver, status) == 50_001
-
-
-def status_200(receiver: Receiver, status: int) -> int:
-    """How many pings a receiver has accepted."""
-    return len(receiver.requests) if status == 200 else 0
+        accepted = len(receiver.requests) if status == 200 else 0
+        # A slow machine has it killed; some were counted then, and not yet removed.
+        assert 50_001 <= left + lost + accepted <= 50_001 + 101
 
 
 def test_four_hundred_lost_sessions_in_the_foreground(
@@ -949,10 +963,10 @@ def test_a_log_that_cannot_be_written(
 
 
 NO_THREAD = """
-import threading
-def start(_):
+import _thread
+def start(*_):
     raise RuntimeError("can't start new thread")
-threading.Thread.start = start
+_thread.start_new_thread = start
 """
 
 
@@ -1102,10 +1116,17 @@ def test_a_python_whose_private_signal_module_has_changed(
         "gone": 'sys.modules["_signal"] = None\n',
         "changed": 'import types; sys.modules["_signal"] = types.ModuleType("x")\n',
     }[change]
-    patch += "os.posix_spawn = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
+    ignored = home.path / "ignored"
+    patch += f"""
+def spawn(*_, **__):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        os.mkdir({str(ignored)!r})
+os.posix_spawn = spawn
+"""
     run = patched(home, patch, url=receiver.url, sent=event("Stop"))
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
     assert len(home.waiting()) == 1
+    assert ignored.exists()
 
 
 @pytest.mark.parametrize("line", [command(), as_script()], ids=["imported", "script"])
