@@ -1,5 +1,5 @@
-"""Other Pythons and other systems, as far as they can be had here by taking things away:
-what runs under them for real is said in the README."""
+"""Other Pythons and systems, as far as they can be had by taking things away. What was
+run under them for real stands in the README."""
 
 from __future__ import annotations
 
