@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Tell a TelemHQ tracker what Claude Code did, never what was said.
 
-A hook script for Claude Code: one file, standard library only, Python 3.8 or newer.
+A hook script for Claude Code: one file, standard library only, Python 3.8 to 3.15.
 
 What runs when
     hook()      what the settings' command calls, with an event on stdin: makes it a
@@ -50,7 +50,8 @@ import sys
 # Before any other import: no json.py of a project, or beside this file, is ours.
 if __name__ == "__main__" and not sys.flags.isolated:
     ours = (sys.base_prefix + "/", sys.base_exec_prefix + "/", sys.base_prefix + "\\")
-    sys.path[:] = [path for path in sys.path if path.startswith(ours)]
+    top = [sys.base_prefix] if sys.platform == "win32" else []  # it has modules there
+    sys.path[:] = [path for path in sys.path if path in top or path.startswith(ours)]
 elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from http.server import HTTPServer
     from queue import Queue
+    from ssl import SSLContext
     from typing import Any, Callable, Dict, Iterable, Iterator, NoReturn
     from urllib.request import OpenerDirector
 
@@ -1324,8 +1326,8 @@ def try_lock(fd: int) -> bool:
 
         try:
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError:  # there is no other reason
-            return False
+        except OSError as error:
+            return error.errno not in (13, 0)  # EACCES; under Wine none is set
         return True
     import fcntl
 
@@ -1670,11 +1672,25 @@ def read_stdin(keep: bool = True) -> bytes:
 
 
 def inside(path: str, directory: str) -> bool:
-    """Whether `path` is `directory` or below it."""
-    for resolve in (os.path.normpath, os.path.realpath):  # /tmp is a link on macOS
-        top = resolve(directory).rstrip(os.sep) + os.sep
-        if (resolve(path) + os.sep).startswith(top):
-            return True
+    """Whether `path` is `directory` or below it, whatever links lead there (/tmp is one
+    on macOS), and however a file system that knows no case has it spelled."""
+    top = os.path.normpath(directory).rstrip(os.sep) + os.sep
+    if (os.path.normpath(path) + os.sep).startswith(top):
+        return True
+    if len(path) > PATH_MAX_CHARS:
+        return False
+    try:
+        wanted = os.stat(directory)
+    except OSError:
+        return False
+    below, here = "", os.path.realpath(path)
+    while here != below:
+        try:
+            if os.path.samestat(os.stat(here), wanted):
+                return True
+        except OSError:
+            pass  # removed meanwhile; what it lay in may be there
+        below, here = here, os.path.dirname(here)
     return False
 
 
@@ -1792,9 +1808,15 @@ def start_sender(outbox: Outbox, lock: Lock, environ: dict[str, str]) -> None:
         return
     os.chdir("/")  # keep no project's directory busy
     command = sender_command("detached", str(lock.fd), outbox.name())
-    if not hasattr(os, "posix_spawn"):  # PyPy, Termux
+    try:
+        spawn_sender(command, lock, environ)
+    except (AttributeError, NotImplementedError, OSError):
+        # PyPy, Termux: no posix_spawn; macOS before 10.15, old C libraries: no setsid=
         start_sender_by_subprocess(command, lock, environ)
-        return
+
+
+def spawn_sender(command: list[str], lock: Lock, environ: dict[str, str]) -> None:
+    """Start a sender without the import of subprocess, 8 ms."""
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a container without /proc
@@ -1804,29 +1826,22 @@ def start_sender(outbox: Outbox, lock: Lock, environ: dict[str, str]) -> None:
             os.set_inheritable(fd, fd in (0, 1, 2, lock.fd))
         except OSError:
             continue  # not open, or the listing's own
-    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
-    signals = [2, 15]  # SIGINT, which we ignore, and SIGTERM, if our shell does
-    start = os.posix_spawn
-    try:
-        start(
-            command[0],
-            command,
-            environ,
-            file_actions=null,
-            setsigdef=signals,
-            setsid=True,
-        )
-    except (
-        NotImplementedError,
-        OSError,
-    ):  # macOS before 10.15: it calls setsid() itself
-        start(command[0], command, environ, file_actions=null, setsigdef=signals)
+    os.posix_spawn(
+        command[0],
+        command,
+        environ,
+        file_actions=[
+            (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)
+        ],
+        setsigdef=[2, 15],  # SIGINT, which we ignore, and SIGTERM, if our shell does
+        setsid=True,
+    )
 
 
 def start_sender_by_subprocess(
     command: list[str], lock: Lock, environ: dict[str, str]
 ) -> None:
-    """The same where Python has no posix_spawn. SIGTERM: the sender resets it."""
+    """Start a sender where that cannot be had. SIGTERM: it resets it for itself."""
     import subprocess
 
     subprocess.Popen(
@@ -3455,6 +3470,7 @@ VERDICTS = {  # of statuses that do not go with their hundred
 }
 VERDICTS_BY_HUNDRED = {2: DELIVERED, 3: HOLD, 4: REFUSED}
 HOLDS = (HOLD, REFUSED)  # a person must mend something: the longer back-off
+SYSTEM_CERTIFICATES = "/etc/ssl/cert.pem"  # macOS, BSD, Alpine; elsewhere none needed
 INTERIM_MAX = 100  # answers before the answer; the watchdog ends what goes on
 
 
@@ -3489,6 +3505,8 @@ def retry_after_s(text: str | None, now: float) -> float:
     text = (text or "").strip()
     if text.isascii() and text.isdigit():
         return min(float(text[:20]), RETRY_AFTER_MAX_S)
+    if not text:
+        return 0.0
     from calendar import timegm
     from email.utils import parsedate
 
@@ -3527,12 +3545,26 @@ def make_opener(url: str) -> OpenerDirector:
     opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
     if url.lower().startswith("https") and hasattr(request, "HTTPSHandler"):
-        from ssl import create_default_context
-
-        opener.add_handler(request.HTTPSHandler(context=create_default_context()))
+        opener.add_handler(request.HTTPSHandler(context=verifying_context()))
     if not loopback(split_url(url)[1]):
         opener.add_handler(request.ProxyHandler(request.getproxies_environment()))
     return opener
+
+
+def verifying_context() -> SSLContext:
+    """What TLS is verified with. A Python that brings no certificates (python.org's for
+    macOS, until its "Install Certificates.command" has run) takes the system's."""
+    import ssl
+
+    context, paths = ssl.create_default_context(), ssl.get_default_verify_paths()
+    chosen = {paths.openssl_cafile_env, paths.openssl_capath_env} & set(os.environ)
+    found = paths.cafile or paths.capath or context.cert_store_stats()["x509_ca"]
+    if not (chosen or found):
+        try:
+            context.load_verify_locations(SYSTEM_CERTIFICATES)
+        except OSError:
+            pass  # then every ping is held, and doctor says why
+    return context
 
 
 def post(
@@ -3724,8 +3756,11 @@ class Sender:
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
         """Send one request; it has a deadline of its own."""
         self.sending = name
-        if self.opener is None:
-            self.opener = make_opener(self.tracker.url)
+        try:
+            self.opener = self.opener or make_opener(self.tracker.url)
+        except ImportError as error:  # some distributions ship a part of the library
+            self.tell(f"this Python lacks the module {error.name}")
+            return Answer(HOLD, f"this Python lacks the module {error.name}")
         limit = self.settings.timeout_s
         if not self.patient:
             limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
@@ -4329,8 +4364,6 @@ def send(settings: Settings, tell: Tell) -> None:
         import signal
 
         os.nice(5)  # the session's own work comes first
-        if os.getsid(0) != os.getpid():
-            os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # our shell may ignore it
     deliver_in_background(outbox, tracker, settings, Lock(int(number)))
 

@@ -8,7 +8,6 @@ Messages API, and gives back what was `Seen`. Facts about the client: version 2.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.server
 import importlib
 import json
@@ -28,6 +27,8 @@ from typing import Any, Callable, Iterator, NoReturn
 import pytest
 
 from support import ROOT, SCRIPT, Home, Receiver, wait_until
+
+fcntl = pytest.importorskip("fcntl", reason="its network namespace is Linux's")
 
 SCENARIO_S = 180  # one scenario; on an idle machine the longest takes 30 s
 NAMESPACE = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]

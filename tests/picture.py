@@ -88,8 +88,9 @@ def draw(text: str) -> str:
         for number, line in enumerate(lines)
     ]
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" xml:space="preserve" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}">\n<style>{SHEET}</style>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        f'width="{width}" height="{height}" xml:space="preserve">\n'
+        f"<style>{SHEET}</style>\n"
         f'<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n'
         + "\n".join(rows)
         + "\n</svg>\n"

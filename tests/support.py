@@ -202,6 +202,14 @@ class Home:
         found.update({name: str(value) for name, value in more.items()})
         return found
 
+    def put_first(self, env: dict[str, str], name: str) -> None:
+        """Make `name`, in an environment's PATH, the Python that runs the tests."""
+        directory = self.path / "bin"
+        directory.mkdir(exist_ok=True)
+        (directory / name).write_text(f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
+        (directory / name).chmod(0o755)
+        env["PATH"] = f"{directory}:{env['PATH']}"
+
     def hook(
         self,
         sent: Any,
@@ -266,8 +274,11 @@ class Home:
         return found
 
     def quiet(self, timeout: float = 15) -> None:
-        """Wait until no process of this HOME runs any more."""
+        """Wait until no process of this HOME runs any more; without a /proc, until none
+        holds a lock."""
         wait_until(lambda: not self.processes(), timeout)
+        for lock in () if os.path.isdir("/proc") else self.state.glob("*/lock"):
+            wait_lock_free(lock, timeout)
 
     def end(self) -> None:
         """End every process of this HOME, by id."""
@@ -321,6 +332,14 @@ def wrap(module, name, before=None, after=None):
             after(*args)
         return found
     setattr(module, name, wrapped)
+
+if not hasattr(os, "posix_spawn"):  # PyPy: a sender's start has that name all the same
+    def posix_spawn(path, command, environ, **_):
+        from subprocess import DEVNULL, Popen
+        null = {"stdin": DEVNULL, "stdout": DEVNULL, "stderr": DEVNULL}
+        new = {"close_fds": False, "start_new_session": True}
+        return Popen(command, env=environ, **null, **new).pid
+    os.posix_spawn, os.POSIX_SPAWN_OPEN = posix_spawn, 0
 """
 # Imports the script, as the settings' command does, after the patch.
 RUNNER = """
@@ -473,7 +492,7 @@ def read_request(connection: socket.socket) -> bytes:
 
 @functools.lru_cache
 def all_pythons() -> dict[tuple[int, int], str]:
-    """{(3, minor): path} of the CPythons: this one, pyenv's, those on the PATH."""
+    """{(3, minor): path} of Pythons: this one, and CPythons of pyenv and the PATH."""
     found = {(3, sys.version_info[1]): sys.executable}
     ask = "import sys; print(sys.implementation.name, sys.version_info[1])"
 
@@ -500,6 +519,14 @@ def all_pythons() -> dict[tuple[int, int], str]:
 
 
 def pythons(least: int = 8, below: int = 100) -> list[str]:
-    """Paths of the CPython 3.N found, `least` <= N < `below`, one of each, in order."""
+    """Paths of the Pythons 3.N found, `least` <= N < `below`, one of each, in order."""
     found = all_pythons()
     return [found[key] for key in sorted(found) if least <= key[1] < below]
+
+
+def need_cpython(python: str) -> None:
+    """Skip where `python` (one of `pythons`) has no private modules of CPython."""
+    import pytest
+
+    if python == sys.executable and sys.implementation.name != "cpython":
+        pytest.skip("what CPython's private modules save")

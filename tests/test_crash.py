@@ -32,6 +32,8 @@ from support import (
     wait_until,
 )
 
+pytest.importorskip("fcntl", reason="locks and signals of POSIX")
+
 KILLED = -signal.SIGKILL
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import re
-import resource
 import shutil
 import stat
 import subprocess
@@ -31,6 +30,8 @@ from support import (
     patched,
     wait_until,
 )
+
+resource = pytest.importorskip("resource", reason="limits of POSIX")
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 

@@ -18,6 +18,7 @@ from support import (
     Home,
     Receiver,
     event,
+    need_cpython,
     only_enqueue,
     patched,
     pythons,
@@ -366,6 +367,7 @@ def test_every_python_reads_and_writes_alike(python: str) -> None:
 
     CPython's accelerator finds its own error class only where json is loaded already.
     """
+    need_cpython(python)
     assert in_a_fresh_interpreter(python) == []
 
 

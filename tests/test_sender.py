@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pathlib
@@ -36,6 +35,8 @@ from support import (
     wait_lock_free,
     wait_until,
 )
+
+fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
 
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 NO_SENDER = "os.posix_spawn = lambda *a, **k: 0\n"
@@ -171,7 +172,8 @@ def test_what_kind_of_process_the_sender_is(
     assert os.readlink(str(proc / "cwd")) == "/"
     files = {int(fd.name): os.readlink(str(fd)) for fd in (proc / "fd").iterdir()}
     assert [files.pop(fd) for fd in (0, 1, 2)] == ["/dev/null"] * 3
-    kinds = sorted(target.split(":")[0] for target in files.values())
+    targets = [target for target in files.values() if ".so" not in target]  # PyPy's
+    kinds = sorted(target.split(":")[0] for target in targets)
     assert kinds == sorted([str(home.destination() / "lock"), "socket"])
     assert os.read(held, 1) == b""  # nobody holds the other end: it was not inherited
     os.close(held)

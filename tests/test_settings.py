@@ -509,9 +509,9 @@ def test_the_documented_commands_work(
         (hooks / SCRIPT.name).symlink_to(SCRIPT)
     else:
         shutil.copy(str(SCRIPT), str(hooks))
-    before = set(home.path.rglob("*"))
     env = home.env(receiver.url)
-    env["PATH"] = os.path.dirname(sys.executable) + ":" + env["PATH"]
+    home.put_first(env, "python3")
+    before = set(home.path.rglob("*"))
     for name in ("Stop", "StopFailure", "SessionEnd-other"):
         done = subprocess.run(
             ["/bin/sh", "-c", command],
@@ -539,7 +539,7 @@ def test_a_missing_script_does_not_block_claude_code(home: Home) -> None:
     (home.path / ".claude" / "hooks").mkdir(parents=True)
     hooks = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]
     env = home.env(dead_url())
-    env["PATH"] = os.path.dirname(sys.executable) + ":" + env["PATH"]
+    home.put_first(env, "python3")
     for command in {entry["hooks"][0]["command"] for (entry,) in hooks.values()}:
         codes = [
             subprocess.run(

@@ -7,7 +7,6 @@ powers of two tell from a sum which messages are in it, and how often.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import hashlib
 import json
@@ -1933,6 +1932,7 @@ class Opened:
     def __init__(self, *directories: pathlib.Path) -> None:
         if not sys.platform.startswith("linux"):
             pytest.skip("inotify is Linux's")
+        ctypes = pytest.importorskip("ctypes")
         self.libc = ctypes.CDLL(None, use_errno=True)
         self.fd = self.libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
         assert self.fd >= 0
