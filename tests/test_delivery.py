@@ -459,7 +459,7 @@ def test_an_answer_that_never_ends_is_cut_off(
         assert wire.connections == 1
         wait_until(lambda: ended)
     if talk is not continue_for_ever:  # that some http.clients end by themselves
-        assert 1 < ended[0]
+        assert ended[0] > 1
     assert ended[0] < 4
     assert_kept(home, "retry")
 
