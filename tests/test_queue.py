@@ -560,6 +560,8 @@ def test_each_turns_tokens_stay_its_own(
         tokens = [told[stop].get("output_tokens") for stop in stops[2:]]
         assert tokens == [100, 200, 300, 400, 500, 0]
         assert told[stops[-1]]["cost_usd"] == 0.5
+    (account,) = home.state.glob("*/accounts/*.json")
+    assert json.loads(account.read_text())["first"] == "SessionStart"
 
 
 def test_a_409_is_no_loss(home: Home) -> None:
