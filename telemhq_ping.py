@@ -4709,6 +4709,13 @@ class Surroundings:
         return [file for file in self.files if file.path not in project]
 
 
+def is_plugin_alone(around: Surroundings) -> bool:
+    """Whether only the plugin, and so the client, knows where TelemHQ's pings go."""
+    settings = around.settings
+    wanted = TelemHQ.kind in settings.destinations and not settings.url
+    return wanted and bool(around.plugin_in())
+
+
 # -- Commands: flush -------------------------------------------------------------------
 
 
@@ -5919,13 +5926,6 @@ def in_words(what: str, variable: str = URL_NAME) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in what and sys.platform == "darwin":
         meaning = f"{meaning}; or {MACOS_CERTIFICATES}"
     return f"{said}: {meaning.replace('{variable}', variable)}"
-
-
-def is_plugin_alone(around: Surroundings) -> bool:
-    """Whether only the plugin, and so the client, knows where TelemHQ's pings go."""
-    settings = around.settings
-    wanted = TelemHQ.kind in settings.destinations and not settings.url
-    return wanted and bool(around.plugin_in())
 
 
 def check_trackers(around: Surroundings) -> Iterator[Check]:
