@@ -4337,7 +4337,7 @@ def deliver_in_background(
     sender = Sender(outbox, tracker, settings, time.monotonic() + LIFE_S)
     try:
         sender.live(held or outbox.take_lock())
-    except Exception as error:  # noqa: BLE001 - or every hook would start one that fails
+    except Exception as error:  # noqa: BLE001 - or each hook would start one in vain
         if os.path.isdir(outbox.path("outbox")):  # else it was removed meanwhile
             sender.state.suspect(sender.sending)
             sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
@@ -4709,6 +4709,13 @@ class Surroundings:
         return [file for file in self.files if file.path not in project]
 
 
+def is_plugin_alone(around: Surroundings) -> bool:
+    """Whether only the plugin, and so the client, knows where TelemHQ's pings go."""
+    settings = around.settings
+    wanted = TelemHQ.kind in settings.destinations and not settings.url
+    return wanted and bool(around.plugin_in())
+
+
 # -- Commands: flush -------------------------------------------------------------------
 
 
@@ -4978,7 +4985,7 @@ class InstallRecord:
         return found
 
 
-# -- Commands: install -----------------------------------------------------------------
+# -- Commands: install's plan ----------------------------------------------------------
 
 OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
 OLDEST_CLIENT_TEXT = "2.1.78"
@@ -5289,33 +5296,6 @@ def tell_where_token_is(file: SettingsFile) -> None:
     inside = git_says(directory, "rev-parse", "--show-prefix")[1] + name
     print(f"Git does not ignore {file.real}, which holds the URL with its token:")
     print(f"  echo {shell_quoted('/' + inside)} >> {shell_quoted(exclude)}")
-
-
-def install(options: Namespace) -> int:
-    """put the script into ~/.claude/hooks and register it in settings.json"""
-    settings, url = Surroundings().settings, options.url
-    if url is None and not settings.url and at_a_terminal() and not options.dry_run:
-        url = ask_for_url()
-    if url is not None:
-        if unfilled(url):
-            raise Skipped(unfilled(url))
-        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
-    plan = InstallPlan(options, url)
-    plan.show()
-    if not options.dry_run:
-        questions = at_a_terminal() and not options.yes and not plan.is_done()
-        if questions and not ask("Write this?"):
-            raise Skipped("nothing was changed")
-        plan.carry_out()
-        print(f"Installed: {plan.file.path} names {plan.script.path}.")
-        if url is not None:
-            tell_where_token_is(plan.file)
-    if not (url or settings.url):
-        print(f"Now export {URL_NAME}, or run install again with --url.")
-    elif at_a_terminal() and not options.dry_run:
-        print("Sessions that run already must be started anew. doctor says:")
-        print_checks(diagnosis(Surroundings()))
-    return 0
 
 
 # -- Commands: uninstall ---------------------------------------------------------------
@@ -5948,13 +5928,6 @@ def in_words(what: str, variable: str = URL_NAME) -> str:
     return f"{said}: {meaning.replace('{variable}', variable)}"
 
 
-def is_plugin_alone(around: Surroundings) -> bool:
-    """Whether only the plugin, and so the client, knows where TelemHQ's pings go."""
-    settings = around.settings
-    wanted = TelemHQ.kind in settings.destinations and not settings.url
-    return wanted and bool(around.plugin_in())
-
-
 def check_trackers(around: Surroundings) -> Iterator[Check]:
     """Whether the destinations are usable, and answer to what records nothing."""
     settings = around.settings
@@ -6088,6 +6061,36 @@ def send_test(settings: Settings) -> Check:
         if name in outbox.waiting():
             return Check(False, text, f"it waits for {origin(tracker.url)}; see above")
     return Check(True, f"{text}, is in your tracker")
+
+
+# -- Commands: install, which ends with what doctor says -------------------------------
+
+
+def install(options: Namespace) -> int:
+    """put the script into ~/.claude/hooks and register it in settings.json"""
+    settings, url = Surroundings().settings, options.url
+    if url is None and not settings.url and at_a_terminal() and not options.dry_run:
+        url = ask_for_url()
+    if url is not None:
+        if unfilled(url):
+            raise Skipped(unfilled(url))
+        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
+    plan = InstallPlan(options, url)
+    plan.show()
+    if not options.dry_run:
+        questions = at_a_terminal() and not options.yes and not plan.is_done()
+        if questions and not ask("Write this?"):
+            raise Skipped("nothing was changed")
+        plan.carry_out()
+        print(f"Installed: {plan.file.path} names {plan.script.path}.")
+        if url is not None:
+            tell_where_token_is(plan.file)
+    if not (url or settings.url):
+        print(f"Now export {URL_NAME}, or run install again with --url.")
+    elif at_a_terminal() and not options.dry_run:
+        print("Sessions that run already must be started anew. doctor says:")
+        print_checks(diagnosis(Surroundings()))
+    return 0
 
 
 # -- Commands: preview, demo -----------------------------------------------------------

@@ -1328,20 +1328,21 @@ SECTIONS = (  # DESIGN's words, in the order of a ping's way
 Definition = (ast.FunctionDef, ast.ClassDef)
 
 
-def banners() -> list[tuple[int, str]]:
-    """(line, title) of every section's banner."""
-    lines = enumerate(TEXT.splitlines(), 1)
-    return [(n, BANNER.sub(r"\1", line)) for n, line in lines if line[:5] == "# -- "]
+BANNERS = [  # (line, title) of every section's
+    (number, BANNER.sub(r"\1", line))
+    for number, line in enumerate(TEXT.splitlines(), 1)
+    if line.startswith("# -- ")
+]
 
 
 def line_of(title: str) -> int:
     """The line of the first banner that begins so."""
-    return next(line for line, found in banners() if found.startswith(title))
+    return next(line for line, found in BANNERS if found.startswith(title))
 
 
 def section_of(line: int) -> int:
     """The number of the section that holds a line; 0: what stands before the first."""
-    return sum(1 for banner, _ in banners() if banner <= line)
+    return sum(1 for banner, _ in BANNERS if banner <= line)
 
 
 def definitions() -> Iterator[ast.FunctionDef | ast.ClassDef]:
@@ -1352,13 +1353,13 @@ def definitions() -> Iterator[ast.FunctionDef | ast.ClassDef]:
 def test_each_section_has_a_banner_that_one_can_grep() -> None:
     """`grep '^# --'` lists the sections, by DESIGN's words, in the order of a ping's
     way, and each banner fills its line."""
-    titles = [title for _, title in banners()]
+    titles = [title for _, title in BANNERS]
     firsts = [
         next(i for i, t in enumerate(titles) if t.startswith(s)) for s in SECTIONS
     ]
     assert firsts == sorted(firsts)
     lines = TEXT.splitlines()
-    assert [line for line, _ in banners() if len(lines[line - 1]) != 88] == []
+    assert [line for line, _ in BANNERS if len(lines[line - 1]) != 88] == []
 
 
 def test_two_banners_tell_what_runs_when() -> None:
