@@ -5768,10 +5768,11 @@ def try_command(hook: RegisteredHook, path: str, around: Surroundings) -> Check:
     shell = find_shell()
     if not shell:
         return Check(None, f"{name} was not tried: there is no Git Bash")
-    trial = Trial(shell, hook.command, around.settings.environ)
+    environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "0"}
+    trial = Trial(shell, hook.command, environ)
     if trial.ping is None:
         if not trial.said:
-            environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "1"}
+            environ["TELEMHQ_HOOK_DEBUG"] = "1"
             trial.said = Trial(shell, hook.command, environ).said
         cause = trial.cause() + "; run `install`, or mend the command"
         return Check(False, f"nothing arrived from {name}", cause)
@@ -5816,8 +5817,7 @@ class Trial:
 
         self.command, self.ping = command, None
         directory, receiver = tempfile.mkdtemp("telemhq"), Receiver()
-        environ = {"TELEMHQ_HOOK_DEBUG": "0", **environ}
-        environ.update(receiver.environ(directory))
+        environ = {**environ, **receiver.environ(directory)}
         environ.pop("CLAUDE_PLUGIN_ROOT", None)
         try:
             begun = time.monotonic()

@@ -454,8 +454,8 @@ def test_doctors_own_runs_stay_on_this_machine(well: Home, receiver: Receiver) -
         )
         write_settings(well, found)
         before = tree(well.state)
-        code, good, _ = diagnosis(well, TELEMHQ_STATE_DIR=well.state)
-        assert code == 0
+        code, good, bad = diagnosis(well, TELEMHQ_STATE_DIR=well.state)
+        assert (code, bad) == (0, "")
         assert f"otlp at {endpoint} answers" in good
         assert [request.ping for request in other.requests] == [{"resourceLogs": []}]
     assert [request.method for request in receiver.requests] == ["POST", "GET"]
