@@ -55,7 +55,6 @@ def test_without_posix_spawn_the_sender_is_as_detached(home: Home, system: str) 
     """A session of its own, a parent that is gone, /dev/null on 0 to 2, of all other
     descriptors the lock, SIGTERM as ever; and it delivers."""
     kept, given = os.pipe()
-    os.set_inheritable(given, True)
     proc: list[pathlib.Path] = []
 
     def look(_: object) -> int:
@@ -73,9 +72,8 @@ def test_without_posix_spawn_the_sender_is_as_detached(home: Home, system: str) 
     seen: dict[str, object] = {}
     files: dict[int, str] = {}
     ignore = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    hold = f"os.dup2({given}, 77); os.set_inheritable(77, True)\n"
     with Receiver(look) as receiver:
-        done = patched_with(home, NO_SPAWN[system] + ignore + hold, receiver.url, given)
+        done = patched_with(home, NO_SPAWN[system] + ignore, receiver.url, given)
         assert (done.returncode, done.stdout, done.stderr) == SILENT
         receiver.wait_for(1)
         wait_until(lambda: not home.waiting())
@@ -248,6 +246,14 @@ def test_a_link_on_the_way(home: Home, receiver: Receiver, linked: str) -> None:
     top, below = (link, real) if linked == "the session's" else (real, link)
     cwd = below / "api" / "src"
     assert project_seen(home, receiver.url, top / "api", cwd, "") == "api"
+
+
+def test_a_link_into_the_project(home: Home, receiver: Receiver) -> None:
+    """A cwd on the other side of a link lies where the link leads."""
+    top, link = home.path / "Acme" / "API", home.path / "elsewhere"
+    (top / "src" / "deep").mkdir(parents=True)
+    link.symlink_to(top / "src")
+    assert project_seen(home, receiver.url, top, link / "deep", "") == "API"
 
 
 def test_a_directory_that_is_gone(home: Home, receiver: Receiver) -> None:
