@@ -893,7 +893,7 @@ class OTLP(Tracker):
         ("cache_creation_input_tokens", "gen_ai.usage.cache_creation.input_tokens"),
         ("output_tokens", "gen_ai.usage.output_tokens"),
     )
-    ELSEWHERE = ("input_tokens", "timestamp", "event", "hook_version")
+    ELSEWHERE = ("input_tokens", "cost_usd", "timestamp", "event", "hook_version")
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = base_url(settings, "TELEMHQ_OTLP_ENDPOINT")
@@ -943,6 +943,8 @@ class OTLP(Tracker):
         """A ping's fields as attributes have them; objects are laid flat."""
         if "input_tokens" in ping:
             yield "gen_ai.usage.input_tokens", all_input(ping)
+        if "cost_usd" in ping:  # an attribute keeps its type, also when it is 0
+            yield "telemhq.cost_usd", float(ping["cost_usd"])
         for field, value in ping.items():
             if field not in self.ELSEWHERE:
                 names = [name for known, name in self.NAMES if known == field]

@@ -18,6 +18,7 @@ import pytest
 import trackers
 from support import (
     FIXTURES,
+    ROOT,
     SCRIPT,
     TOKEN,
     Home,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import pathlib
     from types import ModuleType
 
+README = (ROOT / "README.md").read_text("utf-8")
 EVENT_ID = "0123456789abcdef0123456789abcdef"
 PING = {
     "event_id": EVENT_ID,
@@ -423,6 +425,13 @@ def test_otlp_gets_a_record_a_ping(script: ModuleType) -> None:
     (logs,) = body[1]["resourceLogs"][0]["scopeLogs"]
     assert logs["scope"] == {"name": "telemhq_ping", "version": "1.0.0"}
     assert logs["logRecords"][0]["timeUnixNano"] == "1795176000250000000"
+
+
+@pytest.mark.parametrize("cost", [0, 1, 0.5])
+def test_otlp_attribute_keeps_its_type(script: ModuleType, cost: float) -> None:
+    """A back end that has seen a double takes no integer under that name."""
+    (request,) = made(script, "otlp").requests(dict(PING, cost_usd=cost), {})
+    assert b'"telemhq.cost_usd","value":{"doubleValue":' in request.body
 
 
 def test_otlp_says_what_failed(script: ModuleType) -> None:
@@ -1101,3 +1110,30 @@ def test_flush_and_adopt_are_each_destinations_own(
     assert wigtoken.totals() == TOOLS
     assert otlp.totals() == TOOLS
     assert home.waiting() == []
+
+
+# -- The README ------------------------------------------------------------------------
+
+
+def test_readmes_table_has_each_tracker_and_its_variables(script: ModuleType) -> None:
+    """A row a tracker, with every variable that its class names, and no other."""
+    section = README.split("\n## Other trackers\n", 1)[1].split("\n## ", 1)[0]
+    table = section.split("<table>", 1)[1].split("</table>", 1)[0]
+    rows = {
+        re.findall("<code>([a-z-]+)</code>", row)[0]: set(
+            re.findall("<code>([A-Z_]{8,})</code>", row)
+        )
+        for row in table.split("<tr>")[2:]
+    }
+    assert set(rows) == set(script.TRACKERS) - {"telemhq"}
+    for name, variables in rows.items():
+        named = set(script.TRACKERS[name].variables)
+        assert variables - {"TELEMHQ_MACHINE"} == named
+
+
+def test_readmes_collector_configuration_is_short() -> None:
+    """Ten lines that receive logs by OTLP/HTTP on this machine."""
+    (block,) = re.findall(r"(?s)```yaml\n(.*?)```", README)
+    assert len(block.splitlines()) <= 10
+    assert "endpoint: 127.0.0.1:4318" in block
+    assert "logs: {receivers: [otlp]" in block
