@@ -7,7 +7,7 @@ What runs when
     hook()      what the settings' command calls, with an event on stdin: makes it a
                 ping, puts that into the outbox, starts a sender, exits. No network.
     sender()    detached, at most one per destination: POSTs what waits, the oldest
-                first; ends when the outbox is empty, at the latest after 60 s.
+                first; ends when the outbox is empty, or after 60 s without news.
     For the commands, which a person runs, see --help.
 How to read it
     From top to bottom it follows a ping; no section uses one below it. Down to the
@@ -4748,6 +4748,17 @@ def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> int:
     tell, ends = Teller(), time.monotonic() + LIFE_S
     lock = wait_for_lock(outbox, ends)
     sender = Sender(outbox, tracker, settings, ends, tell, status=1)
+    while True:
+        empty(outbox, sender)
+        lock.release()
+        # A hook that found the lock busy counts on this look.
+        if sender.backoff_left_s() or sender.is_over() or not sender.news():
+            return tell.delivered
+        lock = wait_for_lock(outbox, ends)
+
+
+def empty(outbox: Outbox, sender: Sender) -> None:
+    """Pass after pass, as long as each delivers something and no back-off stands."""
     left, before = len(outbox.waiting()), 0
     while left and left != before:
         sender.state.paced_until = 0  # a person who asks is no stampede
@@ -4755,9 +4766,7 @@ def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> int:
         sender.one_pass()
         left, before = len(outbox.waiting()), left
         if sender.state.backoff_left_s(time.time()):
-            break
-    lock.release()
-    return tell.delivered
+            return
 
 
 def flush(options: Namespace) -> int:
