@@ -1732,8 +1732,10 @@ def project_of(event: Fields, settings: Settings) -> str:
 def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
     """What the sender needs for the ping's usage and never sends; {}: no usage."""
     transcript, agent = event.get("transcript_path"), event.get("agent_transcript_path")
-    if not (settings.usage and "session_id" in ping and opens(transcript)):
+    if not ("session_id" in ping and opens(transcript)):
         return {}
+    if not settings.usage:
+        return {"usage": False}
     local: Fields = {"transcript": transcript, "git": settings.git}
     if not settings.tool_names:
         local["tool_names"] = False
@@ -2990,6 +2992,7 @@ class Account:
                 self.find_beginning(ends)
             if self.since is None:
                 return ""
+            self.since = max(self.since, switched_off_at(self.path))
             whole = self.read_one("", until, ends)
         except TimeoutError:
             return PART
@@ -3392,6 +3395,9 @@ def charge(
     """
     ping, local, at = record.ping, record.local, ns_of(name) / 1e9
     event, beside = ping.get("event"), record.beside
+    if local.get("usage") is False:
+        switch_off(outbox.account_path(str(ping["session_id"])), at)
+        return record
     if ping.get("reason") != "clear":
         patient = True  # only /clear awaits our end before it writes its ledger
     try:
@@ -3413,6 +3419,30 @@ def charge(
     except OSError:
         pass  # a full disk: a repeat finds the same charge in the account
     return record
+
+
+def mark_of(account_path: str) -> str:
+    """The file whose time says until when a session ran with usage switched off."""
+    return account_path[: -len(".json")] + ".off"
+
+
+def switch_off(account_path: str, at: float) -> None:
+    """Note that a session's usage was switched off at an event of that time: what it
+    had used until then is never billed."""
+    directory = os.path.dirname(account_path)
+    if not os.path.isdir(directory):
+        os.mkdir(directory, 0o700)
+    mark = mark_of(account_path)
+    write_file(mark, b"")
+    os.utime(mark, (at, at))
+
+
+def switched_off_at(account_path: str) -> float:
+    """When that was the last time, seconds since 1970; 0: never."""
+    try:
+        return os.lstat(mark_of(account_path)).st_mtime
+    except OSError:
+        return 0.0
 
 
 def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> None:
@@ -4819,6 +4849,8 @@ def adopt_from(former: Outbox, present: Outbox) -> None:
     for name in sorted(os.listdir(accounts)) if os.path.isdir(accounts) else ():
         if name.endswith(".json") and not name.startswith("."):
             hand_over(os.path.join(accounts, name), present.path("accounts", name))
+        elif name.endswith(".off"):
+            os.renames(os.path.join(accounts, name), present.path("accounts", name))
     remove(accounts)
     for name in former.waiting():
         move(former.path("outbox", name), present.path("outbox", name))

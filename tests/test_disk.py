@@ -98,7 +98,7 @@ def test_without_usage_the_transcripts_path_is_not_kept(home: Home) -> None:
     """The transcript's path is on disk only where usage is on for that ping."""
     home.hook(event("Stop"), dead_url(), TELEMHQ_USAGE="0", TELEMHQ_FOREGROUND="1")
     (path,) = home.waiting()
-    assert json.loads(path.read_text("ascii"))["local"] == {}
+    assert json.loads(path.read_text("ascii"))["local"] == {"usage": False}
     for path in home.state.rglob("*"):
         assert path.is_dir() or b"/home/dev/.claude" not in path.read_bytes()
 

@@ -614,6 +614,34 @@ def test_first_turn_that_ends_without_a_hook_is_charged(
     assert complete(met) == [True, True]
 
 
+def hold_switched_off(session: Session, name: str, at: float) -> None:
+    """A ping as a hook with TELEMHQ_USAGE=0 leaves it."""
+    event_id = session.hold(name, at)
+    (path,) = session.home.state.glob(f"*/outbox/*{event_id}.json")
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(record, local={"usage": False})))
+
+
+@pytest.mark.parametrize("met_before", [False, True])
+def test_what_was_used_while_usage_was_off_is_never_billed(
+    met: Session, met_before: bool
+) -> None:
+    """A session that ran for a while with TELEMHQ_USAGE=0 is billed from where that
+    ended, also where it would be ours from its start; its cost is not told.
+    """
+    if met_before:
+        met.hold("SessionStart", -1, source="startup")
+    met.add(*turn(0, 1), *turn(10, 2))
+    hold_switched_off(met, "Stop", 2)
+    hold_switched_off(met, "Stop", 12)
+    met.send()
+    met.add(*turn(20, 4))
+    met.hold("Stop", 22, then=[ledger({OPUS: 7}, 0.5)])
+    met.hold("SessionEnd", 23)
+    assert met.send() == [("Stop", 4), ("SessionEnd", 0)]
+    assert "cost_usd" not in met.usage()[-1]
+
+
 @pytest.mark.parametrize(
     "first", ["Stop", "StopFailure", "UserPromptSubmit", "SessionEnd"]
 )
