@@ -955,7 +955,19 @@ def as_plugin(home: Home, url: str, name: str = "Stop", **more: Any) -> None:
     assert outcome(home.hook(event(name), url, **env)) == SILENT
 
 
-@pytest.mark.parametrize("content", [EXAMPLE, TELEMHQS], ids=("ours", "telemhqs"))
+IMPORTED = json.loads(
+    json.dumps(TELEMHQS).replace(
+        "python3 ~/.claude/hooks/telemhq_ping.py",
+        "cd ~/.claude/hooks && python3 -c 'import telemhq_ping as t; t.hook()'",
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [EXAMPLE, TELEMHQS, IMPORTED],
+    ids=("the example", "TelemHQ's", "imported only"),
+)
 @pytest.mark.parametrize("link", [False, True], ids=("file", "link"))
 @pytest.mark.parametrize("name", ["user", "project", "local"])
 def test_a_plugin_leaves_the_event_to_the_settings(
