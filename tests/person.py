@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import pty
 import stat
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from support import SCRIPT, TOKEN
+
+pty = pytest.importorskip("pty", reason="terminals of POSIX")
 
 if TYPE_CHECKING:
     from support import Home

@@ -261,7 +261,7 @@ class Home:
     def processes(self) -> list[int]:
         """The ids of this script's live processes that belong to this HOME (Linux)."""
         found, mark = [], b"HOME=" + os.fsencode(str(self.path))
-        for entry in os.listdir("/proc") if os.path.isdir("/proc") else ():
+        for entry in os.listdir("/proc") if os.path.isdir("/proc/self") else ():
             if not entry.isdigit() or int(entry) == os.getpid():
                 continue
             with contextlib.suppress(OSError):
@@ -277,7 +277,7 @@ class Home:
         """Wait until no process of this HOME runs any more; without a /proc, until none
         holds a lock."""
         wait_until(lambda: not self.processes(), timeout)
-        for lock in () if os.path.isdir("/proc") else self.state.glob("*/lock"):
+        for lock in () if os.path.isdir("/proc/self") else self.state.glob("*/lock"):
             wait_lock_free(lock, timeout)
 
     def end(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import pathlib
@@ -48,6 +47,8 @@ from support import (
     read_request,
     wait_until,
 )
+
+fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
 
 if TYPE_CHECKING:
     from person import Tree

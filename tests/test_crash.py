@@ -192,6 +192,7 @@ def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> N
 # -- The sender -----------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_a_sender_killed_while_it_waits_for_the_answer(home: Home) -> None:
     """Killed after the request was sent: it is sent again, under the same event_id."""
     killed: list[int] = []

@@ -279,6 +279,6 @@ def test_the_versions_are_the_same_wherever_they_are_named(script: ModuleType) -
     assert [int(minor) for minor in versions] == list(range(first, last + 1))
     readme = (ROOT / "README.md").read_text("utf-8")
     assert f"| CPython 3.{first} to 3.{last} |" in readme
-    assert f"(Python 3.{first} or newer)" in readme
+    assert f"You need Python 3.{first} or newer" in readme
     assert f"Python 3.{first} to 3.{last}." in (script.__doc__ or "")
     assert f"sys.version_info < (3, {first})" in SCRIPT.read_text("utf-8")

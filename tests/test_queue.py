@@ -4,7 +4,6 @@ a ping from its tracker."""
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import heapq
 import itertools
 import json
@@ -44,6 +43,8 @@ from support import (
     wait_lock_free,
     wait_until,
 )
+
+fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
 
 Answer = Callable[[Request], Any]
 HOUR_S = 3600.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import stat
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from support import (
     place,
     run_sender,
 )
+
+pty = pytest.importorskip("pty", reason="terminals of POSIX")
 
 if TYPE_CHECKING:
     import pathlib

@@ -146,14 +146,17 @@ def test_a_stdin_that_is_never_closed(desk: Desk) -> None:
     desk.hook()  # the first start of all
     desk.settle()
     begun = time.monotonic()
+    desk.hook()
+    usual = time.monotonic() - begun  # an emulator on a busy machine is slow
+    begun = time.monotonic()
     process = desk.start(*HOOK[len(PYTHON) :])
     assert process.stdin
     process.stdin.write(STOP)
     process.stdin.flush()
     assert process.wait(TIMEOUT_S) == 0
-    assert 4.5 < time.monotonic() - begun < 9.5
+    assert 4.5 < time.monotonic() - begun < 9.5 + usual
     process.communicate()
-    assert len(desk.receiver.wait_for(2, TIMEOUT_S)) == 2
+    assert len(desk.receiver.wait_for(3, TIMEOUT_S)) == 3
 
 
 def test_a_file_that_someone_reads_is_replaced_a_moment_later(desk: Desk) -> None:
