@@ -1488,7 +1488,8 @@ def test_every_function_says_what_it_means() -> None:
 PURE = {
     "os": {"environ", "path", "urandom"},
     "os.path": {"expanduser", "isabs", "join", "normpath"},
-    "sys": {"argv", "base_exec_prefix", "base_prefix", "flags", "path", "version_info"},
+    "sys": {"argv", "base_exec_prefix", "base_prefix", "flags", "path", "platform"}
+    | {"version_info"},
     "time": {"gmtime", "strftime", "strptime"},
     "stat": set(),
 }
