@@ -1119,6 +1119,7 @@ def test_flush_and_adopt_are_each_destinations_own(
     wigtoken.secret = "wts_OTHER"
     env = {"WIGTOKEN_TOKEN": "wts_OTHER"}
     assert "(wigtoken)" in run(found, "doctor", **env).stdout
+    wigtoken.requests.clear()
     wigtoken.disturb = otlp.disturb = lambda _: 503
     assert run(found, "flush", **env).returncode == 1
     wigtoken.disturb = otlp.disturb = None
