@@ -628,6 +628,24 @@ def test_gate_beside_the_ping(
     assert script.gate_beside([name], needs) == {}
 
 
+def test_record_on_disk_goes_through_the_gate(
+    script: ModuleType, tmp_path: pathlib.Path
+) -> None:
+    """Whatever somebody else has put beside a ping: only what the tracker needs, in its
+    shape, is read again."""
+    record = {
+        "ping": {**PING, "prompt": "CANARY"},
+        "local": {},
+        "beside": {"messages": [[*ROW[:2], "CANARY"]], "totals": USED, "x": "CANARY"},
+        "accepted": "CANARY",
+    }
+    (tmp_path / "outbox").mkdir()
+    (tmp_path / "outbox" / "1").write_text(json.dumps(record))
+    for needs, beside in (((), {}), (("messages", "totals"), {"totals": USED})):
+        found = script.Outbox(str(tmp_path), needs).record("1")
+        assert (found.ping, found.beside, found.accepted) == (PING, beside, 0)
+
+
 def test_needs_are_of_the_gates_table(script: ModuleType) -> None:
     """A tracker can ask for nothing that the gate does not know; TelemHQ and otlp ask
     for nothing: they are sent the ping alone."""
@@ -1100,11 +1118,12 @@ def test_flush_and_adopt_are_each_destinations_own(
     found.outage()
     wigtoken.secret = "wts_OTHER"
     env = {"WIGTOKEN_TOKEN": "wts_OTHER"}
-    done = run(found, "flush", **env)
-    assert otlp.totals() == TOOLS
-    assert wigtoken.totals() == dict.fromkeys(trackers.COUNTS, 0)
-    assert "0 left" in done.stdout
     assert "(wigtoken)" in run(found, "doctor", **env).stdout
+    wigtoken.requests.clear()
+    wigtoken.disturb = otlp.disturb = lambda _: 503
+    assert run(found, "flush", **env).returncode == 1
+    wigtoken.disturb = otlp.disturb = None
+    assert wigtoken.requests == []
     done = run(found, "flush", "--adopt", **env)
     assert done.returncode == 0, done.stdout
     assert wigtoken.totals() == TOOLS

@@ -370,10 +370,14 @@ def test_many_messages_at_once(
     fleet: Fleet, session: Session, script: ModuleType, many: int
 ) -> None:
     """At most 1,000 rows a request; beyond what an outbox file may hold, the rest is
-    told in one row. No size sets a ping aside."""
+    told in one row. No size sets a ping aside, also when it has to wait."""
     fleet.hold(session, "SessionStart", 0, source="startup")
     session.add(prompt(1), *(message(2, 1, f"msg_{n}") for n in range(many)))
     fleet.hold(session, "Stop", 3)
+    of_kind(fleet, "wigtoken").disturb = lambda _: 302
+    fleet.send()
+    of_kind(fleet, "wigtoken").disturb = None
+    (fleet.base("wigtoken") / "state.json").unlink()
     fleet.send()
     fleet.hold(session, "SessionEnd", 4)
     fleet.send()
