@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import socket
@@ -31,6 +32,8 @@ from support import ROOT, SCRIPT, Home, Receiver, wait_until
 fcntl = pytest.importorskip("fcntl", reason="its network namespace is Linux's")
 
 SCENARIO_S = 180  # one scenario; on an idle machine the longest takes 30 s
+SHOWN_S = 60  # until the terminal shows something
+API_KEY = "dummy"
 NAMESPACE = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
 EXAMPLE = ROOT / "settings.example.json"
 PARENT = "PRIVATE_HOME"  # a directory above the project: its name must not leave
@@ -52,6 +55,11 @@ COUNTS = {  # a ping's name of a count: the API's name, the client's ledger's
 def text(words: str) -> dict[str, Any]:
     """A text block of an answer."""
     return {"type": "text", "text": words}
+
+
+def dripping(word: str) -> dict[str, Any]:
+    """A text block that comes word by word, for minutes."""
+    return dict(text(1000 * (word + " ")), pause=0.2)
 
 
 def tool(name: str, **tool_input: object) -> dict[str, Any]:
@@ -131,27 +139,32 @@ class Api(http.server.BaseHTTPRequestHandler):
         self.send_header("request-id", _random_id("req"))
         self.end_headers()
         self.tell("message_start", message=dict(message, usage=begun))
+        entry = dict(begun, session_id=session_id, id=message["id"], model=model)
+        entry["thinking_tokens"] = 0
+        self.messages.bill.append(entry)
         for index, block in enumerate(blocks):
             self.block(index, block)
         used_tool = any(block["type"] == "tool_use" for block in blocks)
         reason = "tool_use" if used_tool else "end_turn"
         delta = {"stop_reason": reason, "stop_sequence": None}
         self.tell("message_delta", delta=delta, usage=counts)
-        entry = dict(counts.pop("output_tokens_details"), **counts)
-        entry.update(session_id=session_id, id=message["id"], model=model)
-        self.messages.bill.append(entry)
+        entry.update(counts.pop("output_tokens_details"), **counts)
         self.tell("message_stop")
 
     def block(self, index: int, block: dict[str, Any]) -> None:
+        pause = block.get("pause", 0)
         if block["type"] == "text":
-            empty = dict(block, text="")
-            delta = {"type": "text_delta", "text": block["text"]}
+            empty = text("")
+            pieces = re.findall(r"\S+\s*", block["text"]) if pause else [block["text"]]
+            deltas = [{"type": "text_delta", "text": piece} for piece in pieces]
         else:
             empty = dict(block, input={})
             found = json.dumps(block["input"])
-            delta = {"type": "input_json_delta", "partial_json": found}
+            deltas = [{"type": "input_json_delta", "partial_json": found}]
         self.tell("content_block_start", index=index, content_block=empty)
-        self.tell("content_block_delta", index=index, delta=delta)
+        for delta in deltas:
+            self.tell("content_block_delta", index=index, delta=delta)
+            time.sleep(pause)
         self.tell("content_block_stop", index=index)
 
     def tell(self, kind: str, **fields: object) -> None:
@@ -168,7 +181,8 @@ class Messages:
 
     `script` maps a word of a prompt to the answers of that turn, in order. An answer is
     a list of blocks, an HTTP status, or a function that gives one of these. `bill` has
-    one entry per whole message: session_id, id, model and the API's names of COUNTS.
+    one entry per message: session_id, id, model and the API's names of COUNTS. One that
+    the client broke off has the counts that it began with.
     """
 
     def __init__(self) -> None:
@@ -237,6 +251,7 @@ class World:
         self.url: str | None = self.receiver.url  # that the client's shell exports
         self.runs: list[dict[str, Any]] = []
         self.children: list[subprocess.Popen[bytes]] = []
+        self.terminals: list[Terminal] = []
         (self.home.path / ".claude" / "hooks").mkdir(parents=True)
 
     def install(self, *blocks: dict[str, Any]) -> None:
@@ -255,7 +270,7 @@ class World:
         found = self.home.env(
             self.url,
             ANTHROPIC_BASE_URL=self.messages.url,
-            ANTHROPIC_API_KEY="dummy",
+            ANTHROPIC_API_KEY=API_KEY,
             DISABLE_TELEMETRY=1,
             DISABLE_AUTOUPDATER=1,
             DISABLE_ERROR_REPORTING=1,
@@ -319,6 +334,8 @@ class World:
         for child in self.children:
             child.kill()
             child.wait()
+        for terminal in self.terminals:
+            terminal.close()
         self.home.end()
         self.receiver.close()
 
@@ -371,6 +388,90 @@ class Talk:
         self.child.communicate()
 
 
+class Terminal:
+    """An interactive session of the client, in a tmux of its own."""
+
+    def __init__(self, world: World, *options: str) -> None:
+        self.world = world
+        name = f"telemhq-{os.getpid()}-{len(world.terminals)}"
+        self.tmux = [shutil.which("tmux") or "tmux", "-L", name, "-f", os.devnull]
+        self.answer_first_questions()
+        world.terminals.append(self)
+        command = [client(), *options]
+        size = "-x", "120", "-y", "40"
+        self.pid = self.ask("new-session", "-dP", "-F", "#{pane_pid}", *size, *command)
+        self.wait_for("\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT}")
+
+    def answer_first_questions(self) -> None:
+        """What the client keeps of someone who answered all that it asks at first."""
+        project = str(self.world.home.project)
+        kept = {
+            "hasCompletedOnboarding": True,
+            "theme": "dark",
+            "customApiKeyResponses": {"approved": [API_KEY[-20:]], "rejected": []},
+            "projects": {project: {"hasTrustDialogAccepted": True}},
+        }
+        path = self.world.home.path / ".claude.json"
+        if not path.exists():
+            path.write_text(json.dumps(kept))
+
+    def ask(self, *command: str) -> str:
+        """A command of tmux; gives what it says."""
+        ended = subprocess.run(
+            [*self.tmux, *command],
+            env=dict(self.world.env(), TERM="xterm-256color"),
+            cwd=str(self.world.home.project),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=30,
+        )
+        assert ended.returncode == 0, (command[0], ended.stderr)
+        return ended.stdout.decode("utf-8", "replace")
+
+    def wait_for(self, words: str) -> None:
+        """Wait until the screen shows them."""
+        screen = [""]
+
+        def shown() -> bool:
+            screen[0] = self.ask("capture-pane", "-p")
+            return words in screen[0]
+
+        try:
+            wait_until(shown, SHOWN_S, every=0.1)
+        except AssertionError as error:
+            raise AssertionError(f"no {words!r}: {error}\n{screen[0]}") from None
+
+    def press(self, key: str) -> None:
+        """A key, by tmux's name of it."""
+        self.ask("send-keys", key)
+
+    def say(self, prompt: str) -> None:
+        """Type a prompt that is not on the screen yet, and send it."""
+        self.ask("send-keys", "-l", prompt)
+        self.wait_for(prompt)
+        self.press("Enter")
+
+    def runs(self) -> bool:
+        """Whether the client has not ended: its tmux ends with it."""
+        try:
+            self.ask("has-session")
+        except AssertionError:
+            return False
+        return True
+
+    def leave(self) -> None:
+        """/exit; wait for the client's end."""
+        self.say("/exit")
+        wait_until(lambda: not self.runs(), SHOWN_S, every=0.1)
+
+    def close(self) -> None:
+        """End what still runs."""
+        if self.runs():
+            self.ask("kill-server")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(self.pid), signal.SIGKILL)
+
+
 class Seen:
     """What became of a scenario."""
 
@@ -402,6 +503,32 @@ class Seen:
         """What every file that the script keeps holds, by path."""
         found = (self.home / ".claude" / "telemhq").rglob("*")
         return {str(p): p.read_bytes().decode("latin-1") for p in found if p.is_file()}
+
+
+def pings_of(seen: Seen, name: str) -> list[dict[str, Any]]:
+    """The pings of one session."""
+    session_id = seen.told[name]["session_id"]
+    return [ping for ping in seen.pings if ping["session_id"] == session_id]
+
+
+def charged(seen: Seen, name: str, *events: str) -> dict[str, int]:
+    """The counts of a session's pings (of these events), added up."""
+    pings = pings_of(seen, name)
+    pings = [ping for ping in pings if not events or ping["event"] in events]
+    return {count: sum(ping.get(count, 0) for ping in pings) for count in COUNTS}
+
+
+def billed(seen: Seen, name: str) -> dict[str, int]:
+    """The counts that the API gave out to a session."""
+    session_id = seen.told[name]["session_id"]
+    bill = [entry for entry in seen.bill if entry["session_id"] == session_id]
+    return {count: sum(e[names[0]] for e in bill) for count, names in COUNTS.items()}
+
+
+def ledger(seen: Seen, name: str) -> dict[str, int]:
+    """The counts of a session in the client's own result."""
+    usage = seen.told[name]["modelUsage"].values()
+    return {count: sum(u[n[1]] for u in usage) for count, n in COUNTS.items()}
 
 
 # -- The namespace ---------------------------------------------------------------

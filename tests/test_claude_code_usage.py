@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 
 import claude_code
-from claude_code import COUNTS, Seen, Talk, World, hooks, slow, text, tool
+from claude_code import (
+    Seen,
+    Talk,
+    World,
+    billed,
+    charged,
+    hooks,
+    ledger,
+    pings_of,
+    slow,
+    text,
+    tool,
+)
 from support import wait_until
 
 DAY_S = 86400
@@ -140,26 +152,6 @@ def seen_at_the_end(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return claude_code.run(play_session_end_alone, path)
 
 
-def pings_of(seen: Seen, name: str) -> list[dict[str, Any]]:
-    """The pings of one session."""
-    session_id = seen.told[name]["session_id"]
-    return [ping for ping in seen.pings if ping["session_id"] == session_id]
-
-
-def charged(seen: Seen, name: str, *events: str) -> dict[str, int]:
-    """The counts of a session's pings (of these events), added up."""
-    pings = pings_of(seen, name)
-    pings = [ping for ping in pings if not events or ping["event"] in events]
-    return {count: sum(ping.get(count, 0) for ping in pings) for count in COUNTS}
-
-
-def billed(seen: Seen, name: str) -> dict[str, int]:
-    """The counts that the API gave out to a session."""
-    session_id = seen.told[name]["session_id"]
-    bill = [entry for entry in seen.bill if entry["session_id"] == session_id]
-    return {count: sum(e[names[0]] for e in bill) for count, names in COUNTS.items()}
-
-
 @pytest.mark.parametrize("name", WHOLE + PARTS)
 def test_tokens_are_those_of_the_api(seen: Seen, name: str) -> None:
     """A session's pings add up to what the API billed, each message once."""
@@ -175,9 +167,7 @@ def test_session_end_alone_has_it_all(seen_at_the_end: Seen, name: str) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_tokens_are_those_of_the_clients_ledger(seen: Seen, name: str) -> None:
     """A session's pings add up to the client's own result, to the token."""
-    usage = seen.told[name]["modelUsage"].values()
-    ledger = {count: sum(u[n[1]] for u in usage) for count, n in COUNTS.items()}
-    assert charged(seen, name) == ledger
+    assert charged(seen, name) == ledger(seen, name)
 
 
 @pytest.mark.parametrize("name", WHOLE)
