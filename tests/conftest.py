@@ -21,8 +21,6 @@ from support import Home, Receiver, load_script  # noqa: E402
 @pytest.fixture
 def home(tmp_path: pathlib.Path) -> Iterator[Home]:
     """A fresh HOME; whatever still runs in it at the end of the test is ended."""
-    if os.name != "posix":
-        pytest.skip("hooks are run by sh here; see test_windows.py")
     found = Home(tmp_path / "home")
     yield found
     found.end()

@@ -2057,6 +2057,13 @@ def test_each_ping_keeps_the_settings_of_the_hook_that_made_it(
 # -- Transcripts that are no transcripts -----------------------------------------------
 
 
+def most_kb() -> int:
+    """What a sender may take. It has 30 MB without a transcript; PyPy and Pythons with
+    free threads give back late what they have freed."""
+    has_gil: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+    return (80 if has_gil and sys.implementation.name == "cpython" else 240) << 10
+
+
 def peak_kb(pid: int) -> int:
     """The most memory that a process has had so far (Linux)."""
     status = pathlib.Path("/proc", str(pid), "status").read_text()
@@ -2159,7 +2166,7 @@ def test_broken_transcript_costs_the_ping_its_usage_only(
         found = {name: first[name] for name in USAGE_FIELDS & set(first)}
         assert found == NOTHING_READ
     assert len(broken[case].peaks) == sys.platform.startswith("linux")
-    assert max(broken[case].peaks, default=0) < 80 << 10  # 30 MB without any of them
+    assert max(broken[case].peaks, default=0) < most_kb()
     assert broken[case].took < 30  # for all of them
 
 
