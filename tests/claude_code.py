@@ -396,10 +396,12 @@ class Terminal:
         name = f"telemhq-{os.getpid()}-{len(world.terminals)}"
         self.tmux = [shutil.which("tmux") or "tmux", "-L", name, "-f", os.devnull]
         self.answer_first_questions()
-        world.terminals.append(self)
         command = [client(), *options]
         size = "-x", "120", "-y", "40"
-        self.pid = self.ask("new-session", "-dP", "-F", "#{pane_pid}", *size, *command)
+        told = "-P", "-F", "#{pane_pid} #{socket_path}"
+        begun = self.ask("new-session", "-d", *told, *size, *command)
+        self.pid, self.socket = begun.strip().split(" ", 1)
+        world.terminals.append(self)
         self.wait_for("\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT}")
 
     def answer_first_questions(self) -> None:
@@ -465,11 +467,13 @@ class Terminal:
         wait_until(lambda: not self.runs(), SHOWN_S, every=0.1)
 
     def close(self) -> None:
-        """End what still runs."""
+        """End what still runs, by id; tmux leaves its socket behind."""
         if self.runs():
             self.ask("kill-server")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(self.pid), signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            os.unlink(self.socket)
 
 
 class Seen:
