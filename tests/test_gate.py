@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import io
 import json
+import os
 import pathlib
 import random
 import re
@@ -909,6 +910,7 @@ def test_a_cd_inside_the_project_makes_no_new_project(
     assert names == ["api", "api", "other"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links need a privilege there")
 def test_a_symbolic_link_to_the_project_is_the_project(
     script: ModuleType, tmp_path: pathlib.Path
 ) -> None:

@@ -7,6 +7,7 @@ from outside. A fresh sender then finishes.
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -107,6 +108,8 @@ class Nursery:
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
     """A nursery; it ends with the module's tests."""
+    if not hasattr(os, "fork"):
+        pytest.skip("it forks")
     found = Nursery()
     yield found
     found.close()
