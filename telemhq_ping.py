@@ -163,27 +163,34 @@ def decode_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def quoted(text: str) -> str:
-    """A JSON string, in ASCII."""
+def find_quoter() -> Callable[[str], str]:
+    """What makes a text a JSON string, in ASCII."""
     try:
         from _json import encode_basestring_ascii
 
-        return encode_basestring_ascii(text)
-    except Exception:  # noqa: BLE001 - that module has changed
-        from json import dumps
+        if encode_basestring_ascii('"') == '"\\""':
+            return encode_basestring_ascii
+    except Exception:  # noqa: BLE001 - that module has changed, or is not there
+        pass
+    from json import dumps
 
-        return dumps(text)
+    return dumps
 
 
 def encode_json(value: object) -> str:
     """`value` (dict, list, str, bool, None, finite number) as compact ASCII JSON."""
+    return encoded(value, find_quoter())
+
+
+def encoded(value: object, quoted: Callable[[str], str]) -> str:
+    """The same, with what quotes a text."""
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, dict):
-        pairs = [f"{quoted(key)}:{encode_json(found)}" for key, found in value.items()]
+        pairs = [f"{quoted(k)}:{encoded(found, quoted)}" for k, found in value.items()]
         return "{" + ",".join(pairs) + "}"
     if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(encode_json, value)) + "]"
+        return "[" + ",".join([encoded(found, quoted) for found in value]) + "]"
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -3749,13 +3756,13 @@ class Sender:
     def keep(self, record: Record, answer: Answer) -> None:
         """Add a delivered ping to sent.jsonl, for its user to look up what left; with
         its bodies, where those are not the ping itself."""
-        at, ping = iso_time(time.time_ns()), record.ping
-        found: Fields = {"at": at, "answer": answer.what, "ping": ping}
-        requests = self.tracker.requests(ping, record.beside)
+        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
+        requests = self.tracker.requests(record.ping, record.beside)
         bodies = [(request.body or b"").decode() for request in requests]
-        if bodies != [encode_json(ping)]:
+        ping = encode_json(record.ping)
+        if bodies != [ping]:
             found["bodies"] = bodies
-        line = encode_json(found) + "\n"
+        line = f'{encode_json(found)[:-1]},"ping":{ping}}}\n'
         add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
     # The request on its way, and its watchdog
