@@ -1039,6 +1039,7 @@ def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> No
     assert installed(home).exists() == home.state.exists() == bool(code)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_what_was_removed_stays_removed(home: Home) -> None:
     """A sender that slept through uninstall does not bring the state back."""
     url = dead_url()

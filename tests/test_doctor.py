@@ -700,6 +700,7 @@ def test_each_answer_has_a_meaning(script: Any, what: str, words: str) -> None:
 def test_certificates_on_macos(script: Any, monkeypatch: Any) -> None:
     """On macOS the remedy for a certificate names python.org's command."""
     verify = "TLS: CERTIFICATE_VERIFY_FAILED"
+    monkeypatch.setattr(sys, "platform", "linux")
     assert "Install Certificates.command" not in script.in_words(verify)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert "Install Certificates.command" in script.in_words(verify)

@@ -8,6 +8,7 @@ import hmac
 import json
 import random
 import subprocess
+import sys
 from types import ModuleType
 from typing import Any, Callable
 
@@ -377,6 +378,7 @@ def test_without_the_private_modules_the_public_ones_give_the_same(
     python: str, future: str
 ) -> None:
     """Where CPython's private modules are gone or have changed, nothing else does."""
+    need_cpython(python)
     assert in_a_fresh_interpreter(python, FUTURES[future])
 
 
@@ -385,6 +387,7 @@ def test_hook_and_sender_work_by_the_public_modules(
     home: Home, receiver: Receiver, future: str
 ) -> None:
     """In a Python of the future an event becomes the same ping, and is delivered."""
+    need_cpython(sys.executable)
     path = only_enqueue(home, receiver.url, event("Stop"))
     today = json.loads(path.read_text("ascii"))
     alone = FUTURES[future] + "\nos.posix_spawn = lambda *_, **__: 0"

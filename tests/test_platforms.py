@@ -23,6 +23,7 @@ from support import (
     Home,
     Receiver,
     event,
+    need_cpython,
     patched,
     place,
     run_sender,
@@ -130,6 +131,7 @@ DEBIANS = MINIMAL.format(
 
 def test_a_minimal_python_keeps_the_ping(home: Home, receiver: Receiver) -> None:
     """Its hook is silent and exits with 0; the ping waits for a whole Python."""
+    need_cpython(sys.executable)
     patch = "os.posix_spawn = lambda *a, **k: 0\n" + DEBIANS
     done = patched(home, patch, url=receiver.url, sent=event("Stop"))
     assert (done.returncode, done.stdout, done.stderr) == SILENT
@@ -143,6 +145,7 @@ def test_a_minimal_pythons_sender_says_what_is_missing(
     home: Home, receiver: Receiver, debug: bool
 ) -> None:
     """It holds the pings, blames none; state.json and debug mode name the cause."""
+    need_cpython(sys.executable)
     place(home, receiver.url, 3)
     how = ["foreground", "8", home.waiting()[0].name] if debug else ["detached", "-1"]
     env: dict[str, Any] = {"TELEMHQ_HOOK_DEBUG": "1"} if debug else {}

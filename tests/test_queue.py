@@ -1005,6 +1005,7 @@ def test_without_a_thread_an_endless_answer_is_cut_off(home: Home) -> None:
     assert state["not_before"] > state["set_at"]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 @pytest.mark.parametrize("answer", [b"200", b"503", b"400", b"302", b""])
 def test_what_was_removed_during_a_request_stays_away(
     home: Home, answer: bytes
