@@ -176,7 +176,8 @@ def test_doctor_misses_the_script(well: Home) -> None:
 def test_doctor_misses_the_interpreter(well: Home, python: str) -> None:
     """Where the interpreter that settings name is gone, doctor says so."""
     text = settings_path(well).read_text("utf-8")
-    settings_path(well).write_text(text.replace(PYTHON, python), "utf-8")
+    text = text.replace(PYTHON, python).replace("|| python3 ", f"|| {python} ")
+    settings_path(well).write_text(text, "utf-8")
     bad = diagnosis(well)[2]
     assert "interpreter is missing" in bad
     assert python in bad
