@@ -137,6 +137,7 @@ class Receiver:
             self.server.socket = context.wrap_socket(
                 self.server.socket, server_side=True, do_handshake_on_connect=False
             )
+        self.server.socket.settimeout(5)  # for a connection that is gone again
         self.port = self.server.server_address[1]
         self.scheme = "https" if tls else "http"
         self.url = f"{self.scheme}://127.0.0.1:{self.port}/ping/{TOKEN}"
@@ -456,14 +457,16 @@ class Wire:
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/ping/{TOKEN}"
-        threading.Thread(target=self.accept, daemon=True).start()
+        self.socket.settimeout(0.05)
+        self.accepting = threading.Thread(target=self.accept, daemon=True)
+        self.accepting.start()
 
     def accept(self) -> None:
-        while True:
+        while not self.over.is_set():
             try:
                 connection = self.socket.accept()[0]
-            except OSError:
-                return
+            except socket.timeout:
+                continue
             self.connections += 1
             threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
 
@@ -475,7 +478,10 @@ class Wire:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A thread that still accepts on a closed descriptor may take a later socket's
+        # connections: the number is given out again.
         self.over.set()
+        self.accepting.join()
         self.socket.close()
 
 
