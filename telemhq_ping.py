@@ -1644,6 +1644,8 @@ def outboxes(state_dir: str | None) -> list[Outbox]:
 
 # -- Hook: what Claude Code runs -------------------------------------------------------
 
+THIS_FILE = os.path.abspath(__file__)  # now, for a hook leaves its directory
+
 
 def read_stdin(keep: bool = True) -> bytes:
     """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
@@ -1799,7 +1801,7 @@ def registered_elsewhere(event: Fields, environ: dict[str, str]) -> bool:
 
 def sender_command(*arguments: str) -> list[str]:
     """The command of a sender: a fresh interpreter that imports this file."""
-    directory, name = os.path.split(os.path.abspath(__file__))
+    directory, name = os.path.split(THIS_FILE)
     start = (
         "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
     )
@@ -1880,7 +1882,7 @@ def start_sender_on_windows(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         creationflags=flags,
-        cwd=os.path.dirname(os.path.abspath(__file__)),
+        cwd=os.path.dirname(THIS_FILE),
         env=environ,
     )
 
@@ -2056,7 +2058,7 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
 
 def bytecode_path() -> str:
     """Where Python caches this file's bytecode (PEP 3147)."""
-    directory, name = os.path.split(os.path.abspath(__file__))
+    directory, name = os.path.split(THIS_FILE)
     name = f"{name[: -len('.py')]}.{sys.implementation.cache_tag}.pyc"
     return os.path.join(directory, "__pycache__", name)
 
@@ -2074,7 +2076,7 @@ def keep_others_out(directory: str) -> bool:
 def is_stale(bytecode: str) -> bool:
     """Whether the file, or a link that is its name, has changed since. Python compares
     its time and size only, which two versions may share (cp -p)."""
-    changed = max(os.stat(__file__).st_ctime_ns, os.lstat(__file__).st_ctime_ns)
+    changed = max(os.stat(THIS_FILE).st_ctime_ns, os.lstat(THIS_FILE).st_ctime_ns)
     return changed > os.stat(bytecode).st_ctime_ns
 
 
@@ -2112,7 +2114,7 @@ def hook() -> NoReturn:
         if not bytecode_serves() and __name__ != "__main__":
             from importlib import reload
 
-            sys.path.insert(0, os.path.dirname(__file__))
+            sys.path.insert(0, os.path.dirname(THIS_FILE))
             reload(sys.modules[__name__]).hook()  # what the file holds now
     except Exception:  # noqa: BLE001
         pass  # then with what is there
@@ -3382,7 +3384,7 @@ def ours_from(outbox: Outbox, path: str, at: float) -> float:
         if former and os.path.lexists(other.path("accounts", os.path.basename(path))):
             return at  # until now, another URL of the same tracker was told
     installed = [at]
-    for known in (__file__, outbox.path("lock")):
+    for known in (THIS_FILE, outbox.path("lock")):
         try:
             installed.append(os.stat(known).st_ctime)
         except OSError:
@@ -3736,7 +3738,7 @@ class Sender:
     def fingerprint(self) -> list[tuple[int, int, int]]:
         """What changes when this file is replaced, or the outbox removed."""
         try:
-            script, outbox = os.stat(__file__), os.stat(self.outbox.path("outbox"))
+            script, outbox = os.stat(THIS_FILE), os.stat(self.outbox.path("outbox"))
         except OSError:
             return []
         return [

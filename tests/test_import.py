@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import pytest
 
-from support import ROOT, SCRIPT, Home, Receiver, event
+from support import ROOT, SCRIPT, Home, Receiver, event, pythons
 
 if TYPE_CHECKING:
     Outcome = tuple[int, bytes, bytes]
@@ -561,3 +561,25 @@ def test_without_a_url_only_bytecode_is_written(
     assert outcome(installed.run(form, TELEMHQ_PING_URL="")) == SILENT
     new = set(installed.home.path.rglob("*")) - before
     assert new <= {installed.cache, installed.bytecode}
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_a_script_named_by_a_relative_path_is_found_by_its_senders(
+    home: Home, receiver: Receiver, python: str
+) -> None:
+    """`cd hooks && python3 telemhq_ping.py`: the hook leaves its directory before it
+    starts a sender, and 3.8 tells a script by the path that it was given."""
+    hooks = home.path / "hooks"
+    hooks.mkdir()
+    shutil.copy(str(SCRIPT), str(hooks))
+    done = subprocess.run(
+        [python, "-I", "-S", SCRIPT.name],
+        input=STOP,
+        capture_output=True,
+        env=home.env(receiver.url),
+        cwd=str(hooks),
+        timeout=30,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert len(receiver.wait_for(1)) == 1
+    home.quiet()
