@@ -1477,13 +1477,14 @@ class Record:
     @classmethod
     def load(cls, found: Fields, needs: tuple[str, ...]) -> Record:
         """As `as_object` gave it, through the gate; ValueError: it holds no ping."""
-        ping, local, accepted = map(found.get, ("ping", "local", "accepted"))
+        ping, local = found.get("ping"), found.get("local")
+        accepted: Any = found.get("accepted")
         ping = gate(ping) if isinstance(ping, dict) else {}
         if "event_id" not in ping:
             raise ValueError("no ping")
         local = local if isinstance(local, dict) else {}
         beside = gate_beside(found.get("beside"), needs)
-        return cls(ping, local, beside, accepted if isinstance(accepted, int) else 0)
+        return cls(ping, local, beside, int(accepted) if number(accepted) else 0)
 
     def as_object(self) -> Fields:
         """As JSON's objects have it."""
@@ -1553,7 +1554,7 @@ class Outbox:
     @staticmethod
     def is_ping(name: str) -> bool:
         """Whether a name in outbox/ is a ping's."""
-        return name[:20].isdigit() and name[20:21] == "-" and name.endswith(".json")
+        return name[:20].isdecimal() and name[20:21] == "-" and name.endswith(".json")
 
     def strangers(self) -> list[str]:
         """Names in outbox/ that are no ping's. What was never finished is removed."""
@@ -1663,7 +1664,7 @@ def read_stdin(keep: bool = True) -> bytes:
         nonlocal size
         try:
             while time.monotonic() < ends and size <= STDIN_MAX_BYTES:
-                part = os.read(0, 1 << 20)
+                part = os.read(0, 1 << 16)  # as much as a pipe holds
                 if not part:
                     break
                 size += len(part)
@@ -2349,7 +2350,7 @@ def keeps_ledger(fields: Fields) -> bool:
     """Whether the client that wrote a row ends its sessions with a ledger. One that
     does not tell its version is taken for a present one."""
     version = str(fields.get("version")).split(".")
-    if len(version) != 3 or not all(part.isdecimal() for part in version):
+    if len(version) != 3 or not all(part.isdigit() for part in version):
         return True
     first = LEDGER_CLIENTS["cli" if fields.get("entrypoint") == "cli" else ""]
     return [int(part[:9]) for part in version] >= list(first)
@@ -5922,13 +5923,15 @@ class Trial:
         text = "\n".join(self.said)
         scripts = [word for word in shell_words(self.command) if word.endswith(SCRIPT)]
         paths = [os.path.expandvars(os.path.expanduser(word)) for word in scripts]
-        missing = [path for path in paths if not os.path.exists(path)]
-        if "can't open file" in text or "No module named" in text or missing:
+        gone = any(not os.path.exists(path) for path in paths)
+        if gone or "can't open file" in text or "No module named" in text:
             return "the script is missing"
         if "Permission denied" in text:
             return "a file there may not be executed"
-        if "not found" in text or "No such file" in text:
-            return "the interpreter is missing"
+        missing = [line for line in self.said if "not found" in line]
+        missing += [line for line in self.said if "No such file" in line]
+        if missing:
+            return f"the interpreter is missing: `{missing[0]}`"
         if "SyntaxError" in text or "3.8" in text:
             return "its Python is older than 3.8"
         if text:

@@ -661,6 +661,24 @@ def test_oddities_in_the_outbox_stop_nothing(
     assert not [name for name in left if name.endswith(".json") and "full" not in name]
 
 
+@pytest.mark.parametrize(
+    "name, good",
+    [
+        ("01795279881368758865-8b039e0d.json", True),
+        ("01795279881368758865_8b039e0d.json", False),
+        ("1795279881368758865-8b039e0d.json", False),
+        (".01795279881368758865-8b039e0d.json", False),
+        ("01795279881368758865-8b039e0d.jsonl", False),
+        ("\u00b2" * 20 + "-8b039e0d.json", False),  # digits that int() does not take
+    ],
+)
+def test_which_names_are_pings(script: ModuleType, name: str, good: bool) -> None:
+    """Only a name from which a time can be read is a ping's."""
+    assert script.Outbox.is_ping(name) is good
+    if good:
+        assert script.ns_of("/outbox/" + name) == 1795279881368758865
+
+
 # -- Secrets ---------------------------------------------------------------------------
 
 
