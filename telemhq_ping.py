@@ -1812,35 +1812,47 @@ def sender_command(*arguments: str) -> list[str]:
     return [*python, "-c", start, directory, name[: -len(".py")], *arguments]
 
 
-def start_sender(outbox: Outbox, lock: Lock, environ: dict[str, str]) -> None:
-    """Start an outbox's detached sender and hand it the lock; it outlives us. A fresh
-    interpreter, for urllib crashes in a forked process on macOS. In its own session and
-    with no descriptor but the lock: Claude Code kills groups and families, and waits
-    for the end of its pipes."""
-    if os.name == "nt":
-        start_sender_on_windows(outbox, lock, environ)
-        return
-    os.chdir("/")  # keep no project's directory busy
-    command = sender_command("detached", str(lock.fd), outbox.name())
+def start_sender(held: dict[str, Lock], environ: dict[str, str]) -> None:
+    """Start a detached sender and hand it the locks of these destinations (names of
+    their directories); it outlives us. It serves the first, and starts a sender for
+    each of the others: one start is all that Claude Code waits for.
+
+    A fresh interpreter, for urllib crashes in a forked process on macOS. In its own
+    session and with no descriptor but the locks: Claude Code kills groups and families,
+    and waits for the end of its pipes.
+    """
+    if os.name == "nt":  # no descriptor is inherited there: a sender locks for itself
+        for lock in held.values():
+            lock.release()
+    else:
+        os.chdir("/")  # keep no project's directory busy
+    fds = [lock.fd for lock in held.values() if lock.fd >= 0]
+    served = [word for name, lock in held.items() for word in (str(lock.fd), name)]
+    command = sender_command("detached", *served)
     try:
-        spawn_sender(command, lock, environ)
+        spawn_sender(command, fds, environ)
     except (AttributeError, NotImplementedError, OSError):
-        # PyPy, Termux: no posix_spawn; macOS before 10.15, old C libraries: no setsid=
-        start_sender_by_subprocess(command, lock, environ)
+        # Windows, PyPy, Termux: no posix_spawn; macOS before 10.15, old C libraries: no
+        # setsid=
+        start_sender_by_subprocess(command, fds, environ)
+    finally:
+        for lock in held.values():
+            lock.close()
 
 
-def spawn_sender(command: list[str], lock: Lock, environ: dict[str, str]) -> None:
+def spawn_sender(command: list[str], fds: list[int], environ: dict[str, str]) -> None:
     """Start a sender without the import of subprocess, 8 ms."""
+    spawn = os.posix_spawn
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a container without /proc
         inherited = list(range(256))
     for fd in inherited:
         try:
-            os.set_inheritable(fd, fd in (0, 1, 2, lock.fd))
+            os.set_inheritable(fd, fd in (0, 1, 2, *fds))
         except OSError:
             continue  # not open, or the listing's own
-    os.posix_spawn(
+    spawn(
         command[0],
         command,
         environ,
@@ -1853,38 +1865,22 @@ def spawn_sender(command: list[str], lock: Lock, environ: dict[str, str]) -> Non
 
 
 def start_sender_by_subprocess(
-    command: list[str], lock: Lock, environ: dict[str, str]
+    command: list[str], fds: list[int], environ: dict[str, str]
 ) -> None:
     """Start a sender where that cannot be had. SIGTERM: it resets it for itself."""
     import subprocess
 
+    apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
+    if os.name == "nt":
+        apart = {"creationflags": 0x8 | 0x200}  # DETACHED_PROCESS, NEW_PROCESS_GROUP
+        apart["cwd"] = os.path.dirname(THIS_FILE)
     subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        pass_fds=[lock.fd] if lock.fd >= 0 else [],
-        start_new_session=True,
         env=environ,
-    )
-
-
-def start_sender_on_windows(
-    outbox: Outbox, lock: Lock, environ: dict[str, str]
-) -> None:
-    """The same on Windows, where no descriptor is inherited: it locks for itself."""
-    import subprocess
-
-    lock.release()
-    flags = 0x00000008 | 0x00000200  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
-    subprocess.Popen(
-        sender_command("detached", "-1", outbox.name()),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        creationflags=flags,
-        cwd=os.path.dirname(THIS_FILE),
-        env=environ,
+        **apart,
     )
 
 
@@ -2007,13 +2003,15 @@ def report_event(settings: Settings, tell: Tell) -> None:
 
 
 def start_senders(queued: list[tuple[Outbox, str]], settings: Settings) -> None:
-    """Start a sender for each outbox where none runs and no back-off stands."""
+    """Have a sender started for each outbox where none runs and no back-off stands."""
+    held = {}
     for outbox, _ in queued:
         if not outbox.state().backoff_left_s(time.time()):
             lock = outbox.take_lock()
             if lock is not None:  # busy: a sender runs, and will see the file
-                start_sender(outbox, lock, settings.environ)
-                lock.close()
+                held[outbox.name()] = lock
+    if held:
+        start_sender(held, settings.environ)
 
 
 def open_missing_descriptors() -> None:
@@ -3944,7 +3942,7 @@ class Sender:
                 lock = self.outbox.take_lock()
                 if lock and self.is_outdated():  # go on by the code as it is now
                     bytecode_serves()  # stale bytecode is not what it shall run
-                    start_sender(self.outbox, lock, self.settings.environ)
+                    start_sender({self.outbox.name(): lock}, self.settings.environ)
                     return
                 if self.is_over():
                     self.ends = time.monotonic() + LIFE_S
@@ -4386,8 +4384,9 @@ def deliver_in_background(
 
 
 def send(settings: Settings, tell: Tell) -> None:
-    """Deliver as the command line says: `detached FD DESTINATION`, or `foreground
-    SECONDS NAME DESTINATION`, which is the name of its directory."""
+    """Deliver as the command line says: `foreground SECONDS NAME DESTINATION`, or
+    `detached FD DESTINATION`, with other destinations that are to have a sender behind
+    it. DESTINATION is the name of its directory, FD its lock, NAME the hook's ping."""
     import gc
 
     if hasattr(gc, "set_threshold"):  # PyPy has none
@@ -4395,7 +4394,12 @@ def send(settings: Settings, tell: Tell) -> None:
     began = time.monotonic()
     how, number, *names = sys.argv[3:]
     name = names.pop(0) if how == "foreground" else ""
-    tracker = find_tracker(settings, *names)
+    for fd, other in zip(names[1::2], names[2::2]):
+        try:
+            start_sender({other: Lock(int(fd))}, settings.environ)
+        except OSError:
+            continue  # the next hook tries it again
+    tracker = find_tracker(settings, *names[:1])
     outbox = outbox_of(settings, tracker)
     outbox.need_sound()
     if how == "foreground":

@@ -837,6 +837,45 @@ def test_no_sender_starts_where_nothing_waits(fleet: Callable[..., Fleet]) -> No
     assert done.stderr.decode().split() == [found.names["telemhq"]]
 
 
+def test_one_start_is_all_a_hook_waits_for(fleet: Callable[..., Fleet]) -> None:
+    """However many the destinations are: with a lock for each, all held."""
+    found = fleet()
+    patch = """
+def posix_spawn(path, command, environ, **_):
+    served = command[command.index("detached") + 1:]
+    for fd in served[::2]:
+        os.fstat(int(fd))
+    os.write(2, " ".join(served[1::2]).encode() + b"\\n")
+os.posix_spawn = posix_spawn
+"""
+    env: dict[str, Any] = dict(found.environ)
+    done = patched(found.home, patch, sent=event("SessionEnd-other"), **env)
+    (line,) = done.stderr.decode().splitlines()
+    wanting = {path.name for path in found.home.state.iterdir()}
+    assert len(wanting) > 3
+    assert set(line.split()) == wanting
+
+
+def test_sender_that_can_start_no_other_delivers(fleet: Callable[..., Fleet]) -> None:
+    """The other's pings wait for the next hook."""
+    found = fleet("telemhq", "otlp")
+    found.outage("Stop")
+    patch = """
+import errno, subprocess
+def refuse(*_, **__):
+    raise OSError(errno.EAGAIN, "no process to be had")
+os.posix_spawn = subprocess.Popen = refuse
+"""
+    names = [found.names["telemhq"], found.names["otlp"]]
+    env: dict[str, Any] = dict(found.environ)
+    patched(found.home, patch, "detached", "-1", names[0], "-1", names[1], **env)
+    assert len(found.places["telemhq"].requests) == 1
+    assert found.waiting("telemhq") == []
+    assert found.places["otlp"].requests == []
+    found.hook("Stop")
+    found.places["otlp"].wait_for(2)
+
+
 def test_prefix_and_machine_are_those_of_the_hook(fleet: Callable[..., Fleet]) -> None:
     """The sender may be another project's, with other settings."""
     found = fleet("wigtoken", "recorder")
