@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     Tell = Callable[[str], None]  # says a line to a person, or swallows it
     ReadSecret = Callable[[str], str]  # what a file holds that only its owner can read
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 
 SCRIPT = "telemhq_ping.py"
 

@@ -137,7 +137,7 @@ def test_on_a_terminal_without_arguments_it_helps(home: Home) -> None:
 @pytest.mark.parametrize("python", pythons())
 def test_every_python_runs_the_commands(home: Home, python: str) -> None:
     """The commands compile and run on every supported Python."""
-    assert run(home, "--version", python=python).out.strip() == "telemhq_ping 1.0.0"
+    assert run(home, "--version", python=python).out.strip() == "telemhq_ping 1.1.0"
     ended = run(home, "install", "--url", URL, python=python)
     assert ended.code == 0, ended.err
     assert run(home, "preview", "Stop", python=python).code == 0
@@ -662,7 +662,7 @@ def test_an_upgrade_replaces_only_our_commands(home: Home, command: str) -> None
     hooks = {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}
     write_settings(home, {"hooks": hooks})
     installed(home).parent.mkdir()
-    old = SCRIPT.read_bytes().replace(b'"1.0.0"', b'"0.9.0"')
+    old = SCRIPT.read_bytes().replace(b'"1.1.0"', b'"0.9.0"')
     installed(home).write_bytes(old)
     ended = run(home, "install")
     assert ended.code == 0
@@ -896,7 +896,7 @@ def test_install_drops_bytecode_and_gives_a_new_time(home: Home) -> None:
     cached = installed(home).parent / "__pycache__" / "telemhq_ping.cpython-311.pyc"
     cached.write_bytes(b"stale")
     future = time.time() + 1000
-    installed(home).write_bytes(SCRIPT.read_bytes().replace(b"1.0.0", b"0.9.9"))
+    installed(home).write_bytes(SCRIPT.read_bytes().replace(b"1.1.0", b"0.9.9"))
     os.utime(str(installed(home)), (future, future))
     run(home, "install")
     assert bytecode(home) == []

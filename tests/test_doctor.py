@@ -196,9 +196,9 @@ def test_doctor_sees_an_old_interpreter(well: Home) -> None:
 def test_doctor_sees_another_version(well: Home) -> None:
     """Where the installed script is of another version, doctor says to install."""
     text = installed(well).read_text("utf-8")
-    installed(well).write_text(text.replace('"1.0.0"', '"0.9.0"', 1), "utf-8")
+    installed(well).write_text(text.replace('"1.1.0"', '"0.9.0"', 1), "utf-8")
     bad = diagnosis(well)[2]
-    assert "version 1.0.0" in bad
+    assert "version 1.1.0" in bad
     assert "run `install`" in bad
 
 

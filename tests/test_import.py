@@ -65,11 +65,11 @@ class Installed:
         size, and under -p the same time."""
         text = SCRIPT.read_text("utf-8")
         line = '\n__version__ = "{}"\n'
-        assert text.count(line.format("1.0.0")) == 1
+        assert text.count(line.format("1.1.0")) == 1
         assert len(version) == 5
         self.home.path.joinpath("download").mkdir(exist_ok=True)
         source = self.home.path / "download" / SCRIPT.name
-        source.write_text(text.replace(line.format("1.0.0"), line.format(version)))
+        source.write_text(text.replace(line.format("1.1.0"), line.format(version)))
         os.utime(source, (1700000000, 1700000000))
         subprocess.run(["cp", *flags, str(source), str(self.script)], check=True)
 

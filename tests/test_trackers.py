@@ -44,7 +44,7 @@ PING = {
     "prompt_id": "prompt-1",
     "provider": "anthropic",
     "tool": "claude-code",
-    "hook_version": "1.0.0",
+    "hook_version": "1.1.0",
     "model": "claude-opus-5-5",
     "input_tokens": 3,
     "output_tokens": 5,
@@ -423,7 +423,7 @@ def test_otlp_gets_a_record_a_ping(script: ModuleType) -> None:
     ]
     (body,) = place.strict.accepted
     (logs,) = body[1]["resourceLogs"][0]["scopeLogs"]
-    assert logs["scope"] == {"name": "telemhq_ping", "version": "1.0.0"}
+    assert logs["scope"] == {"name": "telemhq_ping", "version": "1.1.0"}
     assert logs["logRecords"][0]["timeUnixNano"] == "1795176000250000000"
 
 

@@ -252,7 +252,7 @@ class Session:
             {
                 "provider": "anthropic",
                 "tool": "claude-code",
-                "hook_version": "1.0.0",
+                "hook_version": "1.1.0",
                 "event_id": uuid.uuid4().hex,
                 "event": name,
                 "timestamp": iso(ns / 1e9),
