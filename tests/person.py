@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import select
 import stat
 import subprocess
 import sys
@@ -128,6 +129,7 @@ class Terminal:
 
     def read(self) -> bool:
         """Take what it prints; False when it has ended."""
+        assert select.select([self.fd], [], [], 60)[0], self.out
         try:
             part = os.read(self.fd, 65536)
         except OSError:  # Linux says EIO when the other side is closed
