@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import http.server
@@ -14,6 +15,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable
@@ -183,6 +185,27 @@ def dead_url() -> str:
         return receiver.url
 
 
+def small_path() -> str:
+    """A PATH with a python3 in it, as small as can be: the system's directories, where
+    not every machine has one."""
+    system = "/usr/bin:/bin"
+    if shutil.which("python3", path=system):
+        return system
+    directory = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, directory)
+    put_python(pathlib.Path(directory, "python3"))
+    return f"{directory}:{system}"
+
+
+def put_python(path: pathlib.Path) -> None:
+    """Make `path` a command that is the Python that runs the tests."""
+    path.write_text(f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
+    path.chmod(0o755)
+
+
+SMALL_PATH = small_path()
+
+
 class Home:
     """A HOME of its own: environment, state directory, and the processes in it."""
 
@@ -201,7 +224,7 @@ class Home:
 
     def env(self, url: str | None = None, **more: object) -> dict[str, str]:
         """A clean environment, as small as Claude Code's users may have."""
-        found = {"HOME": str(self.path), "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}
+        found = {"HOME": str(self.path), "PATH": SMALL_PATH, "LANG": "C.UTF-8"}
         if url is not None:
             found["TELEMHQ_PING_URL"] = url
         found.update({name: str(value) for name, value in more.items()})
@@ -211,8 +234,7 @@ class Home:
         """Make `name`, in an environment's PATH, the Python that runs the tests."""
         directory = self.path / "bin"
         directory.mkdir(exist_ok=True)
-        (directory / name).write_text(f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
-        (directory / name).chmod(0o755)
+        put_python(directory / name)
         env["PATH"] = f"{directory}:{env['PATH']}"
 
     def hook(

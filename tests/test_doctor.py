@@ -27,6 +27,7 @@ from person import (
 )
 from support import (
     SCRIPT,
+    SMALL_PATH,
     TOKEN,
     Home,
     Receiver,
@@ -524,7 +525,7 @@ def client(home: Home, version: str) -> str:
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
     path.chmod(0o755)
-    return f"{path.parent}:/usr/bin:/bin"
+    return f"{path.parent}:{SMALL_PATH}"
 
 
 def test_doctor_sees_a_client_too_old_for_stop_failure(well: Home) -> None:

@@ -27,7 +27,7 @@ from person import (
     tree,
     write_settings,
 )
-from support import SCRIPT, TOKEN, Home, Receiver, dead_url, event, place
+from support import SCRIPT, SMALL_PATH, TOKEN, Home, Receiver, dead_url, event, place
 
 if TYPE_CHECKING:
     import pathlib
@@ -455,7 +455,7 @@ def client(home: Home, version: str) -> str:
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
     path.chmod(0o755)
-    return f"{path.parent}:/usr/bin:/bin"
+    return f"{path.parent}:{SMALL_PATH}"
 
 
 def events_in(home: Home) -> list[str]:
@@ -489,7 +489,7 @@ def test_newer_clients_get_all_events(home: Home, version: str) -> None:
 def test_without_a_client_install_goes_by_a_new_one(home: Home, said: str) -> None:
     """Where no client is found, or none that tells its version, install goes by a new
     one, and says so."""
-    path = client(home, said) if said else "/usr/bin:/bin"
+    path = client(home, said) if said else SMALL_PATH
     ended = run(home, "install", PATH=path)
     assert events_in(home) == EVENTS
     assert "this is for Claude Code 2.1.78 or newer" in ended.out
@@ -527,7 +527,7 @@ def test_a_stable_path_goes_before_a_versions_own(
     stable.mkdir()
     name = os.path.basename(PYTHON)
     (stable / name).symlink_to(PYTHON)
-    ended = run(home, "install", python=PYTHON, PATH=f"{stable}:/usr/bin:/bin")
+    ended = run(home, "install", python=PYTHON, PATH=f"{stable}:{SMALL_PATH}")
     assert ended.code == 0
     if re.search(r"\d+\.\d+\.\d+", PYTHON):
         assert names_of(home) == (str(stable / name), str(stable / name))
@@ -548,7 +548,7 @@ def test_another_python_steps_in_for_a_versions_own(
     subprocess.run(
         ["/bin/sh", "-c", command.replace(PYTHON, "/nonexistent/3.11.4/python3")],
         input=json.dumps(event("Stop")).encode(),
-        env=home.env(receiver.url, PATH=os.path.dirname(PYTHON) + ":/usr/bin:/bin"),
+        env=home.env(receiver.url, PATH=f"{os.path.dirname(PYTHON)}:{SMALL_PATH}"),
         stderr=subprocess.DEVNULL,
         check=True,
     )
