@@ -5597,7 +5597,8 @@ class Receiver:
 
         self.server = http.server.HTTPServer(("127.0.0.1", self.port), Handler)
         self.port = self.server.server_address[1]
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        serve = self.server.serve_forever
+        threading.Thread(target=serve, args=(LOOK_S / 10,), daemon=True).start()
 
     def stop(self) -> None:
         """Listen no more."""
@@ -5630,7 +5631,7 @@ def wait_for_end(state_dir: str) -> None:
     """Wait until a sender has ended: it gives its lock back just before."""
     for outbox in outboxes(state_dir):
         wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
-    time.sleep(0.2)
+    time.sleep(LOOK_S / 2)
 
 
 # -- Commands: doctor ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -692,16 +693,12 @@ def every_byte(directory: pathlib.Path) -> bytes:
     return b"\n".join(found)
 
 
-def every_command_line() -> bytes:
-    """The arguments of every process of this machine that can be seen."""
+def every_command_line(home: Home) -> bytes:
+    """The arguments of every process of the script in a HOME."""
     found = []
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                with open(f"/proc/{entry}/cmdline", "rb") as file:
-                    found.append(file.read())
-            except OSError:
-                pass
+    for pid in home.processes():
+        with contextlib.suppress(OSError):
+            found.append(pathlib.Path("/proc", str(pid), "cmdline").read_bytes())
     return b"\n".join(found)
 
 
@@ -765,7 +762,7 @@ def test_neither_url_nor_content_is_in_any_processs_arguments(
     receiver.answer = lambda _: release.wait(30) and 200
     home.hook(event("UserPromptSubmit"), receiver.url.replace(TOKEN, secret))
     receiver.wait_for(1)
-    lines = every_command_line()
+    lines = every_command_line(home)
     release.set()
     assert b"detached" in lines
     for needle in (secret, "CANARY", str(receiver.port)):
