@@ -314,6 +314,17 @@ class Home:
                 os.kill(pid, signal.SIGKILL)
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process still runs. (One not yet waited for has no arguments.)"""
+    try:
+        if os.path.isdir("/proc/self"):
+            return pathlib.Path("/proc", str(pid), "cmdline").read_bytes() != b""
+        os.kill(pid, 0)
+        return True
+    except OSError:
+        return False
+
+
 def wait_lock_free(path: str | pathlib.Path, timeout: float = 15) -> None:
     """Wait until nobody holds the flock of `path`."""
     import fcntl
