@@ -56,17 +56,24 @@ elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
 
+
+def use_signals(work: Callable[[Any], object]) -> bool:
+    """Do something with the module signal; whether that could be done. First with the
+    private one behind it, which is there at once: the public one takes 2 ms."""
+    for name in ("_signal", "signal"):
+        try:
+            work(__import__(name))
+            return True
+        except Exception:  # noqa: BLE001 - that module has changed
+            continue
+    return False
+
+
 # Claude Code runs a hook's command; a Ctrl-C in its terminal is not meant for us, and
 # would be a traceback. A command, which a person runs, it ends.
 imported = __name__ != "__main__" and sys.flags.no_site and sys.argv[:1] == ["-c"]
 if imported or (__name__ == "__main__" and len(sys.argv) < 2):
-    for signals in ("_signal", "signal"):  # the private one takes 2 ms less
-        try:
-            found = __import__(signals)
-            found.signal(found.SIGINT, found.SIG_IGN)
-            break
-        except Exception:  # noqa: BLE001 - that module has changed
-            continue
+    use_signals(lambda signals: signals.signal(signals.SIGINT, signals.SIG_IGN))
 
 import os
 import stat
@@ -1652,35 +1659,68 @@ def read_stdin(keep: bool = True) -> bytes:
     """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
     when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S; beyond
     STDIN_MAX_BYTES it is none."""
-    import _thread  # built in; select is not, and knows sockets only on Windows
-
     ends = time.monotonic() + STDIN_WAIT_S
     parts: list[bytes] = []
     size = 0
-    over = _thread.allocate_lock()
-    over.acquire()
 
     def read() -> None:
         nonlocal size
+        while time.monotonic() < ends and size <= STDIN_MAX_BYTES:
+            part = os.read(0, 1 << 16)  # as much as a pipe holds
+            if not part:
+                break
+            size += len(part)
+            if keep:
+                parts.append(part)
+
+    if set_alarm(STDIN_WAIT_S):
         try:
-            while time.monotonic() < ends and size <= STDIN_MAX_BYTES:
-                part = os.read(0, 1 << 16)  # as much as a pipe holds
-                if not part:
-                    break
-                size += len(part)
-                if keep:
-                    parts.append(part)
+            try:
+                read()
+            finally:
+                set_alarm(0)
+        except OSError:
+            pass  # it is no file to read from, or the time is over
+    else:
+        run_in_thread(read, STDIN_WAIT_S)
+    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
+
+
+def set_alarm(seconds: float) -> bool:
+    """Have TimeoutError raised after so many seconds, 0: no more. False where there is
+    no alarm."""
+
+    def give_up(*_: object) -> None:
+        raise TimeoutError("timed out")
+
+    def set_it(signals: Any) -> None:
+        signals.signal(signals.SIGALRM, give_up)
+        signals.setitimer(signals.ITIMER_REAL, seconds)
+
+    return use_signals(set_it)
+
+
+def run_in_thread(work: Callable[[], None], seconds: float) -> None:
+    """Do what may wait for ever, and leave it when the time is over. For Windows, which
+    has no alarm; a thread starts late when the machine is busy."""
+    import _thread
+
+    over = _thread.allocate_lock()
+    over.acquire()
+
+    def run() -> None:
+        try:
+            work()
         except OSError:
             pass
         finally:
             over.release()
 
     try:
-        _thread.start_new_thread(read, ())
-        over.acquire(True, STDIN_WAIT_S)
+        _thread.start_new_thread(run, ())
     except RuntimeError:  # no thread to be had
-        read()
-    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
+        run()
+    over.acquire(True, seconds)
 
 
 def inside(path: str, directory: str) -> bool:

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from types import ModuleType
 from typing import Any
 
@@ -22,16 +23,77 @@ from support import (
     SCRIPT,
     Home,
     Receiver,
+    dead_url,
     event,
     need_cpython,
     patched,
     place,
     run_sender,
+    start_patched,
     wait_until,
 )
 
 SILENT = (0, b"", b"")
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+
+# -- stdin, which is read in time -----------------------------------------------------
+
+NO_ALARM = """
+import _signal
+for module in (_signal, signal):
+    if hasattr(module, "setitimer"):
+        del module.setitimer
+"""
+NO_THREAD = """
+import _thread
+def start_new_thread(*_):
+    raise RuntimeError("can't start new thread")
+_thread.start_new_thread = start_new_thread
+"""
+ALONE = "os.posix_spawn = lambda *_, **__: 0\n"
+
+
+@pytest.mark.parametrize("patch", ["", NO_ALARM, NO_ALARM + NO_THREAD])
+def test_without_an_alarm_stdin_is_read_to_its_end(home: Home, patch: str) -> None:
+    """Windows has none: a thread reads, or where there is none to be had, nobody
+    else."""
+    raw = event("Stop", last_assistant_message="x" * (1 << 20))
+    done = patched(home, ALONE + patch, url=dead_url(), sent=raw)
+    assert (done.returncode, done.stdout, done.stderr) == SILENT
+    assert json.loads(home.waiting()[0].read_text())["ping"]["event"] == "Stop"
+
+
+@pytest.mark.parametrize("patch", ["", NO_ALARM])
+def test_without_an_alarm_an_open_stdin_is_left(home: Home, patch: str) -> None:
+    """What arrived within the time counts, also where a thread reads it."""
+    process = start_patched(home, ALONE + patch, url=dead_url())
+    assert process.stdin
+    begun = time.monotonic()
+    process.stdin.write(json.dumps(event("Stop")).encode())
+    process.stdin.flush()
+    assert process.wait(30) == 0
+    assert 4.5 < time.monotonic() - begun < 9.5
+    assert process.communicate() == (b"", b"")
+    assert len(home.waiting()) == 1
+
+
+@pytest.mark.parametrize("what", ["an event", "nothing", "write-only"])
+def test_alarm_is_called_off(tmp_path: pathlib.Path, what: str) -> None:
+    """Whatever stdin was: no TimeoutError comes later, while a ping is delivered."""
+    path = tmp_path / "event"
+    path.write_text("" if what == "nothing" else json.dumps(event("Stop")))
+    fd = os.open(str(path), os.O_WRONLY if what == "write-only" else os.O_RDONLY)
+    look = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import telemhq_ping, signal; "
+        "telemhq_ping.read_stdin(); "
+        "print(signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL))"
+    )
+    command = [sys.executable, "-I", "-c", look, str(ROOT)]
+    done = subprocess.run(command, stdin=fd, capture_output=True, check=True)
+    os.close(fd)
+    assert b"give_up" in done.stdout
+    assert done.stdout.rstrip().endswith(b"(0.0, 0.0)")
+
 
 # -- The start of a sender ------------------------------------------------------------
 
