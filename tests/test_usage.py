@@ -2407,19 +2407,19 @@ def test_tokens_of_an_overflowed_ping_are_counted_when_it_was_charged(
 
 def test_whole_way_of_a_session(live: Session) -> None:
     """Hooks, detached senders and a client that writes late: the sums are the
-    ledger.
+    ledger. (The rows are stamped before the first hook is done, however fast it is.)
     """
     live.hook("SessionStart-startup", source="startup")
     wait_until(lambda: len(live.receiver.requests) == 1, 30)
-    live.add(prompt(0.1))
+    live.add(prompt(0.01))
     live.hook("UserPromptSubmit")
-    live.add(message(0.1, 1, stop="tool_use", tools=["Agent"]))
+    live.add(message(0.01, 1, stop="tool_use", tools=["Agent"]))
     live.hook("PreToolUse-Agent")
-    live.add(message(0.1, 2, stop="tool_use"), to=live.agent())
+    live.add(message(0.01, 2, stop="tool_use"), to=live.agent())
     live.hook("Stop")
-    after(0.1, lambda: live.add(message(0.2, 4)))
+    after(0.1, lambda: live.add(message(0.02, 4)))
     live.receiver.wait_for(4, 30)
-    live.add(message(0.3, 8), to=live.agent())
+    live.add(message(0.03, 8), to=live.agent())
     live.hook("SubagentStop", agent_transcript_path=str(live.agent()))
     live.receiver.wait_for(5, 30)
     live.add(ledger({OPUS: 15, HAIKU: 16}, 1.5))
