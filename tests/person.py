@@ -9,6 +9,7 @@ import select
 import stat
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -141,6 +142,7 @@ class Terminal:
         """Wait for a prompt, then type."""
         while prompt not in self.out:
             assert self.read(), self.out
+        time.sleep(0.1)  # input() misses a signal between its prompt and its read
         os.write(self.fd, typed.encode())
 
     def end(self) -> tuple[int, str]:

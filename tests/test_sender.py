@@ -500,7 +500,7 @@ time.sleep = lambda s: sleep(s / 10)
             sent=event("Stop"),
             TELEMHQ_FOREGROUND="1",
         )
-        assert 0.7 < time.monotonic() - begun < 5
+        assert 0.7 < time.monotonic() - begun < 8  # not ten times as long
     assert (run.returncode, run.stdout, run.stderr) == (0, b"", b"")
     assert receiver.requests == []
     assert len(home.waiting()) == 2
