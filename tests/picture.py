@@ -8,6 +8,7 @@ reader with a light or a dark page sees them. Linux or macOS.
 
 from __future__ import annotations
 
+import argparse
 import html
 import os
 import pathlib
@@ -98,8 +99,11 @@ def draw(text: str) -> str:
 
 
 def main() -> None:
-    target, *arguments = sys.argv[1:]
-    pathlib.Path(target).write_text(draw(run_at_terminal(*arguments)), "utf-8")
+    parser = argparse.ArgumentParser(description="Draw what a command prints.")
+    parser.add_argument("target", type=pathlib.Path, help="the SVG to write")
+    parser.add_argument("arguments", nargs="+", help="of telemhq_ping.py")
+    options = parser.parse_args()
+    options.target.write_text(draw(run_at_terminal(*options.arguments)), "utf-8")
 
 
 if __name__ == "__main__":
