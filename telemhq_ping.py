@@ -45,6 +45,7 @@ Exit status
 
 from __future__ import annotations
 
+import gc
 import sys
 
 # Before any other import: no json.py of a project, or beside this file, is ours.
@@ -70,10 +71,12 @@ def use_signals(work: Callable[[Any], object]) -> bool:
 
 
 # Claude Code runs a hook's command; a Ctrl-C in its terminal is not meant for us, and
-# would be a traceback. A command, which a person runs, it ends.
+# would be a traceback. A command, which a person runs, it ends. And to look for garbage
+# would take a twentieth of a hook's time; a sender does it.
 imported = __name__ != "__main__" and sys.flags.no_site and sys.argv[:1] == ["-c"]
 if imported or (__name__ == "__main__" and len(sys.argv) < 2):
     use_signals(lambda signals: signals.signal(signals.SIGINT, signals.SIG_IGN))
+    gc.disable()
 
 import os
 import stat
@@ -4427,8 +4430,7 @@ def send(settings: Settings, tell: Tell) -> None:
     """Deliver as the command line says: `foreground SECONDS NAME DESTINATION`, or
     `detached FD DESTINATION`, with other destinations that are to have a sender behind
     it. DESTINATION is the name of its directory, FD its lock, NAME the hook's ping."""
-    import gc
-
+    gc.enable()
     if hasattr(gc, "set_threshold"):  # PyPy has none
         gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
     began = time.monotonic()

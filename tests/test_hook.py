@@ -316,6 +316,16 @@ def test_nothing_on_stdin_makes_the_hook_fail_or_talk(home: Home, python: str) -
     assert home.processes() == []
 
 
+def test_only_a_sender_looks_for_garbage(home: Home, receiver: Receiver) -> None:
+    """A hook ends before there is any worth it; a sender may live for a minute."""
+    tell = "lambda *_, **__: os.write(2, str(__import__('gc').isenabled()).encode())"
+    done = patched(home, f"os.posix_spawn = {tell}", sent=STOP, url=receiver.url)
+    assert done.stderr == b"False"
+    done = patched(home, f"os.nice = {tell}", "detached", "-1", url=receiver.url)
+    assert done.stderr == b"True"
+    assert len(receiver.requests) == 1
+
+
 @every_python
 def test_no_expensive_module_is_imported_in_the_hook(home: Home, python: str) -> None:
     """The hook itself imports neither urllib, json, hashlib, re nor subprocess."""

@@ -926,7 +926,8 @@ def test_a_stdin_without_bounds(
         hook.returncode = status
     assert status == 0
     assert time.monotonic() - begun < 8
-    assert used.ru_maxrss < 400 << 10  # KB
+    has_gil: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
+    assert used.ru_maxrss < (400 if has_gil else 500) << 10  # KB
     assert home.waiting() == []
 
 
