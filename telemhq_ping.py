@@ -5148,6 +5148,8 @@ def own_interpreter() -> str:
     behind = os.path.join(sys.base_prefix, "bin", f"python{major}.{minor}")
     if os.name == "nt":
         behind = os.path.join(sys.base_prefix, "python.exe")
+    elif not os.path.exists(behind):  # PyPy has other names
+        behind = os.path.realpath(sys.executable)
     return behind if os.path.exists(behind) else sys.executable
 
 
@@ -6253,7 +6255,7 @@ def preview(options: Namespace) -> int:
     else:
         if sys.stdin.isatty():
             print("Paste an event (JSON), then Ctrl-D on a line of its own:")
-        raw = sys.stdin.buffer.read()
+        raw = b"".join(iter(lambda: os.read(0, 1 << 16), b""))
     event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
     if not isinstance(event, dict):
         raise Skipped("that is no event")

@@ -926,8 +926,10 @@ def test_a_stdin_without_bounds(
         hook.returncode = status
     assert status == 0
     assert time.monotonic() - begun < 8
+    # PyPy, and Pythons with free threads, give back late what they have freed.
     has_gil: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
-    assert used.ru_maxrss < (400 if has_gil else 500) << 10  # KB
+    most_mb = 400 if has_gil and sys.implementation.name == "cpython" else 900
+    assert used.ru_maxrss < most_mb << 10  # KB
     assert home.waiting() == []
 
 

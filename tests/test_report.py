@@ -379,7 +379,7 @@ def test_ten_thousand_pings_take_half_a_second(home: Home) -> None:
             check=True,
         )
         best = min(best, float(done.stdout.split()[-1]))
-    assert best < 0.5
+    assert best < (0.5 if sys.implementation.name == "cpython" else 1)
 
 
 def test_a_head_that_has_seen_enough(home: Home) -> None:

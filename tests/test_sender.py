@@ -197,6 +197,8 @@ def test_one_sender_at_a_time(home: Home, gated: tuple[Receiver, Gate]) -> None:
 
 def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
     """Fifty hooks at once: fifty pings delivered, once each, one request at a time."""
+    # They are held by their stdin until all have started: within 5 s.
+    many = 50 if sys.implementation.name == "cpython" else 20
     begun = [
         subprocess.Popen(
             [sys.executable, "-I", "-S", str(SCRIPT)],
@@ -207,7 +209,7 @@ def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
             cwd=str(home.project),
             start_new_session=True,
         )
-        for _ in range(50)
+        for _ in range(many)
     ]
     for number, hook in enumerate(begun):
         assert hook.stdin
@@ -222,10 +224,10 @@ def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
         assert hook.stdout.read() == b""
         hook.stdout.close()
         assert hook.wait(30) == 0
-    receiver.wait_for(50, timeout=30)
+    receiver.wait_for(many, timeout=30)
     home.quiet()
     prompts = sorted(ping["prompt_id"] for ping in receiver.pings)
-    assert prompts == sorted(f"prompt-{number}" for number in range(50))
+    assert prompts == sorted(f"prompt-{number}" for number in range(many))
     assert receiver.most_at_once == 1
     assert home.waiting() == []
 
