@@ -232,15 +232,15 @@ def path_hash(path: str, key: str) -> str:
 
 DIGITS, LOWER = "0123456789", "abcdefghijklmnopqrstuvwxyz"
 LETTERS_DIGITS = frozenset(DIGITS + LOWER + LOWER.upper())
+IDENTIFIER = LETTERS_DIGITS.union("_.:-")
 
 
 def identifier(value: object, more: str = "") -> bool:
     """1 to 128 letters, digits and _ . : - (and `more`), a letter or digit first."""
     if not isinstance(value, str) or not 0 < len(value) <= 128:
         return False
-    return value[0] in LETTERS_DIGITS and LETTERS_DIGITS.union("_.:-", more).issuperset(
-        value
-    )
+    allowed = IDENTIFIER.union(more) if more else IDENTIFIER
+    return value[0] in LETTERS_DIGITS and allowed.issuperset(value)
 
 
 def number(value: object) -> bool:
@@ -3797,25 +3797,25 @@ class Sender:
         line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
         add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
 
-    def keep(self, record: Record, answer: Answer) -> None:
+    def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
         """Add a delivered ping to sent.jsonl, for its user to look up what left; with
         its bodies, where those are not the ping itself."""
         found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
-        requests = self.tracker.requests(record.ping, record.beside)
         bodies = [(request.body or b"").decode() for request in requests]
-        ping = encode_json(record.ping)
-        if bodies != [ping]:
+        text = encode_json(ping)
+        if bodies != [text]:
             found["bodies"] = bodies
-        line = f'{encode_json(found)[:-1]},"ping":{ping}}}\n'
+        line = f'{encode_json(found)[:-1]},"ping":{text}}}\n'
         add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
     # The request on its way, and its watchdog
 
-    def attempt(self, name: str, record: Record) -> Answer | None:
-        """Send the requests of a ping that are still to be accepted, one after another;
-        the first that is not delivered has the last word. None: there was none to send,
-        or no time for all of them."""
-        requests = self.tracker.requests(record.ping, record.beside)
+    def attempt(
+        self, name: str, record: Record, requests: list[Request]
+    ) -> Answer | None:
+        """Send those requests of a ping that are still to be accepted, one after
+        another; the first that is not delivered has the last word. None: there was none
+        to send, or no time for all of them."""
         answer = None
         for request in requests[record.accepted :]:
             if answer and self.is_over():
@@ -4290,7 +4290,8 @@ class Walk:
         record = self.read_record(name)
         if record is None:
             return None
-        answer = self.sender.attempt(name, record)
+        requests = self.sender.tracker.requests(record.ping, record.beside)
+        answer = self.sender.attempt(name, record, requests)
         if answer is None:
             if not self.sender.is_over():
                 self.drop(name)
@@ -4298,7 +4299,10 @@ class Walk:
         self.tried += 1
         self.last_answer = answer.what
         if answer.verdict == DELIVERED:
-            self.accepted(name, record, answer)
+            # Before its file goes: after a crash it may stand in sent.jsonl twice, but
+            # never not at all.
+            self.sender.keep(record.ping, requests, answer)
+            self.accepted(name, record.ping)
         return answer
 
     def drop(self, name: str) -> None:
@@ -4306,15 +4310,13 @@ class Walk:
         remove(self.outbox.file(name))
         self.state.suspects.pop(name, None)
 
-    def accepted(self, name: str, record: Record, answer: Answer) -> None:
-        """The tracker has the ping: only now its file goes. It is in sent.jsonl before:
-        after a crash it may stand there twice, but never not at all."""
-        self.sender.keep(record, answer)
+    def accepted(self, name: str, ping: Fields) -> None:
+        """The tracker has the ping: only now its file goes."""
         remove(self.outbox.file(name))
         self.delivered += 1
         if self.refusals_left:  # a witness that came by itself
             self.refusals_left = WITNESS_REFUSALS
-        self.last_event = str(record.ping.get("event"))
+        self.last_event = str(ping.get("event"))
         state = self.state
         state.suspects.pop(name, None)
         state.failures, state.not_before = 0, 0
