@@ -1494,6 +1494,7 @@ PURE = {
     | {"version_info"},
     "time": {"gmtime", "strftime", "strptime"},
     "stat": set(),
+    "gc": {"disable"},
 }
 PURE_MODULES = {"__future__", "_json", "calendar", "hashlib", "hmac", "json", *PURE}
 PURE_MODULES -= {"os.path"}
