@@ -77,6 +77,7 @@ def test_without_an_alarm_an_open_stdin_is_left(home: Home, patch: str) -> None:
     assert len(home.waiting()) == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no alarm")
 @pytest.mark.parametrize("what", ["an event", "nothing", "write-only"])
 def test_alarm_is_called_off(tmp_path: pathlib.Path, what: str) -> None:
     """Whatever stdin was: no TimeoutError comes later, while a ping is delivered."""
