@@ -1875,8 +1875,8 @@ def start_sender(held: dict[str, Lock], environ: dict[str, str]) -> None:
     try:
         spawn_sender(command, fds, environ)
     except (AttributeError, NotImplementedError, OSError):
-        # Windows, PyPy, Termux: no posix_spawn; macOS before 10.15, old C libraries: no
-        # setsid=
+        # Windows, PyPy, Termux: no posix_spawn. macOS before 10.15, old C libraries:
+        # no setsid=.
         start_sender_by_subprocess(command, fds, environ)
     finally:
         for lock in held.values():
@@ -2391,7 +2391,7 @@ def keeps_ledger(fields: Fields) -> bool:
     """Whether the client that wrote a row ends its sessions with a ledger. One that
     does not tell its version is taken for a present one."""
     version = str(fields.get("version")).split(".")
-    if len(version) != 3 or not all(part.isdigit() for part in version):
+    if len(version) != 3 or not all(part.isdecimal() for part in version):
         return True
     first = LEDGER_CLIENTS["cli" if fields.get("entrypoint") == "cli" else ""]
     return [int(part[:9]) for part in version] >= list(first)
@@ -6255,7 +6255,7 @@ def preview(options: Namespace) -> int:
     if options.event:
         raw = encode_json(sample(options.event, "/x.jsonl")).encode()
     else:
-        if sys.stdin.isatty():
+        if sys.stdin and sys.stdin.isatty():
             print("Paste an event (JSON), then Ctrl-D on a line of its own:")
         raw = b"".join(iter(lambda: os.read(0, 1 << 16), b""))
     event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))

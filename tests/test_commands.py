@@ -373,6 +373,18 @@ def test_preview_at_a_terminal_says_that_it_waits(home: Home) -> None:
     assert '"event": "Stop"' in out
 
 
+def test_preview_without_a_stdin_says_so(home: Home) -> None:
+    """A closed stdin is an error to read, and no traceback."""
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"'{sys.executable}' '{SCRIPT}' preview <&-"],
+        env=home.env(),
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"Bad file descriptor" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
 def test_preview_uses_the_settings_env_block(home: Home) -> None:
     """Variables of the settings' env block shape a preview, as they do a hook."""
     write_settings(home, {"env": {"TELEMHQ_PROJECT": "from-settings"}})

@@ -18,6 +18,7 @@ import pytest
 
 from support import (
     FIXTURES,
+    NO_THREAD,
     ONE_LIFE,
     ROOT,
     SCRIPT,
@@ -43,12 +44,6 @@ import _signal
 for module in (_signal, signal):
     if hasattr(module, "setitimer"):
         del module.setitimer
-"""
-NO_THREAD = """
-import _thread
-def start_new_thread(*_):
-    raise RuntimeError("can't start new thread")
-_thread.start_new_thread = start_new_thread
 """
 ALONE = "os.posix_spawn = lambda *_, **__: 0\n"
 

@@ -23,6 +23,7 @@ from typing import Any, Callable, Iterable
 import pytest
 
 from support import (
+    NO_THREAD,
     ONE_LIFE,
     ROOT,
     SCRIPT,
@@ -966,14 +967,6 @@ def test_a_log_that_cannot_be_written(
     place(home, receiver.url)
     run_sender(home, receiver.url)
     assert home.state_json()["failures"] == 1
-
-
-NO_THREAD = """
-import _thread
-def start(*_):
-    raise RuntimeError("can't start new thread")
-_thread.start_new_thread = start
-"""
 
 
 def test_without_a_thread_pings_are_delivered(home: Home, receiver: Receiver) -> None:

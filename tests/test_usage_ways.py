@@ -911,6 +911,7 @@ CLIENTS = {  # version, entry: whether such a client ends a session with a ledge
     ("2.1.330", "cli"): True,
     ("3.0.0", "sdk-py"): True,
     ("of tomorrow", "cli"): True,
+    ("2.1.\u00b2", "cli"): True,  # a digit that int() does not take
 }
 
 
