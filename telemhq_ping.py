@@ -474,9 +474,8 @@ def counts_by_model(value: object) -> bool:
     return counts(value, model_name, token_counts)
 
 
-GATE: dict[
-    str, Shape
-] = {}  # all that can ever leave: field -> the only shape it may have
+# All that can ever leave: field -> the only shape it may have.
+GATE: dict[str, Shape] = {}
 for names, shape in (
     ("event_id event timestamp status provider tool hook_version machine", identifier),
     ("session_id prompt_id tool_name tool_use_id permission_mode effort", identifier),
@@ -6533,7 +6532,7 @@ def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
     rest = {name: value for name, value in ping.items() if name not in TOKENS}
     found = [(str(ping.get("model", "unknown")), rest)]
     for model, counts in models.items():
-        billed = [number for name, number in counts.items() if name in TOKENS[:4]]
+        billed = [n for name, n in counts.items() if name in TOKENS[:4]]
         found.append((model, {"total_tokens": sum(billed), **counts}))
     return found
 
