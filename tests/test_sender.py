@@ -163,7 +163,7 @@ def test_what_kind_of_process_the_sender_is(
     proc = pathlib.Path("/proc", str(pid))
     command = (proc / "cmdline").read_bytes().split(b"\0")[:-1]
     words = [os.fsdecode(part) for part in command]
-    assert words[1:3] == ["-I", "-S"]
+    assert words[1:5] == ["-I", "-S", "-X", "lazy_imports=all"]
     assert words[-5:-2] == [str(ROOT), "telemhq_ping", "detached"]
     assert words[-1] == home.destination().name
     fields = (proc / "stat").read_text().rsplit(")", 1)[1].split()
