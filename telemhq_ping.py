@@ -5742,8 +5742,9 @@ def doctor(options: Namespace) -> int:
 def diagnosis(around: Surroundings, run_all: bool = False) -> Iterator[Check]:
     """All checks, in the order of a ping's way. run_all: run every command, too."""
     yield from check_settings(around)
-    yield from check_client(around)
-    yield from check_events(around)
+    version = client_version()
+    yield from check_client(around, version)
+    yield from check_events(around, version)
     yield from check_commands(around, run_all)
     yield from check_variables(around)
     yield from check_trackers(around)
@@ -5763,9 +5764,9 @@ def check_settings(around: Surroundings) -> Iterator[Check]:
             yield Check(False, off, "take disableAllHooks out of it")
 
 
-def check_client(around: Surroundings) -> Iterator[Check]:
-    """Whether the client can read settings that name StopFailure."""
-    version = client_version()
+def check_client(around: Surroundings, version: str) -> Iterator[Check]:
+    """Whether the client (its version, "" unknown) can read settings that name
+    StopFailure."""
     if not version:
         yield Check(None, "no claude command was found")
         return
@@ -5778,8 +5779,8 @@ def check_client(around: Surroundings) -> Iterator[Check]:
         yield Check(True, f"Claude Code {version}")
 
 
-def check_events(around: Surroundings) -> Iterator[Check]:
-    """Whether each event runs the script, and does so once."""
+def check_events(around: Surroundings, version: str) -> Iterator[Check]:
+    """Whether each event that the client knows runs the script, and does so once."""
     found: dict[str, list[tuple[RegisteredHook, str]]] = {}
     for file in around.files:
         for hook in file.hooks():
@@ -5787,7 +5788,7 @@ def check_events(around: Surroundings) -> Iterator[Check]:
                 found.setdefault(hook.event, []).append((hook, file.path))
     plugin = around.plugin_in()
     wanted = list(EVENTS)
-    if is_too_old(client_version()):
+    if is_too_old(version):
         wanted.remove("StopFailure")
     for event in dict.fromkeys([*wanted, *found]):
         places = found.get(event, [])

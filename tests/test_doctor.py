@@ -522,7 +522,8 @@ def client(home: Home, version: str) -> str:
     """A PATH with a claude command of that version on it."""
     path = home.path / "bin" / "claude"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
+    said = f"echo '{version} (Claude Code)'"
+    path.write_text(f'#!/bin/sh\necho >> "$0.asked"\n{said}\n')
     path.chmod(0o755)
     return f"{path.parent}:{SMALL_PATH}"
 
@@ -538,10 +539,11 @@ def test_doctor_sees_a_client_too_old_for_stop_failure(well: Home) -> None:
 
 @pytest.mark.parametrize("version", ["2.1.78", "2.2.0", "10.0.1"])
 def test_doctor_is_content_with_newer_clients(well: Home, version: str) -> None:
-    """From 2.1.78 on a client is fine."""
+    """From 2.1.78 on a client is fine. It is asked once: its start takes a while."""
     code, good, _ = diagnosis(well, PATH=client(well, version))
     assert code == 0
     assert f"Claude Code {version}" in good
+    assert (well.path / "bin" / "claude.asked").read_text() == "\n"
 
 
 def test_doctor_finds_no_client(well: Home) -> None:
