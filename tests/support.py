@@ -31,6 +31,7 @@ ROOT = TESTS.parent
 SCRIPT = ROOT / "telemhq_ping.py"
 FIXTURES = TESTS / "fixtures"
 TOKEN = "SECRETTOKEN0123456789"  # the credential in every test URL: must never leak
+TAKEN: dict[int, socket.socket] = {}  # the ports of dead URLs
 
 
 def command(python: str = sys.executable, directory: object = ROOT) -> str:
@@ -132,6 +133,8 @@ class Receiver:
             def handle_error(self, *_: object) -> None:
                 """Clients that go away are part of the tests."""
 
+        if port in TAKEN:
+            TAKEN.pop(port).close()
         self.server = Server(("127.0.0.1", port), Handler)
         if tls:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -180,9 +183,12 @@ def wait_until(
 
 
 def dead_url() -> str:
-    """A loopback URL where nothing listens."""
-    with Receiver() as receiver:
-        return receiver.url
+    """A loopback URL where nothing listens before a receiver is made for its port."""
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    port = bound.getsockname()[1]
+    TAKEN[port] = bound  # or it might be given to another test
+    return f"http://127.0.0.1:{port}/ping/{TOKEN}"
 
 
 def small_path() -> str:

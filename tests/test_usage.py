@@ -35,7 +35,6 @@ import pytest
 
 from support import (
     FIXTURES,
-    SCRIPT,
     Home,
     Receiver,
     Request,
@@ -370,13 +369,6 @@ def together(table: Mapping[str, Sequence[Any]], prepare: Callable[..., None]) -
         return found
 
     return sessions
-
-
-@pytest.fixture(autouse=True, scope="session")
-def installed_now() -> None:
-    """The script is installed now: sessions that began an hour ago are older."""
-    installed = SCRIPT.stat()
-    os.utime(SCRIPT, ns=(installed.st_atime_ns, installed.st_mtime_ns))
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from test_usage import (
     Opened,
     Session,
     hurried,
-    installed_now,
     iso,
     ledger,
     message,
@@ -48,7 +47,7 @@ from test_usage import (
 if TYPE_CHECKING:
     from typing import Callable
 
-__all__ = ["installed_now", "session"]  # fixtures
+__all__ = ["session"]  # fixtures
 
 # Makes the nth call (or each, for 0) of a function of os fail for one path.
 FAILING = """
@@ -669,6 +668,7 @@ def test_session_older_than_a_day_is_not_billed_from_its_start(met: Session) -> 
     assert summed(met.usage(), "cost_usd") == {"cost_usd": 0}
 
 
+@pytest.mark.alone  # it touches the script that all tests run
 def test_session_that_began_when_the_destination_was_there(session: Session) -> None:
     """An update gives the script a new time: the destination's first use counts."""
     Session(session.home, session.receiver).hold("Notification", 0)
