@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support import SCRIPT, TOKEN
+from support import SCRIPT, TOKEN, script_command
 
 pty = pytest.importorskip("pty", reason="terminals of POSIX")
 
@@ -52,8 +52,11 @@ def run(
 ) -> Ended:
     """Run a command; its output never holds the token."""
     url = env.pop("url", None)
+    command = script_command(*map(str, arguments), python=python)
+    if script != SCRIPT:
+        command = [python, str(script), *map(str, arguments)]
     done = subprocess.run(
-        [str(python), str(script)] + [str(argument) for argument in arguments],
+        command,
         input=sent,
         capture_output=True,
         env=home.env(url, **env),
@@ -125,7 +128,7 @@ class Terminal:
         self.pid, self.fd = pty.fork()
         if not self.pid:
             os.chdir(str(home.project))
-            command = [sys.executable, str(SCRIPT), *arguments]
+            command = script_command(*arguments)
             os.execve(sys.executable, command, home.env(**env))
 
     def read(self) -> bool:

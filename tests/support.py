@@ -45,6 +45,28 @@ def as_script(python: str = sys.executable, directory: object = ROOT) -> str:
     return f"exec {python} -I -S '{directory}/{SCRIPT.name}'"
 
 
+def hook_command() -> list[str]:
+    """The same as the arguments of a process."""
+    return ["/bin/sh", "-c", command()]
+
+
+# Python compiles a script at every run, which takes longer than what most commands do.
+FROM_BYTECODE = """
+import sys
+import __main__
+from importlib.machinery import SourceFileLoader
+del sys.argv[0]
+__main__.__file__ = sys.argv[0]
+exec(SourceFileLoader("__main__", sys.argv[0]).get_code("__main__"), vars(__main__))
+"""
+
+
+def script_command(*arguments: str, python: str = sys.executable) -> list[str]:
+    """The command of a person who runs the script, from the bytecode that the hooks
+    leave beside it."""
+    return [python, "-c", FROM_BYTECODE, str(SCRIPT), *arguments]
+
+
 def sender_command(*arguments: str, python: str = sys.executable) -> list[str]:
     """The command of a sender; by default one that takes the lock itself."""
     start = (
@@ -315,9 +337,20 @@ class Home:
 
     def end(self) -> None:
         """End every process of this HOME, by id."""
-        for pid in self.processes():
+        ended = self.processes()
+        for pid in ended:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(map(holds_files, ended)))
+
+
+def holds_files(pid: int) -> bool:
+    """Whether a process still has its files, and with them its locks. (Linux)"""
+    try:
+        state = pathlib.Path("/proc", str(pid), "stat").read_bytes().rpartition(b")")[2]
+    except OSError:
+        return False
+    return state.split()[0] not in (b"Z", b"X")
 
 
 def is_alive(pid: int) -> bool:

@@ -10,7 +10,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from typing import Any, Iterable
 
@@ -23,9 +22,11 @@ from support import (
     Request,
     command,
     event,
+    hook_command,
     only_enqueue,
     place,
     run_sender,
+    script_command,
     wait_lock_free,
     wait_until,
 )
@@ -244,7 +245,7 @@ def test_flush_during_a_burst(home: Home, receiver: Receiver) -> None:
     only_enqueue(home, receiver.url)
     begun = time.monotonic()
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "flush"],
+        script_command("flush"),
         env=home.env(receiver.url),
         stdout=subprocess.PIPE,
     )
@@ -330,7 +331,7 @@ def test_a_hook_at_any_step_of_a_burst(
         beside = f"""
 import subprocess
 def beside():
-    hook = [sys.executable, "-I", "-S", {str(SCRIPT)!r}]
+    hook = {hook_command()!r}
     subprocess.run(hook, input={json.dumps(event("Stop")).encode()!r},
         env={home.env(receiver.url)!r})
     os.mkdir({str(ran)!r})

@@ -11,7 +11,6 @@ import pathlib
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from typing import Iterable
@@ -20,11 +19,11 @@ import pytest
 
 from support import (
     ONE_LIFE,
-    SCRIPT,
     Home,
     Receiver,
     Request,
     event,
+    hook_command,
     patched,
     place,
     run_sender,
@@ -355,7 +354,7 @@ def test_random_kills_over_five_hundred_events(home: Home) -> None:
         def run(number: int) -> bool:
             """Run one hook, killed after its delay; whether it returned by itself."""
             hook = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SCRIPT)],
+                hook_command(),
                 stdin=subprocess.PIPE,
                 env=env,
                 cwd=str(home.project),

@@ -27,6 +27,7 @@ from support import (
     Request,
     dead_url,
     event,
+    hook_command,
     only_enqueue,
     patched,
     wait_until,
@@ -178,7 +179,7 @@ def test_only_the_user_can_read_what_is_written(
     assert outcome(patched(home, alone, url=receiver.url, sent=sent, **env)) == SILENT
     for name in ("StopFailure", "SessionEnd-other"):
         done = subprocess.run(
-            [sys.executable, "-I", "-S", str(SCRIPT)],
+            hook_command(),
             input=json.dumps(event(name)).encode(),
             cwd=str(home.project),
             capture_output=True,
@@ -202,7 +203,7 @@ def test_the_background_sender_keeps_to_the_permissions(
     receiver.answer = lambda request: 400 if request.ping["event"] == "Stop" else 200
     only_enqueue(home, receiver.url, event("Stop"))
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(SCRIPT)],
+        hook_command(),
         stdin=subprocess.PIPE,
         env=home.env(receiver.url),
         cwd=str(home.project),
@@ -378,7 +379,7 @@ def limited(
 ) -> subprocess.CompletedProcess[bytes]:
     """A hook that may write files of at most `limit` bytes, as under a quota."""
     return subprocess.run(
-        [sys.executable, "-I", "-S", str(SCRIPT)],
+        hook_command(),
         input=json.dumps(event("Stop")).encode(),
         cwd=str(home.project),
         capture_output=True,

@@ -28,11 +28,13 @@ from support import (
     as_script,
     dead_url,
     event,
+    hook_command,
     need_cpython,
     patched,
     place,
     pythons,
     run_sender,
+    script_command,
     sender_command,
     wait_until,
 )
@@ -543,7 +545,7 @@ def test_an_inherited_descriptor_is_not_handed_on(home: Home) -> None:
     os.set_inheritable(write, True)
     with Held() as held:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(SCRIPT)],
+            hook_command(),
             stdin=subprocess.PIPE,
             env=home.env(held.url),
             cwd=str(home.project),
@@ -1110,7 +1112,7 @@ def test_help_and_version(home: Home, script: ModuleType, python: str) -> None:
         ("--help", "TELEMHQ_PING_URL"),
     ):
         done = subprocess.run(
-            [python, str(SCRIPT), argument],
+            script_command(argument, python=python),
             cwd=str(home.project),
             stdin=subprocess.DEVNULL,
             capture_output=True,

@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import subprocess
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 
 import claude_code
 from claude_code import Seen, World, client, need, text, tool
-from support import ROOT, SCRIPT, TOKEN
+from support import ROOT, SCRIPT, TOKEN, script_command
 
 PLUGIN = "telemhq-ping@telemhq-ping"
 SAY: dict[str, list[Any]] = {
@@ -51,7 +50,7 @@ def run_client(world: World, *arguments: str) -> str:
 def run_ours(world: World, *arguments: str) -> tuple[int, str]:
     """Run one of our commands; its output."""
     ended = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        script_command(*arguments),
         env=world.env(),
         cwd=str(world.home.project),
         stdin=subprocess.DEVNULL,

@@ -34,6 +34,7 @@ from support import (
     as_script,
     command,
     event,
+    hook_command,
     only_enqueue,
     patched,
     place,
@@ -671,6 +672,7 @@ class Machine:
 def clock(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock by which the script goes."""
     found = Clock()
+    random.seed(7)  # of the back-offs: a run is as any other
     monkeypatch.setattr(script, "time", found)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)  # SystemExit is none
     return found
@@ -870,7 +872,7 @@ seen = []
 def beside(fd, how):
     if how & fcntl.LOCK_UN and not seen:
         seen.append(1)
-        hook = [sys.executable, "-I", "-S", {str(SCRIPT)!r}]
+        hook = {hook_command()!r}
         subprocess.run(hook, input={json.dumps(event("Stop")).encode()!r},
             env={home.env(receiver.url)!r})
 wrap(fcntl, "flock", {moment}=beside)
@@ -1178,7 +1180,7 @@ wrap(os, "unlink", after=lambda path, *_: gone or gone.append(path))
 def beside(fd, how):
     if how & fcntl.LOCK_UN and not seen:
         seen.append(1)
-        hook = [sys.executable, "-I", "-S", {str(SCRIPT)!r}]
+        hook = {hook_command()!r}
         subprocess.run(hook, input={json.dumps(event("Stop")).encode()!r},
             env={home.env(receiver.url)!r})
 wrap(fcntl, "flock", {moment}=beside)
@@ -1201,7 +1203,7 @@ seen = []
 def beside(fd, how):
     if how & fcntl.LOCK_UN and not seen:
         seen.append(1)
-        hook = [sys.executable, "-I", "-S", {str(SCRIPT)!r}]
+        hook = {hook_command()!r}
         subprocess.run(hook, input={json.dumps(event("Stop")).encode()!r},
             env={home.env(receiver.url)!r})
 wrap(fcntl, "flock", before=beside)

@@ -21,6 +21,7 @@ from support import (
     only_enqueue,
     place,
     run_sender,
+    script_command,
 )
 
 pty = pytest.importorskip("pty", reason="terminals of POSIX")
@@ -313,7 +314,7 @@ def on_a_wide_terminal(home: Home, columns: int, *arguments: str) -> list[str]:
     """The lines of a command's output at a terminal of so many columns."""
     main, other = pty.openpty()
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        script_command(*arguments),
         env=home.env(COLUMNS=str(columns), TZ="UTC"),
         stdin=other,
         capture_output=True,

@@ -27,6 +27,7 @@ from support import (
     Wire,
     dead_url,
     event,
+    hook_command,
     only_enqueue,
     patched,
     place,
@@ -147,7 +148,7 @@ def test_what_kind_of_process_the_sender_is(
     held, inherited = os.pipe()
     os.set_inheritable(inherited, True)
     hook = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(SCRIPT)],
+        hook_command(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -201,7 +202,7 @@ def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
     many = 50 if sys.implementation.name == "cpython" else 20
     begun = [
         subprocess.Popen(
-            [sys.executable, "-I", "-S", str(SCRIPT)],
+            hook_command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -242,11 +243,14 @@ seen = []
 def hook(fd, how):
     if how & fcntl.LOCK_UN and not seen:
         seen.append(1)
-        hook = [sys.executable, "-I", "-S", {!r}]
+        hook = {!r}
         subprocess.run(hook, input={!r}, env={!r})
 wrap(fcntl, "flock", {}=hook)
 """.format(
-        str(SCRIPT), json.dumps(event("Stop")).encode(), home.env(receiver.url), moment
+        hook_command(),
+        json.dumps(event("Stop")).encode(),
+        home.env(receiver.url),
+        moment,
     )
     run_sender(home, receiver.url, hook)
     home.quiet()

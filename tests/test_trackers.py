@@ -25,6 +25,7 @@ from support import (
     Request,
     event,
     patched,
+    script_command,
     wait_until,
 )
 
@@ -1071,7 +1072,7 @@ def test_plugin_beside_a_settings_file(fleet: Callable[..., Fleet]) -> None:
 def run(found: Fleet, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command."""
     return subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments],
+        script_command(*arguments),
         env=found.home.env(**{**found.environ, **env}),
         cwd=str(found.home.project),
         stdin=subprocess.DEVNULL,

@@ -12,14 +12,13 @@ import pathlib
 import random
 import shutil
 import subprocess
-import sys
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from support import SCRIPT, Home, Receiver, event, patched, run_sender
+from support import SCRIPT, Home, Receiver, event, patched, run_sender, script_command
 from test_usage import (
     DAY_S,
     HAIKU,
@@ -457,7 +456,7 @@ def test_ledger_has_what_cannot_be_read(met: Session) -> None:
 def adopt(home: Home, url: str) -> None:
     """Run `flush --adopt`."""
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), "flush", "--adopt"],
+        script_command("flush", "--adopt"),
         env=home.env(url),
         cwd=str(home.project),
         capture_output=True,
