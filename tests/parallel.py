@@ -1,8 +1,8 @@
 """Runs the tests in several processes at once, which pytest alone cannot.
 
-As many as the machine has processors, or `--jobs N`. The tests of a module stay in one
-process and in their order, for they share fixtures. Those marked `alone` come last, one
-at a time: others would get in their way, or they in that of others.
+Three for two processors, for tests wait, too; or `--jobs N`. The tests of a module stay
+in one process and in their order, for they share fixtures. Those marked `alone` come
+last, one at a time: they would get in the way of others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    text = "processes to run the tests in (default: one for each processor)"
+    text = "processes to run the tests in (default: 3 for 2 processors)"
     parser.addoption("--jobs", type=int, metavar="N", help=text)
 
 
@@ -38,7 +38,7 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     option = session.config.option
     alone = [item for item in session.items if item.get_closest_marker("alone")]
     modules = modules_of(item for item in session.items if item not in alone)
-    jobs = min(option.jobs or processors(), len(modules))
+    jobs = min(option.jobs or usual_jobs(), len(modules))
     if jobs < 2 or session.testsfailed or option.collectonly or option.usepdb:
         return None
     run_together(session, modules, jobs)
@@ -46,15 +46,25 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     return True
 
 
-def processors() -> int:
-    """How many tests may run at once; 1 where a forked process is not sound."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+def usual_jobs() -> int:
+    """How many processes do well here; 1 where a forked process is not sound."""
+    if sys.platform != "linux":
+        return 1
+    return len(os.sched_getaffinity(0)) * 3 // 2
 
 
 def modules_of(items: Iterable[pytest.Item]) -> list[Module]:
-    """The tests by module, the largest first: it shall not be the last to end."""
-    found = [list(group) for _, group in itertools.groupby(items, lambda i: i.path)]
-    return sorted(found, key=lambda module: -module[0].path.stat().st_size)
+    """The tests by module. What takes longest begins first, or it would be waited for
+    in the end: Claude Code's sessions, then what is large."""
+
+    def rank(module: Module) -> tuple[bool, int]:
+        path = module[0].path
+        return not path.name.startswith("test_claude_code"), -path.stat().st_size
+
+    return sorted(
+        (list(group) for _, group in itertools.groupby(items, lambda item: item.path)),
+        key=rank,
+    )
 
 
 def run_in_order(session: pytest.Session, items: Module) -> None:
