@@ -92,7 +92,8 @@ def run_together(session: pytest.Session, modules: list[Module], jobs: int) -> N
     left = sum(map(len, modules))
     try:
         while workers:
-            for ours in [one for one in workers if one in connection.wait(workers)]:
+            ready: list[Any] = connection.wait(list(workers))
+            for ours in ready:
                 if tell_pytest(session, ours):
                     left -= 1
                 else:
