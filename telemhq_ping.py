@@ -2730,7 +2730,7 @@ class Account:
     last one's. spoke_at: the main chain's last message; spoke_for: its prompt_id.
     over_at: the last end of a turn. stopped_at: the last Stop. owed: (ns, ping) of a
     SessionLost not yet in the outbox. merged: marks of former accounts that are in it.
-    unlearned: its ids are not all known.
+    unlearned: its ids are not all known. damaged: what was charged is not known.
 
     For trackers that need it (needs: what of BESIDE): own: what was frozen with the
     last ping. tool_calls: told so far. at_end: the counts told when the session last
@@ -2767,10 +2767,7 @@ class Account:
         self.transcripts: dict[str, Transcript] = {}
         self.messages: dict[str, Message] = {}
         self.ids, self.history, self.gained = Ids(), Ids(), Usage()
-        # Of one reading only:
-        self.repeated: set[str] = set()  # tool calls met again, in a copied row
-        self.unnamed = self.missed = False  # prompts are not marked; counts are missing
-        self.git = False  # this ping wants the branch
+        self.damaged = False
         self.needs: tuple[str, ...] = ()
         self.own: Fields = {}
         self.tool_calls = 0
@@ -2911,26 +2908,7 @@ class Account:
                 kept[event_id] = self.beside[event_id]
         self.beside = dict(reversed(list(kept.items())))
 
-    # -- Where it opens --
-
-    @classmethod
-    def of(cls, outbox: Outbox, ping: Fields, local: Fields, at: float) -> Account:
-        """The account of an event's session. Only where there is none, one is opened at
-        its beginning. OSError: it cannot be read, and must not be replaced."""
-        path = outbox.account_path(str(ping["session_id"]))
-        try:
-            account = cls.load(path)
-        except FileNotFoundError:
-            account = cls(path)
-            account.begin(ping, at, ours_from(outbox, path, at))
-        except ValueError:
-            if ping.get("event") not in USAGE_EVENTS:
-                raise  # time enough when something is to be told
-            account = cls(path)
-            account.follow(ping, local, at)
-            account.pass_over()
-        account.needs = outbox.needs
-        return account
+    # -- What events say of its session --
 
     def begin(self, ping: Fields, at: float, ours: float) -> None:
         """Open it with the event that its session was met at."""
@@ -2954,65 +2932,6 @@ class Account:
         else:
             os.utime(self.path)
 
-    def find_beginning(self, ends: float) -> None:
-        """Find out what is history, as soon as the transcript says anything."""
-        if self.source in ("startup", "clear"):
-            self.since = 0.0
-            return
-        if self.source in ("resume", "fork"):
-            self.since = self.opened_at
-            return
-        outline = Outline(self.transcript, self.opened_at, ends)
-        if outline.spoken and not outline.named:
-            self.since, self.unnamed = self.opened_at, True
-        elif outline.begun and outline.begun >= self.ours_from:
-            self.since = 0.0
-        elif not outline.named:
-            return
-        elif self.first == "UserPromptSubmit":  # its row comes after it
-            self.since = self.opened_at
-        elif self.first == "SessionEnd" and outline.keeps_ledger:
-            self.since = outline.last_run  # told of ends alone: this one's run is ours
-        else:
-            self.since = outline.last_prompt
-
-    def pass_over(self) -> None:
-        """Go to the present ends of all transcripts, and remember the ids before them:
-        of an account whose file is damaged nobody knows what was charged."""
-        for name in ["", *self.agents()]:
-            path, transcript = self.path_of(name), Transcript(name)
-            try:
-                found = os.stat(path)
-                self.learn(path, found.st_size, self.history)
-            except (FileNotFoundError, ValueError):
-                if name:
-                    continue  # it is none
-                raise
-            transcript.inode, transcript.offset = str(found.st_ino), found.st_size
-            self.transcripts[name] = transcript
-        self.since, self.whole, self.missed = 0.0, False, True
-        self.place = short_id(self.transcript)
-
-    def learn_told(self) -> None:
-        """Remember all that was read: version 1.0.0 did not."""
-        for name, transcript in self.transcripts.items():
-            try:
-                path = self.path_of(name)
-                transcript.inode = transcript.inode or str(os.stat(path).st_ino)
-                self.learn(path, transcript.offset, self.ids)
-            except (FileNotFoundError, ValueError):
-                continue  # it is gone
-        self.unlearned = False
-
-    @staticmethod
-    def learn(path: str, end: int, ids: Ids) -> None:
-        """Put the ids of a transcript's first `end` bytes into `ids`."""
-        for row in Transcript("").rows_before(path, min(end, UNREAD_MAX_BYTES)):
-            if isinstance(row, MessageRow):
-                ids.add(row.id)
-
-    # -- Reading --
-
     def path_of(self, name: str) -> str:
         """Path of a transcript."""
         top = self.transcript[: -len(".jsonl")]
@@ -3028,261 +2947,7 @@ class Account:
             if name.startswith("agent-") and name.endswith(".jsonl")
         )
 
-    def read(self, until: float, ends: float) -> str:
-        """Count what the transcripts have gained up to `until`. The session's own comes
-        first: agents' files may begin with copies of its rows. Gives what is missing:
-        "" nothing, PART of it, all because the transcript is ABSENT or opening FAILED.
-        """
-        try:
-            if self.place != short_id(self.transcript):
-                self.relocate()
-            if self.unlearned:
-                self.learn_told()
-            if self.since is None:
-                self.find_beginning(ends)
-            if self.since is None:
-                return ""
-            self.since = max(self.since, switched_off_at(self.path))
-            whole = self.read_one("", until, ends)
-        except TimeoutError:
-            return PART
-        except (OSError, ValueError) as error:
-            return ABSENT if says_absent(error) and not self.place else FAILED
-        return self.read_agents(until, ends) or ("" if whole else PART)
-
-    def read_agents(self, until: float, ends: float) -> str:
-        """Count what the agents' transcripts have gained; what is missing."""
-        missing = ""
-        for name in self.agents():
-            try:
-                if not self.read_one(name, until, ends):
-                    missing = PART
-            except (FileNotFoundError, ValueError):
-                continue  # it is none, or none any more
-            except TimeoutError:
-                return PART
-            except OSError:
-                missing = missing or FAILED_AGENT
-        return missing
-
-    def relocate(self) -> None:
-        """Go on at another path. A file that is not the same one there is a copy, and
-        read anew: what was counted is remembered."""
-        os.close(open_regular(self.transcript))
-        for name, transcript in self.transcripts.items():
-            try:
-                inode = str(os.stat(self.path_of(name)).st_ino)
-            except OSError:
-                inode = ""
-            if inode != transcript.inode and self.place:
-                transcript.inode, transcript.offset = inode, 0
-        self.place = short_id(self.transcript)
-
-    def read_one(self, name: str, until: float, ends: float) -> bool:
-        """Count what one transcript has gained; False if something was passed over."""
-        if name not in self.transcripts and len(self.transcripts) >= TRANSCRIPTS_MAX:
-            return False
-        transcript = self.transcripts.setdefault(name, Transcript(name))
-
-        def take(row: Row) -> bool:
-            main = not name and not row.sidechain
-            if row.at > until + (0 if main else LAG_S) + STAMP_S:
-                return False  # a later ping's
-            self.count(row, transcript, main)
-            return True
-
-        return transcript.read(self.path_of(name), ends, take)
-
-    def count(self, row: Row, transcript: Transcript, main: bool) -> None:
-        """Count a row. main: it is of the session's main chain."""
-        if isinstance(row, MessageRow) and row.real:
-            self.count_message(row, transcript, main)
-        elif isinstance(row, UserRow):
-            self.count_user(row, transcript, main)
-        elif isinstance(row, LedgerRow) and main:
-            self.ledger = row.models, row.cost
-
-    def count_message(
-        self, row: MessageRow, transcript: Transcript, main: bool
-    ) -> None:
-        """Count a message's tokens, once, and its tool calls."""
-        message = self.message_of(row, transcript)
-        if message is None:
-            self.repeated.update(row.calls)
-            return
-        if main:
-            self.ledger = None  # older than this message: not the last word
-            self.spoke_at, self.spoke_for = row.at, self.prompt_id
-            self.model = row.model
-            asked = self.git and branch_name(row.branch)
-            self.branch = str(row.branch) if asked else ""
-            self.keeps_ledger = row.keeps_ledger
-        # Every content block of a message has a row, each with the message's whole
-        # usage; in older ones the output may be partial.
-        if row.counts[OUTPUT] > message.counts[OUTPUT] or not any(message.counts):
-            self.gained.add(row.model, minus(row.counts, message.counts))
-            if "messages" in self.needs:
-                self.gained.add_row(row, message.counts)
-            message.counts = row.counts
-        for call, name in row.calls.items():
-            if call in message.calls:
-                self.repeated.add(call)
-            else:
-                message.calls.add(call)
-                self.gained.add_call(name)
-        if row.final and (main or transcript.name):
-            transcript.over_at = max(transcript.over_at, row.at)
-
-    def message_of(self, row: MessageRow, transcript: Transcript) -> Message | None:
-        """A row's message, known or new; None when the row must not count."""
-        if row.copied or row.at < (self.since or 0):
-            self.whole, self.missed = False, self.missed or self.unnamed
-            self.history.add(row.id)
-        if row.id in self.history:
-            return None
-        if row.id in self.ids:
-            return self.messages.get(row.id)
-        self.ids.add(row.id)
-        if row.at <= self.settled_at:
-            return None  # the ledger had it
-        transcript.recent = [*transcript.recent[1 - RECENT_MAX :], row.id]
-        transcript.begun = transcript.begun or transcript.at or row.at
-        self.messages[row.id] = Message()
-        return self.messages[row.id]
-
-    def count_user(self, row: UserRow, transcript: Transcript, main: bool) -> None:
-        """Count failed tools and interrupts; note that a prompt begins a turn."""
-        if row.at >= (self.since or 0):
-            failed = [call for call in row.failed if call not in self.repeated]
-            self.gained.tool_failures += len(failed)
-            if main and row.interrupt and row.interrupt not in self.ids:
-                self.ids.add(row.interrupt)
-                self.gained.interrupts += 1
-        if main:
-            self.prompt_id = row.prompt_id or self.prompt_id
-            self.over_at = max(self.over_at, row.at) if row.interrupt else self.over_at
-            if row.prompt:
-                self.keeps_ledger = row.keeps_ledger
-                self.prompts = [*self.prompts[1 - PROMPTS_MAX :], row.at]
-        elif transcript.name and row.begins:
-            transcript.prompted_at = max(transcript.prompted_at, row.at)
-            transcript.prompt_id = row.prompt_id
-
-    # -- What a ping is told --
-
-    def charge(
-        self, ping: Fields, local: Fields, at: float, ends: float, patient: bool
-    ) -> Fields:
-        """The usage fields of a ping, now or, after a crash, again; the file has them
-        before they are told. Where nothing can be read, nothing is charged: all of it
-        is for the session's next ping, or the sweep."""
-        event, event_id = ping["event"], str(ping["event_id"])
-        if event_id in self.charged:
-            return dict(self.charged[event_id])
-        self.follow(ping, local, at)
-        fields = self.gather(ping, local, at, ends, patient)
-        if fields is not None:
-            self.charged[event_id] = fields
-        if event in ("Stop", "StopFailure"):
-            self.over_at = max(self.over_at, at)
-        if event == "Stop":
-            self.stopped_at = max(self.stopped_at, at)
-        self.last_at = max(self.last_at, at)
-        self.save()
-        return {"usage_complete": False} if fields is None else fields
-
-    def gather(
-        self, ping: Fields, local: Fields, at: float, ends: float, patient: bool
-    ) -> Fields | None:
-        """Usage since the session's last such ping; None where no transcript can be
-        read."""
-        event = ping["event"]
-        self.git, self.ended = local.get("git") is True, False
-        missing, came = self.read_and_wait(ping, local, at, ends, patient)
-        if missing in (ABSENT, FAILED):
-            return None
-        fields: Fields = {}
-        settled = event == "SessionEnd" and self.whole and self.ledger is not None
-        if settled:
-            fields["cost_usd"] = self.settle(at)
-        elif missing or self.missed or not came:
-            fields["usage_complete"] = False
-        self.ended = event == "SessionEnd" and (settled or not missing)
-        tool_names = local.get("tool_names") is not False
-        fields.update(self.take_usage(tool_names, str(ping["event_id"]), at))
-        if event == "SessionEnd":
-            self.at_end = total(self.reported)
-        if event == "Stop":
-            begun = self.agents_turn(ping, at) or self.turn_begun(at)
-            if ping.get("stop_hook_active") and 0 < self.stopped_at < at:
-                begun = self.stopped_at  # another hook had the turn go on from there
-            if begun:
-                fields["duration_ms"] = round((at - begun) * 1000)
-        if self.git:
-            fields["git_branch"] = self.branch
-        return fields
-
-    def read_and_wait(
-        self, ping: Fields, local: Fields, at: float, ends: float, patient: bool
-    ) -> tuple[str, bool]:
-        """Read until all has come; if `patient`, until the event is LAG_S old: the
-        client writes a turn's last message, a session's ledger after it. Gives what is
-        missing, and whether that came."""
-        event = ping["event"]
-        until = float("inf") if event == "SessionEnd" else at
-        give_up = min(time.monotonic() + min(LAG_S, at + LAG_S - time.time()), ends)
-        tries = 0
-        while True:
-            missing = self.read(until, min(time.monotonic() + READ_S, ends))
-            came, tries = self.has_come(ping, local, at), tries + 1
-            failed = missing in (FAILED, FAILED_AGENT)
-            if missing in (ABSENT, PART) or (came and not failed):
-                return missing, came
-            waits = patient and time.monotonic() < give_up
-            tries_again = failed and tries < OPEN_TRIES and time.monotonic() < ends
-            if not waits and not tries_again:
-                return missing, came
-            time.sleep(POLL_S)
-
-    def has_come(self, ping: Fields, local: Fields, at: float) -> bool:
-        """Whether all is there that the client writes at such an event."""
-        event, agent = ping["event"], local.get("agent_transcript")
-        begun, main = self.turn_begun(at), self.transcripts.get("") or Transcript("")
-        if event == "Stop":
-            told = self.stopped_at if self.stopped_at < at else 0.0
-            is_last_word = main.over_at > told and main.over_at >= begun
-            return is_last_word or self.agents_turn(ping, at) > 0
-        if event == "SubagentStop" and isinstance(agent, str) and os.path.isfile(agent):
-            name = os.path.basename(agent)
-            agents = [t for n, t in self.transcripts.items() if n.endswith(name)]
-            return any(transcript.is_over() for transcript in agents)
-        if event == "SessionEnd" and self.whole and self.keeps_ledger:
-            return self.ledger is not None
-        if event == "SessionEnd":
-            over_at = max(self.over_at, main.over_at)
-            return over_at >= begun or self.agents_turn(ping, at) > 0
-        return True
-
-    def turn_begun(self, at: float) -> float:
-        """When the turn began that an event belongs to; 0 when that is not known."""
-        return max([0.0, *(begun for begun in self.prompts if begun <= at + STAMP_S)])
-
-    def agents_turn(self, ping: Fields, at: float) -> float:
-        """When a turn began in which only an agent worked, so that no word of the main
-        chain is to come; 0 when it is none. A skill with `context: fork` makes one; its
-        prompt's row comes after the Stop, but the agent's rows name the prompt."""
-        begun, prompt_id = self.turn_begun(at), ""
-        if isinstance(ping.get("prompt_id"), str):
-            prompt_id = short_id(ping["prompt_id"])
-        if prompt_id and prompt_id == self.spoke_for:
-            return 0.0
-        for name, agent in self.transcripts.items():
-            if name and agent.is_over():
-                if prompt_id and prompt_id == agent.prompt_id:
-                    return agent.begun
-                if self.spoke_at < begun <= agent.begun + STAMP_S:
-                    return begun
-        return 0.0
+    # -- What was read is told --
 
     def settle(self, at: float) -> float:
         """Add what the client's ledger has more (compaction and titles are calls of no
@@ -3323,33 +2988,7 @@ class Account:
             self.beside[event_id] = gate_beside(beside, self.needs)
         return fields
 
-    # -- Sessions without a word, and new URLs --
-
-    def find_lost(self, settings: Settings, ends: float) -> None:
-        """Owe a ping of what was used and never told. Today's settings shape it."""
-        self.read(float("inf"), min(time.monotonic() + READ_S, ends))
-        gained = any(positive(total(self.gained.models)))
-        ended = total(self.reported) == self.at_end
-        if not gained and (ended or "since_end" not in self.needs):
-            return
-        told: dict[str, list[int]] = {}
-        for models in (self.reported, self.gained.models):
-            for name, counts in models.items():
-                add_to(told, name, positive(counts))
-        mark = f"{self.identity.get('session_id')}{encode_json(told)}"
-        ns, event_id = int(self.last_at * 1e9), sha256_hex(mark.encode())[:32]
-        fields = self.take_usage(settings.tool_names, event_id, self.last_at)
-        self.at_end = total(self.reported)
-        fields.update(self.identity, **ORIGIN, event="SessionLost", event_id=event_id)
-        fields.update(timestamp=iso_time(ns), status="success", usage_complete=False)
-        fields["machine"] = settings.machine
-        path = path_hash(self.transcript, settings.hash_key)
-        if settings.hash_key and fields.get("transcript_path_hash") != path:
-            # Hashed under another key, or none. The path can be hashed anew; the cwd is
-            # not known here.
-            fields["transcript_path_hash"] = path
-            fields.pop("cwd_hash", None)
-        self.owed.append((ns, gate(fields)))
+    # -- A former URL's account --
 
     def merge(self, former: Account, mark: str) -> None:
         """Take in the account that a former URL's destination has of the session: what
@@ -3406,6 +3045,373 @@ class Account:
             setattr(self, name, max(getattr(self, name), getattr(former, name)))
 
 
+def learn(ids: Ids, path: str, end: int) -> None:
+    """Remember the ids of a transcript's first `end` bytes."""
+    for row in Transcript("").rows_before(path, min(end, UNREAD_MAX_BYTES)):
+        if isinstance(row, MessageRow):
+            ids.add(row.id)
+
+
+class Reading:
+    """A look, or several, at what the transcripts of an account's session have gained.
+
+    git: the branch is wanted. repeated: tool calls met again, in copied rows. unnamed:
+    this client does not mark prompts. missed: counts are missing for that reason.
+    """
+
+    def __init__(self, account: Account, git: bool = False) -> None:
+        self.account, self.git = account, git
+        self.repeated: set[str] = set()
+        self.unnamed = self.missed = False
+
+    def read(self, until: float, ends: float) -> str:
+        """Count what the transcripts have gained up to `until`. The session's own comes
+        first: agents' files may begin with copies of its rows. Gives what is missing:
+        "" nothing, PART of it, all because the transcript is ABSENT or opening FAILED.
+        """
+        account = self.account
+        try:
+            if account.place != short_id(account.transcript):
+                self.relocate()
+            if account.unlearned:
+                self.learn_told()
+            if account.since is None:
+                account.since = self.find_beginning(ends)
+            if account.since is None:
+                return ""
+            account.since = max(account.since, switched_off_at(account.path))
+            whole = self.read_one("", until, ends)
+        except TimeoutError:
+            return PART
+        except (OSError, ValueError) as error:
+            return ABSENT if says_absent(error) and not account.place else FAILED
+        return self.read_agents(until, ends) or ("" if whole else PART)
+
+    def read_agents(self, until: float, ends: float) -> str:
+        """Count what the agents' transcripts have gained; what is missing."""
+        missing = ""
+        for name in self.account.agents():
+            try:
+                if not self.read_one(name, until, ends):
+                    missing = PART
+            except (FileNotFoundError, ValueError):
+                continue  # it is none, or none any more
+            except TimeoutError:
+                return PART
+            except OSError:
+                missing = missing or FAILED_AGENT
+        return missing
+
+    # -- Where it begins --
+
+    def find_beginning(self, ends: float) -> float | None:
+        """What is older is history; None as long as the transcript says nothing."""
+        account = self.account
+        if account.source in ("startup", "clear"):
+            return 0.0
+        if account.source in ("resume", "fork"):
+            return account.opened_at
+        outline = Outline(account.transcript, account.opened_at, ends)
+        if outline.spoken and not outline.named:
+            self.unnamed = True
+            return account.opened_at
+        if outline.begun and outline.begun >= account.ours_from:
+            return 0.0
+        if not outline.named:
+            return None
+        if account.first == "UserPromptSubmit":  # its row comes after it
+            return account.opened_at
+        if account.first == "SessionEnd" and outline.keeps_ledger:
+            return outline.last_run  # told of ends alone: this one's run is ours
+        return outline.last_prompt
+
+    def pass_over(self) -> None:
+        """Go to the present ends of all transcripts, and remember the ids before them:
+        of an account whose file is damaged nobody knows what was charged."""
+        account = self.account
+        for name in ["", *account.agents()]:
+            path, transcript = account.path_of(name), Transcript(name)
+            try:
+                found = os.stat(path)
+                learn(account.history, path, found.st_size)
+            except (FileNotFoundError, ValueError):
+                if name:
+                    continue  # it is none
+                raise
+            transcript.inode, transcript.offset = str(found.st_ino), found.st_size
+            account.transcripts[name] = transcript
+        account.since, account.whole, account.damaged = 0.0, False, True
+        account.place = short_id(account.transcript)
+
+    def learn_told(self) -> None:
+        """Remember all that was read: version 1.0.0 did not."""
+        for name, transcript in self.account.transcripts.items():
+            try:
+                path = self.account.path_of(name)
+                transcript.inode = transcript.inode or str(os.stat(path).st_ino)
+                learn(self.account.ids, path, transcript.offset)
+            except (FileNotFoundError, ValueError):
+                continue  # it is gone
+        self.account.unlearned = False
+
+    def relocate(self) -> None:
+        """Go on at another path. A file that is not the same one there is a copy, and
+        read anew: what was counted is remembered."""
+        account = self.account
+        os.close(open_regular(account.transcript))
+        for name, transcript in account.transcripts.items():
+            try:
+                inode = str(os.stat(account.path_of(name)).st_ino)
+            except OSError:
+                inode = ""
+            if inode != transcript.inode and account.place:
+                transcript.inode, transcript.offset = inode, 0
+        account.place = short_id(account.transcript)
+
+    # -- What counts --
+
+    def read_one(self, name: str, until: float, ends: float) -> bool:
+        """Count what one transcript has gained; False if something was passed over."""
+        known = self.account.transcripts
+        if name not in known and len(known) >= TRANSCRIPTS_MAX:
+            return False
+        transcript = known.setdefault(name, Transcript(name))
+
+        def take(row: Row) -> bool:
+            main = not name and not row.sidechain
+            if row.at > until + (0 if main else LAG_S) + STAMP_S:
+                return False  # a later ping's
+            self.count(row, transcript, main)
+            return True
+
+        return transcript.read(self.account.path_of(name), ends, take)
+
+    def count(self, row: Row, transcript: Transcript, main: bool) -> None:
+        """Count a row. main: it is of the session's main chain."""
+        if isinstance(row, MessageRow) and row.real:
+            self.count_message(row, transcript, main)
+        elif isinstance(row, UserRow):
+            self.count_user(row, transcript, main)
+        elif isinstance(row, LedgerRow) and main:
+            self.account.ledger = row.models, row.cost
+
+    def count_message(
+        self, row: MessageRow, transcript: Transcript, main: bool
+    ) -> None:
+        """Count a message's tokens, once, and its tool calls."""
+        message = self.message_of(row, transcript)
+        if message is None:
+            self.repeated.update(row.calls)
+            return
+        if main:
+            self.note_word(row)
+        # Every content block of a message has a row, each with the message's whole
+        # usage; in older ones the output may be partial.
+        account = self.account
+        if row.counts[OUTPUT] > message.counts[OUTPUT] or not any(message.counts):
+            account.gained.add(row.model, minus(row.counts, message.counts))
+            if "messages" in account.needs:
+                account.gained.add_row(row, message.counts)
+            message.counts = row.counts
+        for call, name in row.calls.items():
+            if call in message.calls:
+                self.repeated.add(call)
+            else:
+                message.calls.add(call)
+                account.gained.add_call(name)
+        if row.final and (main or transcript.name):
+            transcript.over_at = max(transcript.over_at, row.at)
+
+    def note_word(self, row: MessageRow) -> None:
+        """Note what the main chain's newest message tells."""
+        account = self.account
+        account.ledger = None  # older than this message: not the last word
+        account.spoke_at, account.spoke_for = row.at, account.prompt_id
+        account.model, account.keeps_ledger = row.model, row.keeps_ledger
+        asked = self.git and branch_name(row.branch)
+        account.branch = str(row.branch) if asked else ""
+
+    def message_of(self, row: MessageRow, transcript: Transcript) -> Message | None:
+        """A row's message, known or new; None when the row must not count."""
+        account = self.account
+        if row.copied or row.at < (account.since or 0):
+            account.whole, self.missed = False, self.missed or self.unnamed
+            account.history.add(row.id)
+        if row.id in account.history:
+            return None
+        if row.id in account.ids:
+            return account.messages.get(row.id)
+        account.ids.add(row.id)
+        if row.at <= account.settled_at:
+            return None  # the ledger had it
+        transcript.recent = [*transcript.recent[1 - RECENT_MAX :], row.id]
+        transcript.begun = transcript.begun or transcript.at or row.at
+        account.messages[row.id] = Message()
+        return account.messages[row.id]
+
+    def count_user(self, row: UserRow, transcript: Transcript, main: bool) -> None:
+        """Count failed tools and interrupts; note that a prompt begins a turn."""
+        account = self.account
+        if row.at >= (account.since or 0):
+            failed = [call for call in row.failed if call not in self.repeated]
+            account.gained.tool_failures += len(failed)
+            if main and row.interrupt and row.interrupt not in account.ids:
+                account.ids.add(row.interrupt)
+                account.gained.interrupts += 1
+        if main:
+            account.prompt_id = row.prompt_id or account.prompt_id
+            if row.interrupt:
+                account.over_at = max(account.over_at, row.at)
+            if row.prompt:
+                account.keeps_ledger = row.keeps_ledger
+                account.prompts = [*account.prompts[1 - PROMPTS_MAX :], row.at]
+        elif transcript.name and row.begins:
+            transcript.prompted_at = max(transcript.prompted_at, row.at)
+            transcript.prompt_id = row.prompt_id
+
+
+class Charge:
+    """What a ping is told of what its session has used.
+
+    at: the event's time. ends: monotonic; nothing is awaited for longer. patient: what
+    the client has yet to write is awaited at all.
+    """
+
+    def __init__(
+        self,
+        account: Account,
+        ping: Fields,
+        local: Fields,
+        at: float,
+        ends: float,
+        patient: bool,
+    ) -> None:
+        self.account, self.ping, self.local = account, ping, local
+        self.at, self.ends, self.patient = at, ends, patient
+        self.event = str(ping["event"])
+        self.wants_git = local.get("git") is True
+        self.reading = Reading(account, self.wants_git)
+
+    def fields(self) -> Fields:
+        """The usage fields, now or, after a crash, again; the account's file has them
+        before they are told. Where nothing can be read, nothing is charged: all of it
+        is for the session's next ping, or the sweep."""
+        account, event_id = self.account, str(self.ping["event_id"])
+        if event_id in account.charged:
+            return dict(account.charged[event_id])
+        account.follow(self.ping, self.local, self.at)
+        fields = self.gather(event_id)
+        if fields is not None:
+            account.charged[event_id] = fields
+        if self.event in ("Stop", "StopFailure"):
+            account.over_at = max(account.over_at, self.at)
+        if self.event == "Stop":
+            account.stopped_at = max(account.stopped_at, self.at)
+        account.last_at = max(account.last_at, self.at)
+        account.save()
+        return {"usage_complete": False} if fields is None else fields
+
+    def gather(self, event_id: str) -> Fields | None:
+        """Usage since the session's last such ping; None where no transcript can be
+        read."""
+        account, fields = self.account, {}  # type: Account, Fields
+        account.ended = False
+        missing, came = self.read_and_wait()
+        if missing in (ABSENT, FAILED):
+            return None
+        ends = self.event == "SessionEnd"
+        settled = ends and account.whole and account.ledger is not None
+        if settled:
+            fields["cost_usd"] = account.settle(self.at)
+        elif missing or self.reading.missed or account.damaged or not came:
+            fields["usage_complete"] = False
+        account.ended = ends and (settled or not missing)
+        tool_names = self.local.get("tool_names") is not False
+        fields.update(account.take_usage(tool_names, event_id, self.at))
+        if ends:
+            account.at_end = total(account.reported)
+        begun = self.stop_begun() if self.event == "Stop" else 0.0
+        if begun:
+            fields["duration_ms"] = round((self.at - begun) * 1000)
+        if self.wants_git:
+            fields["git_branch"] = account.branch
+        return fields
+
+    def read_and_wait(self) -> tuple[str, bool]:
+        """Read until all has come; if `patient`, until the event is LAG_S old: the
+        client writes a turn's last message, a session's ledger after it. Gives what is
+        missing, and whether that came."""
+        until = float("inf") if self.event == "SessionEnd" else self.at
+        lag = min(LAG_S, self.at + LAG_S - time.time())
+        give_up = min(time.monotonic() + lag, self.ends)
+        tries = 0
+        while True:
+            missing = self.reading.read(
+                until, min(time.monotonic() + READ_S, self.ends)
+            )
+            came, tries = self.has_come(), tries + 1
+            failed = missing in (FAILED, FAILED_AGENT)
+            if missing in (ABSENT, PART) or (came and not failed):
+                return missing, came
+            waits = self.patient and time.monotonic() < give_up
+            tries_again = failed and tries < OPEN_TRIES and time.monotonic() < self.ends
+            if not waits and not tries_again:
+                return missing, came
+            time.sleep(POLL_S)
+
+    def has_come(self) -> bool:
+        """Whether all is there that the client writes at such an event."""
+        account, agent = self.account, self.local.get("agent_transcript")
+        main = account.transcripts.get("") or Transcript("")
+        if self.event == "Stop":
+            told = account.stopped_at if account.stopped_at < self.at else 0.0
+            is_last_word = main.over_at > told and main.over_at >= self.turn_begun()
+            return is_last_word or self.agents_turn() > 0
+        if (
+            self.event == "SubagentStop"
+            and isinstance(agent, str)
+            and os.path.isfile(agent)
+        ):
+            name = os.path.basename(agent)
+            agents = [t for n, t in account.transcripts.items() if n.endswith(name)]
+            return any(transcript.is_over() for transcript in agents)
+        if self.event == "SessionEnd" and account.whole and account.keeps_ledger:
+            return account.ledger is not None
+        if self.event == "SessionEnd":
+            over_at = max(account.over_at, main.over_at)
+            return over_at >= self.turn_begun() or self.agents_turn() > 0
+        return True
+
+    def stop_begun(self) -> float:
+        """When that began which a Stop ends; 0 when that is not known."""
+        stopped_at = self.account.stopped_at
+        if self.ping.get("stop_hook_active") and 0 < stopped_at < self.at:
+            return stopped_at  # another hook had the turn go on from there
+        return self.agents_turn() or self.turn_begun()
+
+    def turn_begun(self) -> float:
+        """When the event's turn began; 0 when that is not known."""
+        begun = [at for at in self.account.prompts if at <= self.at + STAMP_S]
+        return max([0.0, *begun])
+
+    def agents_turn(self) -> float:
+        """When a turn began in which only an agent worked, so that no word of the main
+        chain is to come; 0 when it is none. A skill with `context: fork` makes one; its
+        prompt's row comes after the Stop, but the agent's rows name the prompt."""
+        account, begun, prompt_id = self.account, self.turn_begun(), ""
+        if isinstance(self.ping.get("prompt_id"), str):
+            prompt_id = short_id(self.ping["prompt_id"])
+        if prompt_id and prompt_id == account.spoke_for:
+            return 0.0
+        for name, agent in account.transcripts.items():
+            if name and agent.is_over():
+                if prompt_id and prompt_id == agent.prompt_id:
+                    return agent.begun
+                if account.spoke_at < begun <= agent.begun + STAMP_S:
+                    return begun
+        return 0.0
+
+
 def says_absent(error: Exception) -> bool:
     """Whether what went wrong means that there is no such transcript."""
     from errno import ENAMETOOLONG
@@ -3433,6 +3439,25 @@ def ours_from(outbox: Outbox, path: str, at: float) -> float:
     return max(min(installed), at - DAY_S)
 
 
+def open_account(outbox: Outbox, ping: Fields, local: Fields, at: float) -> Account:
+    """The account of an event's session. Only where there is none, one is opened at its
+    beginning. OSError: it cannot be read, and must not be replaced."""
+    path = outbox.account_path(str(ping["session_id"]))
+    try:
+        account = Account.load(path)
+    except FileNotFoundError:
+        account = Account(path)
+        account.begin(ping, at, ours_from(outbox, path, at))
+    except ValueError:
+        if ping.get("event") not in USAGE_EVENTS:
+            raise  # time enough when something is to be told
+        account = Account(path)
+        account.follow(ping, local, at)
+        Reading(account).pass_over()
+    account.needs = outbox.needs
+    return account
+
+
 def charge(
     outbox: Outbox, name: str, record: Record, ends: float, patient: bool
 ) -> Record:
@@ -3451,12 +3476,12 @@ def charge(
     if ping.get("reason") != "clear":
         patient = True  # only /clear awaits our end before it writes its ledger
     try:
-        account = Account.of(outbox, ping, local, at)
+        account = open_account(outbox, ping, local, at)
         account.own = beside.get("own", {})
         if event not in USAGE_EVENTS:
             account.meet(ping, local, at)
             return record
-        fields = account.charge(ping, local, at, ends, patient)
+        fields = Charge(account, ping, local, at, ends, patient).fields()
         told = account.beside.get(str(ping["event_id"]), {})
         beside = gate_beside({**beside, **told}, outbox.needs)
     except (OSError, ValueError):
@@ -3495,6 +3520,34 @@ def switched_off_at(account_path: str) -> float:
         return 0.0
 
 
+def find_lost(account: Account, settings: Settings, ends: float) -> None:
+    """Have the account owe a ping of what was used and never told. Today's settings
+    shape it."""
+    Reading(account).read(float("inf"), min(time.monotonic() + READ_S, ends))
+    gained = any(positive(total(account.gained.models)))
+    ended = total(account.reported) == account.at_end
+    if not gained and (ended or "since_end" not in account.needs):
+        return
+    told: dict[str, list[int]] = {}
+    for models in (account.reported, account.gained.models):
+        for name, counts in models.items():
+            add_to(told, name, positive(counts))
+    mark = f"{account.identity.get('session_id')}{encode_json(told)}"
+    ns, event_id = int(account.last_at * 1e9), sha256_hex(mark.encode())[:32]
+    fields = account.take_usage(settings.tool_names, event_id, account.last_at)
+    account.at_end = total(account.reported)
+    fields.update(account.identity, **ORIGIN, event="SessionLost", event_id=event_id)
+    fields.update(timestamp=iso_time(ns), status="success", usage_complete=False)
+    fields["machine"] = settings.machine
+    path = path_hash(account.transcript, settings.hash_key)
+    if settings.hash_key and fields.get("transcript_path_hash") != path:
+        # Hashed under another key, or none. The path can be hashed anew; the cwd is not
+        # known here.
+        fields["transcript_path_hash"] = path
+        fields.pop("cwd_hash", None)
+    account.owed.append((ns, gate(fields)))
+
+
 def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> None:
     """One ping of what a session had used that ended without a word (kill -9, power).
     path: its account's; committed first, so that a crash cannot make two pings. With
@@ -3507,7 +3560,7 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
         return  # damaged: nobody knows what was told
     account.needs = outbox.needs
     if not account.owed and not account.ended:
-        account.find_lost(settings, ends)
+        find_lost(account, settings, ends)
         if account.owed:
             account.save()
     if account.owed:
