@@ -109,11 +109,18 @@ class Fleet:
 
 
 @pytest.fixture
-def fleet(home: Home, script: ModuleType) -> Iterator[Fleet]:
-    """All five trackers."""
-    found = Fleet(home, script)
+def fleet(
+    request: pytest.FixtureRequest, home: Home, script: ModuleType
+) -> Iterator[Fleet]:
+    """All five trackers, or those that `only` names."""
+    found = Fleet(home, script, getattr(request, "param", trackers.ALL))
     yield found
     found.close()
+
+
+def only(*kinds: type[trackers.Strict]) -> pytest.MarkDecorator:
+    """A test with these trackers alone."""
+    return pytest.mark.parametrize("fleet", [kinds], indirect=True, ids=[""])
 
 
 @pytest.fixture
@@ -417,6 +424,7 @@ def ended(fleet: Fleet, session: Session, size: int, many: int) -> str:
     return fleet.hold(session, "SessionEnd", 4)
 
 
+@only(trackers.Recorder, trackers.Wigtoken)
 @pytest.mark.parametrize("nth", [1, 2, 3, 4])
 @pytest.mark.parametrize("where", sorted(WRAPS))
 def test_killed_between_the_requests_of_one_ping(
@@ -450,6 +458,7 @@ def test_killed_between_the_requests_of_one_ping(
     fleet.check(*counts(2500))
 
 
+@only(trackers.Recorder)
 @pytest.mark.parametrize("nth", [2, 3, 4])
 @pytest.mark.parametrize("status", [429, 500, 503, 401])
 def test_failure_in_the_middle_repeats_nothing(
