@@ -3346,9 +3346,8 @@ class Charge:
         give_up = min(time.monotonic() + lag, self.ends)
         tries = 0
         while True:
-            missing = self.reading.read(
-                until, min(time.monotonic() + READ_S, self.ends)
-            )
+            ends = min(time.monotonic() + READ_S, self.ends)
+            missing = self.reading.read(until, ends)
             came, tries = self.has_come(), tries + 1
             failed = missing in (FAILED, FAILED_AGENT)
             if missing in (ABSENT, PART) or (came and not failed):
@@ -3361,26 +3360,28 @@ class Charge:
 
     def has_come(self) -> bool:
         """Whether all is there that the client writes at such an event."""
-        account, agent = self.account, self.local.get("agent_transcript")
+        account = self.account
         main = account.transcripts.get("") or Transcript("")
+        if self.event == "SubagentStop":
+            return self.agent_is_over()
         if self.event == "Stop":
             told = account.stopped_at if account.stopped_at < self.at else 0.0
             is_last_word = main.over_at > told and main.over_at >= self.turn_begun()
             return is_last_word or self.agents_turn() > 0
-        if (
-            self.event == "SubagentStop"
-            and isinstance(agent, str)
-            and os.path.isfile(agent)
-        ):
-            name = os.path.basename(agent)
-            agents = [t for n, t in account.transcripts.items() if n.endswith(name)]
-            return any(transcript.is_over() for transcript in agents)
-        if self.event == "SessionEnd" and account.whole and account.keeps_ledger:
+        if self.event != "SessionEnd":
+            return True
+        if account.whole and account.keeps_ledger:
             return account.ledger is not None
-        if self.event == "SessionEnd":
-            over_at = max(account.over_at, main.over_at)
-            return over_at >= self.turn_begun() or self.agents_turn() > 0
-        return True
+        over_at = max(account.over_at, main.over_at)
+        return over_at >= self.turn_begun() or self.agents_turn() > 0
+
+    def agent_is_over(self) -> bool:
+        """Whether the last message has come of the agent that the event names."""
+        path = self.local.get("agent_transcript")
+        if not isinstance(path, str) or not os.path.isfile(path):
+            return True
+        known, name = self.account.transcripts.items(), os.path.basename(path)
+        return any(agent.is_over() for key, agent in known if key.endswith(name))
 
     def stop_begun(self) -> float:
         """When that began which a Stop ends; 0 when that is not known."""
@@ -6586,8 +6587,9 @@ def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
     rest = {name: value for name, value in ping.items() if name not in TOKENS}
     found = [(str(ping.get("model", "unknown")), rest)]
     for model, counts in models.items():
-        billed = [n for name, n in counts.items() if name in TOKENS[:4]]
-        found.append((model, {"total_tokens": sum(billed), **counts}))
+        if isinstance(counts, dict):
+            billed = [counts[name] for name in TOKENS[:4] if number(counts.get(name))]
+            found.append((model, {"total_tokens": sum(billed), **counts}))
     return found
 
 

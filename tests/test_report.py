@@ -254,6 +254,25 @@ def test_several_models_in_one_ping(home: Home) -> None:
     assert (opus["turns"], opus["total_tokens"], opus["output_tokens"]) == (1, 30, 20)
 
 
+@pytest.mark.parametrize("by", ["day", "project", "model", "session"])
+def test_what_was_tampered_with_counts_as_far_as_it_can(home: Home, by: str) -> None:
+    """A file that somebody has edited breaks no report."""
+    odd: list[dict[str, Any]] = [
+        {
+            "models": {
+                "opus": 5,
+                "haiku": {"input_tokens": "many", "output_tokens": [1]},
+            }
+        },
+        {"models": [], "model": {}, "timestamp": 7, "cost_usd": "much"},
+        {"models": {"opus": {"input_tokens": None}}, "project": [1], "session_id": {}},
+        {"event": [], "status": {}, "total_tokens": {}, "timestamp": "yesterday"},
+    ]
+    kept(home, [ping(0), *({**ping(n), **more} for n, more in enumerate(odd, 1))])
+    told = sum(row["total_tokens"] for row in rows(home, "--by", by))
+    assert told >= ping(0)["total_tokens"]
+
+
 def test_report_of_the_last_days(home: Home) -> None:
     """--days N counts today as the first."""
     now = time.time()
