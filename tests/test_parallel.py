@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import re
 import subprocess
@@ -39,6 +40,11 @@ def test_second(begun):
 """
 
 
+def path_with(directory: pathlib.Path) -> str:
+    """PYTHONPATH with a directory in front."""
+    return os.pathsep.join([str(directory), os.environ.get("PYTHONPATH", "")])
+
+
 def run(path: pathlib.Path, *arguments: str) -> tuple[int, str]:
     """Run two modules of tests, of which one test fails; (exit status, output)."""
     (path / "conftest.py").write_text("pytest_plugins = ['parallel']\n")
@@ -47,7 +53,7 @@ def run(path: pathlib.Path, *arguments: str) -> tuple[int, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=str(path),
-        env={"PYTHONPATH": str(TESTS), "PATH": "/usr/bin:/bin"},
+        env={**os.environ, "PYTHONPATH": path_with(TESTS)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
