@@ -50,8 +50,9 @@ def run(path: pathlib.Path, *arguments: str) -> tuple[int, str]:
     (path / "conftest.py").write_text("pytest_plugins = ['parallel']\n")
     for name in ("a", "b"):
         (path / f"test_{name}.py").write_text(ONE.replace("NAME", name))
+    options = ["-q", "-p", "no:cacheprovider", "--basetemp", str(path / "base")]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        [sys.executable, "-m", "pytest", *options, *arguments],
         cwd=str(path),
         env={**os.environ, "PYTHONPATH": path_with(TESTS)},
         stdin=subprocess.DEVNULL,
