@@ -2,7 +2,7 @@
 
 Three for two processors, for tests wait, too; or `--jobs N`. The tests of a module stay
 in one process and in their order, for they share fixtures. Those marked `alone` come
-last, one at a time: they would get in the way of others.
+last, one at a time: they would get in the way of others, or others in theirs.
 """
 
 from __future__ import annotations
