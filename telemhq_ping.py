@@ -1519,6 +1519,10 @@ class Outbox:
         """The directory's own name: it tells the tracker, and no secret."""
         return os.path.basename(self.directory)
 
+    def kind(self) -> str:
+        """The kind of the tracker that it is, or was, for."""
+        return self.name().rpartition("-")[0]
+
     def path(self, *names: str) -> str:
         """Path of something in the directory."""
         return os.path.join(self.directory, *names)
@@ -1976,8 +1980,6 @@ def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
         raise Skipped("; ".join(problems))
     for text in problems:
         tell(text)
-    if not settings.state_dir:
-        raise Skipped("there is no home directory; set TELEMHQ_STATE_DIR")
     return trackers
 
 
@@ -2825,11 +2827,10 @@ class Account:
         """Take all from an account of version 1.0.0, which knew the ids of each file's
         last messages only."""
         ledger = found["ledger"]
-        column = {names[0]: [] for names in COUNTS}  # type: dict[str, list[int]]
 
         def models(given: Fields) -> dict[str, list[int]]:
             return {
-                str(name): [int(given[name].get(key, 0)) for key in column]
+                str(name): [int(given[name].get(names[0], 0)) for names in COUNTS]
                 for name in given
             }
 
@@ -3314,7 +3315,8 @@ class Charge:
     def gather(self, event_id: str) -> Fields | None:
         """Usage since the session's last such ping; None where no transcript can be
         read."""
-        account, fields = self.account, {}  # type: Account, Fields
+        account = self.account
+        fields: Fields = {}
         account.ended = False
         missing, came = self.read_and_wait()
         if missing in (ABSENT, FAILED):
@@ -3425,10 +3427,8 @@ def ours_from(outbox: Outbox, path: str, at: float) -> float:
     """Sessions that began later than this were ours from their start, whatever event
     they are met at first: Esc and a denied permission fire no hook. path: of the
     account. at: of the event. (All in seconds since 1970.)"""
-    top, own = os.path.split(outbox.directory)
-    for other in outboxes(top):
-        kind = os.path.basename(other.directory).rpartition("-")[0]
-        former = kind == own.rpartition("-")[0] and other.directory != outbox.directory
+    for other in outboxes(os.path.dirname(outbox.directory)):
+        former = other.kind() == outbox.kind() and other.name() != outbox.name()
         if former and os.path.lexists(other.path("accounts", os.path.basename(path))):
             return at  # until now, another URL of the same tracker was told
     installed = [at]
@@ -4930,19 +4930,14 @@ def flush(options: Namespace) -> int:
     return 1 if left else 0
 
 
-def kind_of(outbox: Outbox) -> str:
-    """The kind of the tracker that an outbox is, or was, for."""
-    return os.path.basename(outbox.directory).rpartition("-")[0]
-
-
 def adopt(settings: Settings, present: Outbox) -> None:
     """Move what waits for former URLs of a tracker to the present one's."""
-    kind = kind_of(present)
+    kind = present.kind()
     os.makedirs(present.directory, 0o700, exist_ok=True)
     held = wait_for_lock(present, time.monotonic() + LIFE_S)
     try:
         for former in outboxes(settings.state_dir):
-            if former.directory != present.directory and kind_of(former) == kind:
+            if former.directory != present.directory and former.kind() == kind:
                 adopt_from(former, present)
     finally:
         held.release()
@@ -5144,6 +5139,10 @@ class InstallRecord:
 OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
 OLDEST_CLIENT_TEXT = "2.1.78"
 CLIENT_ANSWERS_S = 20.0  # `claude --version`, on a slow disk
+CLIENT_PLACES = (
+    (".local", "bin"),
+    (".claude", "local"),
+)  # below home; often not in PATH
 TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins with it
 
 
@@ -5173,12 +5172,6 @@ def client_version() -> str:
         return ""
     match = re.search(rb"\d+\.\d+\.\d+", said)
     return match.group().decode() if match else ""
-
-
-CLIENT_PLACES = (
-    (".local", "bin"),
-    (".claude", "local"),
-)  # below home; often not in PATH
 
 
 def is_too_old(version: str) -> bool:
@@ -6127,7 +6120,7 @@ def check_disk(around: Surroundings) -> Iterator[Check]:
         outbox = outbox_of(settings, tracker)
         present[outbox.directory] = outbox, tracker.secrets[0]
     if is_plugin_alone(around):
-        ours = [outbox for outbox in kept if kind_of(outbox) == TelemHQ.kind]
+        ours = [outbox for outbox in kept if outbox.kind() == TelemHQ.kind]
         present.update((outbox.directory, (outbox, URL_NAME)) for outbox in ours)
     nowhere = Outbox(os.path.join(state_dir, "none")), URL_NAME
     for outbox, _ in present.values() or [nowhere]:
@@ -6140,7 +6133,7 @@ def check_disk(around: Surroundings) -> Iterator[Check]:
     for outbox, variable in present.values():
         for check in check_delivery(outbox, variable):
             if len(present) > 1:
-                check.text = f"{kind_of(outbox)}: {check.text}"
+                check.text = f"{outbox.kind()}: {check.text}"
             yield check
     yield from check_formers([o for o in kept if o.directory not in present])
 
@@ -6148,7 +6141,7 @@ def check_disk(around: Surroundings) -> Iterator[Check]:
 def check_formers(formers: list[Outbox]) -> Iterator[Check]:
     """Whether pings wait for what is no destination any more."""
     for former in formers:
-        waiting, kind = len(former.waiting()), kind_of(former)
+        waiting, kind = len(former.waiting()), former.kind()
         if waiting:
             text = f"{counted(waiting, 'ping')} wait for a URL no longer configured"
             text += "" if kind == TelemHQ.kind else f" ({kind})"
@@ -6496,8 +6489,6 @@ COLUMNS = (  # of the table: heading, name in a row; the last to go when it is n
     ("tokens", "total_tokens"),
     ("cost $", "cost_usd"),
 )
-
-
 NARROW = [COLUMNS[n] for n in (6, 5, 4, 3, 2, 1)]  # where there is no room, these go
 
 
@@ -6524,13 +6515,9 @@ def outboxes_named(name: str | None) -> list[Outbox]:
     """The outboxes to tell of: by kind or directory's name, TelemHQ's by default."""
     kept = outboxes(Surroundings().settings.state_dir)
     wanted = name or TelemHQ.kind
-    found = [
-        outbox
-        for outbox in kept
-        if wanted in (os.path.basename(outbox.directory), kind_of(outbox))
-    ]
+    found = [outbox for outbox in kept if wanted in (outbox.name(), outbox.kind())]
     if name and not found:
-        known = ", ".join(os.path.basename(outbox.directory) for outbox in kept)
+        known = ", ".join(outbox.name() for outbox in kept)
         raise Skipped(f"there is no destination {name}; there are: {known or 'none'}")
     return found
 
