@@ -259,6 +259,22 @@ def test_damaged_account_opens_at_the_present_ends(met: Session, name: str) -> N
     assert "cost_usd" not in pings[2]
 
 
+def test_damaged_account_is_told_where_nothing_is_awaited(met: Session) -> None:
+    """Behind a StopFailure no row is to come; that counts are missing is told."""
+    met.add(*turn(0, 1))
+    met.hold("Stop", 2)
+    met.send()
+    (path,) = met.accounts()
+    path.write_bytes(b"{")
+    met.add(*turn(10, 2))
+    met.hold("StopFailure", 12)
+    assert met.send() == [("StopFailure", 0)]
+    met.add(*turn(20, 4))
+    met.hold("StopFailure", 22)
+    assert met.send() == [("StopFailure", 4)]
+    assert [ping.get("usage_complete") for ping in met.usage()] == [None, False, None]
+
+
 def test_damaged_account_waits_for_its_transcript(met: Session) -> None:
     """Where the present ends cannot be known, nothing is opened: not at the start."""
     met.add(*turn(0, 1))
