@@ -161,11 +161,8 @@ def decode_json(text: str) -> Any:
         from _json import make_scanner
 
         return make_scanner(ScannerContext)(text, 0)[0]  # type: ignore[arg-type]
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
     except Exception:  # noqa: BLE001 - not JSON, or that module has changed
-        pass
-    from json import JSONDecoder
+        from json import JSONDecoder
 
     try:
         return JSONDecoder(strict=False, parse_int=int_or_none).raw_decode(text)[0]
@@ -173,27 +170,20 @@ def decode_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def find_quoter() -> Callable[[str], str]:
-    """What makes a text a JSON string, in ASCII."""
+def encode_json(value: object) -> str:
+    """`value` (dict, list, str, bool, None, finite number) as compact ASCII JSON."""
     try:
         from _json import encode_basestring_ascii
 
-        if encode_basestring_ascii('"') == '"\\""':
-            return encode_basestring_ascii
+        return encoded(value, encode_basestring_ascii)
     except Exception:  # noqa: BLE001 - that module has changed, or is not there
-        pass
-    from json import dumps
+        from json import dumps
 
-    return dumps
-
-
-def encode_json(value: object) -> str:
-    """`value` (dict, list, str, bool, None, finite number) as compact ASCII JSON."""
-    return encoded(value, find_quoter())
+    return dumps(value, separators=(",", ":"))
 
 
 def encoded(value: object, quoted: Callable[[str], str]) -> str:
-    """The same, with what quotes a text."""
+    """The same, with what makes a text a JSON string."""
     if isinstance(value, str):
         return quoted(value)
     if isinstance(value, dict):
@@ -218,8 +208,7 @@ def sha256_hex(raw: bytes, key: bytes = b"") -> str:
     try:
         return str(__import__(private).sha256(raw).hexdigest())
     except Exception:  # noqa: BLE001 - that module has changed, or is not there
-        pass
-    from hashlib import sha256
+        from hashlib import sha256
 
     return sha256(raw).hexdigest()
 
@@ -232,14 +221,13 @@ def path_hash(path: str, key: str) -> str:
 
 DIGITS, LOWER = "0123456789", "abcdefghijklmnopqrstuvwxyz"
 LETTERS_DIGITS = frozenset(DIGITS + LOWER + LOWER.upper())
-IDENTIFIER = LETTERS_DIGITS.union("_.:-")
 
 
 def identifier(value: object, more: str = "") -> bool:
     """1 to 128 letters, digits and _ . : - (and `more`), a letter or digit first."""
     if not isinstance(value, str) or not 0 < len(value) <= 128:
         return False
-    allowed = IDENTIFIER.union(more) if more else IDENTIFIER
+    allowed = LETTERS_DIGITS.union("_.:-", more)
     return value[0] in LETTERS_DIGITS and allowed.issuperset(value)
 
 
@@ -255,26 +243,13 @@ def boolean(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def all_of(value: object, characters: str, longest: int) -> bool:
-    """A text of these characters only, 1 to `longest` of them."""
-    return (
-        isinstance(value, str)
-        and 0 < len(value) <= longest
-        and not value.strip(characters)
-    )
-
-
 def clean(text: str, longest: int = 128) -> str:
     """`text` without control characters and lone surrogates, cut."""
-    return "".join(
-        character
-        for character in text
-        if not (
-            character < " "
-            or "\x7f" <= character <= "\x9f"
-            or "\ud800" <= character <= "\udfff"
-        )
-    )[:longest]
+
+    def shows(c: str) -> bool:
+        return " " <= c < "\x7f" or "\x9f" < c < "\ud800" or c > "\udfff"
+
+    return "".join(filter(shows, text))[:longest]
 
 
 def iso_time(ns: int) -> str:
@@ -286,7 +261,8 @@ def iso_time(ns: int) -> str:
 # -- Settings --------------------------------------------------------------------------
 
 PLUGIN_URL = "CLAUDE_PLUGIN_OPTION_PING_URL"  # what the plugin's user was asked for
-SWITCH = {"1": 1, "yes": 1, "on": 1, "true": 1, "0": 0, "no": 0, "off": 0, "false": 0}
+SWITCH = dict.fromkeys(("1", "yes", "on", "true"), True)
+SWITCH.update(dict.fromkeys(("0", "no", "off", "false"), False))
 
 
 class Settings:
@@ -295,62 +271,49 @@ class Settings:
     def __init__(self, environ: dict[str, str]) -> None:
         self.environ = environ
         self.ignored: list[str] = []
-        option = environ.get(PLUGIN_URL, "")
-        self.url = environ.get("TELEMHQ_PING_URL", option)
+        self.url = environ.get("TELEMHQ_PING_URL", environ.get(PLUGIN_URL, ""))
         self.hash_key = environ.get("TELEMHQ_HASH_KEY", "")
         self.debug = self.switch("TELEMHQ_HOOK_DEBUG")
         self.foreground = self.switch("TELEMHQ_FOREGROUND") or self.debug
         self.allow_http = self.switch("TELEMHQ_ALLOW_HTTP")
         self.git = self.switch("TELEMHQ_GIT")
         # For privacy's sake, what is not understood in these two means off.
-        self.usage = self.switch_on("TELEMHQ_USAGE")
-        self.tool_names = self.switch_on("TELEMHQ_TOOL_NAMES")
+        self.usage = self.switch("TELEMHQ_USAGE", unset=True)
+        self.tool_names = self.switch("TELEMHQ_TOOL_NAMES", unset=True)
         self.project: str | None = self.choice(
-            "TELEMHQ_PROJECT", "it has nothing to show", lambda v: clean(v).strip()
+            "TELEMHQ_PROJECT", lambda v: clean(v).strip(), "it has nothing to show"
         )
         self.machine: str | None = self.choice(
             "TELEMHQ_MACHINE",
-            "only letters, digits and _ . : - may be in it",
             lambda v: v if identifier(v) else None,
+            "only letters, digits and _ . : - may be in it",
         )
-        seconds = self.choice("TELEMHQ_TIMEOUT", "it is no number of seconds", duration)
+        seconds = self.choice("TELEMHQ_TIMEOUT", duration, "it is no number of seconds")
         self.timeout_s: float = seconds or TIMEOUT_S[0]
-        self.state_dir = self.find_state_dir()
+        chosen = self.choice("TELEMHQ_STATE_DIR", absolute, "it must be absolute")
+        config = absolute(environ.get("CLAUDE_CONFIG_DIR", "")) or absolute("~/.claude")
+        # None: nothing tells where home is.
+        self.state_dir: str | None = chosen or (
+            os.path.join(config, "telemhq") if config else None
+        )
         named = environ.get("TELEMHQ_DESTINATIONS", "").lower().split(",")
         named = list(dict.fromkeys(filter(None, map(str.strip, named))))
         self.destinations = named or ["telemhq"]
 
-    def find_state_dir(self) -> str | None:
-        """Where the state is kept; None: nothing tells where home is."""
-        config = self.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude"
-        found: str | None = self.choice(
-            "TELEMHQ_STATE_DIR", "it must be absolute", absolute
-        )
-        return (
-            found
-            or absolute(os.path.join(config, "telemhq"))
-            or absolute("~/.claude/telemhq")
-        )
-
-    def choice(self, name: str, problem: str, accept: Callable[[str], Any]) -> Any:
+    def choice(self, name: str, accept: Callable[[str], Any], problem: str) -> Any:
         """What `accept` makes of a variable; None when that is nothing."""
         value = self.environ.get(name)
-        if not value:
-            return None
-        found = accept(value)
-        if found is None or found == "":
+        found = accept(value) if value else None
+        if value and not found:
             self.ignored.append(f"{name} is ignored: {problem}")
         return found or None
 
-    def switch(self, name: str) -> bool:
+    def switch(self, name: str, unset: bool = False) -> bool:
         """A variable that is 1 or 0; what is neither counts as 0."""
-        return bool(
-            self.choice(name, "it must be 1 or 0", lambda v: SWITCH.get(v.lower()))
-        )
-
-    def switch_on(self, name: str) -> bool:
-        """A variable that is 1 unless set; what is neither 1 nor 0 counts as 0."""
-        return not self.environ.get(name) or self.switch(name)
+        value = self.environ.get(name, "").lower()
+        if value and value not in SWITCH:
+            self.ignored.append(f"{name} is ignored: it must be 1 or 0")
+        return SWITCH.get(value, False) if value else unset
 
 
 def duration(text: str) -> float | None:
@@ -377,34 +340,26 @@ def split_url(url: str) -> tuple[str, str, str]:
     scheme, found, rest = url.partition("://")
     if not found or scheme.lower() not in ("http", "https"):
         raise ValueError("it must start with https://")
-    authority = rest.replace("?", "/").replace("#", "/").split("/")[0]
-    if "@" in authority:
+    host = rest.replace("?", "/").replace("#", "/").split("/")[0]
+    if "@" in host:
         raise ValueError("it must not hold user:password@")
-    host, colon, port = authority.partition(":")
-    good = LETTERS_DIGITS.union("-._")
-    if authority.startswith("["):  # [::1]:8080
-        host, closed, port = authority[1:].partition("]")
-        colon, port = port[:1], port[1:]
-        good = frozenset(DIGITS + "abcdefABCDEF:.")
-        if not closed or colon not in ("", ":"):
-            raise ValueError("it names no host")
+    port, good = "", LETTERS_DIGITS.union("-._")
+    if ":" in host and not host.endswith("]"):
+        host, _, port = host.rpartition(":")
+        if not (port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
+            raise ValueError("its port is not a number from 1 to 65535")
+    if host.startswith("[") and host.endswith("]"):  # [::1]
+        host, good = host[1:-1], frozenset(DIGITS + "abcdefABCDEF:.")
     if not host or not good.issuperset(host) or ".." in "." + host:
         raise ValueError("it names no host")
-    if colon and not (port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
-        raise ValueError("its port is not a number from 1 to 65535")
     return scheme.lower(), host.lower(), port
 
 
 def loopback(host: str) -> bool:
     """Whether `host` is this machine, by name or plain address."""
-    if host in ("localhost", "::1"):
-        return True
-    parts = host.split(".")
-    return (
-        parts[0] == "127"
-        and len(parts) == 4
-        and all(part.isdigit() and int(part) < 256 for part in parts)
-    )
+    first, *others = host.split(".")
+    plain = len(others) == 3 and all(p.isdigit() and int(p) < 256 for p in others)
+    return host in ("localhost", "::1") or (first == "127" and plain)
 
 
 def origin(url: str) -> str:
@@ -415,14 +370,9 @@ def origin(url: str) -> str:
 # -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
 
 
-def one_line(value: object, longest: int) -> bool:
+def line_of_text(value: object, longest: int = 128) -> bool:
     """1 to `longest` characters, no control characters among them."""
     return isinstance(value, str) and value != "" and clean(value, longest) == value
-
-
-def project_name(value: object) -> bool:
-    """1 to 128 characters, no control characters among them."""
-    return one_line(value, 128)
 
 
 def model_name(value: object) -> bool:
@@ -433,6 +383,12 @@ def model_name(value: object) -> bool:
 def branch_name(value: object) -> bool:
     """An identifier, slashes allowed."""
     return identifier(value, "/")
+
+
+def all_of(value: object, characters: str, longest: int) -> bool:
+    """A text of these characters only, 1 to `longest` of them."""
+    text = value if isinstance(value, str) else ""
+    return 0 < len(text) <= longest and not text.strip(characters)
 
 
 def error_code(value: object) -> bool:
@@ -455,23 +411,15 @@ def counts(value: object, keys: Shape = identifier, shape: Shape = number) -> bo
 
 
 TOKENS = (
-    "input_tokens",
-    "output_tokens",
-    "cached_input_tokens",
-    "cache_creation_input_tokens",
-    "reasoning_tokens",
-    "total_tokens",
-)
-
-
-def token_counts(value: object) -> bool:
-    """An object of TOKENS and their numbers."""
-    return counts(value, TOKENS.__contains__)
+    "input_tokens output_tokens cached_input_tokens cache_creation_input_tokens "
+    "reasoning_tokens total_tokens"
+).split()
 
 
 def counts_by_model(value: object) -> bool:
-    """An object: model's name -> its token counts."""
-    return counts(value, model_name, token_counts)
+    """An object: model's name -> its TOKENS, and what they cost."""
+    known = (*TOKENS, "cost_usd").__contains__
+    return counts(value, model_name, lambda inner: counts(inner, known))
 
 
 # All that can ever leave: field -> the only shape it may have.
@@ -480,7 +428,7 @@ for names, shape in (
     ("event_id event timestamp status provider tool hook_version machine", identifier),
     ("session_id prompt_id tool_name tool_use_id permission_mode effort", identifier),
     ("agent_id agent_type source reason trigger notification_type", identifier),
-    ("project", project_name),
+    ("project", line_of_text),
     ("model", model_name),
     ("git_branch", branch_name),
     ("error", error_code),
@@ -488,7 +436,8 @@ for names, shape in (
     ("is_interrupt stop_hook_active usage_complete", boolean),
     ("duration_ms exit_code error_chars prompt_chars", number),
     ("last_assistant_message_chars background_tasks event_bytes", number),
-    ("tool_calls tool_failures interrupts cost_usd", number),
+    ("tool_calls tool_failures interrupts", number),
+    ("cost_usd lines_added lines_removed", number),
     (" ".join(TOKENS), number),
     ("tools", counts),  # name -> calls
     ("models", counts_by_model),
@@ -508,7 +457,7 @@ CLIENT_AGENTS = frozenset(  # Claude Code's own agent types: 2.1.329's and older
 
 def own_texts(value: object) -> bool:
     """What a user chose for a tracker: identifier -> one line of text."""
-    return counts(value, identifier, lambda text: one_line(text, OWN_MAX_CHARS))
+    return counts(value, identifier, lambda text: line_of_text(text, OWN_MAX_CHARS))
 
 
 def message_rows(value: object) -> bool:
@@ -518,7 +467,7 @@ def message_rows(value: object) -> bool:
         isinstance(value, list)
         and len(value) <= ROWS_MAX
         and all(isinstance(row, list) and len(row) == 3 + 5 for row in value)
-        and all(identifier(row[0], "@[]") and model_name(row[1]) for row in value)
+        and all(model_name(row[0]) and model_name(row[1]) for row in value)
         and all(all(map(number, row[2:])) for row in value)
     )
 
@@ -547,12 +496,11 @@ def gate(fields: Fields) -> Fields:
 
 def gate_beside(fields: object, needs: tuple[str, ...]) -> Fields:
     """Of what stands beside a ping only what its tracker needs, in its shape."""
-    if not isinstance(fields, dict):
-        return {}
+    given = fields if isinstance(fields, dict) else {}
     return {
-        name: fields[name]
+        name: given[name]
         for name in needs
-        if name in fields and BESIDE[name](fields[name])
+        if name in given and BESIDE[name](given[name])
     }
 
 
@@ -568,9 +516,62 @@ def tool_shown(name: str, tool_names: bool) -> str:
 
 def agent_shown(agent_type: str, tool_names: bool) -> str:
     """An agent's type as it may leave: a custom one's name is its user's text."""
-    if tool_names or not agent_type or agent_type in CLIENT_AGENTS:
-        return agent_type
-    return "custom"
+    return agent_type if tool_names or agent_type in CLIENT_AGENTS else "custom"
+
+
+def inside(path: str, directory: str) -> bool:
+    """Whether `path` is `directory` or below it, whatever links lead there (/tmp is one
+    on macOS)."""
+    for spelled in (os.path.normpath, os.path.realpath):
+        top = spelled(directory).rstrip(os.sep) + os.sep
+        if len(path) <= PATH_MAX_CHARS and (spelled(path) + os.sep).startswith(top):
+            return True
+    return False
+
+
+def main_repository(directory: str) -> str:
+    """Of a git worktree its repository's name, else "". A worktree's .git is a file:
+    `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
+    path = os.path.join(directory, ".git")
+    if not os.path.isfile(path):  # nor a FIFO, which nobody may ever write to
+        return ""
+    with open(path, "rb") as file:
+        text = file.read(PATH_MAX_CHARS).decode()
+    worktrees = os.path.dirname(os.path.join(directory, text[7:].strip()))
+    if not text.startswith("gitdir:") or os.path.basename(worktrees) != "worktrees":
+        return ""
+    top, name = os.path.split(os.path.dirname(os.path.normpath(worktrees)))
+    if name.startswith("."):  # .git, or .bare by a common habit
+        return os.path.basename(top)
+    return name[:-4] if name.endswith(".git") else name
+
+
+def project_of(event: Fields, settings: Settings) -> str:
+    """The project's name; neither a `cd src` nor a worktree makes another project."""
+    if settings.project:
+        return settings.project
+    cwd = event.get("cwd") if isinstance(event.get("cwd"), str) else ""
+    top, name = settings.environ.get("CLAUDE_PROJECT_DIR"), ""
+    try:
+        directory = top if cwd and top and inside(cwd, top) else cwd
+        if directory:
+            name = os.path.normpath(directory).replace("\\", "/").split("/")[-1]
+            name = main_repository(directory) or name
+    except (OSError, ValueError):
+        pass  # it cannot be read; a NUL in it
+    name = clean(name)
+    return name if name.strip(" .") else "unknown"
+
+
+def no_event(event: Fields) -> str:
+    """Why an event is none of Claude Code's, "" when it is one. Cursor runs hooks of
+    ~/.claude/settings.json too, with events of its own."""
+    name = event.get("hook_event_name")
+    if "cursor_version" in event:
+        return "the event is Cursor's, not Claude Code's"
+    if not isinstance(name, str) or not "A" <= name[:1] <= "Z":
+        return "the event has no name as Claude Code's have: it is none of them"
+    return ""
 
 
 def error_fields(event: Fields) -> Fields:
@@ -589,15 +590,35 @@ def error_fields(event: Fields) -> Fields:
     return fields
 
 
+def text_fields(event: Fields, settings: Settings) -> Fields:
+    """What may be told of an event's texts: names as they leave, hashes, lengths."""
+    texts = {key: text for key, text in event.items() if isinstance(text, str)}
+    fields: Fields = {}
+    if texts.get("model"):
+        fields["model"] = model_shown(texts["model"])
+    if "tool_name" in texts:
+        fields["tool_name"] = tool_shown(texts["tool_name"], settings.tool_names)
+    if texts.get("agent_type"):
+        fields["agent_type"] = agent_shown(texts["agent_type"], settings.tool_names)
+    for key in ("cwd", "transcript_path"):
+        if texts.get(key):
+            fields[f"{key}_hash"] = path_hash(texts[key], settings.hash_key)
+    for key in ("prompt", "last_assistant_message"):
+        if key in texts:
+            fields[f"{key}_chars"] = len(texts[key])
+    return fields
+
+
 def make_ping(
     event: Fields, settings: Settings, project: str, ns: int, event_bytes: int
 ) -> Fields:
     """The ping of one event. project: its name. ns: when it happened, in nanoseconds
     since 1970. event_bytes: its size on stdin."""
     name, effort = event.get("hook_event_name"), event.get("effort")
+    tasks = event.get("background_tasks")
     failed = name in ("PostToolUseFailure", "StopFailure") or event.get("error")
     fields = {key: event[key] for key in COPIED if key in event}
-    fields.update(error_fields(event), **ORIGIN)
+    fields.update(text_fields(event, settings), **error_fields(event), **ORIGIN)
     fields.update(
         event=name,
         status="failed" if failed else "success",
@@ -607,24 +628,32 @@ def make_ping(
         machine=settings.machine,
         event_bytes=event_bytes,
         effort=effort.get("level") if isinstance(effort, dict) else effort,
+        background_tasks=len(tasks) if isinstance(tasks, list) else None,
     )
-    if isinstance(event.get("model"), str) and event["model"]:
-        fields["model"] = model_shown(event["model"])
-    if isinstance(event.get("tool_name"), str):
-        fields["tool_name"] = tool_shown(event["tool_name"], settings.tool_names)
-    if isinstance(event.get("agent_type"), str):
-        fields["agent_type"] = agent_shown(event["agent_type"], settings.tool_names)
     if name == "SessionEnd":  # elsewhere it is a text
         fields["reason"] = event.get("reason")
-    for key in ("cwd", "transcript_path"):
-        if isinstance(event.get(key), str) and event[key]:
-            fields[key + "_hash"] = path_hash(event[key], settings.hash_key)
-    for key in ("prompt", "last_assistant_message"):
-        if isinstance(event.get(key), str):
-            fields[key + "_chars"] = len(event[key])
-    if isinstance(event.get("background_tasks"), list):
-        fields["background_tasks"] = len(event["background_tasks"])
     return gate(fields)
+
+
+def opens(path: object) -> bool:
+    """Whether a path in an event may be a transcript's."""
+    short = isinstance(path, str) and len(path) <= PATH_MAX_CHARS
+    return short and str(path).endswith(".jsonl")
+
+
+def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
+    """What the sender needs for the ping's usage and never sends; {}: no usage."""
+    transcript, agent = event.get("transcript_path"), event.get("agent_transcript_path")
+    if not ("session_id" in ping and opens(transcript)):
+        return {}
+    if not settings.usage:
+        return {"usage": False}
+    local: Fields = {"transcript": transcript, "git": settings.git}
+    if not settings.tool_names:
+        local["tool_names"] = False
+    if opens(agent):
+        local["agent_transcript"] = agent
+    return local
 
 
 # -- Trackers: who gets what -----------------------------------------------------------
@@ -632,15 +661,14 @@ def make_ping(
 # it. All that it is sent is made from the gate's output: the ping, and what BESIDE lets
 # through for those that need it.
 
-SESSION_EVENTS = (  # those that open an account, and those that tokens are charged to
-    "SessionStart",
-    "Stop",
-    "StopFailure",
-    "SubagentStop",
-    "SessionEnd",
-)
-USER_AGENT = {"User-Agent": f"telemhq-ping/{__version__}"}
-JSON_BODY = {"Content-Type": "application/json", **USER_AGENT}
+# Those that open an account, and those that tokens are charged to.
+SESSION_EVENTS = ("SessionStart", "Stop", "StopFailure", "SubagentStop", "SessionEnd")
+ALLOW_HTTP = "http:// can be read on the way; use https:// (or TELEMHQ_ALLOW_HTTP=1)"
+NO_USAGE = "TELEMHQ_USAGE=0 leaves it nothing to send"
+JSON_BODY = {
+    "Content-Type": "application/json",
+    "User-Agent": f"telemhq-ping/{__version__}",
+}
 
 
 class Request:
@@ -654,21 +682,26 @@ class Tracker:
     """A service that takes pings, as far as all of them are alike.
 
     kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with; secrets:
-    those that must never be shown. needs: what of BESIDE it is given. url: where it is;
-    secret: what it knows us by. reads: how much of a 200's body says more than 200.
-    Made from Settings, and of what reads a secret's file; Skipped: why there is none.
+    those that must never be shown. events: those that it wants (none: all). needs: what
+    of BESIDE it is given. url: where it is; secret: what it knows us by. reads: how
+    much of a 200's body says more than 200. idle: why it wants nothing, though set up.
+    own: texts for its bodies, by its own variables. nothing: a body that records
+    nothing (None: a GET does that). Skipped: why none can be made of the settings.
     """
 
     kind = ""
     variables: tuple[str, ...] = ()
     secrets: tuple[str, ...] = ()
+    events: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     url_is_secret = False
     reads = 0
-    idle = ""  # why it wants nothing here, though it is set up
+    idle = ""
 
     def __init__(self, url: str, secret: str = "") -> None:
         self.url, self.secret = url, secret
+        self.own: dict[str, str] = {}
+        self.nothing: Fields | None = None
         self.headers = dict(JSON_BODY)
         if secret:
             self.headers["Authorization"] = f"Bearer {secret}"
@@ -678,14 +711,15 @@ class Tracker:
         known_by = "\n".join(filter(None, (self.url, self.secret)))
         return f"{self.kind}-{sha256_hex(known_by.encode())[:12]}"
 
-    def wants(self, _: Fields) -> bool:
+    def wants(self, ping: Fields) -> bool:
         """Whether a ping concerns it: others are not even queued."""
-        return True
+        return not self.idle and (not self.events or ping.get("event") in self.events)
 
-    def frozen(self, _: Fields) -> dict[str, str]:
-        """What its own variables put into the bodies of a ping. It waits beside the
-        ping, for the sender may be another session's, with other settings."""
-        return {}
+    def frozen(self, ping: Fields) -> dict[str, str]:
+        """Its own texts, to wait beside the ping: the sender may be another session's,
+        with other settings."""
+        project = str(ping.get("project"))
+        return {k: text.replace("{project}", project) for k, text in self.own.items()}
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """What is sent of a ping, in this order; the same bytes at every repeat."""
@@ -697,6 +731,8 @@ class Tracker:
 
     def check(self) -> Request:
         """A request that records nothing, and shows whether the tracker takes us."""
+        if self.nothing:
+            return self.post("", self.nothing)
         return Request(self.url, self.headers, None)
 
     def post(self, path: str, fields: Fields) -> Request:
@@ -704,32 +740,21 @@ class Tracker:
         return Request(self.url + path, self.headers, encode_json(fields).encode())
 
 
-def need_usable(url: str, allow_http: bool) -> None:
-    """ValueError when `url` is no URL that a ping may go to."""
-    scheme, host, _ = split_url(url)
-    if scheme == "http" and not (allow_http or loopback(host)):
-        raise ValueError(
-            "http:// can be read on the way; use https:// (or set TELEMHQ_ALLOW_HTTP=1)"
-        )
-
-
-def base_url(settings: Settings, name: str, default: str = "") -> str:
-    """The base URL in a variable, without a slash at its end; Skipped: unusable."""
+def url_in(settings: Settings, name: str, default: str = "", base: bool = True) -> str:
+    """The URL in a variable, `base`: to which a path is added; Skipped when it is none
+    that a ping may go to."""
     url = settings.environ.get(name) or default
     if not url:
         raise Skipped(f"{name} is not set")
     try:
-        need_usable(url, settings.allow_http)
-        if "?" in url or "#" in url:
+        scheme, host, _ = split_url(url)
+        if scheme == "http" and not (settings.allow_http or loopback(host)):
+            raise ValueError(ALLOW_HTTP)
+        if base and ("?" in url or "#" in url):
             raise ValueError("it must be a base URL, without ? and #")
     except ValueError as error:
         raise Skipped(f"{name} is not usable: {error}") from None
-    return url.rstrip("/")
-
-
-def no_usage(settings: Settings) -> str:
-    """Why what is made of tokens has nothing to send, "" when it has."""
-    return "" if settings.usage else "TELEMHQ_USAGE=0 leaves it nothing to send"
+    return url.rstrip("/") if base else url
 
 
 def secret_in(text: str, name: str) -> str:
@@ -750,15 +775,7 @@ class TelemHQ(Tracker):
     url_is_secret = True
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        if not settings.url:
-            raise Skipped(
-                "TELEMHQ_PING_URL is not set; export it with your tracker's URL"
-            )
-        try:
-            need_usable(settings.url, settings.allow_http)
-        except ValueError as error:
-            raise Skipped(f"TELEMHQ_PING_URL is not usable: {error}") from None
-        super().__init__(settings.url)
+        super().__init__(url_in(settings, "TELEMHQ_PING_URL", settings.url, base=False))
 
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
         """The ping as it is; a repeat of it has the same Idempotency-Key."""
@@ -774,58 +791,42 @@ class Wigtoken(Tracker):
     kind = "wigtoken"
     variables = ("WIGTOKEN_SERVER", "WIGTOKEN_TOKEN", "WIGTOKEN_MACHINE")
     secrets = ("WIGTOKEN_TOKEN",)
+    events = SESSION_EVENTS
     needs = ("own", "messages")
     ROWS_MAX = 1000  # more in a request: 413
-    MACHINE_MAX_CHARS = 100
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
+        url = url_in(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
         token = settings.environ.get("WIGTOKEN_TOKEN", "")
-        url = base_url(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
         super().__init__(url, secret_in(token, "WIGTOKEN_TOKEN"))
-        self.idle = no_usage(settings)
-        self.machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
-        if not self.machine:
+        self.idle = "" if settings.usage else NO_USAGE
+        machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
+        if not machine:
             raise Skipped("WIGTOKEN_MACHINE is not set; the server demands a name")
-        if not identifier(self.machine) or ":" in self.machine:
-            raise Skipped("WIGTOKEN_MACHINE may hold letters, digits and _ . - only")
-        if len(self.machine) > self.MACHINE_MAX_CHARS:
-            raise Skipped("WIGTOKEN_MACHINE is too long")
-
-    def wants(self, ping: Fields) -> bool:
-        """What tokens are charged to, and what opens the account."""
-        return not self.idle and ping.get("event") in SESSION_EVENTS
-
-    def frozen(self, _: Fields) -> dict[str, str]:
-        """The machine's name."""
-        return {"machine": str(self.machine)}
+        if not identifier(machine) or ":" in machine or len(machine) > 100:
+            text = "only letters, digits and _ . - may be in it, at most 100"
+            raise Skipped(f"WIGTOKEN_MACHINE is not usable: {text}")
+        self.own = {"machine": machine}
+        self.nothing = {**self.own, "messages": []}
 
     def requests(self, _: Fields, beside: Fields) -> list[Request]:
         """The messages charged, some at a time."""
-        rows = [self.row(*row) for row in beside.get("messages", ())]
-        machine = beside.get("own", {}).get("machine", self.machine)
-        return [
-            self.post(
-                "", {"machine": machine, "messages": rows[at : at + self.ROWS_MAX]}
-            )
-            for at in range(0, len(rows), self.ROWS_MAX)
+        rows = [
+            {
+                "message_id": message,
+                "model": model,
+                "ts": iso_time(ms * 10**6),
+                "input_tokens": counts[0],
+                "output_tokens": counts[1],
+                "cache_read_input_tokens": counts[2],
+                "cache_creation_input_tokens": counts[3],
+            }
+            for message, model, ms, *counts in beside.get("messages", ())
         ]
-
-    @staticmethod
-    def row(message: str, model: str, ms: int, *counts: int) -> Fields:
-        """A message as the server has it; counts: in the order of TOKENS."""
-        return {
-            "message_id": message,
-            "model": model,
-            "ts": iso_time(ms * 10**6),
-            "input_tokens": counts[0],
-            "output_tokens": counts[1],
-            "cache_read_input_tokens": counts[2],
-            "cache_creation_input_tokens": counts[3],
-        }
-
-    def check(self) -> Request:
-        """No message at all."""
-        return self.post("", {"machine": self.machine, "messages": []})
+        machine = {**self.own, **beside.get("own", {})}["machine"]
+        most = range(0, len(rows), self.ROWS_MAX)
+        parts = [rows[first : first + self.ROWS_MAX] for first in most]
+        return [self.post("", {"machine": machine, "messages": part}) for part in parts]
 
 
 class Recorder(Tracker):
@@ -836,35 +837,22 @@ class Recorder(Tracker):
     kind = "recorder"
     variables = ("RECORDER_PAT", "RECORDER_URL", "RECORDER_PREFIX")
     secrets = ("RECORDER_PAT",)
+    events = SESSION_EVENTS  # or a session that ends without a word is never told
     needs = ("own", "since_end")
     URL = "https://api.recorder.nasebanal.com"
-    VALUES = (
-        ("/Input", "input_tokens"),
-        ("/Output", "output_tokens"),
-        ("/CacheRead", "cached_input_tokens"),
-        ("/CacheCreate", "cache_creation_input_tokens"),
-    )
-    PREFIX_MAX_CHARS = 128
+    NAMES = ("/Input", "/Output", "/CacheRead", "/CacheCreate")  # as TOKENS has them
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        url = base_url(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
+        url = url_in(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
         token = settings.environ.get("RECORDER_PAT", "")
         super().__init__(url, secret_in(token, "RECORDER_PAT"))
-        self.idle = no_usage(settings)
-        self.prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
-        if self.prefix and not project_name(self.prefix):
-            raise Skipped("RECORDER_PREFIX is not usable: it is no line of text")
-        if not self.prefix:
-            self.idle = "RECORDER_PREFIX is not set for this project"
-
-    def wants(self, ping: Fields) -> bool:
-        """The ends; and whatever tells that a session is there, or none that ends
-        without a word would ever be told."""
-        return not self.idle and ping.get("event") in SESSION_EVENTS
-
-    def frozen(self, ping: Fields) -> dict[str, str]:
-        """Where the project's values are kept."""
-        return {"prefix": self.prefix.replace("{project}", str(ping.get("project")))}
+        self.idle = "" if settings.usage else NO_USAGE
+        prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
+        if not line_of_text(prefix):
+            self.idle = (
+                "RECORDER_PREFIX is not set for this project (to a line of text)"
+            )
+        self.own = {"prefix": prefix}
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """What the session used, when it ends (again: since it last did)."""
@@ -872,21 +860,31 @@ class Recorder(Tracker):
         ends = ping.get("event") in ("SessionEnd", "SessionLost")
         if not (ends and prefix and any(used.values())):
             return []
+        alike = {
+            "unit": "tokens",
+            "data_type": "integer",
+            "chart_type": "line",
+            "recorded_at": ping.get("timestamp"),
+            "comment": f"telemhq_ping {ping['event_id']}",
+        }
         return [
-            self.post(
-                "",
-                {
-                    "name": prefix + name,
-                    "unit": "tokens",
-                    "data_type": "integer",
-                    "chart_type": "line",
-                    "value": used.get(count, 0),
-                    "recorded_at": ping.get("timestamp"),
-                    "comment": f"telemhq_ping {ping['event_id']}",
-                },
-            )
-            for name, count in self.VALUES
+            self.post("", {"name": prefix + name, "value": used.get(count, 0), **alike})
+            for count, name in zip(TOKENS, self.NAMES)
         ]
+
+
+OTLP_NAMES = {  # the GenAI conventions' or the client's own telemetry's -> the ping's
+    "gen_ai.provider.name": "provider",
+    "gen_ai.response.model": "model",
+    "gen_ai.conversation.id": "session_id",
+    "session.id": "session_id",
+    "prompt.id": "prompt_id",
+    "gen_ai.usage.input_tokens": "all_input",
+    "gen_ai.usage.cache_read.input_tokens": "cached_input_tokens",
+    "gen_ai.usage.cache_creation.input_tokens": "cache_creation_input_tokens",
+    "gen_ai.usage.output_tokens": "output_tokens",
+}
+OTLP_ELSEWHERE = ("input_tokens", "timestamp", "event", "hook_version")
 
 
 class OTLP(Tracker):
@@ -899,20 +897,9 @@ class OTLP(Tracker):
     secrets = ("TELEMHQ_OTLP_HEADERS",)
     reads = 4096
     INFO, ERROR = 9, 17
-    NAMES = (  # the ping's, the GenAI conventions' or the client's own telemetry's
-        ("provider", "gen_ai.provider.name"),
-        ("model", "gen_ai.response.model"),
-        ("session_id", "gen_ai.conversation.id"),
-        ("session_id", "session.id"),
-        ("prompt_id", "prompt.id"),
-        ("cached_input_tokens", "gen_ai.usage.cache_read.input_tokens"),
-        ("cache_creation_input_tokens", "gen_ai.usage.cache_creation.input_tokens"),
-        ("output_tokens", "gen_ai.usage.output_tokens"),
-    )
-    ELSEWHERE = ("input_tokens", "cost_usd", "timestamp", "event", "hook_version")
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        url = base_url(settings, "TELEMHQ_OTLP_ENDPOINT")
+        url = url_in(settings, "TELEMHQ_OTLP_ENDPOINT")
         super().__init__(url if url.endswith("/v1/logs") else url + "/v1/logs")
         self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
         try:
@@ -920,6 +907,7 @@ class OTLP(Tracker):
         except ValueError:
             text = "it must be Name=value,Name=value (%2C is a comma, %20 a space)"
             raise Skipped(f"TELEMHQ_OTLP_HEADERS is not usable: {text}") from None
+        self.nothing = {"resourceLogs": []}
 
     @staticmethod
     def headers_in(text: str) -> dict[str, str]:
@@ -937,56 +925,50 @@ class OTLP(Tracker):
         return found
 
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
-        """The one record."""
+        """The one record. (Back ends that do not know eventName yet show the body.)"""
+        name = f"claude_code.{ping.get('event')}"
         failed = ping.get("status") == "failed"
         record = {
             "timeUnixNano": str(ns_of_iso(ping.get("timestamp"))),
             "severityNumber": self.ERROR if failed else self.INFO,
-            "eventName": f"claude_code.{ping.get('event')}",
-            "attributes": list(map(self.attribute, self.named(ping))),
+            "eventName": name,
+            "body": {"stringValue": name},
+            "attributes": self.attributes({"event.name": name, **self.named(ping)}),
         }
         scope = {"name": "telemhq_ping", "version": ping.get("hook_version", "")}
-        return [self.export([{"scope": scope, "logRecords": [record]}])]
-
-    def export(self, scopes: list[Fields]) -> Request:
-        """An ExportLogsServiceRequest."""
-        service = self.attribute(("service.name", "claude-code"))
-        resource = {"attributes": [service]}
-        logs = [{"resource": resource, "scopeLogs": scopes}] if scopes else []
-        return self.post("", {"resourceLogs": logs})
-
-    def named(self, ping: Fields) -> Iterator[tuple[str, object]]:
-        """A ping's fields as attributes have them; objects are laid flat."""
-        if "input_tokens" in ping:
-            yield "gen_ai.usage.input_tokens", all_input(ping)
-        if "cost_usd" in ping:  # an attribute keeps its type, also when it is 0
-            yield "telemhq.cost_usd", float(ping["cost_usd"])
-        for field, value in ping.items():
-            if field not in self.ELSEWHERE:
-                names = [name for known, name in self.NAMES if known == field]
-                for name in names or [f"telemhq.{field}"]:
-                    yield from self.flat(name, value)
-
-    def flat(self, name: str, value: object) -> Iterator[tuple[str, object]]:
-        """An attribute, or those of an object's inner values."""
-        if not isinstance(value, dict):
-            yield name, value
-            return
-        for key, inner in value.items():
-            yield from self.flat(f"{name}.{key}", inner)
+        resource = {"attributes": self.attributes({"service.name": "claude-code"})}
+        scopes = [{"scope": scope, "logRecords": [record]}]
+        logs = [{"resource": resource, "scopeLogs": scopes}]
+        return [self.post("", {"resourceLogs": logs})]
 
     @staticmethod
-    def attribute(pair: tuple[str, object]) -> Fields:
-        """A KeyValue."""
-        name, value = pair
-        found: Fields = {"stringValue": value}
-        if isinstance(value, bool):
-            found = {"boolValue": value}
-        elif isinstance(value, int):
-            found = {"intValue": str(value)}
-        elif isinstance(value, float):
-            found = {"doubleValue": value}
-        return {"key": name, "value": found}
+    def named(ping: Fields) -> Fields:
+        """A ping's fields under the names that attributes have."""
+        ping = with_all_input(ping)
+        found = {name: ping[key] for name, key in OTLP_NAMES.items() if key in ping}
+        for field in ping:
+            if field not in (*OTLP_NAMES.values(), *OTLP_ELSEWHERE):
+                found[f"telemhq.{field}"] = ping[field]
+        return found
+
+    def attributes(self, fields: Fields) -> list[Fields]:
+        """Fields as KeyValues, the inner ones of objects laid flat. An attribute keeps
+        its type: a cost is a double, also when it is 0."""
+        found: list[Fields] = []
+        for name, value in fields.items():
+            if isinstance(value, dict):
+                inner = {f"{name}.{key}": deeper for key, deeper in value.items()}
+                found += self.attributes(inner)
+                continue
+            typed: Fields = {"stringValue": value}
+            if isinstance(value, bool):
+                typed = {"boolValue": value}
+            elif isinstance(value, float) or name.endswith("cost_usd"):
+                typed = {"doubleValue": float(value)}
+            elif isinstance(value, int):
+                typed = {"intValue": str(value)}
+            found.append({"key": name, "value": typed})
+        return found
 
     def refuses(self, body: bytes) -> bool:
         """A partial success rejects the one record: it must not be sent again."""
@@ -995,10 +977,6 @@ class OTLP(Tracker):
             return int(partial["rejectedLogRecords"]) > 0
         except (ValueError, KeyError, TypeError):
             return False
-
-    def check(self) -> Request:
-        """An export of nothing."""
-        return self.export([])
 
 
 class ClaudeMetrics(Tracker):
@@ -1015,144 +993,112 @@ class ClaudeMetrics(Tracker):
     needs = ("totals",)
     URL = "http://127.0.0.1:8000/api/v1"
     TOKEN_FILE = "~/.claude-metrics/token"
-    SYSTEM = (  # event, kind, what of the ping its payload has
-        ("Notification", "notification", ("notification_type",)),
-        ("PreCompact", "pre_compact", ("trigger",)),
-        ("SubagentStop", "subagent_stop", ("agent_id", "agent_type")),
+    PATHS = (  # to where an event is told; one with tokens is an execution, too
+        ("/execution", ("Stop", "StopFailure")),
+        ("/tool", ("PostToolUse", "PostToolUseFailure")),
+        ("/system", ("Notification", "PreCompact", "SubagentStop")),
+        ("/session", ("SessionStart", "Stop", "SessionEnd", "SessionLost")),
     )
-    TOOL = ("PostToolUse", "PostToolUseFailure")
-    EXECUTION = ("Stop", "StopFailure")
-    SESSION = ("SessionStart", "Stop", "SessionEnd", "SessionLost")
+    events = tuple(event for _, events in PATHS for event in events)
+    EXECUTION = (  # response_text: the plugin sends null, too, when it has none
+        "message_length=last_assistant_message_chars model duration_ms status "
+        "stop_reason=error tokens_in=all_input tokens_out=output_tokens "
+        "cache_read_tokens=cached_input_tokens thinking_tokens=reasoning_tokens "
+        "cache_creation_tokens=cache_creation_input_tokens"
+    )
+    TOOL = "tool_name duration_ms error_class=error subagent_type=agent_type"
+    TOTALS = (
+        "tokens_in_total=all_input tokens_out_total=output_tokens "
+        "tool_calls_total=tool_calls"
+    )
 
     def __init__(self, settings: Settings, read_secret: ReadSecret) -> None:
         if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
-        url = base_url(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
+        url = url_in(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
         token = settings.environ.get("CLAUDE_METRICS_API_TOKEN", "")
-        if not token:
-            try:
-                token = read_secret(self.TOKEN_FILE)
-            except OSError as error:
-                text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
-                raise Skipped(f"CLAUDE_METRICS_API_TOKEN {text}") from None
+        try:
+            token = token or read_secret(self.TOKEN_FILE)
+        except OSError as error:
+            text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
+            raise Skipped(f"CLAUDE_METRICS_API_TOKEN {text}") from None
         super().__init__(url, secret_in(token, "CLAUDE_METRICS_API_TOKEN"))
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
-    def wants(self, ping: Fields) -> bool:
-        """The events that it has a place for."""
-        event = ping.get("event")
-        known = (*self.TOOL, *self.EXECUTION, *self.SESSION)
-        return event in known or any(event == name for name, _, _ in self.SYSTEM)
-
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """One of each kind that the event is."""
-        event, found = ping.get("event"), []
-        if event in self.EXECUTION or ping.get("total_tokens"):
-            found.append(self.post("/execution", self.execution(ping)))
-        if event in self.TOOL:
-            found.append(self.post("/tool", self.tool(ping)))
-        for name, kind, fields in self.SYSTEM:
-            if name == event:
-                payload = {field: ping[field] for field in fields if field in ping}
-                system = {"kind": kind, "payload": payload}
-                found.append(
-                    self.post("/system", {**self.common(ping, "/system"), **system})
-                )
-        if event in self.SESSION:
-            found.append(self.post("/session", self.session(ping, beside)))
+        found = []
+        for path, events in self.PATHS:
+            used = path == "/execution" and ping.get("total_tokens")
+            if used or ping.get("event") in events:
+                found.append(self.post(path, self.body(path, ping, beside)))
         return found
 
-    @staticmethod
-    def common(ping: Fields, path: str) -> Fields:
-        """What every kind but a session's begins with; event_id is a UUID, and another
-        one for each request of a ping."""
+    def body(self, path: str, ping: Fields, beside: Fields) -> Fields:
+        """What every kind begins with, and its own; event_id is a UUID, and another one
+        for each request of a ping. A session is known by its own id."""
+        client = {"client": f"telemhq_ping {ping.get('hook_version')}"}
+        found = {**picked(ping, "session_id"), "client_meta": client}
+        if path == "/session":
+            totals = with_all_input(beside.get("totals", {}))
+            return {**found, **self.session(ping), **picked(totals, self.TOTALS)}
         key = sha256_hex(f"{ping['event_id']}{path}".encode())
         uuid = f"{key[:8]}-{key[8:12]}-4{key[13:16]}-8{key[17:20]}-{key[20:32]}"
-        return without_none(
-            event_id=uuid,
-            session_id=ping.get("session_id"),
-            turn_id=ping.get("prompt_id"),
-            permission_mode=ping.get("permission_mode"),
-            client_meta={"client": f"telemhq_ping {ping.get('hook_version')}"},
-        )
+        found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=uuid)
+        if path == "/execution":
+            tools = ping.get("tools", {}).items()
+            used = [{"name": name, "count": calls} for name, calls in tools]
+            found.update(picked(with_all_input(ping), self.EXECUTION), tools_used=used)
+            return {**found, "response_text": None}
+        if path == "/tool":
+            success = ping.get("status") == "success"
+            return {**found, **picked(ping, self.TOOL), "success": success}
+        kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in ping["event"])
+        payload = picked(ping, "notification_type trigger agent_id agent_type")
+        return {**found, "kind": kind[1:], "payload": payload}
 
-    def execution(self, ping: Fields) -> Fields:
-        """A turn, or what tokens went to behind one. response_text: null, which the
-        plugin sends when it has none."""
-        tools = ping.get("tools", {}).items()
-        fields = without_none(
-            message_length=ping.get("last_assistant_message_chars"),
-            tools_used=[{"name": name, "count": calls} for name, calls in tools],
-            tokens_in=all_input(ping) if "input_tokens" in ping else None,
-            tokens_out=ping.get("output_tokens"),
-            cache_read_tokens=ping.get("cached_input_tokens"),
-            cache_creation_tokens=ping.get("cache_creation_input_tokens"),
-            thinking_tokens=ping.get("reasoning_tokens"),
-            model=ping.get("model"),
-            duration_ms=ping.get("duration_ms"),
-            stop_reason=ping.get("error"),
-            status=ping.get("status"),
-        )
-        return {**self.common(ping, "/execution"), "response_text": None, **fields}
-
-    def tool(self, ping: Fields) -> Fields:
-        """A tool's call."""
-        fields = without_none(
-            tool_name=ping.get("tool_name"),
-            success=ping.get("status") == "success",
-            duration_ms=ping.get("duration_ms"),
-            error_class=ping.get("error"),
-            subagent_type=ping.get("agent_type"),
-        )
-        return {**self.common(ping, "/tool"), **fields}
-
-    def session(self, ping: Fields, beside: Fields) -> Fields:
-        """A session as it stands: known by its id, each such request replaces it."""
-        event, at, totals = ping["event"], ping.get("timestamp"), beside.get("totals")
-        ends = event in ("SessionEnd", "SessionLost")
-        common = self.common(ping, "/session")
-        fields = without_none(
-            session_id=common.get("session_id"),
-            client_meta=common["client_meta"],
-            started_at=at if event == "SessionStart" else None,
-            ended_at=at if ends else None,
-            exit_kind=ping.get("reason", "lost") if ends else None,
-        )
-        if totals:
-            fields.update(
-                tokens_in_total=all_input(totals),
-                tokens_out_total=totals.get("output_tokens", 0),
-                tool_calls_total=totals.get("tool_calls", 0),
-            )
-        return fields
+    @staticmethod
+    def session(ping: Fields) -> Fields:
+        """A session as it stands: each such request replaces it."""
+        if ping["event"] == "SessionStart":
+            return picked(ping, "started_at=timestamp")
+        if ping["event"] == "Stop":
+            return {}
+        return picked({"reason": "lost", **ping}, "ended_at=timestamp exit_kind=reason")
 
     def check(self) -> Request:
         """A GET where only POSTs are taken."""
         return Request(self.url + "/session", self.headers, None)
 
 
-def without_none(**fields: object) -> Fields:
-    """The fields that have a value."""
-    return {name: value for name, value in fields.items() if value is not None}
+def picked(ping: Fields, names: str) -> Fields:
+    """The fields named that a ping has; `theirs=ours`: under a tracker's name."""
+    found = {}
+    for word in names.split():
+        name, _, field = word.partition("=")
+        if (field or name) in ping:
+            found[name] = ping[field or name]
+    return found
 
 
-def all_input(counts: Fields) -> int:
-    """All tokens that went in, cached or not, which TelemHQ's names tell apart."""
+def with_all_input(counts: Fields) -> Fields:
+    """The same, with all tokens that went in, which TelemHQ's names tell apart."""
+    if "input_tokens" not in counts:
+        return counts
     names = ("input_tokens", "cached_input_tokens", "cache_creation_input_tokens")
-    return sum(int(counts.get(name, 0)) for name in names)
+    return {**counts, "all_input": sum(int(counts.get(name, 0)) for name in names)}
 
 
 def ns_of_iso(text: object) -> int:
     """The inverse of iso_time(); 0 when it is no such time."""
-    from calendar import timegm
+    from datetime import datetime
 
     try:
-        seconds, _, ms = str(text).rstrip("Z").partition(".")
-        when = time.strptime(seconds, "%Y-%m-%dT%H:%M:%S")
-        return timegm(when) * 10**9 + int(ms or 0) * 10**6
+        when = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
     except ValueError:
         return 0
+    return round(when.timestamp() * 1000) * 10**6
 
 
 TRACKERS: dict[str, Callable[[Settings, ReadSecret], Tracker]] = {
@@ -1727,86 +1673,6 @@ def run_in_thread(work: Callable[[], None], seconds: float) -> None:
     except RuntimeError:  # no thread to be had
         run()
     over.acquire(True, seconds)
-
-
-def inside(path: str, directory: str) -> bool:
-    """Whether `path` is `directory` or below it, whatever links lead there (/tmp is one
-    on macOS), and however a file system that knows no case has it spelled."""
-    top = os.path.normpath(directory).rstrip(os.sep) + os.sep
-    if (os.path.normpath(path) + os.sep).startswith(top):
-        return True
-    if len(path) > PATH_MAX_CHARS:
-        return False
-    try:
-        wanted = os.stat(directory)
-    except OSError:
-        return False
-    below, here = "", os.path.realpath(path)
-    while here != below:
-        try:
-            if os.path.samestat(os.stat(here), wanted):
-                return True
-        except OSError:
-            pass  # removed meanwhile; what it lay in may be there
-        below, here = here, os.path.dirname(here)
-    return False
-
-
-def main_repository(directory: str) -> str:
-    """Of a git worktree its repository's name, else "". A worktree's .git is a file:
-    `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
-    try:
-        text = read_file(os.path.join(directory, ".git"), 4096).decode()
-    except (OSError, ValueError):
-        return ""
-    worktrees = os.path.dirname(os.path.join(directory, text[7:].strip()))
-    if not text.startswith("gitdir:") or os.path.basename(worktrees) != "worktrees":
-        return ""
-    top, name = os.path.split(os.path.dirname(os.path.normpath(worktrees)))
-    if name.startswith("."):  # .git, or .bare by a common habit
-        return os.path.basename(top)
-    return name[:-4] if name.endswith(".git") else name
-
-
-def project_of(event: Fields, settings: Settings) -> str:
-    """The project's name; neither a `cd src` nor a worktree makes another project."""
-    if settings.project:
-        return settings.project
-    cwd = event.get("cwd") if isinstance(event.get("cwd"), str) else ""
-    top, name = settings.environ.get("CLAUDE_PROJECT_DIR"), ""
-    try:
-        directory = top if cwd and top and inside(cwd, top) else cwd
-        if directory:
-            name = os.path.normpath(directory).replace("\\", "/").split("/")[-1]
-            name = main_repository(directory) or name
-    except (OSError, ValueError):
-        pass  # a NUL in it
-    name = clean(name)
-    return name if name.strip(" .") else "unknown"
-
-
-def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
-    """What the sender needs for the ping's usage and never sends; {}: no usage."""
-    transcript, agent = event.get("transcript_path"), event.get("agent_transcript_path")
-    if not ("session_id" in ping and opens(transcript)):
-        return {}
-    if not settings.usage:
-        return {"usage": False}
-    local: Fields = {"transcript": transcript, "git": settings.git}
-    if not settings.tool_names:
-        local["tool_names"] = False
-    if opens(agent):
-        local["agent_transcript"] = agent
-    return local
-
-
-def opens(path: object) -> bool:
-    """Whether a path in an event may be a transcript's."""
-    return (
-        isinstance(path, str)
-        and path.endswith(".jsonl")
-        and len(path) <= PATH_MAX_CHARS
-    )
 
 
 def names_script(command: str) -> bool:
