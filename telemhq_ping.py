@@ -2061,8 +2061,8 @@ class Account:
     SessionLost. since: older rows are history (seconds since 1970). was_read: its
     history is known. transcripts: name -> Transcript's arguments. seen: key of an
     answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
-    history: whether the main chain's last answer is: "", "own", or "branched". parent:
-    of a fork: session, key of the last answer copied. baseline: the ledger at the end
+    in_history: the main chain's last answer is. parent: of a fork: session, key of the
+    last answer copied. baseline: the ledger at the end
     of history; [] when nobody knows it. told: model -> counts, since then. ledger: the
     client's, while it is the last word. row_at: of the newest row; settled_at: of the
     newest that the baseline has. last_at, stopped_at: the last charge, the last end of
@@ -2072,12 +2072,12 @@ class Account:
 
     def __init__(self, path: str, since: float = 0) -> None:
         self.path, self.since = path, float(since)
-        self.transcript = self.model = self.branch = self.history = ""
+        self.transcript = self.model = self.branch = ""
         self.identity: Fields = {}
         self.own: Fields = {}
         self.row_at = self.settled_at = 0.0
         self.last_at = self.stopped_at = self.prompted_at = 0.0
-        self.was_read = False
+        self.was_read = self.in_history = False
         self.transcripts: dict[str, list[Any]] = {}
         self.seen: dict[str, str] = {}
         self.parent: list[str] = []
@@ -2212,7 +2212,7 @@ class Reading:
                     self.count_user(row, main)
                 elif isinstance(row, LedgerRow) and main:
                     account.ledger = row.ledger
-                    if account.history == "own":
+                    if account.in_history:
                         account.baseline = row.ledger
         finally:
             if transcript.inode:
@@ -2258,14 +2258,14 @@ class Reading:
         """Note what the main chain's newest answer tells."""
         account = self.account
         if not past:
-            account.history, account.model = "", row.model
+            account.in_history, account.model = False, row.model
             account.branch = str(row.branch) if branch_name(row.branch) else ""
             if row.stopped:
                 account.ledger = []  # no last word any more
         elif new:
-            account.history = "branched" if row.branched else "own"
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
+            account.in_history = not row.branched
             account.parent = [str(row.origin), row.key] if row.copied else []
             account.told, account.ledger = {}, []
 
@@ -2894,8 +2894,6 @@ class Pass:
         self.last_event = self.last_answer = ""
         self.done: set[str] = set()
 
-    # What waits
-
     def tidy(self) -> None:
         """Make way: what is no ping is set aside; of more than OUTBOX_MAX_PINGS the
         oldest without usage are lost, then the oldest; suspects that wait no more are
@@ -2911,15 +2909,11 @@ class Pass:
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
             self.count_loss(name, "outbox full")
-        if lost:
-            self.state.save()  # before they go: we may be killed meanwhile
-        for name in lost:
             remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
-        suspects = self.state.suspects
-        kept = sorted(suspects, key=lambda name: -suspects[name].charges)[:SUSPECTS_MAX]
-        for name in set(suspects).difference(set(kept).intersection(self.names)):
-            del suspects[name]
+        known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
+        known.sort(key=lambda pair: -pair[1].charges)
+        self.state.suspects = dict(known[:SUSPECTS_MAX])
 
     def count_loss(self, name: str, reason: str) -> None:
         """Count a ping that will not be delivered, and the tokens charged to it."""
@@ -2957,8 +2951,6 @@ class Pass:
             paused = 0 <= now - suspect.tried_at < SUSPECT_PAUSE_S
             if suspect.charges and not paused:
                 yield name
-
-    # Whose fault
 
     def borne(self) -> int:
         """How many failures in a row end the pass."""
