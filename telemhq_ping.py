@@ -2356,16 +2356,19 @@ class Charge:
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
         account, event_id = self.account, str(self.ping["event_id"])
-        charges = self.event in USAGE_EVENTS and self.local.get("usage") is not False
-        if charges and event_id not in account.charged:
-            account.charged[event_id] = self.tell()
-        self.saving = True
+        transcript = str(self.local.get("transcript"))
+        if os.path.isfile(transcript) or not account.transcript:
+            account.transcript = transcript
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+        account.own, account.last_at = self.record.beside.get("own", {}), self.at
         if self.local.get("usage") is False:
             account.since = max(account.since, self.at)
-        if not charges:
-            account.save()
-            return self.record
+        elif self.event in USAGE_EVENTS and event_id not in account.charged:
+            account.charged[event_id] = self.tell()
+        self.saving = True
         account.save()
+        if event_id not in account.charged:
+            return self.record
         fields, beside = account.charged[event_id]
         beside = gate_beside({**self.record.beside, **beside}, self.outbox.needs)
         record = Record(gate({**self.ping, **fields}), {}, beside)
@@ -2377,10 +2380,6 @@ class Charge:
         charge. OSError or ValueError: the transcript cannot be read."""
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
-        if os.path.isfile(str(self.local["transcript"])) or not account.transcript:
-            account.transcript = str(self.local["transcript"])
-        account.own = self.record.beside.get("own", {})
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
         complete = self.read_and_wait() and not self.damaged
         fields: Fields = {}
         costs: dict[str, float] = {}
@@ -2416,7 +2415,6 @@ class Charge:
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at = self.at
-        account.last_at = self.at
 
     def settle(self) -> tuple[Fields, dict[str, float]]:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -2459,10 +2457,11 @@ class Charge:
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
-        if self.event == "SessionEnd":
+        if self.event in ("SessionEnd", "SessionLost"):
             if account.parent and not account.baseline:
                 self.find_baseline(*account.parent)
-            return not account.baseline or bool(account.ledger)
+            lost = self.event == "SessionLost"
+            return lost or not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
             agent, top = str(self.local.get("agent_transcript")), account.transcript
             name = os.path.relpath(agent, top[: -len(".jsonl")])
@@ -2530,7 +2529,7 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of what it will tell, so that a crash makes no two; today's settings shape it.
     """
     account = Account.load(path)
-    reading = Reading(account, float("inf"), ends)
+    reading = Reading(account, float("inf"), min(ends, time.monotonic() + READ_S))
     reading.read()
     news = account.baseline and account.ledger and account.baseline != account.ledger
     ended = account.total == account.at_end or "since_end" not in outbox.needs
@@ -2760,7 +2759,7 @@ class Courier:
         self.once, self.status, self.sending = False, 0, ""
         self.opener: OpenerDirector | None = None
         self.by_session: dict[str, list[str]] = {}
-        self.overstays: Callable[[str, Answer], object] = print
+        self.overstays: Callable[[str, Answer], object] = lambda *_: None
 
     def is_over(self) -> bool:
         """Whether no request may begin any more."""
@@ -2798,13 +2797,20 @@ class Courier:
                 return answer
             record.accepted += 1
             if record.accepted < len(requests):
-                self.outbox.rewrite(name, record)  # whoever comes next goes on there
+                self.remember(name, record)
         if answer and requests:
             # Before its file goes: after a crash it may stand there twice, but never
             # not at all.
             self.keep(record.ping, requests, answer)
         remove(self.outbox.file(name))  # only now
         return answer
+
+    def remember(self, name: str, record: Record) -> None:
+        """Note how many requests were accepted: whoever comes next goes on there."""
+        try:
+            self.outbox.rewrite(name, record)
+        except OSError:
+            pass  # a full disk: after a crash they are repeated
 
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
         """Send one request of a ping; it has a deadline of its own."""
@@ -2819,7 +2825,10 @@ class Courier:
                 self.opener = make_opener(self.tracker.url)
             except (Skipped, ImportError) as why:  # some ship a part of the library
                 return Answer(HOLD, str(why))
-            _thread.start_new_thread(self.watch, ())
+            try:
+                _thread.start_new_thread(self.watch, ())
+            except RuntimeError:
+                pass  # no thread to be had: urllib's own timeouts must do
         self.sending, self.deadline = name, begun + limit
         answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
         self.deadline = float("inf")
@@ -2908,7 +2917,10 @@ class Pass:
         names.sort(key=lambda name: (PingName(name).event in usage, name))
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
-            self.count_loss(name, "outbox full")
+            if PingName(name).event in usage:
+                self.count_loss(name, "outbox full")
+            else:
+                self.state.lost("outbox full")
             remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
         known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
@@ -3128,14 +3140,16 @@ class Sender:
         and then the outbox listed once more: a hook that found the lock busy counts on
         that. When this life is over then, news begin a new one."""
         while lock is not None:
-            self.work()
+            if self.once or not self.backoff_left_s():
+                self.work()
             lock.release()
             wait = self.backoff_left_s()
             if wait and (self.once or time.monotonic() + wait >= self.ends):
                 return
             if not wait and not self.news():
                 return
-            time.sleep(wait)
+            if wait:
+                time.sleep(wait)
             lock = None if self.is_gone() else self.outbox.take_lock()
             if lock and not wait and self.is_over():
                 start_sender({self.outbox.name(): lock}, self.settings.environ)
@@ -3147,17 +3161,18 @@ class Sender:
         if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
             return
         paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
-        paths.sort(key=age_s)
-        for path in paths[ACCOUNTS_MAX:]:
+        for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
             remove(path)
-        for path in paths[:ACCOUNTS_MAX]:
+        for path in paths if self.settings.usage else ():
             if self.is_over():
                 return
-            if self.settings.usage and age_s(path) > DAY_S:
-                try:
+            try:
+                if age_s(path) > DAY_S:
                     report_lost(self.outbox, path, self.settings, self.ends)
-                except Exception as error:  # noqa: BLE001 - it must not hide others
-                    self.courier.log(f"lost session: {type(error).__name__}")
+            except (OSError, ValueError):
+                continue  # it, or its transcript, is damaged or gone
+            except Exception as error:  # noqa: BLE001 - it must not hide the others
+                self.courier.log(f"lost session: {type(error).__name__}")
         self.state.swept_at = now
         self.state.save()
 
