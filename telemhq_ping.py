@@ -85,6 +85,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from http.server import HTTPServer
     from queue import Queue
     from ssl import SSLContext
     from typing import Any, Callable, Dict, Iterator, NoReturn
@@ -4925,6 +4926,21 @@ class Teller:
         )
 
 
+def take_settings() -> None:
+    """Give a hook that a person runs in debug mode what Claude Code would give it, and
+    say where the URL is from."""
+    if not Settings(dict(os.environ)).debug or "CLAUDE_PROJECT_DIR" in os.environ:
+        return
+    try:
+        around = Surroundings()
+    except (Skipped, OSError):
+        return
+    source = around.sources.get(URL_NAME)
+    if source and URL_NAME not in os.environ:
+        print(f"TelemHQ hook: {URL_NAME} is from {shown(source)}", file=sys.stderr)
+    os.environ.update(around.settings.environ)
+
+
 def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
     """The outbox's lock; Skipped when a sender still has it at `ends` (monotonic)."""
     lock = outbox.take_lock()
@@ -4974,11 +4990,11 @@ def what_waits(outbox: Outbox) -> str:
             projects.add(str(outbox.record(name).ping.get("project")))
         except (OSError, ValueError):
             continue  # sent meanwhile, or no ping
-    whose = ", ".join(sorted(projects)[:5]) or "nobody"
-    waits = "waits" if len(names) == 1 else "wait"
-    age_s = time.time() - PingName(names[0]).ns / 1e9 if names else 0
-    pings = f"{counted(len(names), 'ping')} of {whose} {waits}"
-    return f"{pings}, the oldest for {span(age_s)}"
+    if not names:
+        return "no pings wait"
+    pings = f"{counted(len(names), 'ping')} of {', '.join(sorted(projects)[:5])}"
+    age = span(time.time() - PingName(names[0]).ns / 1e9)
+    return f"{pings} wait{'s' if len(names) == 1 else ''}, the oldest for {age}"
 
 
 def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> None:
@@ -5697,122 +5713,84 @@ def deliveries(outbox: Outbox) -> list[Fields]:
     return list(found.values())
 
 
-# -- Commands: hooks with a tracker of our own, on loopback ----------------------------
+# -- Commands: a hook with a tracker of our own, on loopback ---------------------------
 
 ARRIVES_S = 30.0  # a ping that has not come by then is lost
 HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
 
 
-class Stage:
-    """Where hooks are played: a directory for their state, and a tracker on loopback
-    that says 200. arrived: a queue of (monotonic, ping)."""
+def receiver(arrived: Queue[tuple[float, Fields]]) -> HTTPServer:
+    """A tracker on loopback that says 200. arrived: gets (monotonic, ping)."""
+    import http.server
+    import json
+    import threading
 
-    def __init__(self) -> None:
-        import queue
-        import tempfile
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """Takes pings."""
 
-        self.directory = tempfile.mkdtemp("telemhq")
-        self.arrived: Queue[tuple[float, Fields]] = queue.Queue()
-        self.port = 0
-        self.listen()
+        def do_POST(self) -> None:
+            """One ping."""
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            arrived.put((time.monotonic(), json.loads(body)))
 
-    def listen(self) -> None:
-        """Begin to listen, on the same port as before."""
-        import http.server
-        import json
-        import threading
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
 
-        arrived = self.arrived
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    serve = server.serve_forever
+    threading.Thread(target=serve, args=(LOOK_S / 10,), daemon=True).start()
+    return server
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            """Takes pings."""
 
-            def do_POST(self) -> None:
-                """One ping."""
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                self.send_response(200)
-                self.end_headers()
-                arrived.put((time.monotonic(), json.loads(body)))
+def play(
+    command: list[str], event: Fields, environ: dict[str, str], directory: str
+) -> tuple[str, Fields, str]:
+    """Run a hook as Claude Code does, its state in a directory: (what it printed, the
+    ping that arrived or {}, times). One that hangs is ended."""
+    import queue
+    import subprocess
 
-            def log_message(self, *_: object) -> None:
-                """Nothing."""
-
-        self.server = http.server.HTTPServer(("127.0.0.1", self.port), Handler)
-        self.port = self.server.server_address[1]
-        serve = self.server.serve_forever
-        threading.Thread(target=serve, args=(LOOK_S / 10,), daemon=True).start()
-
-    def listen_no_more(self) -> None:
-        """Be away."""
-        self.server.shutdown()
-        self.server.server_close()
-
-    def play(
-        self,
-        command: list[str],
-        event: Fields,
-        environ: dict[str, str],
-        cwd: str | None = None,
-    ) -> tuple[str, Fields, str]:
-        """Run a hook as Claude Code does: (what it printed, the ping that arrived or
-        {}, times). One that hangs is ended."""
-        import queue
-        import subprocess
-
-        state_dir, begun = os.path.join(self.directory, "state"), time.monotonic()
+    arrived: Queue[tuple[float, Fields]] = queue.Queue()
+    server, state_dir = receiver(arrived), os.path.join(directory, "state")
+    environ = {**environ, "TELEMHQ_STATE_DIR": state_dir}
+    environ["TELEMHQ_DESTINATIONS"] = TelemHQ.kind  # nobody else is to get samples
+    environ[URL_NAME] = f"http://127.0.0.1:{server.server_address[1]}/ping/sample"
+    begun, printed = time.monotonic(), os.path.join(directory, "printed")
+    with open(printed, "wb") as out:
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env={
-                **environ,
-                "TELEMHQ_STATE_DIR": state_dir,
-                URL_NAME: f"http://127.0.0.1:{self.port}/ping/sample",
-                "TELEMHQ_DESTINATIONS": TelemHQ.kind,  # nobody else is to get samples
-            },
-            cwd=cwd,
+            stdout=out,
+            stderr=out,
+            env=environ,
             start_new_session=True,
         )
-        try:
-            out = process.communicate(encode_json(event).encode(), HOOK_MOST_S)[0]
-        except subprocess.TimeoutExpired:
-            end_group(process.pid)
-            return "it does not end", {}, ""
+    try:
+        process.communicate(encode_json(event).encode(), HOOK_MOST_S)
         hook_ms = (time.monotonic() - begun) * 1000
-        said = out.decode("utf-8", "replace").strip()
-        try:
-            patience_s = ARRIVES_S if os.path.isdir(state_dir) else LOOK_S
-            at, ping = self.arrived.get(timeout=patience_s)
-        except queue.Empty:
-            return said, {}, ""
-        return (
-            said,
-            ping,
-            f"{hook_ms:.0f} ms in the hook, {(at - begun) * 1000:.0f} in all",
-        )
-
-    def close(self) -> None:
-        """Remove all. A sender ends where its outbox is gone; before it does, it gives
-        its lock back."""
-        import shutil
-
-        self.listen_no_more()
-        for outbox in outboxes(os.path.join(self.directory, "state")):
-            shutil.rmtree(outbox.path("outbox"), ignore_errors=True)
-            wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
-            time.sleep(LOOK_S)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        made = os.path.isdir(state_dir)  # else nothing will arrive
+        at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
+        times = f"hook {hook_ms:.0f} ms, in all {(at - begun) * 1000:.0f} ms"
+    except subprocess.TimeoutExpired:
+        getattr(os, "killpg", os.kill)(process.pid, 9)
+        return "it does not end", {}, ""
+    except queue.Empty:
+        ping, times = {}, ""
+    server.shutdown()
+    end_senders(state_dir)
+    return read_file(printed, STATE_MAX_BYTES).decode("utf-8", "replace"), ping, times
 
 
-def end_group(pid: int) -> None:
-    """End a process that leads its group, and all that it started."""
-    import signal
+def end_senders(state_dir: str) -> None:
+    """Wait for senders: they end where the outbox is gone, and unlock before."""
+    import shutil
 
-    if os.name == "posix":
-        os.killpg(pid, signal.SIGKILL)
-    else:
-        os.kill(pid, signal.SIGTERM)
+    for outbox in outboxes(state_dir):
+        shutil.rmtree(outbox.path("outbox"), ignore_errors=True)
+        wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
+        time.sleep(LOOK_S)
 
 
 # -- Commands: doctor ------------------------------------------------------------------
@@ -5820,7 +5798,6 @@ def end_group(pid: int) -> None:
 WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
 LAST_PINGS = 100  # of a destination are asked whether their usage was complete
 GIT_BASH = "C:\\Program Files\\Git\\bin\\bash.exe"  # it runs hooks on Windows
-INSTALL = "run `install`, or mend the command"
 ELSEWHERE = "mend that, or set TELEMHQ_STATE_DIR to a place of your own"
 
 
@@ -5828,131 +5805,120 @@ def run_checks(around: Surroundings, send: bool, run_all: bool = False) -> bool:
     """Print doctor's list; whether all is well. send: also send a real ping. run_all:
     run also what may be a stranger's command."""
     os.environ.update(around.settings.environ)  # urllib looks for proxies there
+    version, well = client_version(), True
     looks = {
-        "client": check_client(around),
-        "hooks": check_hooks(around, run_all),
-        "bytecode": check_bytecode(),
+        "settings": check_files(around, version),
+        "hooks": check_hooks(around, version, run_all),
+        "bytecode": check_bytecode(installed_script()),
         "variables": check_variables(around),
         "trackers": check_trackers(around),
         "disk": check_disk(around),
         "test": send_test(around.settings) if send else iter(()),
     }
-    well = True
     for name, checks in looks.items():
         try:
             for good, line in checks:
                 print(mark(good), line, flush=True)
                 well = well and good is not False
         except (Skipped, OSError, ValueError) as error:
-            print(mark(False), f"no look at the {name}: {error}")
+            print(mark(False), f"no more of the {name}: {error}")
             well = False
     return well
 
 
-def check_client(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
+def check_files(
+    around: Surroundings, version: str
+) -> Iterator[tuple[bool | None, str]]:
     """Whether Claude Code reads the settings, and runs the hooks in them."""
-    version = client_version()
     yield bool(version) or None, f"Claude Code {version or 'was not found'}"
     if around.managed_only:
-        yield (
-            False,
-            "allowManagedHooksOnly: only a company's own settings may have hooks",
-        )
+        yield False, "allowManagedHooksOnly: hooks run in your company's settings only"
     for file in around.files:
-        path = shown(file.path)
+        path, events = shown(file.path), [hook.event for hook in file.hooks()]
         if file.problem:
             yield False, f"Claude Code ignores the whole of {path}: {file.problem}"
-        if any(h.event == "StopFailure" for h in file.hooks()) and is_too_old(version):
-            old = f"Claude Code {version} ignores the whole of {path}"
-            yield False, f"{old}: update it, or run `install`"
+        if is_too_old(version) and "StopFailure" in events:
+            yield False, f"it ignores the whole of {path}: update it, or run `install`"
         if file.content.get("disableAllHooks"):
             yield False, f"{path} turns hooks off: take disableAllHooks out of it"
 
 
-def registered(
-    around: Surroundings,
-) -> dict[str, dict[str, tuple[RegisteredHook, str]]]:
-    """Of each event that should run the script or does: command -> (hook, file)."""
-    found: dict[str, dict[str, tuple[RegisteredHook, str]]] = {}
-    for event in EVENTS:
-        if event != "StopFailure" or not is_too_old(client_version()):
-            found[event] = {}
+def hooks_of_ours(around: Surroundings) -> list[tuple[RegisteredHook, str]]:
+    """[(hook that runs the script, its file)]; Claude Code runs the same one once."""
+    found: dict[tuple[str, str], tuple[RegisteredHook, str]] = {}
     for file in around.files:
         for hook in filter(RegisteredHook.names_script, file.hooks()):
-            # The same command in two files is run once.
-            found.setdefault(hook.event, {}).setdefault(hook.command, (hook, file.path))
-    return found
+            found.setdefault((hook.event, hook.command), (hook, file.path))
+    return list(found.values())
 
 
 def check_hooks(
-    around: Surroundings, run_all: bool
+    around: Surroundings, version: str, run_all: bool
 ) -> Iterator[tuple[bool | None, str]]:
     """Whether each event runs the script, and once; each such command is run."""
-    plugin = around.plugin_in()
-    for event, commands in registered(around).items():
-        for hook, path in commands.values():
+    plugin, found = around.plugin_in(), hooks_of_ours(around)
+    for event in dict.fromkeys([*EVENTS, *(hook.event for hook, _ in found)]):
+        ours = [pair for pair in found if pair[0].event == event]
+        for hook, path in ours:
             yield try_hook(hook, path, around, run_all)
-        places = [shown(path) for _, path in commands.values()]
+        by = [shown(path) for _, path in ours]
         if plugin and event in EVENTS:
-            places.append(f"the plugin ({shown(plugin)})")
-        both = f"{event} by {' and '.join(places)}"
-        if not places:
+            by.append(f"the plugin ({shown(plugin)})")
+        both = f"{event} by {' and '.join(by)}"
+        if not by and (event != "StopFailure" or not is_too_old(version)):
             yield False, f"no hook for {event}: run `install`"
-        elif not commands:
-            yield True, both
-        elif len(places) > 1 and URL_NAME in "".join(commands):
+        elif len(by) > 1 and any(URL_NAME in hook.command for hook, _ in ours):
             yield None, f"{both}, to two URLs: each is told the whole"
-        elif len(places) > 1:
+        elif len(by) > 1:
             yield False, f"{both}: take one out, for each sends a ping"
+        elif not ours:
+            yield True, both
 
 
 def try_hook(
     hook: RegisteredHook, path: str, around: Surroundings, run_all: bool
 ) -> tuple[bool, str]:
     """Run a hook's command; whether a ping of this version arrived."""
+    import tempfile
+
     name = f"{hook.event} by {shown(path)}"
     known = path in [file.path for file in around.theirs()]
     known = known or hook.command == hook_command(hook.event)
     if not run_all and ("TELEMHQ_" in hook.command or not known):
-        text = "was not tried, its command may do more than it should"
-        return False, f"{name} {text}: `doctor --run-all`"
+        return False, f"{name} was not tried, for what it may do: `doctor --run-all`"
     git_bash = os.environ.get("CLAUDE_CODE_GIT_BASH_PATH") or GIT_BASH
     shell = "/bin/sh" if os.name == "posix" else git_bash
     event = {"hook_event_name": hook.event, "session_id": "x", "cwd": os.getcwd()}
     for debug in ("0", "1"):  # again when it failed without a word
         environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": debug}
-        stage = Stage()
-        try:
-            said, ping, times = stage.play([shell, "-c", hook.command], event, environ)
-        finally:
-            stage.close()
+        with tempfile.TemporaryDirectory() as place:
+            said, ping, times = play([shell, "-c", hook.command], event, environ, place)
         if ping or said:
             break
+    lines, remedy = said.strip().splitlines() or [""], "run `install`, or mend it"
     if not ping:
-        said = said.rpartition("skipped: ")[2].rpartition("\n")[2]
-        return False, f"{name} sends nothing, it says `{said}`: {INSTALL}"
+        why = lines[-1].rpartition("skipped: ")[2] or "nothing"
+        return False, f"{name} sends nothing and says `{why}`: {remedy}"
     if said:  # which Claude Code shows to its user, or to the model
-        return False, f"{name} prints `{said.splitlines()[0]}`: {INSTALL}"
-    version = ping.get("hook_version")
-    if version != __version__:
-        return False, f"{name} is version {version}: `install` makes it {__version__}"
+        return False, f"{name} prints `{lines[0]}`: {remedy}"
+    if ping.get("hook_version") != __version__:
+        other = f"{name} is version {ping.get('hook_version')}"
+        return False, f"{other}: `install` makes it {__version__}"
     return True, f"{name}: arrived at doctor's own receiver, {times}"
 
 
-def check_bytecode() -> Iterator[tuple[bool | None, str]]:
+def check_bytecode(script: str) -> Iterator[tuple[bool | None, str]]:
     """Whether what Python has cached of the installed script is made of it."""
     from importlib.machinery import SourceFileLoader
     from importlib.util import cache_from_source
 
-    script = installed_script()
-    cached = cache_from_source(script)
+    cached, loader = cache_from_source(script), SourceFileLoader("", script)
     if not (os.path.exists(cached) and os.path.exists(script)):
         return
-    loader, problem = SourceFileLoader("", script), unsound(os.path.dirname(cached))
+    problem = unsound(os.path.dirname(cached))
     try:
-        if loader.get_code("") != loader.source_to_code(
-            loader.get_data(script), script
-        ):
+        made = loader.source_to_code(loader.get_data(script), script)
+        if loader.get_code("") != made:
             problem = "is not made of the script"
     except (EOFError, ValueError, TypeError):
         problem = "is damaged"
@@ -5990,37 +5956,37 @@ def check_trackers(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
             yield False, problem
     for tracker in trackers:
         name = f"{tracker.kind} at {origin(tracker.url)}"
-        answer = answer_of_check(tracker, settings.timeout_s)
-        if answer.verdict == DELIVERED:
-            yield True, f"{name} answers; only `doctor --send` proves the token"
+        what = refusal(tracker, settings.timeout_s)
+        if what:
+            yield False, f"{name}: {in_words(what, tracker.kind)}"
         else:
-            yield False, f"{name}: {in_words(answer.what, tracker.kind)}"
+            yield True, f"{name} answers; only `doctor --send` proves the token"
         if tracker.idle:
             yield None, f"{tracker.kind} gets nothing here: {tracker.idle}"
 
 
-def answer_of_check(tracker: Tracker, timeout_s: float) -> Answer:
-    """What a tracker answers to what records nothing, within a sender's deadline."""
+def refusal(tracker: Tracker, timeout_s: float) -> str:
+    """What a tracker answers, within a sender's deadline, to what records nothing; ""
+    when that is good."""
     import threading
     from urllib.request import getproxies_environment, proxy_bypass
 
     scheme, host, _ = split_url(tracker.url)
     proxy = getproxies_environment().get(scheme, "").lower()
     if proxy.startswith("socks") and not loopback(host) and not proxy_bypass(host):
-        return Answer(HOLD, "SOCKS proxy")
+        return "SOCKS proxy"
     question, opener = tracker.check(), make_opener(tracker.url)
-    answers = [Answer(RETRY, "no whole answer in time")]
+    answers: list[Answer] = []
 
-    def ask() -> None:
+    def ask_it() -> None:
         answers.append(post(opener, question, timeout_s))
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=ask_it, daemon=True)
     thread.start()
     thread.join(DEADLINE * timeout_s)
-    answer = answers[-1]
-    if question.body is None and answer.what in ("HTTP 400", "HTTP 405", "HTTP 422"):
-        return Answer(DELIVERED, answer.what)  # a GET: it is there, and takes POSTs
-    return answer
+    answer = answers[0] if answers else Answer(RETRY, "no whole answer in time")
+    got = question.body is None and answer.what in ("HTTP 400", "HTTP 405", "HTTP 422")
+    return "" if got or answer.verdict == DELIVERED else answer.what
 
 
 def obstacle(outbox: Outbox) -> str:
@@ -6053,52 +6019,39 @@ def obstacle(outbox: Outbox) -> str:
 
 def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
     """Whether hooks can write, how delivery goes, what waits for other URLs."""
-    settings = around.settings
-    state_dir = settings.state_dir
-    if not state_dir:
-        yield False, "there is no home directory: set TELEMHQ_STATE_DIR"
-        return
+    settings, kept = around.settings, outboxes(around.settings.state_dir)
     trackers = find_trackers(settings, read_secret)[0]
-    ours = {outbox_of(settings, tracker).name() for tracker in trackers}
-    kept = outboxes(state_dir)
+    ours = [outbox_of(settings, tracker) for tracker in trackers]
     if is_kept_by_client(around):
-        ours |= {outbox.name() for outbox in kept if outbox.kind() == TelemHQ.kind}
-    present = [Outbox(os.path.join(state_dir, name)) for name in sorted(ours)]
-    nowhere = Outbox(os.path.join(state_dir, "none"))
-    problems = list(filter(None, map(obstacle, present or [nowhere])))
+        ours += [outbox for outbox in kept if outbox.kind() == TelemHQ.kind]
+    nowhere = Outbox(os.path.join(settings.state_dir or "", "none"))
+    problems = list(filter(None, map(obstacle, ours or [nowhere])))
     for problem in problems:
         yield False, f"{problem}: {ELSEWHERE}"
     if not problems:
-        yield True, f"hooks can write to {shown(state_dir)}"
-    for outbox in present:
+        yield True, f"hooks can write to {shown(settings.state_dir or '')}"
+    for outbox in ours:
         yield from check_delivery(outbox)
     for outbox in kept:
-        if outbox.name() not in ours and outbox.waiting():
+        known = outbox.name() in [other.name() for other in ours]
+        if not known and outbox.waiting():
             yield None, f"for another URL {what_waits(outbox)} (`flush --adopt`)"
 
 
 def check_delivery(outbox: Outbox) -> Iterator[tuple[bool | None, str]]:
     """How delivery from an outbox goes."""
-    kind, state, names, now = (
-        outbox.kind(),
-        outbox.state(),
-        outbox.waiting(),
-        time.time(),
-    )
+    kind, state, now = outbox.kind(), outbox.state(), time.time()
     backoff_s = state.backoff_left_s(now)
-    if not names:
-        yield True, f"{kind}: no pings wait"
-    elif backoff_s or now - PingName(names[0]).ns / 1e9 > WAIT_OLD_S:
-        yield False, f"{kind}: {what_waits(outbox)}: `flush` sends now"
-    else:
-        yield True, f"{kind}: {what_waits(outbox)}"
+    old = [n for n in outbox.waiting()[:1] if now - PingName(n).ns / 1e9 > WAIT_OLD_S]
+    late = bool(backoff_s or old)
+    remedy = ": `flush` sends now" if late else ""
+    yield not late, f"{kind}: {what_waits(outbox)}{remedy}"
     if backoff_s:
         why = in_words(state.problem, kind)
         yield False, f"{kind}: the next try is in {span(backoff_s)}, for {why}"
-    if state.delivered_at:
-        yield True, f"{kind}: last delivery: {span(now - state.delivered_at)} ago"
-    else:
-        yield None, f"{kind}: last delivery: none yet"
+    done = state.delivered_at
+    when = f"{span(now - done)} ago" if done else "none yet"
+    yield bool(done) or None, f"{kind}: last delivery: {when}"
     for reason, count in sorted(state.losses.items()):
         what = reason.rpartition("refused: ")[2]
         why = in_words(what, kind) if what.startswith("HTTP") else reason
@@ -6133,24 +6086,21 @@ def send_test(settings: Settings) -> Iterator[tuple[bool | None, str]]:
         flush_outbox(outbox, tracker, settings)
         if name in outbox.waiting():
             why = in_words(outbox.state().problem, kind)
-            yield False, f"{kind} did not take the test {ping['event_id']}, {why}"
+            yield False, f"{kind} did not take the test, {why}"
         elif os.path.exists(outbox.path("refused", name)):
-            yield (
-                False,
-                f"{kind} refused the test {ping['event_id']}: see {SCRIPT} doctor",
-            )
+            yield False, f"{kind} refused the test: `doctor` says why"
         else:
             yield True, f"{kind} has taken the test {ping['event_id']}"
 
 
 def add_doctor_arguments(parser: ArgumentParser) -> None:
     """The options of doctor."""
-    told = "send one real ping, with the event Test: only that proves the token"
-    parser.add_argument("--send", action="store_true", help=told)
-    told = "forget the losses that you have seen"
-    parser.add_argument("--clear", action="store_true", help=told)
-    told = "also run commands of a project's settings, which may be a stranger's"
-    parser.add_argument("--run-all", action="store_true", help=told)
+    for name, told in (
+        ("--send", "send one real ping, with the event Test: that proves the token"),
+        ("--clear", "forget the losses that you have seen"),
+        ("--run-all", "also run what may be a stranger's command, say a project's"),
+    ):
+        parser.add_argument(name, action="store_true", help=told)
 
 
 def doctor(options: Namespace) -> int:
@@ -6325,54 +6275,47 @@ def fate(name: str, value: object, ping: Fields) -> str:
     return f"~~{text}~~{mark}"
 
 
-def play_and_show(stage: Stage, name: str, seen: str = "") -> None:
+def play_and_show(name: str, directory: str) -> None:
     """Run the hook on a sample event; print its times, what was handed over, what
-    became of it, what left. seen: instead, what to print before the times."""
+    became of it, what left."""
     import json
 
-    event = sample(name, os.path.join(stage.directory, "session.jsonl"))
-    command = [sys.executable, "-ESc", IMPORT]
+    event = sample(name, os.path.join(directory, "session.jsonl"))
+    start = f"import sys; sys.path.insert(0, {directory!r}); {IMPORT}"
     ours = [name for name in os.environ if name.startswith("TELEMHQ_")]
     environ = {name: os.environ[name] for name in os.environ if name not in ours}
-    _, ping, times = stage.play(command, event, environ, stage.directory)
+    _, ping, times = play([sys.executable, "-ESc", start], event, environ, directory)
     if not ping:
         raise Skipped("a ping did not arrive")
-    print(wrapped(f"{seen}{name}: {times}"))
-    for field, value in event.items() if not seen else ():
+    print(f"{name}: {times}")
+    for field, value in event.items():
         if field != "hook_event_name":
             print(wrapped(f"{field}: {fate(field, value, ping)}", "  ", "    "))
-    if not seen:
-        print(wrapped(json.dumps(ping), "  left ", "    ") + "\n")
+    print(wrapped(json.dumps(ping), "  left ", "    ") + "\n")
 
 
 def demo(_: Namespace) -> int:
     """show, on this machine only, what leaves of an event and what stays"""
     import py_compile
-    import threading
+    import tempfile
 
-    stage = Stage()
-    try:
-        script = os.path.join(stage.directory, SCRIPT)
+    with tempfile.TemporaryDirectory() as directory:
+        script = os.path.join(directory, SCRIPT)
         write_file(script, read_file(this_script(), STATE_MAX_BYTES))
         py_compile.compile(script)
-        print("Claude Code hands an event to the hook; a tracker here gets the ping.\n")
-        play_and_show(stage, "PostToolUseFailure")
+        intro = "Claude Code hands an event to the hook; a tracker gets the ping."
+        print(wrapped(intro) + "\n")
+        play_and_show("PostToolUseFailure", directory)
         usage = {"input_tokens": 12, "output_tokens": 950}
         usage.update(cache_read_input_tokens=41200, cache_creation_input_tokens=2300)
-        message = {"id": "msg_01", "model": DEMO_MODEL, "usage": usage}
-        message["stop_reason"] = "end_turn"
-        row = {"type": "assistant", "timestamp": iso_time(time.time_ns())}
-        text = encode_json({**row, "message": message}) + "\n"
-        write_file(os.path.join(stage.directory, "session.jsonl"), text.encode())
-        play_and_show(stage, "Stop")
-        stage.listen_no_more()
-        threading.Timer(1, stage.listen).start()
-        play_and_show(stage, "StopFailure", "The tracker was away for a second. ")
-    finally:
-        stage.close()
-    text = "Struck out: stayed here. Of # only a hash left, of = only the length."
-    print(wrapped(text if sys.stdout.isatty() else text.replace("Struck out", "~~")))
-    print(f"To install it: python3 {SCRIPT} install")
+        message = {"id": "msg_01", "model": DEMO_MODEL, "stop_reason": "end_turn"}
+        row = {"type": "assistant", "message": {**message, "usage": usage}}
+        text = encode_json({**row, "timestamp": iso_time(time.time_ns())}) + "\n"
+        write_file(os.path.join(directory, "session.jsonl"), text.encode())
+        play_and_show("Stop", directory)
+    struck = "Struck out" if "\x1b" in fate("", "", {}) else "~~"
+    text = f"{struck}: it stayed here. Of # only a hash has left, of = only the length."
+    print(wrapped(text) + f"\n\nTo install it: python3 {SCRIPT} install")
     return 0
 
 
@@ -6639,4 +6582,5 @@ def main(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:] or os.isatty(0):
         sys.exit(main(sys.argv[1:]))
+    take_settings()
     hook()
