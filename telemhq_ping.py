@@ -3306,11 +3306,10 @@ def at_a_terminal() -> bool:
 def ask(question: str) -> bool:
     """Whether a person says yes; no answer is a no."""
     try:
-        answer = input(f"{question} [y/N] ")
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         print()
         return False
-    return answer.strip().lower() in ("y", "yes")
 
 
 def counted(count: int, noun: str) -> str:
@@ -3333,6 +3332,21 @@ def mark(good: bool | None) -> str:
     return fancy if printable("✓✗·", "") else plain
 
 
+def shown(path: str) -> str:
+    """A path for a person, who knows home as ~."""
+    home = os.path.expanduser("~")
+    return "~" + path[len(home) :] if path.startswith(home + os.sep) else path
+
+
+def masked(url: str) -> str:
+    """A URL for a person, and whoever looks over a shoulder: its path is a secret."""
+    try:
+        split_url(url)
+    except ValueError:
+        return "..."
+    return origin(url) + "/..."
+
+
 # -- Commands: the settings files of Claude Code ---------------------------------------
 
 IMPORT = "import telemhq_ping as t; t.hook()"  # a module's bytecode is cached
@@ -3342,13 +3356,13 @@ FILE_MAX_BYTES = 16 << 20  # settings and scripts are smaller
 EVENTS = ("Stop", "StopFailure", "SessionEnd")  # what install registers
 TOOL_EVENTS = ("PostToolUse", "PostToolUseFailure")  # --tools: both for the same tools
 TOOLS = "Bash|Edit|MultiEdit|Write"  # those that change something, as TelemHQ's docs
-MANAGED_SETTINGS = {  # a company's, by sys.platform; Linux is the default
-    "": ("/etc/claude-code/managed-settings.json",),
-    "darwin": ("/Library/Application Support/ClaudeCode/managed-settings.json",),
-    "win32": (
-        "C:\\Program Files\\ClaudeCode\\managed-settings.json",
-        "C:\\ProgramData\\ClaudeCode\\managed-settings.json",  # older clients'
-    ),
+OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
+OLDEST_CLIENT_TEXT = "2.1.78"
+CLIENT_ANSWERS_S = 20.0  # `claude --version`, on a slow disk
+PLUGIN = "telemhq-ping@telemhq-ping"
+MANAGED_DIRS = {  # where a company's settings are, but for Linux
+    "darwin": "/Library/Application Support/ClaudeCode",
+    "win32": "C:\\Program Files\\ClaudeCode",
 }
 
 
@@ -3362,7 +3376,7 @@ def config_dir() -> str:
 
 def this_script() -> str:
     """Path of this very file."""
-    return os.path.realpath(__file__)
+    return os.path.realpath(THIS_FILE)
 
 
 def hooks_dir() -> str:
@@ -3375,69 +3389,62 @@ def installed_script() -> str:
     return os.path.join(hooks_dir(), SCRIPT)
 
 
-def settings_path(project: str | None) -> str:
-    """The settings file of the user, or of a project (a directory; OSError: none)."""
-    if not project:
-        return os.path.join(config_dir(), "settings.json")
-    os.listdir(project)
-    return os.path.join(os.path.abspath(project), ".claude", "settings.local.json")
-
-
 def project_settings(project: str) -> list[str]:
     """The settings files that a project may have."""
     names = ("settings.json", "settings.local.json")
     return [os.path.join(project, ".claude", name) for name in names]
 
 
-def shell_words(command: str) -> list[str]:
-    """The words and operators of a shell command; [] when they cannot be told apart."""
+def client_version() -> str:
+    """What `claude --version` says, such as 2.1.329; "" when no client was found."""
+    import re
+    import shutil
+    import subprocess
+
+    places = [os.path.expanduser(path) for path in ("~/.local/bin", "~/.claude/local")]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *places])
+    asked = [shutil.which("claude", path=path) or "", "--version"]
+    null, limit = subprocess.DEVNULL, CLIENT_ANSWERS_S
+    try:
+        said = subprocess.check_output(asked, stdin=null, stderr=null, timeout=limit)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    match = re.search(rb"\d+\.\d+\.\d+", said)
+    return match.group().decode() if match else ""
+
+
+def is_too_old(version: str) -> bool:
+    """Whether this client (its version, "" unknown) knows no StopFailure."""
+    numbers = tuple(int(part) for part in version.split(".")) if version else ()
+    return bool(numbers) and numbers < OLDEST_CLIENT
+
+
+def hook_command(event: str) -> str:
+    """The command for settings: it imports the script, or else runs it (bytecode may be
+    cut off by a crash), with another Python where an upgrade removes this one: pyenv's
+    path names a release. It never ends with 2, which Claude Code takes for a veto."""
+    import re
     import shlex
 
-    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
-    lexer.commenters = ""
-    try:
-        return [] if "\n" in command else list(lexer)
-    except ValueError:  # a quote without its end
-        return []
+    paths = [sys.executable, hooks_dir(), installed_script()]
+    if sys.prefix != sys.base_prefix:  # a virtual environment comes and goes
+        paths[0] = os.path.realpath(sys.executable)
+    words = [shlex.quote(path.replace(os.sep, "/")) for path in paths]  # for Git Bash
+    python, directory, script = words
+    other = "python3" if re.search(r"\d+\.\d+\.\d+", python) else python
+    trap = IGNORE_TERM if event == "StopFailure" else ""
+    imported = f"{trap}cd {directory} && {python} -ESc '{IMPORT}'"
+    return f"{imported} || {other} -I -S {script} || true"
 
 
-def runs_script_only(words: list[str]) -> bool:
-    """Whether words are [PYTHON [-OPTION ...]] SCRIPT, and nothing else."""
-    paths = [word.replace("\\", "/") for word in words if not word.startswith("-")]
-    if not paths or paths[-1].split("/")[-1] != SCRIPT or words[-1].startswith("-"):
-        return False
-    if any(sign in word for word in words for sign in ("=", "`")):
-        return False
-    if len(paths) == 1:
-        return len(words) == 1
-    python = paths[0].split("/")[-1]
-    return len(paths) == 2 and not words[0].startswith("-") and python.startswith("py")
-
-
-def imports_script_only(words: list[str]) -> bool:
-    """Whether words are cd DIRECTORY && PYTHON -ESc IMPORT [|| PYTHON SCRIPT]."""
-    begins = words[:1] == ["cd"] and words[2:3] == ["&&"] and len(words) >= 6
-    if not begins or words[4:6] != ["-ESc", IMPORT]:
-        return False
-    rest = words[6:]
-    return not rest or (rest[0] == "||" and runs_script_only(rest[1:]))
-
-
-def names_script(command: str) -> bool:
-    """Whether a hook's command runs this script, as a file or by import. (Without re:
-    the hook of a plugin asks this, too.)"""
-
-    def in_a_word(neighbour: str) -> bool:
-        return neighbour.isalnum() or neighbour in ("_", "-", ".")
-
-    for spelled in (SCRIPT, "import telemhq_ping"):
-        before, found, after = command.partition(spelled)
-        while found:
-            if not in_a_word(before[-1:]) and not in_a_word(after[:1]):
-                return True
-            before, found, after = after.partition(spelled)
-    return False
+def is_step_of_ours(words: list[str]) -> bool:
+    """Whether words are one of the simple commands that ours are made of."""
+    if words[:1] == ["cd"] or words in (["trap", "", "TERM"], ["true"]):
+        return len(words) < 4
+    names = [word.replace("\\", "/").split("/")[-1] for word in words]
+    *python, script = [name for name in names if name[:1] != "-"] or [""]
+    by = [name[:2] for name in python]
+    return script in (SCRIPT, "IMPORT") and by in ([], ["py"])
 
 
 class RegisteredHook:
@@ -3451,23 +3458,23 @@ class RegisteredHook:
 
     def names_script(self) -> bool:
         """Whether its command runs the script, in whatever way."""
-        return names_script(self.command)
+        import re
+
+        spelled = rf"({re.escape(SCRIPT)}|import telemhq_ping)"
+        return bool(re.search(rf"(?<![\w.-]){spelled}(?![\w.-])", self.command))
 
     def is_ours(self) -> bool:
-        """Whether its command does nothing but run the script: in TelemHQ's form, or in
-        one that an install has written. Only such commands are ever changed."""
-        words = shell_words(self.command)
-        if words[:4] == ["trap", "", "TERM", ";"]:
-            words = words[4:]
-        if words[-2:] == ["||", "true"]:
-            words = words[:-2]
-        return runs_script_only(words) or imports_script_only(words)
+        """Whether its command does nothing but run the script: as install or the README
+        has it, or TelemHQ. Only such commands are ever changed."""
+        import re
+        import shlex
 
-    def meets(self, other: RegisteredHook) -> bool:
-        """Whether both run for some event of the same name."""
-        matchers = [hook.group.get("matcher") or "*" for hook in (self, other)]
-        same = "*" in matchers or matchers[0] == matchers[1]
-        return self.event == other.event and same
+        steps = re.split(r" *(?:\|\||&&|;) *", self.command.replace(IMPORT, "IMPORT"))
+        try:
+            known = all(is_step_of_ours(shlex.split(step)) for step in steps)
+        except ValueError:  # a quote without its end
+            known = False
+        return self.names_script() and known
 
 
 def hooks_of(content: Fields) -> list[RegisteredHook]:
@@ -3480,41 +3487,76 @@ def hooks_of(content: Fields) -> list[RegisteredHook]:
     ]
 
 
-def need_form(content: object) -> None:
-    """Raise ValueError when settings are not of the form that Claude Code documents."""
-    if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
-    hooks = content.get("hooks", {})
-    if not isinstance(content.get("env", {}), dict) or not isinstance(hooks, dict):
-        raise ValueError('"env" and "hooks" must be objects')
-    for event, groups in hooks.items():
-        if not isinstance(groups, list):
-            raise ValueError(f'"{event}" in "hooks" must be a list')
-        for group in groups:
-            entries = group.get("hooks") if isinstance(group, dict) else None
-            if not isinstance(entries, list):
-                raise ValueError(f'"{event}" has an entry without a list of "hooks"')
-            if not all(isinstance(entry, dict) for entry in entries):
-                raise ValueError(f'"{event}" has a hook that is no object')
+def settings_in(text: str) -> Fields:
+    """The settings that a file's text holds; ValueError says why there are none. As
+    strict as Claude Code: it ignores the whole of a file with a comment in it."""
+    import json
+
+    content: Fields = json.loads(text.lstrip("\ufeff"))
+    try:
+        lists = list(content.get("hooks", {}).values())
+        lists += [group["hooks"] for groups in lists for group in groups]
+        objects = [content.get("env", {}), *(hook.entry for hook in hooks_of(content))]
+        known = {type(found) for found in lists} <= {list}
+    except (AttributeError, KeyError, TypeError):
+        known = False
+    if not known or {type(found) for found in objects} != {dict}:
+        raise ValueError("it has not the form that is documented")
+    return content
+
+
+def retold(text: str, at: int, new: Any, line: str) -> str:
+    """`new` as JSON; what it has in common with the value at `at` in `text` stays as it
+    is written there, and what is one line stays one. line: the break and indent."""
+    import json
+    import re
+
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
+    old, end = decode(text, at)
+    if old == new:
+        return text[at:end]
+    if type(old) is not type(new) or not isinstance(new, (dict, list)):
+        return json.dumps(new, ensure_ascii=False)
+    left = dict(new if isinstance(new, dict) else enumerate(new))
+    unit = (re.findall(r"\n([ \t]+)\S", text) or ["  "])[0]
+    told, n, spot, line = "", 0, at + 1, line + unit
+    value = next(gap.finditer(text, spot)).end()
+    while text[value] not in "]}":
+        key: Any = n
+        if text[at] == "{":
+            key, value = decode(text, value)
+            value = next(gap.finditer(text, value)).end()
+        if key in left:
+            told += text[spot:value] + retold(text, value, left.pop(key), line)
+        spot, n = decode(text, value)[1], n + 1
+        value = next(gap.finditer(text, spot)).end()
+    lines = n == 0 or text[at + 1].isspace()
+    for key, added in left.items():
+        said = json.dumps(added, ensure_ascii=False, indent=unit if lines else None)
+        name = f"{json.dumps(key)}: " if text[at] == "{" else ""
+        told += ("," + line if lines else ", ") + name + said.replace("\n", line)
+    tail = text[spot:end] if n else line[: -len(unit)] + text[end - 1]
+    return text[at] + re.sub(r"^\s*,", "", told) + tail
 
 
 class SettingsFile:
     """A settings file of Claude Code's.
 
     path: as it is named. real: what that is a link to, for dotfiles are often links.
-    raw: its bytes, None when there is no file. content: the JSON object in it.
-    problem: why it is no settings file, or "". twice: keys that stand there twice.
+    raw: its bytes, None when there is no file. text: the JSON in them. content: the
+    object in that. problem: why it is no settings file, or "".
     """
 
     def __init__(self, path: str) -> None:
         self.path, self.real = path, os.path.realpath(path)
         self.raw: bytes | None = None
         self.content: Fields = {}
-        self.problem = ""
-        self.twice: list[str] = []
+        self.text, self.problem = "{}\n", ""
         try:
             self.raw = read_file(self.real, FILE_MAX_BYTES)
-            self.content = self.decode(self.raw)
+            if self.raw.strip():
+                self.text = self.raw.decode("utf-8")
+            self.content = settings_in(self.text)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -3522,84 +3564,30 @@ class SettingsFile:
         except (ValueError, RecursionError) as error:
             self.problem = str(error)
 
-    def decode(self, raw: bytes) -> Fields:
-        """The settings in a file's bytes; ValueError says why there are none. As strict
-        as Claude Code: it ignores the whole of a file with a comment in it."""
-        import json
-
-        def no_constant(name: str) -> None:
-            raise ValueError(f"{name} is no JSON")
-
-        def pairs(found: list[tuple[str, Any]]) -> Fields:
-            names = [name for name, _ in found]
-            self.twice += [name for name in dict(found) if names.count(name) > 1]
-            return dict(found)
-
-        text = raw.decode("utf-8-sig")
-        if not text.strip():
-            return {}
-        content: Fields = json.loads(
-            text, object_pairs_hook=pairs, parse_constant=no_constant
-        )
-        need_form(content)
-        return content
-
-    def encode(self, content: Fields) -> bytes:
-        """`content` as the file would hold it, in its own indent and line ends."""
-        import json
-        import re
-
-        raw = self.raw or b""
-        indents = re.findall(rb"\n([ \t]+)\"", raw)
-        indent = indents[0].decode() if indents else "  "
-        text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-        if b"\r\n" in raw:
-            text = text.replace("\n", "\r\n")
-        return text.encode("utf-8", "backslashreplace")  # half of a character: "\ud83d"
-
     def hooks(self) -> list[RegisteredHook]:
         """The hooks in it."""
         return hooks_of(self.content)
+
+    def names_script(self) -> bool:
+        """Whether any hook in it runs the script."""
+        return any(hook.names_script() for hook in self.hooks())
 
     def env(self) -> Fields:
         """Its env block."""
         env: Fields = self.content.get("env", {})
         return env
 
-    def events(self) -> list[str]:
-        """The events for which anything is registered in it."""
-        return [hook.event for hook in self.hooks()]
+    def retold(self, content: Fields) -> str:
+        """Its text, changed as little as can be to hold `content`."""
+        begin, end = self.text.index("{"), len(self.text.rstrip())
+        line = "\r\n" if "\r\n" in self.text else "\n"
+        new = retold(self.text, begin, content, line)
+        return self.text[:begin] + new + self.text[end:]
 
-    def names_script(self) -> bool:
-        """Whether any hook in it runs the script."""
-        return any(hook.names_script() for hook in self.hooks())
-
-    def need_editable(self) -> None:
-        """Raise Skipped when the file cannot be changed without harm."""
-        if self.problem:
-            left = f"{self.path} is left as it is, for it is no settings file"
-            raise Skipped(f"{left}: {self.problem}")
-        if self.twice:
-            again = f'"{self.twice[0]}" stands there twice; take one of them out'
-            raise Skipped(f"{self.path} is left as it is: {again}")
-        if self.raw is not None and not os.stat(self.real).st_mode & stat.S_IWUSR:
-            raise Skipped(f"{self.path} is left as it is: it is read-only")
-
-    def write(self, raw: bytes) -> None:
-        """Make the file hold these bytes; its mode stays."""
-        mode = 0o600
-        if self.raw is not None:
-            mode = stat.S_IMODE(os.stat(self.real).st_mode)
-        write_file(self.real, raw, make_directory=True)
-        os.chmod(self.real, mode)
-
-
-def has_plugin(content: Fields) -> bool:
-    """Whether settings (dict) enable this script as a plugin."""
-    plugins = content.get("enabledPlugins")
-    if not isinstance(plugins, dict):
-        return False
-    return any(on and name.startswith("telemhq-ping@") for name, on in plugins.items())
+    def write(self, text: str) -> None:
+        """Make the file hold this text; its mode stays."""
+        mode = 0o600 if self.raw is None else stat.S_IMODE(os.stat(self.real).st_mode)
+        save(self.real, text.encode("utf-8", "backslashreplace"), mode)
 
 
 class Surroundings:
@@ -3608,14 +3596,17 @@ class Surroundings:
     files: the settings files, in the order in which each goes before those above it.
     settings: from the environment and the files' env blocks. sources: of each variable
     the path of the file that sets it; where there is none, it is the shell.
+    managed_only: whether a company allows no hooks but its own.
     """
 
     def __init__(self) -> None:
-        paths = [
-            settings_path(None),
-            *project_settings(os.getcwd()),
-            *MANAGED_SETTINGS.get(sys.platform, MANAGED_SETTINGS[""]),
-        ]
+        import glob
+
+        company = MANAGED_DIRS.get(sys.platform, "/etc/claude-code")
+        managed = [os.path.join(company, "managed-settings.json")]
+        managed += sorted(glob.glob(os.path.join(company, "managed-settings.d/*.json")))
+        user = os.path.join(config_dir(), "settings.json")
+        paths = [user, *project_settings(os.getcwd()), *managed]
         self.files = [SettingsFile(path) for path in dict.fromkeys(paths)]
         self.sources: dict[str, str] = {}
         environ = dict(os.environ)
@@ -3623,16 +3614,17 @@ class Surroundings:
             for name, value in file.env().items():
                 environ[name] = str(value)
                 self.sources[name] = file.path
+        only = [file.content.get("allowManagedHooksOnly") for file in self.files]
+        self.managed_only = any(only[-len(managed) :])
         self.settings = Settings(environ)
-        self.managed_only = any(
-            file.content.get("allowManagedHooksOnly") for file in self.files
-        )
 
     def plugin_in(self) -> str:
         """The settings file that enables this script as a plugin, or ""."""
         for file in self.files:
-            if has_plugin(file.content):
-                return file.path
+            plugins = file.content.get("enabledPlugins")
+            for name, on in plugins.items() if isinstance(plugins, dict) else ():
+                if on and name.startswith("telemhq-ping@"):
+                    return file.path
         return ""
 
     def theirs(self) -> list[SettingsFile]:
@@ -3640,24 +3632,6 @@ class Surroundings:
         A project's may be a stranger's shell code."""
         project = project_settings(os.getcwd())
         return [file for file in self.files if file.path not in project]
-
-
-def is_plugin_alone(around: Surroundings) -> bool:
-    """Whether only the plugin, and so the client, knows where TelemHQ's pings go."""
-    settings = around.settings
-    wanted = TelemHQ.kind in settings.destinations and not settings.url
-    return wanted and bool(around.plugin_in())
-
-
-# -- Stand-ins -------------------------------------------------------------------------
-
-
-def shown(path: str) -> str:
-    return path.replace(os.path.expanduser("~") + os.sep, "~" + os.sep)
-
-
-def masked(url: str) -> str:
-    return origin(url) + "/…"
 
 
 # -- Commands: flush -------------------------------------------------------------------
@@ -3826,650 +3800,6 @@ def flush(options: Namespace) -> int:
                 print(f"{tracker.kind}: {in_words(tell.what, tracker.kind)}")
     print(f"{delivered} delivered, {left} left.")
     return 1 if left else 0
-
-
-# -- Commands: what install changes, shown and remembered ------------------------------
-
-
-class Mask:
-    """Hides secrets in text that a person reads, alike ones alike, so that a change of
-    one shows: `<hidden 1>`."""
-
-    SHOWN = ("TELEMHQ_PROJECT", "TELEMHQ_MACHINE", "TELEMHQ_STATE_DIR")
-
-    def __init__(self, *contents: Fields) -> None:
-        """contents: settings (dicts), whose env blocks may hold secrets."""
-        self.numbers: dict[str, int] = {}
-        self.names = {name for content in contents for name in content.get("env", {})}
-        self.names.difference_update(self.SHOWN)
-
-    def hidden(self, secret: str) -> str:
-        """What is shown instead of a secret."""
-        number = self.numbers.setdefault(secret, len(self.numbers) + 1)
-        return f"<hidden {number}>"
-
-    def url(self, url: str) -> str:
-        """A URL without what may be secret: scheme and host stay."""
-        import re
-
-        match = re.match(r"\w+://[\w.:\[\]-]+(?=[/?#]|$)", url)
-        shown = match.group() if match else ""
-        rest = url[len(shown) :]
-        return shown + ("/" + self.hidden(rest) if len(rest) > 1 else rest)
-
-    def value(self, text: str) -> str:
-        """A text of the settings, say a command: without URLs and set variables."""
-        import re
-
-        def url(match: re.Match[str]) -> str:
-            return self.url(match.group())
-
-        def assignment(match: re.Match[str]) -> str:
-            return match.group(1) + self.hidden(match.group(2))
-
-        secret = r"(\b[A-Z_]*(?:URL|KEY|TOKEN|SECRET|PASSWORD)=['\"]?)"
-        text = re.sub(r"\w+://[^\s'\"]+", url, text)
-        return re.sub(secret + r"(?!\w+://)([^\s'\";]+)", assignment, text)
-
-    def text(self, raw: bytes) -> str:
-        """The bytes of a settings file, for a person."""
-        import json
-        import re
-
-        key = ""
-
-        def shown(match: re.Match[str]) -> str:
-            nonlocal key
-            try:
-                said = str(json.loads(match.group(1)))
-            except ValueError:
-                return '"..."'
-            if match.group(2):  # a colon: it is a key
-                key = said
-                return match.group()
-            masked = self.value(said)
-            if masked == said and key in self.names:
-                masked = self.hidden(said)
-            key = ""
-            return match.group() if masked == said else json.dumps(masked)
-
-        text = raw.decode("utf-8", "replace")
-        return re.sub(r'("(?:[^"\\]|\\.)*")(\s*:)?', shown, text)
-
-
-def print_diff(path: str, before: bytes, after: bytes, mask: Mask) -> None:
-    """Print how the bytes of a settings file will change, secrets masked."""
-    import difflib
-
-    old, new = (mask.text(raw).splitlines() for raw in (before, after))
-    for line in difflib.unified_diff(old, new, path, path, lineterm=""):
-        print(line)
-
-
-def remove_if_empty(directory: str) -> None:
-    """Remove a directory with nothing in it; any other stays."""
-    try:
-        os.rmdir(directory)
-    except OSError:
-        pass
-
-
-class InstallRecord:
-    """What install did, so that uninstall undoes that and no more: installed.json.
-
-    script: SHA-256 of the script as it was put there, or "". kept: where the script is
-    that stood there before, or "". made: directories that were made. settings: of each
-    settings file (its real path) {"made": bool, "written": SHA-256 of what install made
-    of it, "backups": {path: SHA-256}, the oldest first}.
-    """
-
-    def __init__(self) -> None:
-        self.path = os.path.join(config_dir(), "telemhq", "installed.json")
-        problem = unsound(os.path.dirname(self.path))
-        if problem:  # somebody else could tell uninstall what to delete
-            raise Skipped(f"{os.path.dirname(self.path)} {problem}; mend or remove it")
-        try:
-            found = read_object(self.path, FILE_MAX_BYTES)
-        except (OSError, ValueError):
-            found = {}
-        self.script = str(found.get("script", ""))
-        self.kept = str(found.get("kept", ""))
-        made, settings = found.get("made"), found.get("settings")
-        self.made = list(map(str, made)) if isinstance(made, list) else []
-        self.settings: dict[str, Fields] = {}
-        for name, entry in settings.items() if isinstance(settings, dict) else ():
-            if isinstance(entry, dict) and isinstance(entry.get("backups"), dict):
-                self.settings[name] = entry
-
-    def save(self) -> None:
-        """Write it; the file goes when there is nothing to remember."""
-        if not (self.script or self.kept or self.settings):
-            remove(self.path)
-            return
-        found = {"script": self.script, "kept": self.kept}
-        content = encode_json({**found, "made": self.made, "settings": self.settings})
-        write_file(self.path, content.encode(), make_directory=True)
-
-    def will_make(self, path: str) -> None:
-        """Note which directories are missing above a file that will be written."""
-        directory = os.path.dirname(path)
-        while not os.path.isdir(directory):
-            if directory not in self.made:
-                self.made.append(directory)
-            directory = os.path.dirname(directory)
-
-    def remove_directories(self) -> None:
-        """Remove those that install made and that are empty again."""
-        for directory in sorted(self.made, key=len, reverse=True):
-            remove_if_empty(directory)
-        self.made = [path for path in self.made if os.path.isdir(path)]
-
-    def changes(self, file: SettingsFile, new: bytes) -> None:
-        """A settings file will hold `new`; what it holds is kept beside it."""
-        self.will_make(file.real)
-        entry = self.settings.setdefault(
-            file.real, {"made": file.raw is None, "written": "", "backups": {}}
-        )
-        if file.raw is not None and not self.is_as_written(file):
-            backup = file.real + time.strftime(".%Y%m%d-%H%M%S.bak")
-            if not os.path.lexists(backup):
-                entry["backups"][backup] = sha256_hex(file.raw)
-                write_file(backup, file.raw)
-        entry["written"] = sha256_hex(new)
-
-    def is_as_written(self, file: SettingsFile) -> bool:
-        """Whether a settings file is still as install has made it."""
-        written = self.settings.get(file.real, {}).get("written")
-        return file.raw is not None and written == sha256_hex(file.raw)
-
-    def backups(self, file: SettingsFile) -> list[SettingsFile]:
-        """The backups that install made of a file and nobody changed, oldest first."""
-        found = []
-        entry = self.settings.get(file.real, {})
-        for path, digest in entry.get("backups", {}).items():
-            backup = SettingsFile(path)
-            if backup.raw is not None and sha256_hex(backup.raw) == digest:
-                found.append(backup)
-        return found
-
-
-# -- Commands: install's plan ----------------------------------------------------------
-
-OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
-OLDEST_CLIENT_TEXT = "2.1.78"
-CLIENT_ANSWERS_S = 20.0  # `claude --version`, on a slow disk
-CLIENT_PLACES = (
-    (".local", "bin"),
-    (".claude", "local"),
-)  # below home; often not in PATH
-TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins with it
-
-
-def client_version() -> str:
-    """What `claude --version` says, such as 2.1.329; "" when no client was found."""
-    import re
-    import shutil
-    import subprocess
-
-    home = os.path.expanduser("~")
-    places = [os.path.join(home, *names) for names in CLIENT_PLACES]
-    search = os.pathsep.join([os.environ.get("PATH", ""), *places])
-    client = shutil.which("claude", path=search)
-    if not client:
-        return ""
-    try:
-        said = subprocess.run(
-            [client, "--version"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "DISABLE_AUTOUPDATER": "1"},
-            timeout=CLIENT_ANSWERS_S,
-            check=False,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    match = re.search(rb"\d+\.\d+\.\d+", said)
-    return match.group().decode() if match else ""
-
-
-def is_too_old(version: str) -> bool:
-    """Whether this client (its version, "" unknown) knows no StopFailure."""
-    numbers = tuple(int(part) for part in version.split(".")) if version else ()
-    return bool(numbers) and numbers < OLDEST_CLIENT
-
-
-def shell_quoted(path: str) -> str:
-    """A path as one word for a shell; on Windows that is Git Bash."""
-    import shlex
-
-    return shlex.quote(path.replace("\\", "/") if os.name == "nt" else path)
-
-
-def own_interpreter() -> str:
-    """The Python that runs this: not a virtual environment's, which comes and goes, but
-    the one behind it."""
-    if sys.prefix == sys.base_prefix:
-        return sys.executable
-    major, minor = sys.version_info[:2]
-    behind = os.path.join(sys.base_prefix, "bin", f"python{major}.{minor}")
-    if os.name == "nt":
-        behind = os.path.join(sys.base_prefix, "python.exe")
-    elif not os.path.exists(behind):  # PyPy has other names
-        behind = os.path.realpath(sys.executable)
-    return behind if os.path.exists(behind) else sys.executable
-
-
-def names_release(path: str) -> bool:
-    """Whether a path holds a full version, as pyenv's and Homebrew's do: an upgrade
-    removes it."""
-    import re
-
-    return re.search(r"\d+\.\d+\.\d+", path) is not None
-
-
-def interpreter() -> str:
-    """The Python to name in settings: this one, by a path that outlives its upgrade
-    where there is such a path."""
-    import shutil
-
-    own = own_interpreter()
-    if not names_release(own):
-        return own
-    major, minor = sys.version_info[:2]
-    places = [os.environ.get("PATH", ""), "/opt/homebrew/bin", "/usr/local/bin"]
-    for name in (f"python{major}.{minor}", "python3"):
-        found = shutil.which(name, path=os.pathsep.join(places))
-        stable = found and os.path.isabs(found) and not names_release(found)
-        if found and stable and os.path.realpath(found) == os.path.realpath(own):
-            return found
-    return own
-
-
-def hook_command(event: str) -> str:
-    """The command for settings. It imports the script from its own directory; when that
-    fails (bytecode that a crash has cut off, a Python that an upgrade has removed), it
-    runs it. It never ends with 2, which Claude Code takes for a veto."""
-    python = shell_quoted(interpreter())
-    other = "python3" if names_release(python) else python
-    directory, script = shell_quoted(hooks_dir()), shell_quoted(installed_script())
-    imported = f"cd {directory} && {python} -ESc '{IMPORT}'"
-    trap = IGNORE_TERM if event == "StopFailure" else ""
-    return f"{trap}{imported} || {other} -I -S {script} || true"
-
-
-def with_ours(
-    content: Fields, url: str | None, tools: bool, client: str = ""
-) -> Fields:
-    """Settings with our hooks, and with the ping URL unless it is None. client: its
-    version; StopFailure is left out, or taken out, where it would do harm."""
-    import copy
-
-    content = copy.deepcopy(content)
-    if url is not None:
-        content.setdefault("env", {})[URL_NAME] = url
-    if is_too_old(client):
-        take_out(content, [hook for hook in hooks_of(content) if is_harmful(hook)])
-    there = [hook.event for hook in hooks_of(content) if hook.names_script()]
-    for event in [*EVENTS, *TOOL_EVENTS] if tools else EVENTS:
-        if event in there or (event == "StopFailure" and is_too_old(client)):
-            continue
-        group: Fields = {"matcher": TOOLS} if event in TOOL_EVENTS else {}
-        group["hooks"] = [{"type": "command", "command": SCRIPT}]
-        content.setdefault("hooks", {}).setdefault(event, []).append(group)
-    for hook in hooks_of(content):
-        if hook.is_ours():
-            command = hook_command(hook.event)
-            hook.entry.update(command=command, timeout=HOOK_TIMEOUT_S)
-    return content
-
-
-def is_harmful(hook: RegisteredHook) -> bool:
-    """Whether it is ours, for an event that older clients than OLDEST_CLIENT stumble
-    on."""
-    return hook.event == "StopFailure" and hook.is_ours()
-
-
-def take_out(content: Fields, hooks: list[RegisteredHook]) -> None:
-    """Remove hooks from settings, and what that leaves empty."""
-    for hook in hooks:
-        hook.group["hooks"].remove(hook.entry)
-    groups_of = content.get("hooks", {})
-    for event in {hook.event for hook in hooks}:
-        groups_of[event] = [group for group in groups_of[event] if group["hooks"]]
-        if not groups_of[event]:
-            del groups_of[event]
-    if hooks and not groups_of:
-        del content["hooks"]
-
-
-def unfilled(url: str) -> str:
-    """Why a ping URL is a form that was not filled in, or ""."""
-    if "<" in url or ">" in url:
-        return "<token> stands for your tracker's own: copy its whole URL"
-    _, found, rest = url.partition("://")
-    path = rest.partition("/")[2].split("?")[0]
-    if found and path.strip("/") in ("", "ping"):
-        return f"{URL_NAME} has no token: copy the whole URL of your tracker"
-    return ""
-
-
-def ask_for_url() -> str | None:
-    """The ping URL that a person types, unseen; None when it is none."""
-    import getpass
-
-    print("The URL of your tracker looks like https://telemhq.com/ping/<token>.")
-    try:
-        url = getpass.getpass("Ping URL (not shown; Enter to go on without): ")
-    except EOFError:
-        return None
-    return url.strip() or None
-
-
-class ScriptFile:
-    """The script where install puts it. raw: what is there, None: nothing."""
-
-    def __init__(self) -> None:
-        self.path = installed_script()
-        self.real = os.path.realpath(self.path)
-        self.raw: bytes | None = None
-        try:
-            self.raw = read_file(self.real, FILE_MAX_BYTES)
-        except FileNotFoundError:
-            pass
-
-    def is_ours(self) -> bool:
-        """Whether what is there is this script, in whatever version."""
-        return self.raw is not None and TITLE in self.raw[:1000]
-
-    def version(self) -> str:
-        """Its version, for a person."""
-        import re
-
-        match = re.search(rb'\n__version__ = "([\w.]+)"', self.raw or b"")
-        return match.group(1).decode() if match else "unknown"
-
-    def bytecode_dir(self) -> str:
-        """Where Python caches its bytecode."""
-        return os.path.join(os.path.dirname(self.path), "__pycache__")
-
-    def remove_bytecode(self) -> None:
-        """Remove what Pythons have cached of it."""
-        import glob
-
-        stem = os.path.splitext(SCRIPT)[0]
-        pattern = os.path.join(glob.escape(self.bytecode_dir()), stem + ".*.pyc")
-        for path in glob.glob(pattern):
-            remove(path)
-
-    def write(self, source: bytes) -> None:
-        """Put `source` there. Python takes cached bytecode for that of any source of
-        the same size and second: a changed file gets another second. And under a umask
-        of 000 it would let everybody write it: so its directory is made here."""
-        if self.raw != source:
-            old = os.stat(self.real).st_mtime if os.path.exists(self.real) else 0.0
-            write_file(self.real, source, make_directory=True)
-            written = max(time.time(), old + 1)
-            os.utime(self.real, (written, written))
-        os.chmod(self.real, 0o700)
-        self.remove_bytecode()
-        if not os.path.isdir(self.bytecode_dir()):
-            os.mkdir(self.bytecode_dir())
-            os.chmod(self.bytecode_dir(), 0o755)
-
-
-class InstallPlan:
-    """What install will do. file: the settings file; new: the bytes that it will hold;
-    url: the ping URL to write, None to leave it; script: what stands in its place."""
-
-    def __init__(self, options: Namespace, url: str | None) -> None:
-        self.url = url
-        self.file = SettingsFile(settings_path(options.project))
-        self.file.need_editable()
-        self.client = client_version()
-        self.source = read_file(this_script(), FILE_MAX_BYTES)
-        self.script = ScriptFile()
-        before = self.file.content
-        self.content = with_ours(before, url, options.tools, self.client)
-        self.new = self.file.raw or b""
-        if self.content != before:
-            self.new = self.file.encode(self.content)
-
-    def is_done(self) -> bool:
-        """Whether all stands there already."""
-        return self.content == self.file.content and self.script.raw == self.source
-
-    def show(self) -> None:
-        """Print what will change."""
-        mask = Mask(self.file.content, self.content)
-        print_diff(self.file.path, self.file.raw or b"", self.new, mask)
-        if self.script.raw is not None and self.script.raw != self.source:
-            what = (
-                "a script that is not this one; it is kept, and uninstall puts it back"
-            )
-            if self.script.is_ours():
-                what = f"version {self.script.version()} of this script"
-            print(f"{self.script.path} is replaced: it is {what}.")
-        if is_too_old(self.client):
-            old = f"Claude Code {self.client} ignores settings that name StopFailure"
-            print(f"{old} ({OLDEST_CLIENT_TEXT} does not): it is left out.")
-        elif not self.client:
-            least = f"Claude Code {OLDEST_CLIENT_TEXT} or newer"
-            print(f"No claude command was found; this is for {least}.")
-
-    def carry_out(self) -> None:
-        """Change the files; first note how that is undone."""
-        record = InstallRecord()
-        record.will_make(self.script.real)
-        record.will_make(record.path)
-        if self.script.raw is not None and not self.script.is_ours():
-            record.kept = self.script.real + time.strftime(".%Y%m%d-%H%M%S.bak")
-        record.script = sha256_hex(self.source)
-        if self.content != self.file.content:
-            record.changes(self.file, self.new)
-        record.save()
-        if record.kept and not os.path.lexists(record.kept):
-            os.rename(self.script.real, record.kept)
-        if self.content != self.file.content:
-            self.file.write(self.new)
-        self.script.write(self.source)
-
-
-def git_says(directory: str, *arguments: str) -> tuple[int, str]:
-    """(exit status, output) of git in a directory; 128 without git or a repository."""
-    import subprocess
-
-    try:
-        ended = subprocess.run(
-            ["git", "-C", directory, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-    except OSError:
-        return 128, ""
-    return ended.returncode, ended.stdout.decode("utf-8", "replace").strip()
-
-
-def tell_where_token_is(file: SettingsFile) -> None:
-    """Say where the token ended up, when somebody could see it there."""
-    if file.real != os.path.abspath(file.path):
-        print(f"{file.path} is a link: the URL, with its token, is in {file.real}.")
-    directory, name = os.path.split(file.real)
-    if git_says(directory, "check-ignore", "-q", name)[0] != 1:
-        return  # ignored, or no repository
-    exclude = git_says(directory, "rev-parse", "--git-path", "info/exclude")[1]
-    exclude = os.path.normpath(os.path.join(directory, exclude))
-    inside = git_says(directory, "rev-parse", "--show-prefix")[1] + name
-    print(f"Git does not ignore {file.real}, which holds the URL with its token:")
-    print(f"  echo {shell_quoted('/' + inside)} >> {shell_quoted(exclude)}")
-
-
-# -- Commands: uninstall ---------------------------------------------------------------
-
-
-def without_ours(content: Fields, before: Fields) -> Fields:
-    """Settings without our hooks and ping URL; those that `before` had (settings of
-    before install, {}: none) are put back."""
-    import copy
-
-    content = copy.deepcopy(content)
-    env = content.get("env", {})
-    env.pop(URL_NAME, None)
-    if URL_NAME in before.get("env", {}):
-        env[URL_NAME] = before["env"][URL_NAME]
-    if "env" in content and not env:
-        del content["env"]
-    theirs = [hook for hook in hooks_of(before) if hook.is_ours()]
-    ours = []
-    for hook in hooks_of(content):
-        if not hook.is_ours():
-            continue
-        same = [other for other in theirs if other.event == hook.event]
-        if same:
-            hook.entry.clear()
-            hook.entry.update(same[0].entry)
-            theirs.remove(same[0])
-        else:
-            ours.append(hook)
-    take_out(content, ours)
-    return content
-
-
-def restored(file: SettingsFile, record: InstallRecord) -> bytes | None:
-    """What a settings file must hold without install; None: there was none."""
-    backups = record.backups(file)
-    entry = record.settings.get(file.real, {})
-    if backups and record.is_as_written(file):
-        first = backups[0]
-        if record.kept or not any(hook.is_ours() for hook in first.hooks()):
-            return first.raw  # nobody else has changed it
-    before = backups[0].content if backups and record.kept else {}
-    after = without_ours(file.content, before)
-    for backup in backups:
-        theirs = not any(hook.is_ours() for hook in backup.hooks())
-        if theirs and without_ours(backup.content, before) == after:
-            return backup.raw
-    return file.encode(after) if after or not entry.get("made") else None
-
-
-def restore(file: SettingsFile, record: InstallRecord) -> bool:
-    """Take ours out of a settings file; whether there was anything. Our backups go, for
-    they may hold ping URLs."""
-    if not (URL_NAME in file.env() or any(hook.is_ours() for hook in file.hooks())):
-        return False
-    file.need_editable()
-    new, backups = restored(file, record), record.backups(file)
-    print_diff(file.path, file.raw or b"", new or b"", Mask(file.content))
-    if new is None:
-        os.unlink(file.real)
-    else:
-        file.write(new)
-    for backup in backups:
-        os.unlink(backup.path)
-    record.settings.pop(file.real, None)
-    return True
-
-
-def known_projects() -> list[str]:
-    """The directories in which Claude Code has run, from its own .claude.json."""
-    path = os.path.join(os.path.expanduser("~"), ".claude.json")
-    if os.environ.get("CLAUDE_CONFIG_DIR"):
-        path = os.path.join(config_dir(), ".claude.json")
-    try:
-        projects = read_object(path, 4 * FILE_MAX_BYTES).get("projects")
-    except (OSError, ValueError):
-        return []
-    return list(projects) if isinstance(projects, dict) else []
-
-
-def others_that_name_script(record: InstallRecord) -> list[str]:
-    """Paths of settings files that still name the script that install has put there."""
-    paths = [file.path for file in Surroundings().files] + list(record.settings)
-    for project in known_projects():
-        paths += project_settings(project)
-    named: dict[str, str] = {}
-    for path in paths:
-        file = SettingsFile(path)
-        theirs = record.kept and file.real not in record.settings
-        if file.names_script() and not theirs:  # but the one from before install
-            named.setdefault(file.real, path)
-    return list(named.values())
-
-
-def remove_script(record: InstallRecord) -> None:
-    """Remove the script and its bytecode; the one from before install comes back. (A
-    link to somebody's checkout: the link goes, not what it leads to.)"""
-    script = ScriptFile()
-    ours = script.is_ours() or sha256_hex(script.raw or b"") == record.script
-    if script.raw is not None and not ours:
-        print(f"{script.path} is not this script: it stays.")
-    elif os.path.isfile(record.kept):
-        os.replace(record.kept, script.real)
-        print(f"{script.path} is again the script from before install.")
-    elif script.raw is not None:
-        remove(script.path)
-    script.remove_bytecode()
-    remove_if_empty(script.bytecode_dir())
-    record.script = record.kept = ""
-
-
-def remove_state(state_dir: str | None) -> None:
-    """Remove all that is kept of each destination, after a sender at work is done."""
-    import shutil
-
-    for outbox in outboxes(state_dir):
-        wait_for_lock(outbox, time.monotonic() + LIFE_S).release()
-        shutil.rmtree(outbox.directory)
-
-
-def need_no_loss(kept: list[Outbox]) -> None:
-    """Skipped when pings wait that would be lost, and nobody says that they may be."""
-    waiting = sum(len(outbox.waiting()) for outbox in kept)
-    if not waiting:
-        return
-    print(f"{counted(waiting, 'ping')} wait and would be lost; `flush` sends them.")
-    if not (at_a_terminal() and ask("Remove them?")):
-        raise Skipped("nothing was changed; with --yes they are removed")
-
-
-def remove_rest(record: InstallRecord, state_dir: str | None, with_state: bool) -> None:
-    """Remove what no settings file needs any more: script, state, directories."""
-    remove_script(record)
-    if with_state:
-        remove_state(state_dir)
-    record.save()
-    if state_dir:
-        remove_if_empty(state_dir)
-    record.remove_directories()
-
-
-def uninstall(options: Namespace) -> int:
-    """the inverse of install: settings as before, script and state removed"""
-    around, record, script = Surroundings(), InstallRecord(), ScriptFile()
-    kept, plugin = outboxes(around.settings.state_dir), around.plugin_in()
-    file = SettingsFile(settings_path(options.project))
-    file.need_editable()
-    if not options.yes:
-        need_no_loss(kept)
-    if script.raw is not None and not record.script and not script.is_ours():
-        raise Skipped(f"{script.path} is not this script; nothing was changed")
-    there = restore(file, record) or bool(record.script or kept) or script.is_ours()
-    record.remove_directories()
-    record.save()
-    still = others_that_name_script(record)
-    for path in still:
-        print(f"{path} still names the script: it stays, with its state.")
-        print("  `uninstall --project DIR` takes it out of a project's local settings.")
-    if not still:
-        remove_rest(record, around.settings.state_dir, with_state=not plugin)
-    if plugin:
-        print(f"The plugin is enabled in {plugin}; its state stays.")
-        print("  claude plugin uninstall telemhq-ping@telemhq-ping")
-    elif not still:
-        print("Removed." if there else "Nothing of it was installed here.")
-    return 0
 
 
 # -- Commands: what has left -----------------------------------------------------------
@@ -4895,34 +4225,369 @@ def doctor(options: Namespace) -> int:
     return 0 if run_checks(around, options.send, options.run_all) else 1
 
 
-# -- Commands: install, which ends with what doctor says -------------------------------
+# -- Commands: install -----------------------------------------------------------------
+
+BACKUP = ".telemhq-backup"  # added to the name of a file that install replaces
+TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins with it
+
+
+def with_ours(content: Fields, url: object, tools: bool, client: str = "") -> Fields:
+    """Settings with our hooks, and with the ping URL unless it is None. client: its
+    version; StopFailure is left out where it would do harm."""
+    import copy
+
+    content, events = copy.deepcopy(content), [*EVENTS, *(TOOL_EVENTS if tools else ())]
+    if url is not None:
+        content.setdefault("env", {})[URL_NAME] = url
+    if is_too_old(client):
+        events.remove("StopFailure")
+    there = [hook.event for hook in hooks_of(content) if hook.names_script()]
+    for event in [event for event in events if event not in there]:
+        group: Fields = {"matcher": TOOLS} if event in TOOL_EVENTS else {}
+        group["hooks"] = [{"type": "command", "command": SCRIPT}]
+        content.setdefault("hooks", {}).setdefault(event, []).append(group)
+    for hook in hooks_of(content):
+        if hook.is_ours():
+            ours = hook_command(hook.event)
+            hook.entry.update(command=ours, timeout=HOOK_TIMEOUT_S)
+    return content
+
+
+def print_changes(before: str, after: str) -> None:
+    """Print the lines that go and those that come; of our URL no more than its host."""
+    import difflib
+    import re
+
+    def hidden(match: re.Match[str]) -> str:
+        return match.group(1) + masked(match.group(2))
+
+    old, new = ([s.rstrip(",") for s in t.splitlines()] for t in (before, after))
+    for line in difflib.unified_diff(old, new, n=0, lineterm=""):
+        if line[0] in "+-" and line.strip() not in ("+++", "---"):
+            print(" ", re.sub(rf'("{URL_NAME}"\s*:\s*")([^"]*)', hidden, line))
+
+
+def unusable(url: str, settings: Settings) -> str:
+    """Why pings cannot go to that URL, or "". A form that was not filled in is none."""
+    if "<" in url or ">" in url:
+        return "<token> stands for your tracker's own: copy its whole URL"
+    try:
+        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
+    except Skipped as why:
+        return str(why)
+    path = url.partition("://")[2].partition("/")[2].split("?")[0]
+    missing = f"{URL_NAME} has no token: copy the whole URL of your tracker"
+    return missing if path.strip("/") in ("", "ping") else ""
+
+
+def ask_for_url(settings: Settings) -> str | None:
+    """The ping URL that a person types, unseen; None when it is none."""
+    import getpass
+
+    print("The URL of your tracker looks like https://telemhq.com/ping/<token>.")
+    while True:
+        url = getpass.getpass("Ping URL (not shown; Enter to go on without): ").strip()
+        problem = url and unusable(url, settings)
+        if not problem:
+            return url or None
+        print(f"{problem}.")
+
+
+def settings_to_change(project: str | None) -> SettingsFile:
+    """The settings file of the user, or of a project (a directory; OSError: none);
+    Skipped when it cannot be changed without harm."""
+    path = os.path.join(config_dir(), "settings.json")
+    if project:
+        os.listdir(project)
+        path = project_settings(os.path.abspath(project))[1]
+    file = SettingsFile(path)
+    problem = file.problem and f"it is no settings file: {file.problem}"
+    if file.raw is not None and not os.stat(file.real).st_mode & stat.S_IWUSR:
+        problem = "it is read-only"
+    if problem:
+        raise Skipped(f"{shown(path)} is left as it is: {problem}")
+    return file
+
+
+def save(path: str, content: bytes, mode: int) -> None:
+    """Make a file hold `content`; Skipped names one that cannot be written."""
+    try:
+        write_file(path, content, make_directory=True)
+        os.chmod(path, mode)
+    except OSError as error:  # a full disk has no path in it
+        raise Skipped(f"{shown(path)}: {error.strerror}") from error
+
+
+def remove_if_empty(*directories: str) -> None:
+    """Remove directories with nothing in them; any other stays."""
+    for directory in directories:
+        try:
+            os.rmdir(directory)
+        except OSError:
+            continue
+
+
+class Script:
+    """The script where install puts it. raw: what is there, b"": nothing. foreign:
+    whether that is another's. kept: where such a one is kept."""
+
+    def __init__(self) -> None:
+        self.path, self.raw = installed_script(), b""
+        self.kept = self.path + BACKUP
+        if os.path.exists(self.path):
+            self.raw = read_file(os.path.realpath(self.path), FILE_MAX_BYTES)
+        self.foreign = self.raw != b"" and TITLE not in self.raw[:1000]
+
+    def write(self, source: bytes) -> None:
+        """Put `source` there."""
+        if self.foreign:
+            os.replace(self.path, self.kept)
+        if self.raw != source:
+            save(self.path, source, 0o700)
+
+    def remove(self) -> None:
+        """The inverse of write()."""
+        import glob
+
+        if os.path.lexists(self.kept):
+            os.replace(self.kept, self.path)
+        elif not self.foreign:
+            remove(self.path)
+        cache = os.path.join(hooks_dir(), "__pycache__")
+        for path in glob.glob(os.path.join(glob.escape(cache), SCRIPT[:-3] + ".*.pyc")):
+            remove(path)
+        remove_if_empty(cache, hooks_dir(), config_dir())
+
+
+class Installation:
+    """What install is about to do. file: the settings file; text: what it will hold.
+    backup: where it is kept as it was, "": install has been here before."""
+
+    def __init__(self, options: Namespace, url: str | None) -> None:
+        self.script, self.file = Script(), settings_to_change(options.project)
+        self.source = read_file(this_script(), FILE_MAX_BYTES)
+        self.client, file = client_version(), self.file
+        content = with_ours(file.content, url, options.tools, self.client)
+        self.text, self.changes = file.retold(content), content != file.content
+        again = any(hook.is_ours() and IMPORT in hook.command for hook in file.hooks())
+        keeps = self.changes and file.raw is not None and not again
+        self.backup = file.real + BACKUP if keeps else ""
+        self.done = self.script.raw == self.source and not self.changes
+
+    def show(self, plugin: str) -> None:
+        """Say what will change. plugin: the file that enables the plugin, or ""."""
+        script, file = shown(self.script.path), self.file
+        if self.script.foreign:
+            print(f"{script} will be replaced: it is another script. Until uninstall")
+            print(f"  puts it back it is kept as {shown(self.script.kept)}")
+        elif self.script.raw != self.source:
+            print(f"{script} will be this script, version {__version__}.")
+        if self.changes:
+            print(f"{shown(file.path)} will change:")
+            print_changes(file.text if file.raw else "", self.text)
+        if self.changes and os.path.islink(file.path):
+            print(f"It is a link: what changes is {shown(file.real)}")
+        if self.backup:
+            print(f"As it is now it is kept as {shown(self.backup)}")
+        open_to_all = file.raw is not None and os.stat(file.real).st_mode & 0o044
+        if open_to_all and os.name == "posix" and URL_NAME in self.text:
+            print("Others can read it, and the URL in it is a secret:")
+            print(f"  chmod 600 {shown(file.real)}")
+        if is_too_old(self.client):
+            old = f"Claude Code {self.client} ignores settings that name StopFailure"
+            print(f"{old} ({OLDEST_CLIENT_TEXT} does not): it is left out.")
+        if plugin:
+            print(f"The plugin is enabled in {shown(plugin)}: with both, each event is")
+            print(f"  told twice. To remove it: claude plugin uninstall {PLUGIN}")
+        if self.done:
+            print("All is there already.")
+
+    def carry_out(self) -> None:
+        """Write the files, settings last. When that fails, it is as if never begun."""
+        try:
+            self.script.write(self.source)
+            if self.backup:
+                save(self.backup, self.file.raw or b"", 0o600)
+            if self.changes:
+                self.file.write(self.text)
+        except BaseException:
+            if self.backup:
+                remove(self.backup)
+            if self.script.foreign or not self.script.raw:
+                self.script.remove()
+            raise
 
 
 def install(options: Namespace) -> int:
     """put the script into ~/.claude/hooks and register it in settings.json"""
-    settings, url = Surroundings().settings, options.url
-    if url is None and not settings.url and at_a_terminal() and not options.dry_run:
-        url = ask_for_url()
-    if url is not None:
-        if unfilled(url):
-            raise Skipped(unfilled(url))
-        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
-    plan = InstallPlan(options, url)
-    plan.show()
-    if not options.dry_run:
-        questions = at_a_terminal() and not options.yes and not plan.is_done()
-        if questions and not ask("Write this?"):
+    around, asks = Surroundings(), at_a_terminal() and not options.yes
+    settings, url = around.settings, options.url
+    if not (asks or options.yes or options.dry_run):
+        raise Skipped("without a terminal install needs --yes, or --dry-run")
+    if url is not None and unusable(url, settings):
+        raise Skipped(unusable(url, settings))
+    unknown = url is None and not settings.url and TelemHQ.kind in settings.destinations
+    if unknown and asks and not options.dry_run:
+        url = ask_for_url(settings)
+    plan = Installation(options, url)
+    plan.show(around.plugin_in())
+    if options.dry_run:
+        print("Nothing was changed.")
+        return 0
+    if not plan.done:
+        if asks and not ask("Write this?"):
             raise Skipped("nothing was changed")
         plan.carry_out()
-        print(f"Installed: {plan.file.path} names {plan.script.path}.")
-        if url is not None:
-            tell_where_token_is(plan.file)
-    if not (url or settings.url):
-        print(f"Now export {URL_NAME}, or run install again with --url.")
-    elif at_a_terminal() and not options.dry_run:
-        print("Sessions that run already must be started anew. doctor says:")
-        run_checks(Surroundings(), False)
+        print("Installed. Sessions that run already must be started anew.")
+    around, send = Surroundings(), bool(options.send)
+    if asks and not send and find_trackers(around.settings, read_secret)[0]:
+        send = ask("Send one real test ping, too? Nothing else proves the token.")
+    return 0 if run_checks(around, send) else 1
+
+
+def add_install_arguments(parser: ArgumentParser) -> None:
+    """The options of install."""
+    for name, said in (
+        ("--tools", f"register tool activity, too: {TOOLS}"),
+        ("--dry-run", "show what would change, and change nothing"),
+        ("--send", "send one real ping at the end, with the event Test"),
+        ("--yes", "ask nothing"),
+    ):
+        parser.add_argument(name, action="store_true", help=said)
+    parser.add_argument("--url", help="the ping URL, to be kept in settings.json")
+    project = "in that project's settings.local.json, instead of yours"
+    parser.add_argument("--project", metavar="DIR", help=project)
+
+
+# -- Commands: uninstall ---------------------------------------------------------------
+
+
+def without_ours(content: Fields, before: Fields) -> Fields:
+    """Settings without our hooks and ping URL; those that `before` had (settings of
+    before install, {}: none) are put back."""
+    import copy
+
+    content = copy.deepcopy(content)
+    env, hooks = content.get("env", {}), content.get("hooks", {})
+    if env.pop(URL_NAME, None) is not None and URL_NAME in before.get("env", {}):
+        env[URL_NAME] = before["env"][URL_NAME]
+    theirs = [hook for hook in hooks_of(before) if hook.is_ours()]
+    for hook in [hook for hook in hooks_of(content) if hook.is_ours()]:
+        former = [other for other in theirs if other.event == hook.event]
+        hook.entry.clear()
+        if former:
+            hook.entry.update(former[0].entry)
+            theirs.remove(former[0])
+        else:
+            hook.group["hooks"].remove(hook.entry)
+    for event in list(hooks):
+        hooks[event] = [group for group in hooks[event] if group["hooks"]]
+        if not hooks[event]:
+            del hooks[event]
+    return {k: v for k, v in content.items() if v != {} or k not in ("hooks", "env")}
+
+
+def state_in_words(kept: list[Outbox]) -> str:
+    """What goes with the state of destinations, for a person."""
+    waiting = sum(len(outbox.waiting()) for outbox in kept)
+    sent = sum(len(deliveries(outbox)) for outbox in kept)
+    unsent = f"{counted(waiting, 'ping')} not sent yet"
+    unsent += " (`flush` sends)" if waiting else ""
+    return f"{unsent}, the record of {counted(sent, 'sent ping')} (--keep-state: stays)"
+
+
+class Removal:
+    """What uninstall is about to do. file: the settings file. backup: of it, from
+    before install. still: other settings files that name the script, which stays then.
+    kept: destinations whose state goes. what: becomes of the settings, "": nothing."""
+
+    def __init__(self, options: Namespace, around: Surroundings) -> None:
+        self.script, self.file = Script(), settings_to_change(options.project)
+        if self.script.foreign:
+            where = shown(self.script.path)
+            raise Skipped(f"{where} is not this script; nothing was changed")
+        self.comes_back = os.path.lexists(self.script.kept)
+        self.state_dir, self.plugin = around.settings.state_dir, around.plugin_in()
+        others = [file for file in around.files if file.real != self.file.real]
+        self.still = [file.path for file in others if file.names_script()]
+        stays = options.keep_state or self.still or self.plugin
+        self.kept = [] if stays else outboxes(self.state_dir)
+        self.look_into_settings(self.file, SettingsFile(self.file.real + BACKUP))
+
+    def look_into_settings(self, file: SettingsFile, backup: SettingsFile) -> None:
+        """Find out what is to become of the settings file: the backup comes back when
+        the file is what install makes of it."""
+        ours = {hook.event for hook in file.hooks() if hook.is_ours()}
+        tools, url = bool(ours.intersection(TOOL_EVENTS)), file.env().get(URL_NAME)
+        was, now = (with_ours(each.content, url, tools) for each in (backup, file))
+        self.backup, self.exact = backup, backup.raw is not None and was == now
+        before = backup.content
+        if not self.comes_back:  # without a script theirs would be a veto
+            before = {"env": backup.env()}
+            self.exact &= not any(hook.is_ours() for hook in backup.hooks())
+        self.content = without_ours(file.content, before)
+        self.what = "our hooks and the ping URL" if ours or url else ""
+        if self.what and self.exact:
+            self.what = "it is again as it was before install"
+
+    def show(self) -> bool:
+        """Say what goes, and what stays; whether anything goes."""
+        goes = [f"{shown(self.file.path)}: {self.what}"] if self.what else []
+        if self.script.raw and not self.still:
+            back = ", and the one from before install comes back"
+            goes.append(shown(self.script.path) + (back if self.comes_back else ""))
+        if self.kept:
+            goes.append(f"{shown(self.state_dir or '')}: {state_in_words(self.kept)}")
+        print("\n  ".join(["This goes:", *goes]) if goes else "Nothing of it is here.")
+        for path in self.still:
+            print(f"{shown(path)} names the script, too: script and state stay.")
+        if self.plugin:
+            state = shown(self.state_dir or "")
+            print(
+                f"The plugin in {shown(self.plugin)} stays, with its state. To remove:"
+            )
+            print(f"  claude plugin uninstall {PLUGIN}; rm -r {state}")
+        return bool(goes)
+
+    def carry_out(self) -> None:
+        """First the settings, so that no command is there without its script."""
+        import shutil
+
+        if self.what and self.exact:
+            os.chmod(self.backup.path, stat.S_IMODE(os.stat(self.file.real).st_mode))
+            os.replace(self.backup.path, self.file.real)
+        elif self.what and (self.content or self.backup.raw is not None):
+            self.file.write(self.file.retold(self.content))
+        elif self.what:
+            os.unlink(self.file.real)
+        if self.what:  # it may hold a URL
+            remove(self.backup.path)
+        if not self.still:
+            self.script.remove()
+        for outbox in self.kept:
+            wait_for_lock(outbox, time.monotonic() + LIFE_S).release()
+            shutil.rmtree(outbox.directory)
+        project = os.path.dirname(self.file.path)
+        remove_if_empty(self.state_dir or "", project, config_dir())
+
+
+def uninstall(options: Namespace) -> int:
+    """the inverse of install: settings as before, script and state removed"""
+    removal = Removal(options, Surroundings())
+    if removal.show():
+        if not options.yes and not (at_a_terminal() and ask("Remove it?")):
+            raise Skipped("nothing was changed; with --yes it is removed")
+        removal.carry_out()
     return 0
+
+
+def add_uninstall_arguments(parser: ArgumentParser) -> None:
+    """The options of uninstall."""
+    said = "leave what waits, and the record of what was sent"
+    parser.add_argument("--keep-state", action="store_true", help=said)
+    parser.add_argument("--yes", action="store_true", help="ask nothing")
+    project = "out of that project's settings.local.json, instead of yours"
+    parser.add_argument("--project", metavar="DIR", help=project)
 
 
 # -- Commands: preview, demo -----------------------------------------------------------
@@ -5265,70 +4930,44 @@ def report(options: Namespace) -> int:
 # -- Commands: the command line --------------------------------------------------------
 
 
-class CommandLine:
-    """The parser of the command line, command by command."""
-
-    def __init__(self) -> None:
-        import argparse
-
-        self.parser = argparse.ArgumentParser(
-            prog=SCRIPT,
-            usage=f"{SCRIPT} COMMAND [OPTION ...]",
-            description="Tell a TelemHQ tracker what Claude Code did, "
-            "never what was said.",
-            epilog=epilog(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            add_help=False,  # it would stand before the commands
-        )
-        self.commands = self.parser.add_subparsers(
-            title="commands", metavar="COMMAND", prog=SCRIPT
-        )
-        version, told = f"telemhq_ping {__version__}", "print the version"
-        group = self.parser.add_argument_group("options")
-        said = "print this, or COMMAND's"
-        group.add_argument("-h", "--help", action="help", help=said)
-        group.add_argument("--version", action="version", version=version, help=told)
-
-    def add(self, run: Callable[[Namespace], int]) -> ArgumentParser:
-        """Add a command; its function is its name, its docstring its help."""
-        said = run.__doc__ or ""
-        command: ArgumentParser = self.commands.add_parser(
-            run.__name__, help=said, description=said[:1].upper() + said[1:] + "."
-        )
-        command.set_defaults(run=run)
-        return command
-
-    def switch(self, command: ArgumentParser, name: str, said: str) -> None:
-        """Add an option without a value."""
-        command.add_argument(name, action="store_true", help=said)
-
-
-def epilog() -> str:
-    """The variables and files, from this file's docstring."""
-    text = (__doc__ or "").partition("Variables\n")[2].partition("Exit status")[0]
-    return f"variables:\n{text}\nThe README has the rest." if text else ""
-
-
 def command_line() -> ArgumentParser:
     """All commands; of what is parsed, `run` is the command's function."""
-    line = CommandLine()
-    project = "in that project's settings.local.json, instead of yours"
-    line.add(demo)
-    add_preview_arguments(line.add(preview))
-    command = line.add(install)
-    command.add_argument("--url", help="the ping URL, to be kept in settings.json")
-    line.switch(command, "--tools", f"register tool activity, too: {TOOLS}")
-    command.add_argument("--project", metavar="DIR", help=project)
-    line.switch(command, "--dry-run", "show what would change, and change nothing")
-    line.switch(command, "--yes", "ask nothing")
-    add_doctor_arguments(line.add(doctor))
-    add_sent_arguments(line.add(sent))
-    add_report_arguments(line.add(report))
-    add_flush_arguments(line.add(flush))
-    command = line.add(uninstall)
-    command.add_argument("--project", metavar="DIR", help=project)
-    line.switch(command, "--yes", "remove pings that wait, too")
-    return line.parser
+    import argparse
+
+    about = (__doc__ or "").partition("Variables\n")[2].partition("Exit status")[0]
+    line = argparse.ArgumentParser(
+        prog=SCRIPT,
+        usage=f"{SCRIPT} COMMAND [OPTION ...]",
+        description="Tell a TelemHQ tracker what Claude Code did, never what was said.",
+        epilog=f"variables:\n{about}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,  # it would stand before the commands
+    )
+    commands = line.add_subparsers(
+        title="commands", metavar="COMMAND", prog=SCRIPT, required=True
+    )
+    found: list[tuple[Callable[[Namespace], int], Any]] = [
+        (demo, None),
+        (preview, add_preview_arguments),
+        (install, add_install_arguments),
+        (doctor, add_doctor_arguments),
+        (sent, add_sent_arguments),
+        (report, add_report_arguments),
+        (flush, add_flush_arguments),
+        (uninstall, add_uninstall_arguments),
+    ]
+    for run, add_arguments in found:
+        said = (run.__doc__ or "").partition("\n")[0]
+        about = said[:1].upper() + said[1:] + "."
+        command = commands.add_parser(run.__name__, help=said, description=about)
+        command.set_defaults(run=run)
+        if add_arguments:
+            add_arguments(command)
+    options = line.add_argument_group("options")
+    options.add_argument("-h", "--help", action="help", help="print this, or COMMAND's")
+    version = f"telemhq_ping {__version__}"
+    options.add_argument("--version", action="version", version=version)
+    return line
 
 
 def main(arguments: list[str]) -> int:
@@ -5342,23 +4981,23 @@ def main(arguments: list[str]) -> int:
         reconfigure(errors="replace")  # a terminal that knows no such character
     try:
         options = command_line().parse_args(arguments or ["--help"])
-        if not hasattr(options, "run"):
-            options = command_line().parse_args(["--help"])
         status: int = options.run(options)
         return status
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        print(file=sys.stderr)
+        told, status = "interrupted", 130
     except ImportError as error:
-        lacks = f"this Python lacks the module {error.name}"
-        print(f"{SCRIPT}: {lacks}; take a whole one", file=sys.stderr)
-        return 1
+        told, status = f"this Python lacks the module {error.name}; take a whole one", 1
     except BrokenPipeError:  # head(1) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (Skipped, OSError, EOFError, ValueError) as error:
-        print(f"{SCRIPT}: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        where = f"{shown(str(error.filename))}: " if error.filename else ""
+        told, status = f"{where}{error.strerror or error}", 1
+    except (Skipped, EOFError, ValueError) as error:
+        told, status = str(error) or "there was no answer", 1
+    print(f"{SCRIPT}: {told}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
