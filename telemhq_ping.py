@@ -3636,13 +3636,15 @@ def in_words(what: str, kind: str) -> str:
 
 
 class Teller:
-    """Prints what a sender tells, in a user's words, and counts what was delivered."""
+    """Prints what a sender tells, in a user's words. delivered: how many pings. what:
+    the last answer."""
 
-    delivered = 0
+    delivered, what = 0, ""
 
     def __call__(self, text: str) -> None:
         said, _, verdict = text.rpartition(", ")
         self.delivered += verdict == DELIVERED
+        self.what = said.partition(": ")[2].rpartition(" in ")[0]
         print(
             f"{said}, kept" if verdict in (NOT_NOW, RETRY, HOLD) else text, flush=True
         )
@@ -3660,7 +3662,8 @@ def take_settings() -> None:
     source = around.sources.get(URL_NAME)
     if source and URL_NAME not in os.environ:
         print(f"TelemHQ hook: {URL_NAME} is from {shown(source)}", file=sys.stderr)
-    os.environ.update(around.settings.environ)
+    for name, value in around.settings.environ.items():
+        os.environ.setdefault(name, value)
 
 
 def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
@@ -3676,8 +3679,8 @@ def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
     return lock
 
 
-def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> int:
-    """Deliver what waits, in spite of a back-off; how many pings that were."""
+def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> Teller:
+    """Deliver what waits, in spite of a back-off; what was told."""
     tell, ends = Teller(), time.monotonic() + LIFE_S
     sender = Sender(outbox, tracker, settings, ends, tell, status=1)
     while True:
@@ -3686,7 +3689,7 @@ def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> int:
         lock.release()
         # A hook that found the lock busy counts on this look.
         if sender.backoff_left_s() or sender.is_over() or not sender.news():
-            return tell.delivered
+            return tell
 
 
 def is_kept_by_client(around: Surroundings) -> bool:
@@ -3760,10 +3763,11 @@ def flush(options: Namespace) -> int:
         if options.adopt:
             adopt_all(outbox, tracker, settings.state_dir or "", options.yes)
         if outbox.waiting():
-            delivered += flush_outbox(outbox, tracker, settings)
-        if outbox.waiting():
+            tell = flush_outbox(outbox, tracker, settings)
+            delivered += tell.delivered
             left += len(outbox.waiting())
-            print(f"{tracker.kind}: {in_words(outbox.state().problem, tracker.kind)}")
+            if outbox.waiting() and tell.what:
+                print(f"{tracker.kind}: {in_words(tell.what, tracker.kind)}")
     print(f"{delivered} delivered, {left} left.")
     return 1 if left else 0
 
@@ -3834,6 +3838,7 @@ def play(
     server, state_dir = receiver(arrived), os.path.join(directory, "state")
     environ = {**environ, "TELEMHQ_STATE_DIR": state_dir}
     environ["TELEMHQ_DESTINATIONS"] = TelemHQ.kind  # nobody else is to get samples
+    environ["CLAUDE_PROJECT_DIR"] = os.getcwd()
     environ[URL_NAME] = f"http://127.0.0.1:{server.server_address[1]}/ping/sample"
     begun, printed = time.monotonic(), os.path.join(directory, "printed")
     with open(printed, "wb") as out:
@@ -4015,7 +4020,7 @@ def check_variables(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
             yield False, f"{name} is no variable of this script: see --help"
     source = shown(around.sources.get(URL_NAME) or "the shell's environment")
     if settings.url:
-        yield True, f"pings go to {masked(settings.url)}, by {source}"
+        yield None, f"{URL_NAME} is from {source}"
     elif URL_NAME in settings.environ:
         yield None, f"switched off here: {URL_NAME} is empty in {source}"
     elif is_kept_by_client(around):
@@ -4143,10 +4148,10 @@ def why_incomplete(pings: list[Fields]) -> str:
     """Why pings lack tokens, most likely."""
     ends = [ping for ping in pings if ping.get("event") == "SessionEnd"]
     if not any("total_tokens" in ping for ping in pings):
-        return "for the transcript or its account could not be read"
+        return "no transcript or account was read"
     if 2 * len(ends) > len(pings):
-        return "for this Claude Code tells no cost at the end of `-p`"
-    return "for an answer's end came late; the next ping has it"
+        return "this Claude Code tells no cost (-p)"
+    return "an answer came late, the next has it"
 
 
 def send_test(settings: Settings) -> Iterator[tuple[bool | None, str]]:
@@ -4159,10 +4164,9 @@ def send_test(settings: Settings) -> Iterator[tuple[bool | None, str]]:
             yield None, f"{kind} takes no test"
             continue
         name = enqueue(outbox, tracker, ns, ping, {})
-        flush_outbox(outbox, tracker, settings)
+        tell = flush_outbox(outbox, tracker, settings)
         if name in outbox.waiting():
-            why = in_words(outbox.state().problem, kind)
-            yield False, f"{kind} did not take the test, {why}"
+            yield False, f"{kind} did not take the test, {in_words(tell.what, kind)}"
         elif os.path.exists(outbox.path("refused", name)):
             yield False, f"{kind} refused the test: `doctor` says why"
         else:
@@ -4810,6 +4814,7 @@ def rows_of(pings: list[Fields], by: str) -> list[Fields]:
         counted = {**ping, "turns": int(turn), "failed_turns": int(failed)}
         for key, part in shares(counted, by):
             found = [name for name in columns if number(part.get(name))]
+            found = [name for name in found if part[name] or name == "cost_usd"]
             if found:
                 empty = {by: key, **dict.fromkeys(columns, 0), "cost_usd": None}
                 row = rows.setdefault(key, empty)
@@ -4877,7 +4882,8 @@ def report(options: Namespace) -> int:
         found += [{"destination": outbox.name(), **row} for row in rows]
         if options.json or not (rows or outbox.waiting()):
             continue
-        print(f"{outbox.name()}:")
+        if len(kept) > 1:
+            print(f"{outbox.name()}:")
         if rows:
             print_table(rows, options.by)
         if outbox.waiting():
