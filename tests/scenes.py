@@ -151,7 +151,9 @@ class Ping:
     """A ping that the far side has got. number: in the order of all events. at, made:
     seconds since the scene began."""
 
-    def __init__(self, number: int, kind: str, session: str, at: float, made: float):
+    def __init__(
+        self, number: int, kind: str, session: str, at: float, made: float
+    ) -> None:
         self.number, self.kind, self.session = number, kind, session
         self.at, self.made = at, made
 
@@ -241,3 +243,21 @@ def every(
         sent = event(names[n % len(names)], session_id="later")
         found.append((n * seconds + 0.5, sent))
     return [*found, (until_s, {})]
+
+
+def lone(*at_s: float) -> list[tuple[float, Any]]:
+    """Stops at these seconds; the end is ten minutes after the last."""
+    return [*((s, event("Stop", session_id="s")) for s in at_s), (at_s[-1] + 600, {})]
+
+
+Answers = Callable[[Ping], Any]
+
+
+def at(answer: Any, *numbers: int) -> Answers:
+    """This answer to some, 200 to the others."""
+    return lambda ping: answer if ping.number in numbers else 200
+
+
+def until(answer: Any, end_s: float, begin_s: float = 0) -> Answers:
+    """This answer to all, for a while."""
+    return lambda ping: answer if begin_s <= ping.at < end_s else 200

@@ -12,13 +12,16 @@ import pytest
 from scenes import (
     DRIP,
     RESET,
-    Ping,
+    Answers,
     Scene,
     aside,
+    at,
     charges,
     every,
     let_time_pass,
+    lone,
     put,
+    until,
     waiting,
 )
 from support import ONE_LIFE, Home, Receiver, event, only_enqueue, run_sender
@@ -29,7 +32,6 @@ fault = pytest.mark.fault
 # -- The scenario sheet ----------------------------------------------------------------
 
 TOOL, HOUR_S = "PostToolUse-Bash", 3600.0
-Answers = Callable[[Ping], Any]
 
 
 class Row(NamedTuple):
@@ -47,21 +49,6 @@ class Row(NamedTuple):
     sessions: Callable[[int], str] = lambda _: "one"
 
 
-def at(answer: Any, *numbers: int) -> Answers:
-    """This answer to some, 200 to the others."""
-    return lambda ping: answer if ping.number in numbers else 200
-
-
-def until(answer: Any, end_s: float, begin_s: float = 0) -> Answers:
-    """This answer to all, for a while."""
-    return lambda ping: answer if begin_s <= ping.at < end_s else 200
-
-
-def lone(*at_s: float) -> list[tuple[float, Any]]:
-    """Stops, the last of them ten minutes before the end."""
-    return [*((s, event("Stop", session_id="s")) for s in at_s), (at_s[-1] + 600, {})]
-
-
 EARLY, LONG = every(60, 3600, (TOOL, "Stop") * 20 + ("Stop",) * 20), every(60, 4500)
 SHEET = {
     # Some fail. A charged one costs a request each five minutes, for an hour.
@@ -70,7 +57,9 @@ SHEET = {
     "one 500, an hour": Row(at(500, 20), aside=1, failures=14, later=LONG),
     "one 403": Row(at(403, 20), charged=1, failures=5),
     "one 403, an hour": Row(at(403, 20), aside=1, failures=14, later=LONG),
-    "one 409, at first": Row(lambda p: 409 if p.number == 9 and p.at < 9 else 200, failures=1),
+    "one 409, at first": Row(
+        lambda p: 409 if p.number == 9 and p.at < 9 else 200, failures=1
+    ),
     "one reset": Row(at(RESET, 20), charged=1, failures=5),
     "one drip": Row(at(DRIP, 20), charged=1, failures=6, wait_s=65),
     "one drip, an hour": Row(at(DRIP, 20), aside=1, failures=16, wait_s=65, later=LONG),
@@ -102,7 +91,12 @@ SHEET = {
         at(500, 0), charged=1, failures=9, wait_s=70, pings=0, later=lone(1, 180)
     ),
     "two lone 500, then a good one": Row(
-        at(500, 0, 1), charged=2, failures=20, wait_s=130, pings=0, later=lone(1, 180, 600)
+        at(500, 0, 1),
+        charged=2,
+        failures=20,
+        wait_s=130,
+        pings=0,
+        later=lone(1, 180, 600),
     ),
     # All fail for a while: nobody is blamed, and what is sent meanwhile is little.
     "400 for a minute": Row(until(400, 60), failures=3, wait_s=965, over_s=60),
@@ -118,10 +112,21 @@ SHEET = {
         until(302, HOUR_S), 0, 0, 15, 7400, HOUR_S, later=every(120, 11_400)
     ),
     "500 for a day": Row(
-        until(500, 24 * HOUR_S), 0, 0, 330, 1505, 24 * HOUR_S, 5, every(600, 25 * HOUR_S)
+        until(500, 24 * HOUR_S),
+        0,
+        0,
+        330,
+        1505,
+        24 * HOUR_S,
+        5,
+        every(600, 25 * HOUR_S),
     ),
     "503, then a ping a second": Row(
-        until(503, 180), failures=60, wait_s=260, over_s=180, later=every(1, 600, (TOOL,))
+        until(503, 180),
+        failures=60,
+        wait_s=260,
+        over_s=180,
+        later=every(1, 600, (TOOL,)),
     ),
     # The tracker says when.
     "429 on one, at first": Row(
@@ -148,7 +153,9 @@ FAULTS = {
 @pytest.mark.parametrize(
     "row",
     [
-        pytest.param(row, id=name, marks=[fault(FAULTS[name])] if name in FAULTS else [])
+        pytest.param(
+            row, id=name, marks=[fault(FAULTS[name])] if name in FAULTS else []
+        )
         for name, row in SHEET.items()
     ],
 )
@@ -167,8 +174,8 @@ def test_what_becomes_of_each(home: Home, row: Row) -> None:
     assert len(waiting(home)) <= max(row.charged, len(set(failed)) * (not row.over_s))
     assert len(failed) <= row.failures
     waits = [
-        at - max(scene.made[number], row.over_s)
-        for number, at in delivered.items()
+        then - max(scene.made[number], row.over_s)
+        for number, then in delivered.items()
         if row.over_s or number not in failed
     ]
     assert max(waits) <= row.wait_s
