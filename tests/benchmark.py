@@ -376,7 +376,7 @@ def returns_at(backoff_s: Callable[..., float], verdict: str) -> float:
     ends = at + LIFE_S
     while at < OUTAGE_S:
         failures += 1
-        at += backoff_s(verdict, failures, None, at)
+        at += backoff_s(verdict, failures)
         if at >= ends:
             at += random.expovariate(1 / EVERY_S)
             ends = at + LIFE_S

@@ -25,7 +25,6 @@ from support import (
     wait_until,
 )
 
-fault = pytest.mark.fault
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 TOOL = event("PostToolUse-Bash")
 
@@ -151,7 +150,7 @@ wrap(time, "sleep", before=look)
 # -- It ends early ---------------------------------------------------------------------
 
 
-@fault(67)
+@pytest.mark.fault(67)
 def test_an_outbox_that_was_removed_ends_the_sender(
     home: Home, receiver: Receiver
 ) -> None:
@@ -169,7 +168,7 @@ def test_an_outbox_that_was_removed_ends_the_sender(
     wait_until(lambda: delivered(home, receiver, 3))
 
 
-@fault(67)
+@pytest.mark.fault(67)
 @pytest.mark.parametrize("answer", [b"200", b"503", b"400", b"302", b""])
 def test_what_was_removed_during_a_request_stays_away(
     home: Home, answer: bytes

@@ -31,7 +31,6 @@ from support import (
 )
 
 pytest.importorskip("fcntl", reason="locks and signals of POSIX")
-fault = pytest.mark.fault
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 KILLED = -signal.SIGKILL
 
@@ -94,9 +93,7 @@ def assert_all_delivered(
 # -- The hook --------------------------------------------------------------------------
 
 
-@fault(1)
-@fault(2)
-@fault(42)
+@pytest.mark.fault(1, 2, 42)
 def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> None:
     """Wherever a hook is killed, its ping is whole in the outbox or not there, and the
     lock is free: the next hook delivers; an hour later what it left is swept."""
@@ -129,7 +126,7 @@ def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> N
 
 
 @needs_proc
-@fault(3)
+@pytest.mark.fault(3)
 def test_a_sender_killed_while_it_waits_for_the_answer(home: Home) -> None:
     """Killed after the request was sent: it is sent again, under the same event_id."""
     killed: list[int] = []
@@ -151,7 +148,7 @@ def test_a_sender_killed_while_it_waits_for_the_answer(home: Home) -> None:
         assert_all_delivered(home, receiver, wanted, 1)
 
 
-@fault(4)
+@pytest.mark.fault(4)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_sender_killed_after_the_2xx(
     home: Home, receiver: Receiver, when: str
@@ -168,7 +165,7 @@ def test_a_sender_killed_after_the_2xx(
     assert_all_delivered(home, receiver, wanted, int(when == "before"))
 
 
-@fault(5)
+@pytest.mark.fault(5)
 def test_a_sender_killed_between_unlock_and_the_second_look(
     home: Home, receiver: Receiver
 ) -> None:
@@ -253,7 +250,7 @@ def kill_senders(home: Home, over: threading.Event, rng: random.Random) -> int:
 
 
 @needs_proc
-@fault(6)
+@pytest.mark.fault(6)
 def test_random_kills_over_five_hundred_events(home: Home) -> None:
     """500 hooks and senders under random SIGKILLs: every ping whose hook returned, or
     whose file was seen, is delivered; no body is torn; an event has one event_id."""

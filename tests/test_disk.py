@@ -38,7 +38,6 @@ from support import (
 )
 
 resource = pytest.importorskip("resource", reason="limits of POSIX")
-fault = pytest.mark.fault
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux")
 SILENT = (0, b"", b"")
 
@@ -88,7 +87,7 @@ def test_a_ping_waits_in_a_file_of_its_own(home: Home, usage: bool) -> None:
     assert (found["transcript_path"] in path.read_text()) == usage
 
 
-@fault(28)
+@pytest.mark.fault(28)
 @pytest.mark.parametrize(
     "where",
     [{}, {"CLAUDE_CONFIG_DIR": "new/config"}, {"TELEMHQ_STATE_DIR": "new/deep/state"}],
@@ -169,7 +168,7 @@ def make_foreign(path: pathlib.Path, _: object) -> None:
     os.chown(path, 12345, 12345)
 
 
-@fault(27)
+@pytest.mark.fault(27)
 @pytest.mark.parametrize(
     "make",
     [make_file, make_link, make_dangling, make_open, make_foreign],
@@ -200,7 +199,7 @@ def test_what_another_could_control_disables_the_hook(
     assert home.processes() == []
 
 
-@fault(27)
+@pytest.mark.fault(27)
 def test_a_claude_directory_may_be_a_link(home: Home, receiver: Receiver) -> None:
     """As people with dotfiles have it; and one that was there keeps its mode."""
     (home.path / "dotfiles").mkdir()
@@ -230,8 +229,7 @@ def test_a_link_in_place_of_a_file_is_never_followed(
 # -- A disk that refuses ---------------------------------------------------------------
 
 
-@fault(26)
-@fault(85)
+@pytest.mark.fault(26, 85)
 @pytest.mark.parametrize("most_bytes", [0, 100])
 def test_a_quota_leaves_no_partial_file(
     home: Home, receiver: Receiver, most_bytes: int
@@ -269,8 +267,7 @@ KEPT = rb"/\S+/outbox/\d{20}-Stop-\w+-\w+\.json\n"
 
 
 @linux
-@fault(26)
-@fault(85)
+@pytest.mark.fault(26, 85)
 @pytest.mark.parametrize(
     "kind, left",
     [
@@ -339,7 +336,7 @@ STRANGERS: dict[str, Callable[[pathlib.Path], object]] = {
 }
 
 
-@fault(24)
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("content", STATES.values(), ids=STATES)
 def test_a_damaged_state_is_as_none(
     script: ModuleType, home: Home, receiver: Receiver, content: bytes
@@ -351,7 +348,7 @@ def test_a_damaged_state_is_as_none(
     path.write_bytes(content)
     state = script.State.load(str(path))
     assert state.backoff_left_s(time.time()) == 0
-    assert 2 <= script.backoff_s("retry", state.failures + 1, None, 0) <= 900
+    assert 2 <= script.backoff_s("retry", int(state.failures) + 1) <= 900
     home.hook(event("Stop"), receiver.url)
     receiver.wait_for(2)
     home.quiet()
@@ -360,8 +357,7 @@ def test_a_damaged_state_is_as_none(
     assert abs(state["delivered_at"] - time.time()) < 60
 
 
-@fault(24)
-@fault(65)
+@pytest.mark.fault(24, 65)
 @pytest.mark.parametrize("name", ["state.json", "sender.log", "sent.jsonl"])
 @pytest.mark.parametrize("make", STRANGERS.values(), ids=STRANGERS)
 def test_what_is_no_file_blocks_nobody(
@@ -394,7 +390,7 @@ CONTENT = (
 )
 
 
-@fault(25)
+@pytest.mark.fault(25)
 @pytest.mark.parametrize("named", ["as a ping", "the old way", "otherwise"])
 def test_junk_in_the_outbox(home: Home, receiver: Receiver, named: str) -> None:
     """What is no ping blocks nothing, is not followed, not sent, not kept; one being
@@ -461,7 +457,7 @@ def test_the_log_is_rotated(home: Home, receiver: Receiver) -> None:
 # -- Secrets ---------------------------------------------------------------------------
 
 
-@fault(32)
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("answer", [200, 302, 400, 503, None])
 def test_neither_url_nor_content_is_on_disk_or_in_an_argument(
     home: Home, receiver: Receiver, answer: Any

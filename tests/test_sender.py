@@ -41,7 +41,6 @@ from support import (
 )
 
 fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
-fault = pytest.mark.fault
 linux = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 SILENT = (0, b"", b"")
 DAY_S = 86400
@@ -84,7 +83,7 @@ wrap(fcntl, "flock", {moment}=beside)
 # -- From the hook to the sender -------------------------------------------------------
 
 
-@fault(29)
+@pytest.mark.fault(29)
 def test_the_ping_is_on_disk_before_the_lock_is_tried(home: Home) -> None:
     """Write, rename, then the lock, then the sender: no ping is overlooked. And the
     hook looks into no outbox, however full that is."""
@@ -105,8 +104,7 @@ os.posix_spawn = lambda *a, **k: note("sender")
 
 
 @linux
-@fault(11)
-@fault(12)
+@pytest.mark.fault(11, 12)
 def test_what_kind_of_process_the_sender_is(
     home: Home, held: tuple[Receiver, threading.Event]
 ) -> None:
@@ -145,7 +143,7 @@ def test_what_kind_of_process_the_sender_is(
     wait_until(lambda: not home.waiting())
 
 
-@fault(12)
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("family", [False, True], ids=["group", "family"])
 def test_killing_the_hooks_group_or_family(
     home: Home, receiver: Receiver, family: bool
@@ -189,7 +187,7 @@ def test_one_sender_at_a_time(
     assert home.waiting() == []
 
 
-@fault(7)
+@pytest.mark.fault(7)
 def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
     """Fifty pings delivered, once each, one request at a time."""
     hooks = [
@@ -217,7 +215,7 @@ def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
     assert receiver.most_at_once == 1
 
 
-@fault(8)
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("over", ["", "real, begun = time.monotonic, time.monotonic()"])
 def test_a_ping_in_the_last_moment(
@@ -235,7 +233,7 @@ def test_a_ping_in_the_last_moment(
     assert home.waiting() == []
 
 
-@fault(83)
+@pytest.mark.fault(83)
 @pytest.mark.parametrize("error", ["ENOLCK", "ENOSYS"])
 def test_a_file_system_without_locks(
     home: Home, receiver: Receiver, error: str
@@ -279,7 +277,7 @@ def test_a_descriptor_that_is_not_the_lock(
         assert len(receiver.requests) == 1
 
 
-@fault(41)
+@pytest.mark.fault(41)
 def test_each_ping_keeps_the_settings_of_its_hook(
     home: Home, receiver: Receiver
 ) -> None:
@@ -314,7 +312,7 @@ def test_each_ping_keeps_the_settings_of_its_hook(
 # -- A sender's life -------------------------------------------------------------------
 
 
-@fault(16)
+@pytest.mark.fault(16)
 def test_a_tracker_that_comes_back(home: Home) -> None:
     """A sender that failed stays, without the lock; a tracker that returns within its
     life gets the ping without another hook."""
@@ -439,7 +437,7 @@ def test_a_busy_lock_in_the_foreground(
     assert len(receiver.requests) == (2 if freed_after_s else 0)
 
 
-@fault(63)
+@pytest.mark.fault(63)
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_foreground_sender_lists_again_after_it_unlocked(
     home: Home, receiver: Receiver, moment: str
@@ -447,13 +445,13 @@ def test_a_foreground_sender_lists_again_after_it_unlocked(
     """A background hook that comes around the unlock leaves nothing behind."""
     place(home, receiver.url)
     patch, name = beside(home, receiver.url, moment), home.destination().name
-    patched(home, patch, "once", "8", "-1", name, url=receiver.url)
+    patched(home, patch, "once", "-1", name, url=receiver.url)
     home.quiet()
     assert len(set(ids(receiver))) == 2
     assert waiting(home) == []
 
 
-@fault(62)
+@pytest.mark.fault(62)
 def test_what_time_is_too_short_for_goes_to_a_detached_sender(home: Home) -> None:
     """No request begins after 5 of 8 s; what is left is handed on, with the lock."""
 
@@ -464,7 +462,7 @@ def test_what_time_is_too_short_for_goes_to_a_detached_sender(home: Home) -> Non
     with Receiver(answer) as receiver:
         found, begun = put(home, receiver.url, ["Stop"] * 12), time.monotonic()
         fast, name = FAST.replace("SPEED", "8"), home.destination().name
-        run = patched(home, fast, "once", "8", "-1", name, url=receiver.url)
+        run = patched(home, fast, "once", "-1", name, url=receiver.url)
         assert (run.returncode, run.stdout, run.stderr) == SILENT
         assert 1 <= len(receiver.requests) < 12
         assert time.monotonic() - begun < 5
@@ -474,7 +472,7 @@ def test_what_time_is_too_short_for_goes_to_a_detached_sender(home: Home) -> Non
         assert (ids(receiver), receiver.most_at_once) == (found, 1)
 
 
-@fault(62)
+@pytest.mark.fault(62)
 @pytest.mark.parametrize("status", [200, 503])
 def test_fifty_thousand_in_the_foreground(home: Home, status: int) -> None:
     """However much waits, the hook ends within its 8 s; the newest 5,000 are kept, the
@@ -498,7 +496,7 @@ def test_fifty_thousand_in_the_foreground(home: Home, status: int) -> None:
         assert 50_001 - 1 <= left + lost + accepted <= 50_001 + 101
 
 
-@fault(62)
+@pytest.mark.fault(62)
 def test_four_hundred_lost_sessions_in_the_foreground(
     home: Home, receiver: Receiver
 ) -> None:
@@ -519,7 +517,7 @@ for name in ("stat", "lstat", "open"):
 """
     begun, name = time.monotonic(), home.destination().name
     patch = FAST.replace("SPEED", "5") + slow
-    patched(home, patch, "once", "8", "-1", name, url=receiver.url)
+    patched(home, patch, "once", "-1", name, url=receiver.url)
     assert time.monotonic() - begun < 6
     assert len(receiver.requests) == 1
     home.end()
@@ -528,7 +526,7 @@ for name in ("stat", "lstat", "open"):
 # -- Bounds, clocks, destinations ------------------------------------------------------
 
 
-@fault(29)
+@pytest.mark.fault(29)
 def test_the_outbox_is_bounded(home: Home) -> None:
     """A hook adds to a full outbox as to any other; the sender keeps 5,000: the oldest
     without usage go first, then the oldest, all counted."""
@@ -551,7 +549,7 @@ time.time_ns = lambda: wall_ns() + ({offset_s}) * 10**9
 """
 
 
-@fault(23)
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("offset_s", [-DAY_S, -730 * DAY_S, DAY_S, 730 * DAY_S])
 def test_a_clock_that_was_wrong_for_a_while(home: Home, offset_s: int) -> None:
     """After a failure under a wrong clock the first hook of a sane one delivers all; a
@@ -574,8 +572,7 @@ def test_a_clock_that_was_wrong_for_a_while(home: Home, offset_s: int) -> None:
     assert not home.state_json()["losses"]
 
 
-@fault(35)
-@fault(34)
+@pytest.mark.fault(35, 34)
 def test_a_destination_is_a_world_of_its_own(home: Home, receiver: Receiver) -> None:
     """A is down: B, the new URL, gets the new ping at once, no other, and knows of no
     failure; A's stay as they were."""
