@@ -144,6 +144,7 @@ def look(seconds):
 wrap(time, "sleep", before=look)
 """
     run_sender(home, receiver.url, FAST + patch)
+    home.quiet()
     assert delivered(home, receiver, 2)
 
 
