@@ -2097,8 +2097,7 @@ class Usage:
             name = f"{event_id}.{model}"
             if not identifier(name, "@[]"):  # it is too long
                 name = f"{event_id}.{short_id(model)}"
-            if any(counts):
-                found.append([name, model, ms, *counts])
+            found += [[name, model, ms, *counts]] if any(counts) else []
         return found
 
 
@@ -2357,7 +2356,7 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool
     OSError: it cannot be read, and must not be replaced. One that meets a session in
     its middle begins where we were installed, for Esc and a denied permission fire no
     hook; but a day before at most."""
-    path = outbox.account_path(PingName(name).session)
+    path = outbox.account_path(session_name(ping["session_id"]))
     at, source = PingName(name).ns / 1e9, ping.get("source")
     try:
         return Account.load(path), False
@@ -2546,7 +2545,7 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
     Where nothing can be read, nothing is charged: it is for the session's next ping.
     """
     charges = record.ping.get("event") in USAGE_EVENTS
-    path = outbox.account_path(PingName(name).session)
+    path = outbox.account_path(session_name(record.ping["session_id"]))
     for tries in range(CHARGE_TRIES):
         time.sleep(POLL_S if tries else 0)
         one = None
