@@ -245,9 +245,9 @@ def broken(*_):
     raise OSError(errno.{error}, "no locks")
 fcntl.flock = broken
 """
-    patched(home, broken, url=receiver.url, sent=event("Stop"))
-    receiver.wait_for(1)
-    home.quiet()
+    env = {"TELEMHQ_FOREGROUND": "1"}
+    patched(home, broken, url=receiver.url, sent=event("Stop"), **env)
+    assert len(receiver.requests) == 1
     place(home, receiver.url)
     run_sender(home, receiver.url, broken + ONE_LIFE)
     assert len(receiver.requests) == 2
@@ -312,6 +312,27 @@ def test_a_tracker_that_comes_back(home: Home) -> None:
     for lock in home.state.glob("*/lock"):
         wait_lock_free(lock)
     assert home.processes()
+
+
+def test_a_sender_that_slept_looks_again(home: Home) -> None:
+    """While it slept, another sender may have been told to wait for long."""
+    with Receiver((503, {}, b"")) as receiver:
+        place(home, receiver.url)
+        name = str(home.destination() / "state.json")
+        patch = f"""
+import json
+def sleep(_):
+    with open({name!r}) as file:
+        state = json.load(file)
+    state.update(set_at=time.time() - 1, not_before=time.time() + 600)
+    with open({name!r}, "w") as file:
+        json.dump(state, file)
+def asleep(seconds):
+    sleep(seconds) if seconds > 1 else real(seconds)
+real, time.sleep = time.sleep, asleep
+"""
+        run_sender(home, receiver.url, patch)
+        assert len(receiver.requests) == 1
 
 
 @linux
@@ -387,9 +408,11 @@ def test_in_the_foreground_the_hook_delivers(
     back-off is obeyed; not by a debugging one, which says so."""
     place(home, receiver.url, 2)
     env: dict[str, Any] = {variable: "1"}
-    home.hook(event("Stop"), receiver.url, **env)
+    begun = time.monotonic()
+    home.hook(event("PostToolUse-Bash"), receiver.url, **env)
     assert len(receiver.requests) == 3
     assert (home.waiting(), home.processes()) == ([], [])
+    assert time.monotonic() - begun < 4  # it does not linger for more
     home.set_state(failures=3, set_at=time.time() - 5, not_before=time.time() + 500)
     run = home.hook(event("Stop"), receiver.url, **env)
     ignores = variable == "TELEMHQ_HOOK_DEBUG"
@@ -402,6 +425,19 @@ real, real_sleep, began = time.monotonic, time.sleep, time.monotonic()
 time.monotonic = lambda: began + SPEED * (real() - began)
 time.sleep = lambda seconds: real_sleep(seconds / SPEED)
 """
+
+
+def test_in_the_foreground_all_destinations_are_served(
+    home: Home, receiver: Receiver
+) -> None:
+    """At once, each by a sender that makes one pass."""
+    more = {"TELEMHQ_DESTINATIONS": "telemhq,otlp", "TELEMHQ_FOREGROUND": "1"}
+    more["TELEMHQ_OTLP_ENDPOINT"] = receiver.url.partition("/ping")[0]
+    begun = time.monotonic()
+    home.hook(event("PostToolUse-Bash"), receiver.url, **more)  # type: ignore[arg-type]
+    assert len(receiver.requests) == 2
+    assert (home.waiting(), home.processes()) == ([], [])
+    assert time.monotonic() - begun < 4
 
 
 @pytest.mark.parametrize("freed_after_s", [None, 0.5])
