@@ -458,8 +458,7 @@ def patched(
 def run_sender(
     home: Home, url: str | None, patch: str = ONE_LIFE, **env: Any
 ) -> subprocess.CompletedProcess[bytes]:
-    """Run the one destination's sender, which takes the lock itself, till it first
-    sleeps."""
+    """Run a detached sender that takes the lock itself, till it first sleeps."""
     name = home.destination().name
     return patched(home, patch, "detached", "-1", name, url=url, **env)
 

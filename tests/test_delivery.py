@@ -132,50 +132,37 @@ def date(at: float) -> str:
     return email.utils.formatdate(at, usegmt=True)
 
 
-@pytest.mark.fault(15)
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (None, 0),
-        ("", 0),
-        ("0", 0),
-        ("1", 1),
-        (" 120 ", 120),
-        ("86401", DAY_S),
-        ("1" + "0" * 20, DAY_S),
-        ("9" * 5000, DAY_S),
-        ("-5", 0),
-        ("1.5", 0),
-        ("1e3", 0),
-        ("\u0661\u0662\u0660", 0),  # Arabic digits: 120
-        ("\u00b2", 0),  # a digit to str.isdigit, not to int
-        ("soon", 0),
-        ("nan", 0),
-        (date(NOW - 60), 0),
-        (date(NOW + 300), 300),
-        (date(NOW + 10 * DAY_S), DAY_S),
-        ("Fri, 31 Dec 9999 23:59:59 GMT", DAY_S),
-        ("Mon, 01 Jan 0001 00:00:00 GMT", 0),
-        ("Mon, 99 Foo 2026 99:99:99 GMT", 0),
-        ("Friday, 15-Jan-27 08:05:00 GMT", 300),  # RFC 850
-        (time.asctime(time.gmtime(NOW + 300)), 300),  # names no zone: GMT all the same
-    ],
+USELESS = (
+    "0|-5|1.5|1e3|0x10|soon|inf|nan|Mon, 99 Foo 2026 99:99:99 GMT|Mon, 01 Jan 0001 "
 )
-def test_retry_after(
-    script: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    text: str | None,
-    expected: float,
-) -> None:
+USELESS += "00:00:00 GMT|\u0661\u0662\u0660|\u00b2|"  # digits, but not int's or HTTP's
+RETRY_AFTER = {
+    **dict.fromkeys(USELESS.split("|"), 0),
+    date(NOW - 60): 0,
+    "1": 1,
+    " 120 ": 120,
+    "86401": DAY_S,
+    "1" + "0" * 20: DAY_S,
+    "9" * 5000: DAY_S,
+    date(NOW + 300): 300,
+    "Friday, 15-Jan-27 08:05:00 GMT": 300,  # RFC 850
+    time.asctime(time.gmtime(NOW + 300)): 300,  # names no zone: GMT all the same
+    date(NOW + 10 * DAY_S): DAY_S,
+    "Fri, 31 Dec 9999 23:59:59 GMT": DAY_S,
+}
+
+
+@pytest.mark.fault(15)
+@pytest.mark.skipif(not hasattr(time, "tzset"), reason="zones of POSIX")
+def test_retry_after(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry-After is understood as seconds or date, wherever the machine is, and
     clamped to 24 h."""
     monkeypatch.setenv("TZ", "Asia/Tokyo")
-    if hasattr(time, "tzset"):
-        time.tzset()
-    assert script.retry_after_s(text, NOW) == pytest.approx(expected)
+    time.tzset()
+    found = {text: script.retry_after_s(text, NOW) for text in RETRY_AFTER}
     monkeypatch.undo()
-    if hasattr(time, "tzset"):
-        time.tzset()
+    time.tzset()
+    assert found == pytest.approx(RETRY_AFTER)
 
 
 @pytest.mark.parametrize(
@@ -222,30 +209,25 @@ def test_backoff_honours_retry_after(
 
 
 @pytest.mark.fault(23)
-@pytest.mark.parametrize(
-    "set_at, not_before, expected",
-    [
-        (0, 0, 0),
-        (NOW - 10, NOW + 50, 50),
-        (NOW, NOW + 50, 50),
-        (NOW - 10, NOW, 0),
-        (NOW + 1, NOW + 50, 0),  # the clock was set back since
-        (NOW + 2 * DAY_S, NOW + 3 * DAY_S, 0),
-        (NOW - 10, NOW + 1000 * DAY_S, DAY_S - 10),  # it stood ahead for a moment
-        (NOW - 2 * DAY_S, NOW + 1000 * DAY_S, 0),
-    ],
-)
-def test_how_long_a_backoff_holds(
-    script: ModuleType, set_at: float, not_before: float, expected: float
-) -> None:
-    """A back-off holds while set_at <= now < not_before, and never beyond a day."""
-    state = script.State("", {"set_at": set_at, "not_before": not_before})
-    assert state.backoff_left_s(NOW) == pytest.approx(expected)
+def test_how_long_a_backoff_holds(script: ModuleType) -> None:
+    """A back-off holds while set_at <= now < not_before, and never beyond a day: the
+    clock may have been set back since, or have stood ahead for a moment."""
+    for set_at, not_before, left in (
+        (-NOW, -NOW, 0),
+        (-10, 50, 50),
+        (0, 50, 50),
+        (-10, 0, 0),
+        (1, 50, 0),
+        (2 * DAY_S, 3 * DAY_S, 0),
+        (-10, 1000 * DAY_S, DAY_S - 10),
+        (-2 * DAY_S, 1000 * DAY_S, 0),
+    ):
+        found = {"set_at": NOW + set_at, "not_before": NOW + not_before}
+        assert script.State("", found).backoff_left_s(NOW) == pytest.approx(left)
 
 
 @pytest.mark.fault(15)
-@pytest.mark.parametrize("status", [422, 429, 500, 503])
-@pytest.mark.parametrize("asked", ["120", "1" + "0" * 20])
+@pytest.mark.parametrize("status, asked", [(422, "120"), (429, "120"), (503, "9" * 9)])
 def test_whatever_comes_with_a_retry_after_is_obeyed(
     home: Home, status: int, asked: str
 ) -> None:
@@ -405,15 +387,6 @@ def test_an_answer_that_never_ends_is_cut_off(
     assert_kept(home, "retry")
 
 
-def drip_body(connection: socket.socket) -> None:
-    """Accept, then an answer's body without an end, a byte at a time."""
-    read_request(connection)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-    while True:
-        connection.sendall(b"y")
-        time.sleep(0.1)
-
-
 def endless_body(connection: socket.socket) -> None:
     """Accept, then a body without an end, as fast as it goes."""
     read_request(connection)
@@ -423,8 +396,7 @@ def endless_body(connection: socket.socket) -> None:
 
 
 @pytest.mark.fault(17)
-@pytest.mark.parametrize("talk", [drip_body, endless_body])
-def test_a_body_is_not_read(home: Home, talk: Callable[[socket.socket], None]) -> None:
+def test_a_body_is_not_read(home: Home) -> None:
     """Status and headers decide: a 2xx with an endless body delivers at once, and of
     each answer a buffer is read."""
     counted = home.path / "read"
@@ -438,7 +410,7 @@ class Counted(socket.SocketIO):
         return n
 socket.SocketIO = Counted
 """
-    with Wire(talk) as wire:
+    with Wire(endless_body) as wire:
         place(home, wire.url, 2)
         run_sender(home, wire.url, ONE_LIFE + count)
         assert wire.connections == 2
@@ -637,7 +609,7 @@ def test_https_never_falls_back_to_the_clear(home: Home, patch: str) -> None:
 
 @pytest.mark.fault(30)
 @pytest.mark.parametrize("scheme", ["http", "https"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "LOCALHOST"])
 def test_no_proxy_for_loopback(home: Home, scheme: str, host: str) -> None:
     """Whatever the environment says, a proxy never sees what goes to loopback."""
     names = [f"{kind}_proxy" for kind in ("http", "https", "all")]
@@ -651,25 +623,7 @@ def test_no_proxy_for_loopback(home: Home, scheme: str, host: str) -> None:
         assert proxy.requests == []
 
 
-def test_a_proxy_is_passed_by_where_no_proxy_says_so(
-    home: Home, receiver: Receiver
-) -> None:
-    """NO_PROXY is honoured."""
-    here = NO_DNS.replace('"localhost"', '"tracker.invalid"')
-    here = here.replace("lookup(host", 'lookup("127.0.0.1"')
-    with Receiver() as proxy:
-        url = receiver.url.replace("127.0.0.1", "tracker.invalid")
-        env = {"TELEMHQ_ALLOW_HTTP": "1", "http_proxy": proxy.url}
-        env["no_proxy"] = "tracker.invalid"
-        only_enqueue(home, url, **env)
-        run_sender(home, url, ONE_LIFE + here, **env)
-        assert (len(receiver.requests), proxy.requests) == (1, [])
-
-
-@pytest.mark.parametrize(
-    "status, verdict",
-    [(400, "hold"), (403, "hold"), (407, "hold"), (429, "not now"), (502, "not now")],
-)
+@pytest.mark.parametrize("status, verdict", [(407, "hold"), (502, "not now")])
 def test_a_proxy_that_opens_no_tunnel(home: Home, status: int, verdict: str) -> None:
     """A proxy's own answer to CONNECT is never the ping's fault: it is kept."""
     url = ELSEWHERE.replace("http:", "https:")
@@ -684,10 +638,9 @@ def test_a_proxy_that_opens_no_tunnel(home: Home, status: int, verdict: str) -> 
 
 
 @pytest.mark.fault(88)
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "socks5h://127.0.0.1:9"])
-def test_a_socks_proxy_is_not_supported(home: Home, proxy: str) -> None:
+def test_a_socks_proxy_is_not_supported(home: Home) -> None:
     """A person must mend that: held."""
-    url = ELSEWHERE.replace("http:", "https:")
-    only_enqueue(home, url, HTTPS_PROXY=proxy)
-    run_sender(home, url, ONE_LIFE + NO_DNS, HTTPS_PROXY=proxy)
+    url, env = ELSEWHERE.replace("http:", "https:"), {"HTTPS_PROXY": "socks5h://a:9"}
+    only_enqueue(home, url, **env)
+    run_sender(home, url, ONE_LIFE + NO_DNS, **env)
     assert_kept(home, "hold")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import threading
 import time
@@ -46,24 +45,16 @@ SILENT = (0, b"", b"")
 DAY_S = 86400
 
 
-class Held:
-    """An answer that is withheld until `release` is set."""
-
-    def __init__(self) -> None:
-        self.release = threading.Event()
-
-    def __call__(self, _: Request) -> int:
-        self.release.wait(30)
-        return 200
+RELEASE = threading.Event()
 
 
 @pytest.fixture
-def held() -> Iterator[tuple[Receiver, threading.Event]]:
-    """A receiver that withholds its answers, and what releases them."""
-    answer = Held()
-    with Receiver(answer) as receiver:
-        yield receiver, answer.release
-        answer.release.set()
+def held() -> Iterator[Receiver]:
+    """A receiver that withholds its answers until RELEASE is set."""
+    RELEASE.clear()
+    with Receiver(lambda _: RELEASE.wait(30) and 200) as receiver:
+        yield receiver
+        RELEASE.set()
 
 
 def beside(home: Home, url: str, moment: str) -> str:
@@ -78,6 +69,16 @@ def beside(fd, how):
             input={json.dumps(event("Stop")).encode()!r})
 wrap(fcntl, "flock", {moment}=beside)
 """
+
+
+def is_locked(home: Home) -> bool:
+    """Whether somebody holds the destination's lock."""
+    with open(home.destination() / "lock", "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 # -- From the hook to the sender -------------------------------------------------------
@@ -104,86 +105,38 @@ os.posix_spawn = lambda *a, **k: note("sender")
 
 
 @linux
-@pytest.mark.fault(11, 12)
-def test_what_kind_of_process_the_sender_is(
-    home: Home, held: tuple[Receiver, threading.Event]
-) -> None:
-    """Own session, no parent of ours, cwd /, null on 0 to 2, no descriptor but the
-    lock: the hook's pipes end with the hook, and its group's death is not the
-    sender's."""
-    receiver, release = held
-    read, write = os.pipe()
-    hook = subprocess.Popen(
-        hook_command(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env=home.env(receiver.url),
-        cwd=str(home.project),
-        start_new_session=True,
-        pass_fds=[write],
-    )
-    os.close(write)
-    out, _ = hook.communicate(json.dumps(event("Stop")).encode(), 20)
-    assert (hook.returncode, out, os.read(read, 1)) == (0, b"", b"")
-    os.close(read)
-    receiver.wait_for(1)  # it is still at work
+def test_what_kind_of_process_the_sender_is(home: Home, held: Receiver) -> None:
+    """Own session, no parent of ours, cwd /, null on 0 to 2, and no descriptor but the
+    lock: it holds no pipe of the hook's, and its group's death is not the sender's."""
+    home.hook(event("Stop"), held.url)
+    held.wait_for(1)
     (pid,) = home.processes()
     proc = pathlib.Path("/proc", str(pid))
     fields = (proc / "stat").read_text().rsplit(")", 1)[1].split()
-    assert int(fields[1]) not in (hook.pid, os.getpid())  # its parent
+    assert int(fields[1]) != os.getpid()  # its parent
     assert (int(fields[2]), int(fields[3])) == (pid, pid)  # its group and session
-    assert os.readlink(str(proc / "cwd")) == "/"
-    files = {int(fd.name): os.readlink(str(fd)) for fd in (proc / "fd").iterdir()}
+    assert os.readlink(proc / "cwd") == "/"
+    files = {int(fd.name): os.readlink(fd) for fd in (proc / "fd").iterdir()}
     assert [files.pop(fd) for fd in (0, 1, 2)] == ["/dev/null"] * 3
     targets = [target for target in files.values() if ".so" not in target]  # PyPy's
     kinds = sorted(target.split(":")[0] for target in targets)
     assert kinds == sorted([str(home.destination() / "lock"), "socket"])
-    release.set()
-    wait_until(lambda: not home.waiting())
-
-
-@pytest.mark.fault(12)
-@pytest.mark.parametrize("family", [False, True], ids=["group", "family"])
-def test_killing_the_hooks_group_or_family(
-    home: Home, receiver: Receiver, family: bool
-) -> None:
-    """As Claude Code does at a timeout: the group's death spares the sender; where it
-    is killed as the hook's child, the next hook delivers."""
-    patch = """
-def family(*args, **kwargs):
-    pid = spawn(*args, **kwargs)
-    END_IT
-    os.killpg(0, signal.SIGKILL)
-spawn, os.posix_spawn = os.posix_spawn, family
-""".replace("END_IT", "os.kill(pid, signal.SIGKILL)" if family else "pass")
-    killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
-    assert killed.returncode == -signal.SIGKILL
-    if family:
-        assert len(home.waiting()) == 1
-        home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(1 + family)
-    wait_until(lambda: not home.waiting())
 
 
 @linux
-def test_one_sender_at_a_time(
-    home: Home, held: tuple[Receiver, threading.Event]
-) -> None:
+def test_one_sender_at_a_time(home: Home, held: Receiver) -> None:
     """The lock is handed on: when the hook has returned the sender holds it. Hooks
     start no other; it sees what they enqueue."""
-    receiver, release = held
-    home.hook(event("Stop"), receiver.url)
-    with open(home.destination() / "lock", "a") as file, pytest.raises(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    receiver.wait_for(1)
+    home.hook(event("Stop"), held.url)
+    assert is_locked(home)
+    held.wait_for(1)
     sender = home.processes()
     for _ in range(3):
-        home.hook(event("Stop"), receiver.url)
+        home.hook(event("Stop"), held.url)
         assert home.processes() == sender
-    release.set()
+    RELEASE.set()
     home.quiet()
-    assert len(set(ids(receiver))) == len(receiver.requests) == 4
+    assert len(set(ids(held))) == len(held.requests) == 4
     assert home.waiting() == []
 
 
@@ -245,23 +198,13 @@ def broken(*_):
     raise OSError(errno.{error}, "no locks")
 fcntl.flock = broken
 """
-    env = {"TELEMHQ_FOREGROUND": "1"}
+    env: dict[str, Any] = {"TELEMHQ_FOREGROUND": "1"}
     patched(home, broken, url=receiver.url, sent=event("Stop"), **env)
     assert len(receiver.requests) == 1
     place(home, receiver.url)
     run_sender(home, receiver.url, broken + ONE_LIFE)
     assert len(receiver.requests) == 2
     assert home.waiting() == []
-
-
-def test_a_busy_lock_ends_a_sender(home: Home, receiver: Receiver) -> None:
-    """A sender that finds the lock taken sends nothing and ends."""
-    place(home, receiver.url)
-    with open(home.destination() / "lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        run_sender(home, receiver.url)
-    assert receiver.requests == []
-    assert len(home.waiting()) == 1
 
 
 @pytest.mark.fault(41)
@@ -320,16 +263,12 @@ def test_a_sender_that_slept_looks_again(home: Home) -> None:
         place(home, receiver.url)
         name = str(home.destination() / "state.json")
         patch = f"""
-import json
-def sleep(_):
-    with open({name!r}) as file:
-        state = json.load(file)
-    state.update(set_at=time.time() - 1, not_before=time.time() + 600)
-    with open({name!r}, "w") as file:
-        json.dump(state, file)
 def asleep(seconds):
-    sleep(seconds) if seconds > 1 else real(seconds)
-real, time.sleep = time.sleep, asleep
+    if seconds > 1:
+        with open({name!r}, "w") as file:
+            now = time.time()
+            file.write('{{"set_at": %d, "not_before": %d}}' % (now - 1, now + 600))
+time.sleep = asleep
 """
         run_sender(home, receiver.url, patch)
         assert len(receiver.requests) == 1
@@ -373,14 +312,11 @@ wrap(os, "unlink", after=lambda path, *_: "/outbox/" in str(path) and gone.appen
     assert len(set(ids(receiver))) == 11
 
 
-@pytest.mark.parametrize("call", ["socket.getaddrinfo", "urllib.request.HTTPHandler"])
-def test_an_unexpected_error_backs_off(
-    home: Home, receiver: Receiver, call: str
-) -> None:
+def test_an_unexpected_error_backs_off(home: Home, receiver: Receiver) -> None:
     """A sender that fails for an unforeseen reason does not do so at every hook."""
     place(home, receiver.url)
-    odd = "import socket, urllib.request\ndef odd(*_, **__):\n    raise RuntimeError\n"
-    run_sender(home, receiver.url, f"{odd}{call} = odd\n{ONE_LIFE}")
+    odd = "import urllib.request\nurllib.request.HTTPHandler = None\n"
+    run_sender(home, receiver.url, odd + ONE_LIFE)
     assert home.state_json()["not_before"] > time.time()
     home.hook(event("Stop"), receiver.url)
     assert (receiver.requests, len(home.waiting())) == ([], 2)
@@ -431,33 +367,26 @@ def test_in_the_foreground_all_destinations_are_served(
     home: Home, receiver: Receiver
 ) -> None:
     """At once, each by a sender that makes one pass."""
-    more = {"TELEMHQ_DESTINATIONS": "telemhq,otlp", "TELEMHQ_FOREGROUND": "1"}
+    more: dict[str, Any] = {"TELEMHQ_DESTINATIONS": "telemhq,otlp"}
+    more["TELEMHQ_FOREGROUND"] = "1"
     more["TELEMHQ_OTLP_ENDPOINT"] = receiver.url.partition("/ping")[0]
     begun = time.monotonic()
-    home.hook(event("PostToolUse-Bash"), receiver.url, **more)  # type: ignore[arg-type]
+    home.hook(event("PostToolUse-Bash"), receiver.url, **more)
     assert len(receiver.requests) == 2
     assert (home.waiting(), home.processes()) == ([], [])
     assert time.monotonic() - begun < 4
 
 
-@pytest.mark.parametrize("freed_after_s", [None, 0.5])
-def test_a_busy_lock_in_the_foreground(
-    home: Home, receiver: Receiver, freed_after_s: float | None
+def test_a_lock_that_comes_free_in_the_foreground(
+    home: Home, receiver: Receiver
 ) -> None:
-    """The hook waits for the lock, but 8 s at most in all."""
+    """The hook waits for another's lock, and then has its own sender deliver."""
     place(home, receiver.url)
     with open(home.destination() / "lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        timer = threading.Timer(freed_after_s or 99, fcntl.flock, (file, fcntl.LOCK_UN))
-        timer.start()
-        begun = time.monotonic()
-        fast = "" if freed_after_s else FAST.replace("SPEED", "10")
-        env: dict[str, Any] = {"TELEMHQ_FOREGROUND": "1"}
-        run = patched(home, fast, url=receiver.url, sent=event("Stop"), **env)
-        timer.cancel()
-    assert time.monotonic() - begun < 7
-    assert (run.returncode, run.stdout, run.stderr) == SILENT
-    assert len(receiver.requests) == (2 if freed_after_s else 0)
+        threading.Timer(0.5, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
+    assert len(receiver.requests) == 2
 
 
 @pytest.mark.fault(63)
@@ -489,8 +418,7 @@ def test_what_time_is_too_short_for_goes_to_a_detached_sender(home: Home) -> Non
         assert (run.returncode, run.stdout, run.stderr) == SILENT
         assert 1 <= len(receiver.requests) < 12
         assert time.monotonic() - begun < 5
-        with open(home.destination() / "lock", "a") as file, pytest.raises(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert is_locked(home)
         wait_until(lambda: not home.waiting())
         assert (ids(receiver), receiver.most_at_once) == (found, 1)
 
