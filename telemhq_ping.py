@@ -2066,8 +2066,8 @@ class Account:
     SessionLost. since: older rows are history (seconds since 1970). was_read: its
     history is known. transcripts: name -> Transcript's arguments. seen: key of an
     answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
-    history: whether the main chain's last answer is: "", "own", or "branched". parent:
-    of a fork: session, key of the last answer copied. baseline: the ledger at the end
+    in_history: the main chain's last answer is. parent: of a fork: session, key of the
+    last answer copied. baseline: the ledger at the end
     of history; [] when nobody knows it. told: model -> counts, since then. ledger: the
     client's, while it is the last word. row_at: of the newest row; settled_at: of the
     newest that the baseline has. last_at, stopped_at: the last charge, the last end of
@@ -2077,12 +2077,12 @@ class Account:
 
     def __init__(self, path: str, since: float = 0) -> None:
         self.path, self.since = path, float(since)
-        self.transcript = self.model = self.branch = self.history = ""
+        self.transcript = self.model = self.branch = ""
         self.identity: Fields = {}
         self.own: Fields = {}
         self.row_at = self.settled_at = 0.0
         self.last_at = self.stopped_at = self.prompted_at = 0.0
-        self.was_read = False
+        self.was_read = self.in_history = False
         self.transcripts: dict[str, list[Any]] = {}
         self.seen: dict[str, str] = {}
         self.parent: list[str] = []
@@ -2217,7 +2217,7 @@ class Reading:
                     self.count_user(row, main)
                 elif isinstance(row, LedgerRow) and main:
                     account.ledger = row.ledger
-                    if account.history == "own":
+                    if account.in_history:
                         account.baseline = row.ledger
         finally:
             if transcript.inode:
@@ -2263,14 +2263,14 @@ class Reading:
         """Note what the main chain's newest answer tells."""
         account = self.account
         if not past:
-            account.history, account.model = "", row.model
+            account.in_history, account.model = False, row.model
             account.branch = str(row.branch) if branch_name(row.branch) else ""
             if row.stopped:
                 account.ledger = []  # no last word any more
         elif new:
-            account.history = "branched" if row.branched else "own"
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
+            account.in_history = not row.branched
             account.parent = [str(row.origin), row.key] if row.copied else []
             account.told, account.ledger = {}, []
 
@@ -2361,16 +2361,19 @@ class Charge:
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
         account, event_id = self.account, str(self.ping["event_id"])
-        charges = self.event in USAGE_EVENTS and self.local.get("usage") is not False
-        if charges and event_id not in account.charged:
-            account.charged[event_id] = self.tell()
-        self.saving = True
+        transcript = str(self.local.get("transcript"))
+        if os.path.isfile(transcript) or not account.transcript:
+            account.transcript = transcript
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+        account.own, account.last_at = self.record.beside.get("own", {}), self.at
         if self.local.get("usage") is False:
             account.since = max(account.since, self.at)
-        if not charges:
-            account.save()
-            return self.record
+        elif self.event in USAGE_EVENTS and event_id not in account.charged:
+            account.charged[event_id] = self.tell()
+        self.saving = True
         account.save()
+        if event_id not in account.charged:
+            return self.record
         fields, beside = account.charged[event_id]
         beside = gate_beside({**self.record.beside, **beside}, self.outbox.needs)
         record = Record(gate({**self.ping, **fields}), {}, beside)
@@ -2382,10 +2385,6 @@ class Charge:
         charge. OSError or ValueError: the transcript cannot be read."""
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
-        if os.path.isfile(str(self.local["transcript"])) or not account.transcript:
-            account.transcript = str(self.local["transcript"])
-        account.own = self.record.beside.get("own", {})
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
         complete = self.read_and_wait() and not self.damaged
         fields: Fields = {}
         costs: dict[str, float] = {}
@@ -2421,7 +2420,6 @@ class Charge:
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at = self.at
-        account.last_at = self.at
 
     def settle(self) -> tuple[Fields, dict[str, float]]:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -2464,10 +2462,11 @@ class Charge:
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
-        if self.event == "SessionEnd":
+        if self.event in ("SessionEnd", "SessionLost"):
             if account.parent and not account.baseline:
                 self.find_baseline(*account.parent)
-            return not account.baseline or bool(account.ledger)
+            lost = self.event == "SessionLost"
+            return lost or not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
             agent, top = str(self.local.get("agent_transcript")), account.transcript
             name = os.path.relpath(agent, top[: -len(".jsonl")])
@@ -2535,7 +2534,7 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of what it will tell, so that a crash makes no two; today's settings shape it.
     """
     account = Account.load(path)
-    reading = Reading(account, float("inf"), ends)
+    reading = Reading(account, float("inf"), min(ends, time.monotonic() + READ_S))
     reading.read()
     news = account.baseline and account.ledger and account.baseline != account.ledger
     ended = account.total == account.at_end or "since_end" not in outbox.needs
@@ -2765,7 +2764,7 @@ class Courier:
         self.once, self.status, self.sending = False, 0, ""
         self.opener: OpenerDirector | None = None
         self.by_session: dict[str, list[str]] = {}
-        self.overstays: Callable[[str, Answer], object] = print
+        self.overstays: Callable[[str, Answer], object] = lambda *_: None
 
     def is_over(self) -> bool:
         """Whether no request may begin any more."""
@@ -2803,13 +2802,20 @@ class Courier:
                 return answer
             record.accepted += 1
             if record.accepted < len(requests):
-                self.outbox.rewrite(name, record)  # whoever comes next goes on there
+                self.remember(name, record)
         if answer and requests:
             # Before its file goes: after a crash it may stand there twice, but never
             # not at all.
             self.keep(record.ping, requests, answer)
         remove(self.outbox.file(name))  # only now
         return answer
+
+    def remember(self, name: str, record: Record) -> None:
+        """Note how many requests were accepted: whoever comes next goes on there."""
+        try:
+            self.outbox.rewrite(name, record)
+        except OSError:
+            pass  # a full disk: after a crash they are repeated
 
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
         """Send one request of a ping; it has a deadline of its own."""
@@ -2824,7 +2830,10 @@ class Courier:
                 self.opener = make_opener(self.tracker.url)
             except (Skipped, ImportError) as why:  # some ship a part of the library
                 return Answer(HOLD, str(why))
-            _thread.start_new_thread(self.watch, ())
+            try:
+                _thread.start_new_thread(self.watch, ())
+            except RuntimeError:
+                pass  # no thread to be had: urllib's own timeouts must do
         self.sending, self.deadline = name, begun + limit
         answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
         self.deadline = float("inf")
@@ -2899,8 +2908,6 @@ class Pass:
         self.last_event = self.last_answer = ""
         self.done: set[str] = set()
 
-    # What waits
-
     def tidy(self) -> None:
         """Make way: what is no ping is set aside; of more than OUTBOX_MAX_PINGS the
         oldest without usage are lost, then the oldest; suspects that wait no more are
@@ -2915,16 +2922,15 @@ class Pass:
         names.sort(key=lambda name: (PingName(name).event in usage, name))
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
-            self.count_loss(name, "outbox full")
-        if lost:
-            self.state.save()  # before they go: we may be killed meanwhile
-        for name in lost:
+            if PingName(name).event in usage:
+                self.count_loss(name, "outbox full")
+            else:
+                self.state.lost("outbox full")
             remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
-        suspects = self.state.suspects
-        kept = sorted(suspects, key=lambda name: -suspects[name].charges)[:SUSPECTS_MAX]
-        for name in set(suspects).difference(set(kept).intersection(self.names)):
-            del suspects[name]
+        known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
+        known.sort(key=lambda pair: -pair[1].charges)
+        self.state.suspects = dict(known[:SUSPECTS_MAX])
 
     def count_loss(self, name: str, reason: str) -> None:
         """Count a ping that will not be delivered, and the tokens charged to it."""
@@ -2962,8 +2968,6 @@ class Pass:
             paused = 0 <= now - suspect.tried_at < SUSPECT_PAUSE_S
             if suspect.charges and not paused:
                 yield name
-
-    # Whose fault
 
     def borne(self) -> int:
         """How many failures in a row end the pass."""
@@ -3141,14 +3145,16 @@ class Sender:
         and then the outbox listed once more: a hook that found the lock busy counts on
         that. When this life is over then, news begin a new one."""
         while lock is not None:
-            self.work()
+            if self.once or not self.backoff_left_s():
+                self.work()
             lock.release()
             wait = self.backoff_left_s()
             if wait and (self.once or time.monotonic() + wait >= self.ends):
                 return
             if not wait and not self.news():
                 return
-            time.sleep(wait)
+            if wait:
+                time.sleep(wait)
             if self.is_gone() or self.backoff_left_s():  # another has failed since
                 return
             lock = self.outbox.take_lock()
@@ -3162,17 +3168,18 @@ class Sender:
         if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
             return
         paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
-        paths.sort(key=age_s)
-        for path in paths[ACCOUNTS_MAX:]:
+        for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
             remove(path)
-        for path in paths[:ACCOUNTS_MAX]:
+        for path in paths if self.settings.usage else ():
             if self.is_over():
                 return
-            if self.settings.usage and age_s(path) > DAY_S:
-                try:
+            try:
+                if age_s(path) > DAY_S:
                     report_lost(self.outbox, path, self.settings, self.ends)
-                except Exception as error:  # noqa: BLE001 - it must not hide others
-                    self.courier.log(f"lost session: {type(error).__name__}")
+            except (OSError, ValueError):
+                continue  # it, or its transcript, is damaged or gone
+            except Exception as error:  # noqa: BLE001 - it must not hide the others
+                self.courier.log(f"lost session: {type(error).__name__}")
         self.state.swept_at = now
         self.state.save()
 

@@ -33,7 +33,6 @@ from support import (
     patched,
     place,
     run_sender,
-    wait_lock_free,
     wait_until,
 )
 
@@ -85,6 +84,7 @@ def test_a_ping_waits_in_a_file_of_its_own(home: Home, usage: bool) -> None:
     record = json.loads(path.read_text("ascii"))
     assert record["ping"]["event_id"] == event_id
     assert (found["transcript_path"] in path.read_text()) == usage
+    assert re.fullmatch("telemhq-[0-9a-f]{12}", home.destination().name)
 
 
 @pytest.mark.fault(28)
@@ -126,75 +126,48 @@ def test_only_the_user_can_read_what_is_written(
         assert path == state or state in path.parents or path in state.parents
 
 
-def test_each_url_has_a_directory_of_its_own_that_does_not_tell_it(home: Home) -> None:
-    """A destination's directory is its kind and a short hash."""
-    for url in (dead_url(), dead_url() + "x"):
-        home.hook(event("Stop"), url)
-    names = sorted(path.name for path in home.state.iterdir())
-    assert len(names) == 2
-    assert all(re.fullmatch("telemhq-[0-9a-f]{12}", name) for name in names)
-
-
 # -- What disables it ------------------------------------------------------------------
 
 
-def make_file(path: pathlib.Path, _: object) -> None:
-    """A file where a directory should be."""
-    path.write_text("mine")
-
-
-def make_link(path: pathlib.Path, target: pathlib.Path) -> None:
-    """A symbolic link to a directory of the same user."""
-    target.mkdir()
-    path.symlink_to(target)
-
-
-def make_dangling(path: pathlib.Path, target: pathlib.Path) -> None:
-    """A symbolic link that leads nowhere yet."""
-    path.symlink_to(target)
-
-
-def make_open(path: pathlib.Path, _: object) -> None:
-    """A directory in which a group may write."""
-    path.mkdir()
-    path.chmod(0o770)
-
-
-def make_foreign(path: pathlib.Path, _: object) -> None:
-    """A directory that belongs to another user."""
+def give_away(path: pathlib.Path) -> None:
+    """Make it a directory that belongs to another user."""
     if os.geteuid():
         pytest.skip("only root can chown")
     path.mkdir(0o700)
     os.chown(path, 12345, 12345)
 
 
+UNSOUND: dict[str, Callable[[pathlib.Path], object]] = {
+    "file": pathlib.Path.touch,
+    "link": lambda path: path.symlink_to("/tmp"),
+    "dangling": lambda path: path.symlink_to("/nowhere"),
+    "open": lambda path: (path.mkdir(), path.chmod(0o770)),
+    "foreign": give_away,
+}
+
+
 @pytest.mark.fault(27)
-@pytest.mark.parametrize(
-    "make",
-    [make_file, make_link, make_dangling, make_open, make_foreign],
-    ids=lambda make: make.__name__[5:],
-)
+@pytest.mark.parametrize("make", UNSOUND.values(), ids=UNSOUND)
 @pytest.mark.parametrize("below", ["", "/*", "/*/outbox", "/*/refused", "/*/accounts"])
 def test_what_another_could_control_disables_the_hook(
-    home: Home, make: Callable[..., object], below: str
+    home: Home, make: Callable[[pathlib.Path], object], below: str
 ) -> None:
     """From telemhq/ down: exit 0, silence, nothing written or sent; debug names it."""
     url = dead_url()
     only_enqueue(home, url)
-    name = home.destination().name
+    unsound = pathlib.Path(
+        str(home.state) + below.replace("*", home.destination().name)
+    )
     shutil.rmtree(home.state)
-    unsound = home.path / ".claude" / ("telemhq" + below.replace("*", name))
     unsound.parent.mkdir(parents=True, exist_ok=True)
     for path in (unsound.parent, unsound.parent.parent):
         path.chmod(0o700)
-    make(unsound, home.path / "aside")
+    make(unsound)
     before = {path: mode(path) for path in home.path.rglob("*")}
     assert outcome(home.hook(event("Stop"), url)) == SILENT
-    if below in ("", "/*/outbox"):
-        told = home.hook(event("Stop"), url, TELEMHQ_HOOK_DEBUG="1")
-        assert (told.returncode, told.stdout) == (0, b"")
-        assert b"skipped" in told.stderr
-        assert str(unsound).encode() in told.stderr
+    told = home.hook(event("Stop"), url, TELEMHQ_HOOK_DEBUG="1")
+    assert (told.returncode, told.stdout) == (0, b"")
+    assert str(unsound).encode() in told.stderr
     assert {path: mode(path) for path in home.path.rglob("*")} == before
     assert home.processes() == []
 
@@ -208,22 +181,6 @@ def test_a_claude_directory_may_be_a_link(home: Home, receiver: Receiver) -> Non
     home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
     assert len(receiver.pings) == 1
     assert mode(home.path / "dotfiles") == 0o755
-
-
-@pytest.mark.parametrize("name", ["lock", "state.json", "sender.log", "sent.jsonl"])
-def test_a_link_in_place_of_a_file_is_never_followed(
-    home: Home, receiver: Receiver, name: str
-) -> None:
-    """A symbolic link where a file of ours should be does not lead us elsewhere."""
-    place(home, receiver.url)
-    target, path = home.path / "precious", home.destination() / name
-    target.write_text('{"not_before": 0}')
-    path.unlink(missing_ok=True)
-    path.symlink_to(target)
-    run_sender(home, receiver.url)
-    home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
-    assert target.read_text() == '{"not_before": 0}'
-    assert len(set(ids(receiver))) == 2
 
 
 # -- A disk that refuses ---------------------------------------------------------------
@@ -333,6 +290,7 @@ STRANGERS: dict[str, Callable[[pathlib.Path], object]] = {
     "full": lambda path: path.symlink_to("/dev/full"),
     "dangling": lambda path: path.symlink_to("/nowhere"),
     "loop": lambda path: path.symlink_to(path),
+    "link": lambda path: path.symlink_to(path.parents[3] / "precious"),
 }
 
 
@@ -358,22 +316,24 @@ def test_a_damaged_state_is_as_none(
 
 
 @pytest.mark.fault(24, 65)
-@pytest.mark.parametrize("name", ["state.json", "sender.log", "sent.jsonl"])
+@pytest.mark.parametrize("name", ["lock", "state.json", "sender.log", "sent.jsonl"])
 @pytest.mark.parametrize("make", STRANGERS.values(), ids=STRANGERS)
 def test_what_is_no_file_blocks_nobody(
     home: Home, receiver: Receiver, name: str, make: Callable[[pathlib.Path], object]
 ) -> None:
-    """Whatever stands in place of a file of ours, the sender goes on, and gives the
-    lock back; also where a pass fails."""
+    """Whatever stands in place of a file of ours, hook and sender go on, also where a
+    pass fails; a link does not lead them elsewhere."""
     place(home, receiver.url, 2)
-    make(home.destination() / name)
+    path, precious = home.destination() / name, home.path / "precious"
+    precious.write_text("mine")
+    path.unlink(missing_ok=True)
+    make(path)
     run_sender(home, receiver.url)
     assert len(receiver.requests) == 2
     receiver.answer = 503
-    place(home, receiver.url)
-    run_sender(home, receiver.url)
-    wait_lock_free(home.destination() / "lock", 1)
-    assert len(home.waiting()) == 1
+    home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
+    assert (len(receiver.requests), len(home.waiting())) == (3, 1)
+    assert precious.read_text() == "mine"
 
 
 CONTENT = (
@@ -490,7 +450,7 @@ def test_neither_url_nor_content_is_on_disk_or_in_an_argument(
     wait_until(lambda: answer != 200 or not home.waiting())
     home.end()
     assert len(lines) > 0 or not answer or not os.path.isdir("/proc/self")
-    for path in home.state.rglob("*"):
-        lines.append(os.fsencode(path) + (path.read_bytes() if path.is_file() else b""))
+    files = [path for path in home.state.rglob("*") if path.is_file()]
+    lines += [os.fsencode(path) + path.read_bytes() for path in files]
     for needle in (secret, "CANARY", "/ping/", "Invalid API", "File does not exist"):
         assert needle.encode() not in b"\n".join(lines), needle
