@@ -336,7 +336,8 @@ class Session:
 
     def charge(self, name: str, at: float, *rows: Any, **fields: Any) -> Any:
         """Rows, then an event, then a sender: the event's ping."""
-        self.add(*rows)
+        if rows:
+            self.add(*rows)
         self.hook(name, at, **fields)
         found = self.send()
         assert found, "no ping"
