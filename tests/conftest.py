@@ -1,8 +1,10 @@
-"""Fixtures: a HOME of one's own and a receiver, both gone after the test."""
+"""Fixtures: a HOME of one's own and a receiver, both gone after the test; and how the
+tests are spread over several processes (`-n 4`, by pytest-xdist, where it is there)."""
 
 from __future__ import annotations
 
 import os
+import py_compile
 import signal
 import sys
 from typing import TYPE_CHECKING, Iterator
@@ -18,16 +20,41 @@ sys.dont_write_bytecode = True
 
 from support import SCRIPT, Home, Receiver, load_script  # noqa: E402
 
-pytest_plugins = ["parallel"]
-
 # A shell's background job ignores SIGINT, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_sessionstart() -> None:
-    """The script is installed now: sessions that began an hour ago are older."""
-    installed = SCRIPT.stat()
-    os.utime(SCRIPT, ns=(installed.st_atime_ns, installed.st_mtime_ns))
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests go to whichever process is free, but for those of one xdist_group."""
+    text = "fault(N, ...): holds to these rows of faults.py"
+    config.addinivalue_line("markers", text)
+    text = "xdist_group(name): tests of which no two run at the same time"
+    config.addinivalue_line("markers", text)
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist = "loadgroup"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Claude Code's sessions take longest, so they begin first; and those of a file,
+    which share fixtures, stay in one process."""
+    for item in items:
+        if drives_client(item):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=drives_client, reverse=True)
+
+
+def drives_client(item: pytest.Item) -> bool:
+    """Whether a test's file drives the real Claude Code."""
+    return hasattr(getattr(item, "module", None), "World")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """The script is installed now: sessions that began an hour ago are older. All the
+    processes run it, so the one that starts them does this, and makes its bytecode."""
+    if not hasattr(session.config, "workerinput"):
+        installed = SCRIPT.stat()
+        os.utime(SCRIPT, ns=(installed.st_atime_ns, installed.st_mtime_ns))
+        py_compile.compile(str(SCRIPT), doraise=True)
 
 
 @pytest.fixture

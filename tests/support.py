@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
+import glob
+import hashlib
 import http.server
 import json
 import os
@@ -15,7 +16,6 @@ import socket
 import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Callable
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self  # mypy knows it; no test needs it
 
-TESTS = pathlib.Path(__file__).resolve().parent
-ROOT = TESTS.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "telemhq_ping.py"
-FIXTURES = TESTS / "fixtures"
+FIXTURES = ROOT / "tests" / "fixtures"
+# A PATH as small as can be, in which the Python that runs the tests is `python3`.
+SMALL_PATH = f"{os.path.dirname(sys.executable)}:/usr/bin:/bin"
 TOKEN = "SECRETTOKEN0123456789"  # the credential in every test URL: must never leak
 TAKEN: dict[int, socket.socket] = {}  # the ports of dead URLs
 
@@ -213,27 +214,6 @@ def dead_url() -> str:
     return f"http://127.0.0.1:{port}/ping/{TOKEN}"
 
 
-def small_path() -> str:
-    """A PATH with a python3 in it, as small as can be: the system's directories, where
-    not every machine has one."""
-    system = "/usr/bin:/bin"
-    if shutil.which("python3", path=system):
-        return system
-    directory = tempfile.mkdtemp()
-    atexit.register(shutil.rmtree, directory)
-    put_python(pathlib.Path(directory, "python3"))
-    return f"{directory}:{system}"
-
-
-def put_python(path: pathlib.Path) -> None:
-    """Make `path` a command that is the Python that runs the tests."""
-    path.write_text(f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
-    path.chmod(0o755)
-
-
-SMALL_PATH = small_path()
-
-
 class Home:
     """A HOME of its own: environment, state directory, and the processes in it."""
 
@@ -243,9 +223,7 @@ class Home:
 
             pytest.skip("hooks are run by sh in it; see test_windows.py")
         self.path = pathlib.Path(path)
-        self.made: dict[
-            str | None, tuple[pathlib.Path, dict[str, Any]]
-        ] = {}  # by `place`
+        self.made: dict[str | None, tuple[pathlib.Path, Any]] = {}  # by `place`
         self.project = self.path / "acme" / "api"
         self.project.mkdir(parents=True)
         self.state = self.path / ".claude" / "telemhq"
@@ -257,13 +235,6 @@ class Home:
             found["TELEMHQ_PING_URL"] = url
         found.update({name: str(value) for name, value in more.items()})
         return found
-
-    def put_first(self, env: dict[str, str], name: str) -> None:
-        """Make `name`, in an environment's PATH, the Python that runs the tests."""
-        directory = self.path / "bin"
-        directory.mkdir(exist_ok=True)
-        put_python(directory / name)
-        env["PATH"] = f"{directory}:{env['PATH']}"
 
     def hook(
         self,
@@ -502,24 +473,34 @@ def only_enqueue(
     return found
 
 
+def ping_name(ns: int, ping: dict[str, Any]) -> str:
+    """The name of the file in which a ping waits."""
+    session = ping.get("session_id", "")
+    known = hashlib.sha256(session.encode()).hexdigest()[:16] if session else ""
+    return f"{ns:020d}-{ping['event']}-{known}-{ping['event_id']}.json"
+
+
+def event_id_of(path: pathlib.Path) -> str:
+    """The event_id in the name of a ping's file (the old form's, too)."""
+    return path.stem.rpartition("-")[2]
+
+
 def place(home: Home, url: str | None, count: int = 1, age_s: float = 0.0) -> list[str]:
     """Put pings into the outbox by hand, as hooks would have `age_s` ago, oldest first.
 
     Gives their event_ids. They are copies of one that a hook made.
     """
-    made = home.made
-    if url not in made:
+    if url not in home.made:
         path = only_enqueue(home, url)
-        made[url] = path.parent, json.loads(path.read_text("utf-8"))["ping"]
+        home.made[url] = path.parent, json.loads(path.read_text("utf-8"))["ping"]
         path.unlink()
-    outbox, model = made[url]
+    outbox, model = home.made[url]
     found, ns = [], time.time_ns() - int(age_s * 1e9) - count
     for n in range(count):
-        event_id = os.urandom(16).hex()
-        record = {"ping": dict(model, event_id=event_id), "local": {}}
-        path = outbox / f"{ns + n:020d}-{event_id}.json"
-        path.write_text(json.dumps(record))
-        found.append(event_id)
+        ping = dict(model, event_id=os.urandom(16).hex())
+        record = json.dumps({"ping": ping, "local": {}})
+        (outbox / ping_name(ns + n, ping)).write_text(record)
+        found.append(ping["event_id"])
     return found
 
 
@@ -579,37 +560,24 @@ def read_request(connection: socket.socket) -> bytes:
 
 
 @functools.lru_cache
-def all_pythons() -> dict[tuple[int, int], str]:
-    """{(3, minor): path} of Pythons: this one, and CPythons of pyenv and the PATH."""
-    found = {(3, sys.version_info[1]): sys.executable}
+def all_pythons() -> dict[int, str]:
+    """{minor: path} of Pythons: this one, and CPythons of pyenv and the PATH."""
+    found = {sys.version_info[1]: sys.executable}
     ask = "import sys; print(sys.implementation.name, sys.version_info[1])"
-
-    def try_one(path: str) -> None:
-        done = subprocess.run(
-            [path, "-I", "-S", "-c", ask],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        name, _, minor = done.stdout.decode().strip().partition(" ")
-        if done.returncode == 0 and name == "cpython":
-            found.setdefault((3, int(minor)), path)
-
-    if shutil.which("pyenv"):
-        root = subprocess.run(["pyenv", "root"], stdout=subprocess.PIPE).stdout
-        versions = pathlib.Path(os.fsdecode(root.strip()), "versions")
-        for path in sorted(versions.glob("3.*/bin/python3")):
-            try_one(str(path))
-    for minor in range(6, 20):
-        on_path = shutil.which(f"python3.{minor}")
-        if on_path and (3, minor) not in found:
-            try_one(on_path)
+    pyenv = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+    paths = sorted(glob.glob(f"{pyenv}/versions/3.*/bin/python3"))
+    for path in (*paths, *(shutil.which(f"python3.{minor}") for minor in range(6, 20))):
+        done = path and subprocess.run([path, "-ISc", ask], capture_output=True)
+        name, _, minor = (done.stdout.decode() if done else "").partition(" ")
+        if path and name == "cpython":
+            found.setdefault(int(minor), path)
     return found
 
 
 def pythons(least: int = 8, below: int = 100) -> list[str]:
     """Paths of the Pythons 3.N found, `least` <= N < `below`, one of each, in order."""
     found = all_pythons()
-    return [found[key] for key in sorted(found) if least <= key[1] < below]
+    return [found[minor] for minor in sorted(found) if least <= minor < below]
 
 
 def need_cpython(python: str) -> None:

@@ -510,7 +510,6 @@ def test_the_documented_commands_work(
     else:
         shutil.copy(str(SCRIPT), str(hooks))
     env = home.env(receiver.url)
-    home.put_first(env, "python3")
     before = set(home.path.rglob("*"))
     for name in ("Stop", "StopFailure", "SessionEnd-other"):
         done = subprocess.run(
@@ -539,7 +538,6 @@ def test_a_missing_script_does_not_block_claude_code(home: Home) -> None:
     (home.path / ".claude" / "hooks").mkdir(parents=True)
     hooks = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]
     env = home.env(dead_url())
-    home.put_first(env, "python3")
     for command in {entry["hooks"][0]["command"] for (entry,) in hooks.values()}:
         codes = [
             subprocess.run(
