@@ -2310,7 +2310,8 @@ class Reading:
             account.history = "branched" if row.branched else "own"
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
-            account.parent = [str(row.origin), row.key] if row.copied else []
+            copied = row.copied and identifier(row.origin)
+            account.parent = [str(row.origin), row.key] if copied else []
             account.told, account.ledger = {}, []
 
     def gain(
@@ -2525,7 +2526,7 @@ class Charge:
         path = os.path.join(os.path.dirname(account.transcript), session + ".jsonl")
         try:
             rows = Transcript().rows(path, self.reading.ends)
-            for row in rows if identifier(session) else ():
+            for row in rows:
                 if isinstance(row, AnswerRow) and row.real and not row.sidechain:
                     behind = row.key == key
                 elif isinstance(row, LedgerRow) and behind:
