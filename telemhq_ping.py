@@ -2209,7 +2209,7 @@ class Reading:
         account, whole = self.account, True
         for name, path in account.files().items():
             try:
-                if not (name or account.was_read):
+                if account.since and not (name or account.was_read):
                     account.since = max(account.since, self.end_of_earlier_runs())
                 self.read_one(name, path)
             except TimeoutError:
@@ -2233,7 +2233,8 @@ class Reading:
                 ended, begun = True, 0.0
             elif ended:
                 begun = begun or row.at
-                if isinstance(row, AnswerRow):
+                # (After SIGINT, the one broken off stands behind the last ledger.)
+                if isinstance(row, AnswerRow) and row.stopped:
                     since, ended = begun, False
         return since
 

@@ -317,12 +317,13 @@ class Session:
         patch: str = "",
         later: Sequence[tuple[float, pathlib.Path, Sequence[Any]]] = (),
         status: int = 0,
+        name: str = "",
         **variables: object,
     ) -> list[dict[str, Any]]:
         """Run a sender to its end, at a time (half a minute after the last event); this
         session's new pings. later: what the client writes at which time."""
         url, script = url or self.receiver.url, str(self.script)
-        name = "telemhq-" + hashlib.sha256(url.encode()).hexdigest()[:12]
+        name = name or "telemhq-" + hashlib.sha256(url.encode()).hexdigest()[:12]
         now = self.begun + (self.now + 30 if at is None else at)
         job: dict[str, Any] = {"patch": patch, "script": script}
         job["arguments"] = [script, "telemhq_ping", "detached", "-1", name]
