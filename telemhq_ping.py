@@ -2403,11 +2403,13 @@ class Charge:
         lost, and nothing told twice."""
         account, event_id = self.account, str(self.ping["event_id"])
         charges = self.event in USAGE_EVENTS and self.local.get("usage") is not False
+        if self.local.get("usage") is False:
+            account.since = max(account.since, self.at)
+        else:
+            self.meet()
         if charges and event_id not in account.charged:
             account.charged[event_id] = self.tell()
         self.saving = True
-        if self.local.get("usage") is False:
-            account.since = max(account.since, self.at)
         if not charges:
             account.save()
             return self.record
@@ -2418,15 +2420,19 @@ class Charge:
         self.outbox.rewrite(self.name, record)
         return record
 
+    def meet(self) -> None:
+        """Note what a SessionLost would tell, and where the transcript is."""
+        account, path = self.account, str(self.local["transcript"])
+        if os.path.isfile(path) or not account.transcript:
+            account.transcript = path
+        account.own, account.last_at = self.record.beside.get("own", {}), self.at
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+
     def tell(self) -> list[Fields]:
         """[the usage fields, what stands beside] of all that was used since the last
         charge. OSError or ValueError: the transcript cannot be read."""
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
-        if os.path.isfile(str(self.local["transcript"])) or not account.transcript:
-            account.transcript = str(self.local["transcript"])
-        account.own = self.record.beside.get("own", {})
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
         complete = self.read_and_wait() and not self.damaged
         fields: Fields = {}
         costs: dict[str, float] = {}
@@ -2462,7 +2468,6 @@ class Charge:
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at = self.at
-        account.last_at = self.at
 
     def settle(self) -> tuple[Fields, dict[str, float]]:
         """Add what the client's ledger has gained since the baseline and nobody told
