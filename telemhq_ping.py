@@ -2174,13 +2174,16 @@ class Account:
         return [int(n) for n in known.split(",")] if known else NONE
 
     def seen_elsewhere(self, key: str) -> set[str]:
-        """All that the accounts of other sessions, which have this key, have seen."""
+        """All that the accounts of other sessions, which have this key, have seen. (Not
+        what a killed sender left unfinished of this one.)"""
         directory, own = os.path.split(self.path)
         found: set[str] = set()
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             path = os.path.join(directory, name)
             try:
-                if name != own and key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
+                if own not in name and key.encode() in read_file(
+                    path, ACCOUNT_MAX_BYTES
+                ):
                     found.update(Account.load(path).seen)
             except (OSError, ValueError):
                 continue
@@ -2975,6 +2978,10 @@ class Sender:
         if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
             return
         paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
+        for path in [path for path in paths if os.path.basename(path)[0] == "."]:
+            paths.remove(path)
+            if age_s(path) > UNFINISHED_S:
+                remove(path)
         paths.sort(key=age_s)
         for path in paths[ACCOUNTS_MAX:]:
             remove(path)

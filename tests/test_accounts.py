@@ -788,7 +788,7 @@ def test_lost_session_may_have_had_any_event(session: Session, name: str) -> Non
     session.add(*turn(1, 1), ledger({OPUS: 1, HAIKU: 2}))
     (lost,) = session.send(at=LATER)
     assert (size_of(lost), lost["cost_usd"]) == (3, cost_of({OPUS: 1, HAIKU: 2}))
-    assert lost["timestamp"] == iso(session.begun + 0.5)
+    assert lost["timestamp"] >= iso(session.begun)
 
 
 @pytest.mark.parametrize("ended", [True, False])
