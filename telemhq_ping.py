@@ -2135,8 +2135,10 @@ class Account:
         found: set[str] = set()
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             path = os.path.join(directory, name)
+            if own in name:  # or what a killed sender left unfinished of it
+                continue
             try:
-                if name != own and key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
+                if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
             except (OSError, ValueError):
                 continue
@@ -2165,7 +2167,7 @@ class Reading:
         account, whole = self.account, True
         for name, path in account.files().items():
             try:
-                if not (name or account.was_read):
+                if account.since and not (name or account.was_read):
                     account.since = max(account.since, self.end_of_earlier_runs())
                 self.read_one(name, path)
             except TimeoutError:
@@ -2189,7 +2191,8 @@ class Reading:
                 ended, begun = True, 0.0
             elif ended:
                 begun = begun or row.at
-                if isinstance(row, AnswerRow):
+                # (After SIGINT, the one broken off stands behind the last ledger.)
+                if isinstance(row, AnswerRow) and row.stopped:
                     since, ended = begun, False
         return since
 
@@ -2265,8 +2268,9 @@ class Reading:
         elif new:
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
+            copied = row.copied and identifier(row.origin)
             account.in_history = not row.branched
-            account.parent = [str(row.origin), row.key] if row.copied else []
+            account.parent = [str(row.origin), row.key] if copied else []
             account.told, account.ledger = {}, []
 
     def gain(
@@ -2356,15 +2360,12 @@ class Charge:
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
         account, event_id = self.account, str(self.ping["event_id"])
-        transcript = str(self.local.get("transcript"))
-        if os.path.isfile(transcript) or not account.transcript:
-            account.transcript = transcript
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
-        account.own, account.last_at = self.record.beside.get("own", {}), self.at
         if self.local.get("usage") is False:
             account.since = max(account.since, self.at)
-        elif self.event in USAGE_EVENTS and event_id not in account.charged:
-            account.charged[event_id] = self.tell()
+        else:
+            self.meet()
+            if self.event in USAGE_EVENTS and event_id not in account.charged:
+                account.charged[event_id] = self.tell()
         self.saving = True
         account.save()
         if event_id not in account.charged:
@@ -2374,6 +2375,14 @@ class Charge:
         record = Record(gate({**self.ping, **fields}), {}, beside)
         self.outbox.rewrite(self.name, record)
         return record
+
+    def meet(self) -> None:
+        """Note what a SessionLost would tell, and where the transcript is."""
+        account, path = self.account, str(self.local["transcript"])
+        if os.path.isfile(path) or not account.transcript:
+            account.transcript = path
+        account.own, account.last_at = self.record.beside.get("own", {}), self.at
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
 
     def tell(self) -> list[Fields]:
         """[the usage fields, what stands beside] of all that was used since the last
@@ -2480,7 +2489,7 @@ class Charge:
         path = os.path.join(os.path.dirname(account.transcript), session + ".jsonl")
         try:
             rows = Transcript().rows(path, self.reading.ends)
-            for row in rows if identifier(session) else ():
+            for row in rows:
                 if isinstance(row, AnswerRow) and row.real and not row.sidechain:
                     behind = row.key == key
                 elif isinstance(row, LedgerRow) and behind:
@@ -3160,7 +3169,8 @@ class Sender:
         now, accounts = time.time(), self.outbox.path("accounts")
         if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
             return
-        paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
+        names = [name for name in os.listdir(accounts) if not name.startswith(".")]
+        paths = [os.path.join(accounts, name) for name in names]
         for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
             remove(path)
         for path in paths if self.settings.usage else ():
