@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from http.server import HTTPServer
     from queue import Queue
     from ssl import SSLContext
+    from subprocess import Popen
     from typing import Any, Callable, Dict, Iterator, NoReturn
     from urllib.request import OpenerDirector
 
@@ -1552,11 +1553,11 @@ def sender_command(*arguments: str) -> list[str]:
 
 def start_sender(
     held: dict[str, Lock], environ: dict[str, str], how: str = "detached"
-) -> None:
+) -> Popen[bytes] | None:
     """Start a sender that outlives us, and hand it the locks of these destinations
     (names of their directories). It serves the first, and starts a sender for each of
     the others: one start is all that Claude Code waits for. how: "once" makes one pass,
-    "debug" talks on our stderr besides.
+    "debug" talks on our stderr besides; only of these the process is given.
 
     A fresh interpreter, for urllib crashes in a forked process on macOS. In its own
     session and with no descriptor but the locks: Claude Code kills groups and families,
@@ -1569,30 +1570,25 @@ def start_sender(
         os.chdir("/")  # keep no project's directory busy
     fds = [lock.fd for lock in held.values() if lock.fd >= 0]
     served = [word for name, lock in held.items() for word in (str(lock.fd), name)]
-    command, quiet = sender_command(how, *served), (0, 1, 2)[: 3 - (how == "debug")]
+    command = sender_command(how, *served)
     try:
-        spawn(command, fds, environ, quiet)
-    except (AttributeError, NotImplementedError, OSError):
-        # Windows, PyPy, Termux: no posix_spawn. macOS before 10.15, old C libraries:
-        # no setsid=.
+        if how == "detached" and spawn(command, fds, environ):
+            return None
         from subprocess import DEVNULL, Popen
 
         apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
         if os.name == "nt":  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
             apart = {"creationflags": 0x8 | 0x200, "cwd": os.path.dirname(THIS_FILE)}
-        apart["stderr"] = DEVNULL if 2 in quiet else None
-        Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
+        apart["stderr"] = None if how == "debug" else DEVNULL
+        return Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
     finally:
         for lock in held.values():
             lock.close()
 
 
-def spawn(
-    command: list[str], fds: list[int], environ: dict[str, str], quiet: tuple[int, ...]
-) -> None:
-    """Start a process without the import of subprocess, 8 ms. fds: what it inherits.
-    quiet: what is /dev/null for it."""
-    spawn_it = os.posix_spawn
+def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
+    """Start a process without the import of subprocess, 8 ms; whether that works here.
+    fds: what it inherits."""
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a container without /proc
@@ -1602,42 +1598,50 @@ def spawn(
             os.set_inheritable(fd, fd in (0, 1, 2, *fds))
         except OSError:
             continue  # not open, or the listing's own
-    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in quiet]
     usual: Any = {"setsid": True, "setsigdef": [15]}  # SIGTERM: our shell may ignore it
-    spawn_it(command[0], command, environ, file_actions=null, **usual)
+    try:
+        quiet = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
+        os.posix_spawn(command[0], command, environ, file_actions=quiet, **usual)
+    except (AttributeError, NotImplementedError, OSError):
+        return False  # Windows, PyPy, Termux; setsid=: macOS 10.14, old C libraries
+    return True
 
 
-def start_senders(queued: dict[Outbox, str], settings: Settings) -> list[Outbox]:
-    """Have a sender started for each outbox where none runs and no back-off stands
-    (debug mode does not care); for which one was."""
-    held, started = {}, []
+def start_senders(queued: dict[Outbox, str], settings: Settings) -> None:
+    """Have a sender started for each outbox where none runs and no back-off stands."""
+    held = {}
     for outbox in queued:
-        if settings.debug or not outbox.state().backoff_left_s(time.time()):
+        if not outbox.state().backoff_left_s(time.time()):
             lock = outbox.take_lock()
             if lock is not None:  # busy: a sender runs, and will see the file
                 held[outbox.name()] = lock
-                started.append(outbox)
     if held:
-        waits = "debug" if settings.debug else "once"
-        how = waits if settings.foreground else "detached"
-        start_sender(held, settings.environ, how)
-    return started
+        start_sender(held, settings.environ)
 
 
-def wait_for_senders(
-    queued: dict[Outbox, str], started: list[Outbox], ends: float
+def deliver_in_foreground(
+    queued: dict[Outbox, str], settings: Settings, ends: float
 ) -> None:
-    """Wait until our senders have given their locks back; for another one only as long
-    as it has not sent our ping; until `ends` (monotonic) at most."""
-    for outbox, name in queued.items():
-        lock = None
-        while lock is None and time.monotonic() < ends:
-            if outbox not in started and not os.path.exists(outbox.file(name)):
-                break
-            time.sleep(LOOK_S / 10)
-            lock = outbox.take_lock()
-        if lock is not None:
-            lock.release()
+    """Have a sender make one pass over each outbox, and wait for its end; while another
+    has the lock, for that until it has sent our ping; until `ends` (monotonic) at most.
+    Where a back-off stands, not at all, but for debug mode's."""
+    senders: dict[Outbox, Any] = {}
+    how = "debug" if settings.debug else "once"
+    while queued and time.monotonic() < ends:
+        for outbox, name in list(queued.items()):
+            if outbox in senders:
+                over = senders[outbox].poll() is not None
+            else:
+                left_s = outbox.state().backoff_left_s(time.time())
+                waits = settings.debug or not left_s
+                over = not waits or not os.path.exists(outbox.file(name))
+                lock = None if over else outbox.take_lock()
+                if lock is not None:
+                    held = {outbox.name(): lock}
+                    senders[outbox] = start_sender(held, settings.environ, how)
+            if over:
+                del queued[outbox]
+        time.sleep(LOOK_S / 10)
 
 
 def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
@@ -1686,11 +1690,12 @@ def report_event(settings: Settings, tell: Tell) -> None:
             problems.append(str(why))
     if queued:
         tell(f"{ping['event']} {ping['event_id']} is in the outbox")
-    started = start_senders(queued, settings)
     if settings.foreground:
-        wait_for_senders(queued, started, ends)
+        deliver_in_foreground(dict(queued), settings, ends)
         if any(os.path.exists(outbox.file(name)) for outbox, name in queued.items()):
             tell("the ping waits in the outbox; a later hook delivers it")
+    else:
+        start_senders(queued, settings)
     if problems:
         raise Skipped("; ".join(problems))
 
@@ -3159,7 +3164,9 @@ class Sender:
                 return
             if wait:
                 time.sleep(wait)
-            lock = None if self.is_gone() else self.outbox.take_lock()
+            if self.is_gone() or self.backoff_left_s():  # another has failed since
+                return
+            lock = self.outbox.take_lock()
             if lock and not wait and self.is_over():
                 start_sender({self.outbox.name(): lock}, self.settings.environ)
                 return
