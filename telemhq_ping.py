@@ -7,7 +7,7 @@ What runs when
     hook()      what the settings' command calls, with an event on stdin: makes it a
                 ping, puts that into the outbox, starts a sender, exits. No network.
     sender()    detached, at most one per destination: POSTs what waits, the oldest
-                first; ends when the outbox is empty, or after 60 s without news.
+                first; ends when nothing new comes, or after 60 s.
     For the commands, which a person runs, see --help.
 How to read it
     From top to bottom it follows a ping; no section uses one below it. Down to the
@@ -20,7 +20,7 @@ What leaves
     input or output, a path, an error's text, the environment.
 What is read and written
     The event; the project's .git when it is a file; by the sender, for counts only, the
-    transcript. All that is written is below $TELEMHQ_STATE_DIR, else telemhq/ in
+    transcripts. All that is written is below $TELEMHQ_STATE_DIR, else telemhq/ in
     $CLAUDE_CONFIG_DIR, else ~/.claude/telemhq/ (directories 0700, files 0600), and
     Python's own __pycache__ beside this file.
 Variables
@@ -56,27 +56,8 @@ if __name__ == "__main__" and not sys.flags.isolated:
 elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
-
-
-def use_signals(work: Callable[[Any], object]) -> bool:
-    """Do something with the module signal; whether that could be done. First with the
-    private one behind it, which is there at once: the public one takes 2 ms."""
-    for name in ("_signal", "signal"):
-        try:
-            work(__import__(name))
-            return True
-        except Exception:  # noqa: BLE001 - that module has changed
-            continue
-    return False
-
-
-# Claude Code runs a hook's command; a Ctrl-C in its terminal is not meant for us, and
-# would be a traceback. A command, which a person runs, it ends. And to look for garbage
-# would take a twentieth of a hook's time; a sender does it.
-imported = __name__ != "__main__" and sys.flags.no_site and sys.argv[:1] == ["-c"]
-if imported or (__name__ == "__main__" and len(sys.argv) < 2):
-    use_signals(lambda signals: signals.signal(signals.SIGINT, signals.SIG_IGN))
-    gc.disable()
+if sys.flags.no_site:
+    gc.disable()  # a hook makes no garbage worth a twentieth of its time; a sender does
 
 import os
 import stat
@@ -100,14 +81,14 @@ __version__ = "1.1.0"
 
 SCRIPT = "telemhq_ping.py"
 
-STDIN_WAIT_S = 5.0  # a stdin that is never closed; Claude Code kills us at 10
 STDIN_MAX_BYTES = 256 << 20  # events hold whole files; beyond this it is none
 FOREGROUND_S = 8.0  # delivery while the hook waits, in all; below its timeout of 10
+ONCE_S, ONCE_LAST_S = 5.0, 2.5  # there: the last request begins, and may take
 LIFE_S = 60.0  # a sender's: longer than a restart of the tracker
 LINGER_S = 5.0  # a sender's wait for the next tool event: they come some seconds apart
-LOOK_S = 0.1  # between a waiting sender's looks at the outbox; 10 us each
+LOOK_S = 0.1  # between a waiting process's looks; 10 us each
 TIMEOUT_S = (10.0, 1.0, 30.0)  # one socket operation: default, least, most
-DEADLINE = 1.5  # a whole request's time in timeouts: urllib bounds operations only
+DEADLINE = 3.0  # a request's, in timeouts: urllib spends one on each dead address
 OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is away
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
 PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
@@ -122,13 +103,27 @@ BACKOFF_MAX_S = 900.0  # 15 min: the end of an outage is noticed soon enough
 HOLD_S = (900.0, 21600.0)  # 15 min to 6 h: a person must mend the cause
 RETRY_AFTER_MAX_S = 86400.0  # a day: no server may silence us for longer
 FAILURES_MAX = 64  # counted no further: the longest back-off is reached long before
+FAILURES_BORNE = 3  # in a row, of different events: then it may be the tracker's fault
+REFUSALS_BORNE = 25  # where others were delivered: all of one kind may be refused
 SUSPECT_PAUSE_S = 300.0  # between two tries of a ping that has been found at fault
 SUSPECTS_MAX = 200  # remembered; more than any pass makes
-WITNESS_REFUSALS = 25  # set aside on one witness's word, before another is heard
 POISON_CHARGES, POISON_AGE_S = 8, 3600.0  # both: neither a burst nor an outage blames
-PACE_PINGS, PACE_S = 25, (30.0, 90.0)  # after an outage: pings a pass, then a pause
 LOG_MAX_BYTES = 256 << 10  # some 2,000 passes
 SENT_MAX_BYTES = 5 << 20  # some 5,000 pings; with the file before it, 10,000
+BLOCK_BYTES = 4 << 20  # of a transcript, read at once
+LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
+ID_CHARS = 12  # of a hash, 48 bits: among 64,000 two are the same once in 100,000 times
+STAMP_S = 0.001  # rows tell their time in milliseconds
+LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
+POLL_S = 0.05  # between two looks at a transcript that is awaited
+READ_S = 20.0  # reading for one ping; the rest is for the session's next
+CHARGE_TRIES = 3  # an I/O error passes, or does not
+WAIT_MAX_S = 3600.0  # a ping that cannot be charged for a full disk goes without
+DAY_S = 86400.0  # a session without a word for so long is lost
+ACCOUNTS_MAX = 500  # sessions remembered: some months' worth
+ACCOUNT_MAX_BYTES = 16 << 20  # 64,000 answers: 4 MB
+SEEN_MAX = 1 << 18  # answers and tool calls remembered; a very long session has 130,000
+CHARGED_MAX = 8  # charges remembered, until the ping's own file has them
 
 
 class Skipped(Exception):
@@ -1187,25 +1182,6 @@ def rename(path: str, target: str) -> None:
     os.replace(path, target)
 
 
-def read_secret(path: str) -> str:
-    """What a file (~ is home) holds that only its owner can read; else OSError."""
-    fd = os.open(absolute(path) or "", os.O_RDONLY | NO_WAIT)
-    try:
-        found = os.fstat(fd)
-        if os.name == "posix" and (
-            found.st_mode & 0o077 or found.st_uid != os.geteuid()
-        ):
-            raise PermissionError(1, "others can read it, chmod 600 mends that")
-        return os.read(fd, SECRET_MAX_BYTES).decode("ascii", "replace")
-    finally:
-        os.close(fd)
-
-
-def write_object(path: str, value: Fields) -> None:
-    """Make `path` hold `value` as JSON."""
-    write_file(path, encode_json(value).encode())
-
-
 def open_regular(path: str) -> int:
     """A descriptor to read a regular file; ValueError when it is anything else."""
     if not stat.S_ISREG(os.lstat(path).st_mode):
@@ -1230,6 +1206,19 @@ def read_object(path: str, most: int) -> Fields:
     return found
 
 
+def read_secret(path: str) -> str:
+    """What a file (~ is home) holds that only its owner can read; else OSError."""
+    fd = os.open(absolute(path) or "", os.O_RDONLY | NO_WAIT)
+    try:
+        found = os.fstat(fd)
+        mine = os.name != "posix" or found.st_uid == os.geteuid()
+        if not mine or (os.name == "posix" and found.st_mode & 0o077):
+            raise PermissionError(1, "others can read it, chmod 600 mends that")
+        return os.read(fd, SECRET_MAX_BYTES).decode("ascii", "replace")
+    finally:
+        os.close(fd)
+
+
 def remove(path: str) -> bool:
     """Delete a file or an empty directory; whether that worked."""
     for delete in (os.unlink, os.rmdir):
@@ -1249,16 +1238,34 @@ def age_s(path: str) -> float:
         return 0.0
 
 
-def ns_of(path: str) -> int:
-    """The time in a ping's path or name, nanoseconds since 1970."""
-    return int(os.path.basename(path)[:20])
-
-
 class Lock:
-    """A destination's lock, held. fd: -1 when there can be none."""
+    """A destination's lock, held. fd: -1 where there can be none. The kernel frees it
+    at its holder's death; the file is never deleted."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+
+    @classmethod
+    def take(cls, path: str) -> Lock | None:
+        """The lock of that file; None while someone else holds it. Any error but "busy"
+        counts as free: rather one ping twice under its id than all of them never."""
+        fd = -1
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = isinstance(error, (BlockingIOError, PermissionError))
+            if fd >= 0 and (busy or (os.name == "nt" and not error.errno)):  # Wine's
+                os.close(fd)
+                return None
+        return cls(fd)
 
     def close(self) -> None:
         """Leave it to the sender that was given it."""
@@ -1268,95 +1275,53 @@ class Lock:
 
     def release(self) -> None:
         """Give it back, also from a hook just ending that still shares it."""
-        if self.fd < 0:
-            return
         try:
-            if os.name == "posix":
+            if self.fd >= 0 and os.name == "posix":
                 import fcntl
 
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
-            os.close(self.fd)
         except OSError:
-            pass  # closed already
-        self.fd = -1
-
-
-def try_lock(fd: int) -> bool:
-    """Lock an open file; whether nobody else holds it. The kernel frees it at its
-    holder's death. An error other than "busy" counts as free: rather one ping twice
-    under its id than all of them never."""
-    if sys.platform == "win32":
-        import msvcrt
-
-        try:
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-        except OSError as error:
-            return error.errno not in (13, 0)  # EACCES; under Wine none is set
-        return True
-    import fcntl
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:
-        pass
-    return True
+            pass  # a file system without locks
+        self.close()
 
 
 class Suspect:
-    """A ping that failed and may be at fault. charges: how often a witness was
-    delivered where it was not. tried_at: the last time, seconds since 1970."""
+    """A ping that failed. charges: how often that was its own fault, for another was
+    delivered; 0: not judged yet. tried_at: the last time, seconds since 1970."""
 
     def __init__(self, charges: int, tried_at: float) -> None:
         self.charges, self.tried_at = charges, tried_at
-
-    def is_due(self, now: float) -> bool:
-        """Whether it may be tried again; one not yet charged always may."""
-        waited = 0 <= now - self.tried_at < SUSPECT_PAUSE_S
-        return not (self.charges and waited)
 
 
 class State:
     """state.json: what a destination remembers from pass to pass.
 
     failures: passes that failed, in a row. set_at, not_before: when the back-off was
-    set, and ends. delivered_at, swept_at: the last delivery, the last sweep.
-    recovered_at: pings older than that are an outage's backlog, of which pace_pings go
-    at a time, none before paced_until. (All times: seconds since 1970, 0: never.)
+    set, and ends. delivered_at, swept_at: the last delivery, the last sweep. verdict,
+    problem, problem_at: of the last failure. (Times: seconds since 1970, 0: never.)
     suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
-    verdict, problem, problem_at: of the last failure. saved: False where the disk
-    refused, so that only this process knows.
     """
-
-    NUMBERS = (
-        "failures set_at not_before delivered_at swept_at recovered_at paced_until "
-        "pace_pings"
-    ).split()
 
     def __init__(self, path: str, found: Fields) -> None:
         """Whatever was found, every attribute has a value that makes sense."""
-        numbers = {k: found[k] if number(found.get(k)) else 0 for k in self.NUMBERS}
+
+        def known(name: str) -> float:
+            return float(found[name]) if number(found.get(name)) else 0
+
         self.path = path
-        self.failures = int(min(numbers["failures"], FAILURES_MAX))
-        self.set_at: float = numbers["set_at"]
-        self.not_before: float = numbers["not_before"]
-        self.delivered_at: float = numbers["delivered_at"]
-        self.swept_at: float = numbers["swept_at"]
-        self.recovered_at: float = numbers["recovered_at"]
-        self.paced_until: float = numbers["paced_until"]
-        self.pace_pings = int(min(numbers["pace_pings"], OUTBOX_MAX_PINGS))
-        self.suspects = dict(self.suspects_in(found.get("suspects")))
-        losses = found.get("losses")
-        losses = losses if isinstance(losses, dict) else {}
+        self.failures = min(known("failures"), FAILURES_MAX)
+        self.set_at, self.not_before = known("set_at"), known("not_before")
+        self.delivered_at, self.swept_at = known("delivered_at"), known("swept_at")
+        self.verdict = str(found.get("verdict", ""))
+        self.problem = str(found.get("problem", ""))
+        self.problem_at = known("problem_at")
+        losses = object_in(found, "losses")
         self.losses = {k: int(n) for k, n in losses.items() if number(n)}
-        problem = found.get("problem")
-        problem = problem if isinstance(problem, dict) else {}
-        texts = {k: v for k, v in problem.items() if isinstance(v, str)}
-        self.verdict = texts.get("verdict", "")
-        self.problem = texts.get("what", "")
-        self.problem_at: float = problem["at"] if number(problem.get("at")) else 0
-        self.saved = True
+        self.suspects = {
+            name: Suspect(int(pair[0]), pair[1])
+            for name, pair in object_in(found, "suspects").items()
+            if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair))
+        }
 
     @classmethod
     def load(cls, path: str) -> State:
@@ -1366,44 +1331,21 @@ class State:
         except (OSError, ValueError):
             return cls(path, {})
 
-    @staticmethod
-    def suspects_in(found: object) -> Iterator[tuple[str, Suspect]]:
-        """The suspects that make sense: name -> [charges, tried_at]."""
-        for name, pair in found.items() if isinstance(found, dict) else ():
-            if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair)):
-                yield name, Suspect(int(pair[0]), pair[1])
-
     def save(self) -> None:
         """Write the file; a disk that refuses must not stop delivery."""
-        found: Fields = {name: getattr(self, name) for name in self.NUMBERS}
-        found["suspects"] = {
-            name: [suspect.charges, suspect.tried_at]
-            for name, suspect in self.suspects.items()
-        }
-        found["losses"] = self.losses
-        found["problem"] = {}
-        if self.problem:
-            found["problem"] = {
-                "verdict": self.verdict,
-                "what": self.problem,
-                "at": self.problem_at,
-            }
+        found = {name: value for name, value in vars(self).items() if name != "path"}
+        suspects = self.suspects.items()
+        found["suspects"] = {name: [s.charges, s.tried_at] for name, s in suspects}
         try:
-            write_object(self.path, found)
-            self.saved = True
+            write_file(self.path, encode_json(found).encode())
         except OSError:
-            self.saved = False
+            pass
 
     def backoff_left_s(self, now: float) -> float:
         """Seconds until the back-off ends, 0 when none stands. One that was set in what
         is now the future is none: a clock that jumped must not stop delivery."""
         ends = min(self.not_before, self.set_at + RETRY_AFTER_MAX_S)
         return ends - now if self.set_at <= now < ends else 0
-
-    def pace_left_s(self, now: float) -> float:
-        """Seconds until the next part of a backlog may go."""
-        left = self.paced_until - now
-        return left if 0 < left <= PACE_S[1] else 0
 
     def suspect(self, name: str) -> Suspect:
         """The suspect of that name; a new one when there is none yet."""
@@ -1414,49 +1356,73 @@ class State:
         self.losses[reason] = self.losses.get(reason, 0) + count
 
 
+def object_in(found: Fields, name: str) -> Fields:
+    """The object under `name`, an empty one when there is none."""
+    value = found.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 class Record:
-    """What the file of a ping that waits holds. ping: what is sent. local: what the
-    sender needs and never sends. beside: what else the tracker needs, by the gate.
+    """What the file of a ping that waits holds. ping: what is sent. local: what
+    charging needs and never leaves. beside: what else the tracker needs, by the gate.
     accepted: how many of the ping's requests have been; the next ones go."""
 
     def __init__(
-        self,
-        ping: Fields,
-        local: Fields | None = None,
-        beside: Fields | None = None,
-        accepted: int = 0,
+        self, ping: Fields, local: Fields, beside: Fields, accepted: int = 0
     ) -> None:
-        self.ping, self.local, self.beside = ping, local or {}, beside or {}
+        self.ping, self.local, self.beside = ping, local, beside
         self.accepted = accepted
 
     @classmethod
     def load(cls, found: Fields, needs: tuple[str, ...]) -> Record:
-        """As `as_object` gave it, through the gate; ValueError: it holds no ping."""
-        ping, local = found.get("ping"), found.get("local")
-        accepted: Any = found.get("accepted")
-        ping = gate(ping) if isinstance(ping, dict) else {}
+        """What a file holds, through the gate; ValueError: that is no ping."""
+        ping, accepted = gate(object_in(found, "ping")), found.get("accepted", 0)
         if "event_id" not in ping:
             raise ValueError("no ping")
-        local = local if isinstance(local, dict) else {}
         beside = gate_beside(found.get("beside"), needs)
+        local = object_in(found, "local")
         return cls(ping, local, beside, int(accepted) if number(accepted) else 0)
 
-    def as_object(self) -> Fields:
-        """As JSON's objects have it."""
-        found: Fields = {"ping": self.ping, "local": self.local}
-        if self.beside:
-            found["beside"] = self.beside
-        if self.accepted:
-            found["accepted"] = self.accepted
-        return found
+    def encode(self) -> bytes:
+        """As the file holds it."""
+        found: Fields = {"ping": self.ping, "local": self.local, "beside": self.beside}
+        return encode_json({**found, "accepted": self.accepted}).encode()
+
+
+class PingName:
+    """What the name of a ping's file tells: <time>-<event>-<session>-<event_id>.json,
+    so that no file is opened to know whose it is. ns: the event's time, nanoseconds
+    since 1970, 20 digits, so that names sort by age. session: 16 hex digits, which also
+    name its account. (With time and id alone it is a ping, too.)"""
+
+    def __init__(self, name: str) -> None:
+        ns, _, rest = name[: -len(".json")].partition("-")
+        parts = rest.split("-")
+        self.ns = int(ns)
+        self.event, self.session = parts[:2] if len(parts) == 3 else ("", "")
+        self.event_id = parts[-1]
+
+    @staticmethod
+    def make(ns: int, ping: Fields) -> str:
+        """The name of a ping's file."""
+        event = "".join(filter(str.isalnum, str(ping.get("event", ""))))
+        session = session_name(ping.get("session_id"))
+        return f"{ns:020d}-{event}-{session}-{ping['event_id']}.json"
+
+    @staticmethod
+    def is_one(name: str) -> bool:
+        """Whether a name in outbox/ is a ping's."""
+        return name[:20].isdecimal() and name[20:21] == "-" and name.endswith(".json")
+
+
+def session_name(session_id: object) -> str:
+    """What a session is called in names of files; "" when there is none."""
+    return sha256_hex(session_id.encode())[:16] if isinstance(session_id, str) else ""
 
 
 class Outbox:
     """A destination's directory: the pings that wait, and all else that is kept of it.
-
-    outbox/ holds a file for each ping, named by its time and id, so that names sort by
-    age. needs: what else of BESIDE its tracker is given.
-    """
+    needs: what of BESIDE its tracker is given."""
 
     def __init__(self, directory: str, needs: tuple[str, ...] = ()) -> None:
         self.directory, self.needs = directory, needs
@@ -1477,6 +1443,10 @@ class Outbox:
         """Path of a ping's file."""
         return self.path("outbox", name)
 
+    def account_path(self, session: str) -> str:
+        """Where it is kept what of a session (its name) was charged."""
+        return self.path("accounts", session + ".json")
+
     def need_sound(self) -> None:
         """Skipped when others may have a hand in anything from telemhq/ down."""
         for name in ("..", ".", "outbox", "refused", "accounts"):
@@ -1485,61 +1455,27 @@ class Outbox:
             if problem:
                 raise Skipped(f"{directory} {problem}; mend or remove it")
 
-    def put(
-        self, ns: int, ping: Fields, local: Fields, beside: Fields | None = None
-    ) -> str:
+    def put(self, ns: int, record: Record) -> str:
         """Add the ping of an event of that time; its name. It is whole or not there."""
-        name = f"{ns:020d}-{ping['event_id']}.json"
-        content = encode_json(Record(ping, local, beside).as_object()).encode()
-        write_file(self.file(name), content, make_directory=True)
+        name = PingName.make(ns, record.ping)
+        write_file(self.file(name), record.encode(), make_directory=True)
         return name
-
-    def holds_any(self) -> bool:
-        """Whether a ping waits. It looks no further than to the first one, however many
-        there are."""
-        try:
-            with os.scandir(self.path("outbox")) as entries:
-                return any(self.is_ping(entry.name) for entry in entries)
-        except OSError:
-            return False
 
     def waiting(self) -> list[str]:
         """Names of the pings that wait, oldest first."""
         try:
-            return sorted(filter(self.is_ping, os.listdir(self.path("outbox"))))
+            return sorted(filter(PingName.is_one, os.listdir(self.path("outbox"))))
         except FileNotFoundError:
             return []
-
-    @staticmethod
-    def is_ping(name: str) -> bool:
-        """Whether a name in outbox/ is a ping's."""
-        return name[:20].isdecimal() and name[20:21] == "-" and name.endswith(".json")
-
-    def strangers(self) -> list[str]:
-        """Names in outbox/ that are no ping's. What was never finished is removed."""
-        found = []
-        for name in os.listdir(self.path("outbox")):
-            if self.is_ping(name):
-                continue
-            if not name.startswith("."):
-                found.append(name)
-            elif age_s(self.file(name)) > UNFINISHED_S:
-                remove(self.file(name))
-        return found
 
     def record(self, name: str) -> Record:
         """What a file holds. OSError: it is gone; ValueError: it is no ping."""
         most = RECORD_MAX_BYTES if self.needs else PING_MAX_BYTES
         return Record.load(read_object(self.file(name), most), self.needs)
 
-    def read(self, name: str) -> tuple[Fields, Fields]:
-        """(ping, local) of a file. OSError: it is gone; ValueError: it is no ping."""
-        record = self.record(name)
-        return record.ping, record.local
-
     def rewrite(self, name: str, record: Record) -> None:
         """Make the ping that waits under `name` this one, as it will be sent."""
-        write_object(self.file(name), record.as_object())
+        write_file(self.file(name), record.encode())
 
     def set_aside(self, name: str) -> None:
         """Move what can never be delivered out of the others' way, to refused/."""
@@ -1557,21 +1493,9 @@ class Outbox:
         """What is remembered from pass to pass."""
         return State.load(self.path("state.json"))
 
-    def account_path(self, session_id: str) -> str:
-        """Where it is kept what of a session was reported."""
-        return self.path("accounts", sha256_hex(session_id.encode())[:16] + ".json")
-
     def take_lock(self) -> Lock | None:
-        """The lock; None while someone else holds it. It is never deleted."""
-        flags = os.O_RDWR | os.O_CREAT | NO_FOLLOW
-        try:
-            fd = os.open(self.path("lock"), flags, 0o600)
-        except OSError:
-            return Lock(-1)
-        if try_lock(fd):
-            return Lock(fd)
-        os.close(fd)
-        return None
+        """The lock; None while someone else holds it."""
+        return Lock.take(self.path("lock"))
 
 
 def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
@@ -1582,26 +1506,6 @@ def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
     return Outbox(directory, tracker.needs)
 
 
-def find_tracker(settings: Settings, name: str = "") -> Tracker:
-    """The tracker whose directory has that name, by default the first that is named;
-    Skipped says why there is none."""
-    trackers, problems = find_trackers(settings, read_secret)
-    for tracker in trackers:
-        if name in ("", tracker.directory_name()):
-            return tracker
-    raise Skipped("; ".join(problems) or "it is no destination any more")
-
-
-def outboxes(state_dir: str | None) -> list[Outbox]:
-    """Every destination's outbox that there is, also of URLs no longer configured."""
-    found = []
-    for name in sorted(os.listdir(state_dir)) if os.path.isdir(state_dir or "") else ():
-        kind, dash, short = name.rpartition("-")
-        if kind and dash and len(short) == 12 and short_hash(short):
-            found.append(Outbox(os.path.join(state_dir or "", name)))
-    return found
-
-
 # -- Hook: what Claude Code runs -------------------------------------------------------
 
 THIS_FILE = os.path.abspath(__file__)  # now, for a hook leaves its directory
@@ -1609,107 +1513,35 @@ THIS_FILE = os.path.abspath(__file__)  # now, for a hook leaves its directory
 
 def read_stdin(keep: bool = True) -> bytes:
     """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
-    when it is closed early. Never closed, it counts as it is after STDIN_WAIT_S; beyond
-    STDIN_MAX_BYTES it is none."""
-    ends = time.monotonic() + STDIN_WAIT_S
+    when it is closed early. More than STDIN_MAX_BYTES are none."""
     parts: list[bytes] = []
     size = 0
-
-    def read() -> None:
-        nonlocal size
-        while time.monotonic() < ends and size <= STDIN_MAX_BYTES:
+    while size <= STDIN_MAX_BYTES:
+        try:
             part = os.read(0, 1 << 16)  # as much as a pipe holds
-            if not part:
-                break
-            size += len(part)
-            if keep:
-                parts.append(part)
-
-    if set_alarm(STDIN_WAIT_S):
-        try:
-            try:
-                read()
-            finally:
-                set_alarm(0)
         except OSError:
-            pass  # it is no file to read from, or the time is over
-    else:
-        run_in_thread(read, STDIN_WAIT_S)
-    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
+            break
+        if not part:
+            return b"".join(parts)
+        size += len(part)
+        if keep:
+            parts.append(part)
+    return b""
 
 
-def set_alarm(seconds: float) -> bool:
-    """Have TimeoutError raised after so many seconds, 0: no more. False where there is
-    no alarm."""
-
-    def give_up(*_: object) -> None:
-        raise TimeoutError("timed out")
-
-    def set_it(signals: Any) -> None:
-        signals.signal(signals.SIGALRM, give_up)
-        signals.setitimer(signals.ITIMER_REAL, seconds)
-
-    return use_signals(set_it)
-
-
-def run_in_thread(work: Callable[[], None], seconds: float) -> None:
-    """Do what may wait for ever, and leave it when the time is over. For Windows, which
-    has no alarm; a thread starts late when the machine is busy."""
-    import _thread
-
-    over = _thread.allocate_lock()
-    over.acquire()
-
-    def run() -> None:
-        try:
-            work()
-        except OSError:
-            pass
-        finally:
-            over.release()
-
+def event_on_stdin() -> tuple[Fields, int]:
+    """(event, its size in bytes); Skipped when there is none."""
+    raw = read_stdin()
     try:
-        _thread.start_new_thread(run, ())
-    except RuntimeError:  # no thread to be had
-        run()
-    over.acquire(True, seconds)
-
-
-def names_script(command: str) -> bool:
-    """Whether a hook's command runs this script, as a file or by import. (Without re:
-    the hook of a plugin asks this, too.)"""
-
-    def in_a_word(neighbour: str) -> bool:
-        return neighbour.isalnum() or neighbour in ("_", "-", ".")
-
-    for spelled in (SCRIPT, "import telemhq_ping"):
-        before, found, after = command.partition(spelled)
-        while found:
-            if not in_a_word(before[-1:]) and not in_a_word(after[:1]):
-                return True
-            before, found, after = after.partition(spelled)
-    return False
-
-
-def registered_elsewhere(event: Fields, environ: dict[str, str]) -> bool:
-    """Whether, run as a plugin, a settings file runs this script for the same event."""
-    if not environ.get("CLAUDE_PLUGIN_ROOT"):
-        return False
-    config = absolute(environ.get("CLAUDE_CONFIG_DIR") or "~/.claude") or ""
-    project = os.path.join(environ.get("CLAUDE_PROJECT_DIR") or config, ".claude")
-    for path in (
-        os.path.join(config, "settings.json"),
-        os.path.join(project, "settings.json"),
-        os.path.join(project, "settings.local.json"),
-    ):
-        try:  # the file may be a link into somebody's dotfiles
-            hooks = read_object(os.path.realpath(path), 1 << 20)["hooks"]
-            groups = hooks[event["hook_event_name"]]
-            if any(names_script(h["command"]) for g in groups for h in g["hooks"]):
-                return True
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return False
+        event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
+    except ValueError:
+        event = None
+    if not isinstance(event, dict):
+        raise Skipped("stdin held no JSON object, which Claude Code would send")
+    problem = no_event(event)
+    if problem:
+        raise Skipped(problem)
+    return event, len(raw)
 
 
 def sender_command(*arguments: str) -> list[str]:
@@ -1718,16 +1550,17 @@ def sender_command(*arguments: str) -> list[str]:
     start = (
         "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
     )
-    python = [sys.executable, "-I", "-S", "-X", "lazy_imports=all"]
-    if sys.pycache_prefix == os.devnull:  # there is bad bytecode that must not be used
-        python += ["-X", f"pycache_prefix={os.devnull}"]
-    return [*python, "-c", start, directory, name[: -len(".py")], *arguments]
+    python = [sys.executable, "-I", "-S", "-X", "lazy_imports=all", "-c", start]
+    return [*python, directory, name[: -len(".py")], *arguments]
 
 
-def start_sender(held: dict[str, Lock], environ: dict[str, str]) -> None:
-    """Start a detached sender and hand it the locks of these destinations (names of
-    their directories); it outlives us. It serves the first, and starts a sender for
-    each of the others: one start is all that Claude Code waits for.
+def start_sender(
+    held: dict[str, Lock], environ: dict[str, str], how: str = "detached"
+) -> None:
+    """Start a sender that outlives us, and hand it the locks of these destinations
+    (names of their directories). It serves the first, and starts a sender for each of
+    the others: one start is all that Claude Code waits for. how: "once" makes one pass,
+    "debug" talks on our stderr besides.
 
     A fresh interpreter, for urllib crashes in a forked process on macOS. In its own
     session and with no descriptor but the locks: Claude Code kills groups and families,
@@ -1740,21 +1573,30 @@ def start_sender(held: dict[str, Lock], environ: dict[str, str]) -> None:
         os.chdir("/")  # keep no project's directory busy
     fds = [lock.fd for lock in held.values() if lock.fd >= 0]
     served = [word for name, lock in held.items() for word in (str(lock.fd), name)]
-    command = sender_command("detached", *served)
+    command, quiet = sender_command(how, *served), (0, 1, 2)[: 3 - (how == "debug")]
     try:
-        spawn_sender(command, fds, environ)
+        spawn(command, fds, environ, quiet)
     except (AttributeError, NotImplementedError, OSError):
         # Windows, PyPy, Termux: no posix_spawn. macOS before 10.15, old C libraries:
         # no setsid=.
-        start_sender_by_subprocess(command, fds, environ)
+        from subprocess import DEVNULL, Popen
+
+        apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
+        if os.name == "nt":  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+            apart = {"creationflags": 0x8 | 0x200, "cwd": os.path.dirname(THIS_FILE)}
+        apart["stderr"] = DEVNULL if 2 in quiet else None
+        Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
     finally:
         for lock in held.values():
             lock.close()
 
 
-def spawn_sender(command: list[str], fds: list[int], environ: dict[str, str]) -> None:
-    """Start a sender without the import of subprocess, 8 ms."""
-    spawn = os.posix_spawn
+def spawn(
+    command: list[str], fds: list[int], environ: dict[str, str], quiet: tuple[int, ...]
+) -> None:
+    """Start a process without the import of subprocess, 8 ms. fds: what it inherits.
+    quiet: what is /dev/null for it."""
+    spawn_it = os.posix_spawn
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a container without /proc
@@ -1764,79 +1606,42 @@ def spawn_sender(command: list[str], fds: list[int], environ: dict[str, str]) ->
             os.set_inheritable(fd, fd in (0, 1, 2, *fds))
         except OSError:
             continue  # not open, or the listing's own
-    spawn(
-        command[0],
-        command,
-        environ,
-        file_actions=[
-            (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)
-        ],
-        setsigdef=[2, 15],  # SIGINT, which we ignore, and SIGTERM, if our shell does
-        setsid=True,
-    )
+    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in quiet]
+    usual: Any = {"setsid": True, "setsigdef": [15]}  # SIGTERM: our shell may ignore it
+    spawn_it(command[0], command, environ, file_actions=null, **usual)
 
 
-def start_sender_by_subprocess(
-    command: list[str], fds: list[int], environ: dict[str, str]
+def start_senders(queued: dict[Outbox, str], settings: Settings) -> list[Outbox]:
+    """Have a sender started for each outbox where none runs and no back-off stands
+    (debug mode does not care); for which one was."""
+    held, started = {}, []
+    for outbox in queued:
+        if settings.debug or not outbox.state().backoff_left_s(time.time()):
+            lock = outbox.take_lock()
+            if lock is not None:  # busy: a sender runs, and will see the file
+                held[outbox.name()] = lock
+                started.append(outbox)
+    if held:
+        waits = "debug" if settings.debug else "once"
+        how = waits if settings.foreground else "detached"
+        start_sender(held, settings.environ, how)
+    return started
+
+
+def wait_for_senders(
+    queued: dict[Outbox, str], started: list[Outbox], ends: float
 ) -> None:
-    """Start a sender where that cannot be had. SIGTERM: it resets it for itself."""
-    import subprocess
-
-    apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
-    if os.name == "nt":
-        apart = {"creationflags": 0x8 | 0x200}  # DETACHED_PROCESS, NEW_PROCESS_GROUP
-        apart["cwd"] = os.path.dirname(THIS_FILE)
-    subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environ,
-        **apart,
-    )
-
-
-def deliver_in_foreground(
-    queued: list[tuple[Outbox, str]], settings: Settings, ends: float, tell: Tell
-) -> None:
-    """Run a sender for each outbox and the ping put into it ("": none was), all at once
-    and until `ends` (monotonic): no longer, whatever they meet, for a sender may be
-    killed at any instant."""
-    import subprocess
-
-    left = max(0.5, ends - time.monotonic())
-    senders = [
-        subprocess.Popen(
-            sender_command("foreground", f"{left:.3f}", name, outbox.name()),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=None if settings.debug else subprocess.DEVNULL,
-            env=settings.environ,
-        )
-        for outbox, name in queued
-    ]
-    ends = time.monotonic() + left
-    for process, (outbox, name) in zip(senders, queued):
-        try:
-            process.wait(max(0.0, ends - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            tell("the time is over")
-        if name and os.path.exists(outbox.file(name)):
-            tell("the ping waits in the outbox; a later hook delivers it")
-
-
-def event_on_stdin() -> tuple[Fields, int]:
-    """(event, its size in bytes); Skipped when there is none."""
-    raw = read_stdin()
-    try:
-        event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
-        raise Skipped("stdin held no JSON object, which Claude Code would send")
-    return event, len(raw)
+    """Wait until our senders have given their locks back; for another one only as long
+    as it has not sent our ping; until `ends` (monotonic) at most."""
+    for outbox, name in queued.items():
+        lock = None
+        while lock is None and time.monotonic() < ends:
+            if outbox not in started and not os.path.exists(outbox.file(name)):
+                break
+            time.sleep(LOOK_S / 10)
+            lock = outbox.take_lock()
+        if lock is not None:
+            lock.release()
 
 
 def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
@@ -1849,29 +1654,14 @@ def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
     return trackers
 
 
-def ours_alone(trackers: list[Tracker], settings: Settings) -> list[Tracker]:
-    """Those of a plugin's trackers that the same event is not told by the script that a
-    settings file runs: that one has no URL from the plugin."""
-    environ = {k: v for k, v in settings.environ.items() if k != PLUGIN_URL}
-    theirs, _ = find_trackers(Settings(environ), read_secret)
-    told = [tracker.directory_name() for tracker in theirs]
-    found = [tracker for tracker in trackers if tracker.directory_name() not in told]
-    if not found:
-        raise Skipped("a settings file runs this script for the event, too")
-    return found
-
-
 def enqueue(
     outbox: Outbox, tracker: Tracker, ns: int, ping: Fields, local: Fields
 ) -> str:
-    """Put a ping into a tracker's outbox, if it wants it; its name, "" when it does
-    not. Skipped says why that cannot be."""
-    if not tracker.wants(ping):
-        return ""
+    """Put a ping into a tracker's outbox; its name. Skipped says why that cannot be."""
     outbox.need_sound()
     beside = gate_beside({"own": tracker.frozen(ping)}, tracker.needs)
     try:
-        return outbox.put(ns, ping, local, beside)
+        return outbox.put(ns, Record(ping, local, beside))
     except OSError as error:
         raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
 
@@ -1888,49 +1678,25 @@ def report_event(settings: Settings, tell: Tell) -> None:
         read_stdin(keep=False)
         raise
     event, event_bytes = event_on_stdin()
-    if registered_elsewhere(event, settings.environ):
-        trackers = ours_alone(trackers, settings)
     ping = make_ping(event, settings, project_of(event, settings), ns, event_bytes)
     local = local_of(event, settings, ping)
-    queued, problems = [], []
+    queued, problems = {}, []
     for tracker in trackers:
         outbox = outbox_of(settings, tracker)
         try:
-            name = enqueue(outbox, tracker, ns, ping, local)
+            if tracker.wants(ping):
+                queued[outbox] = enqueue(outbox, tracker, ns, ping, local)
         except Skipped as why:
             problems.append(str(why))
-            continue
-        if name or outbox.holds_any():
-            queued.append((outbox, name))
-    if any(name for _, name in queued):
-        tell(f"{ping.get('event')} {ping['event_id']} is in the outbox")
+    if queued:
+        tell(f"{ping['event']} {ping['event_id']} is in the outbox")
+    started = start_senders(queued, settings)
     if settings.foreground:
-        deliver_in_foreground(queued, settings, ends, tell)
-    else:
-        start_senders(queued, settings)
+        wait_for_senders(queued, started, ends)
+        if any(os.path.exists(outbox.file(name)) for outbox, name in queued.items()):
+            tell("the ping waits in the outbox; a later hook delivers it")
     if problems:
         raise Skipped("; ".join(problems))
-
-
-def start_senders(queued: list[tuple[Outbox, str]], settings: Settings) -> None:
-    """Have a sender started for each outbox where none runs and no back-off stands."""
-    held = {}
-    for outbox, _ in queued:
-        if not outbox.state().backoff_left_s(time.time()):
-            lock = outbox.take_lock()
-            if lock is not None:  # busy: a sender runs, and will see the file
-                held[outbox.name()] = lock
-    if held:
-        start_sender(held, settings.environ)
-
-
-def open_missing_descriptors() -> None:
-    """Open those of 0, 1, 2 that are closed: or a file of ours would be our stdin."""
-    for fd in (0, 1, 2):
-        try:
-            os.fstat(fd)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)
 
 
 def silent(_: str) -> None:
@@ -1950,7 +1716,11 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
     mode. This is the one broad boundary: Claude Code never notices."""
     tell: Tell = silent
     try:
-        open_missing_descriptors()
+        for fd in (0, 1, 2):
+            try:
+                os.fstat(fd)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # or a file of ours would be our stdin
         os.umask(0o077)
         settings = Settings(dict(os.environ))
         if settings.debug:
@@ -1972,61 +1742,31 @@ def bytecode_path() -> str:
     return os.path.join(directory, "__pycache__", name)
 
 
-def keep_others_out(directory: str) -> bool:
-    """Under a umask of 000 Python makes a directory in which anybody may put bytecode:
-    whether it was so. (As open as the script's own directory it may stay.)"""
-    mode = os.stat(directory).st_mode
-    if not mode & ~os.stat(os.path.dirname(directory)).st_mode & 0o022:
-        return False
-    os.chmod(directory, stat.S_IMODE(mode) & ~0o022)
-    return True
-
-
-def is_stale(bytecode: str) -> bool:
-    """Whether the file, or a link that is its name, has changed since. Python compares
-    its time and size only, which two versions may share (cp -p)."""
-    changed = max(os.stat(THIS_FILE).st_ctime_ns, os.lstat(THIS_FILE).st_ctime_ns)
-    return changed > os.stat(bytecode).st_ctime_ns
-
-
-def is_damaged(bytecode: str) -> bool:
-    """Whether it cannot be loaded. Python never recovers from a .pyc that a power cut
-    has cut off: the settings' command then runs us as a script."""
-    import marshal
-
-    try:
-        code = marshal.loads(read_file(bytecode, STATE_MAX_BYTES)[16:])
-    except (EOFError, ValueError, TypeError):
-        return True
-    return not isinstance(code, type(is_damaged.__code__))
-
-
-def bytecode_serves() -> bool:
-    """Whether what Python has cached of this file is good. What is not is removed, or,
-    where nothing can be removed, left unused from now on."""
-    if sys.pycache_prefix == os.devnull:
-        return True  # it is left unused
+def mend_bytecode() -> None:
+    """Close a __pycache__ that a umask of 000 left open to others: Python would run
+    what they put there. As a script, remove bytecode that cannot be loaded: Python
+    never does, and the settings' command imports it in vain."""
     bytecode = bytecode_path()
-    try:
-        opened = keep_others_out(os.path.dirname(bytecode))
-        bad = is_stale(bytecode) or (__name__ == "__main__" and is_damaged(bytecode))
-    except OSError:
-        return True  # there is none
-    if (bad or opened) and not remove(bytecode):
-        sys.pycache_prefix = os.devnull
-    return not bad
+    cache, beside = os.path.dirname(bytecode), os.path.dirname(THIS_FILE)
+    mode = os.stat(cache).st_mode
+    if mode & ~os.stat(beside).st_mode & 0o022:  # as open as the script's it may be
+        os.chmod(cache, stat.S_IMODE(mode) & ~0o022)
+        remove(bytecode)
+    if __name__ == "__main__":
+        import marshal
+
+        try:
+            marshal.loads(read_file(bytecode, STATE_MAX_BYTES)[16:])
+        except (EOFError, ValueError, TypeError):
+            remove(bytecode)
 
 
 def hook() -> NoReturn:
     """What Claude Code runs."""
     try:
-        if not bytecode_serves() and __name__ != "__main__":
-            from importlib import reload
-
-            sys.path.insert(0, os.path.dirname(THIS_FILE))
-            reload(sys.modules[__name__]).hook()  # what the file holds now
-    except Exception:  # noqa: BLE001
-        pass  # then with what is there
+        mend_bytecode()
+    except OSError:
+        pass  # there is none
     run_for_claude_code(report_event)
 
 
@@ -2038,14 +1778,6 @@ def hook() -> NoReturn:
 
 # -- Transcripts: rows that count ------------------------------------------------------
 
-BLOCK_BYTES = 4 << 20  # read at once
-LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
-UNREAD_MAX_BYTES = 768 << 20  # more at once is skipped
-STAMP_S = 0.001  # rows tell their time in milliseconds
-RECENT_MAX = 16  # messages a file: only these may still get rows with larger counts
-QUIET_FILE_S = 3600.0  # an agent that wrote nothing for an hour has ended
-IDS_MAX = 1 << 17  # ids remembered, 1.5 MB; a very long session has 64,000
-ID_CHARS = 12  # 48 bits: among IDS_MAX ids two are the same in one session of 30,000
 NEEDLES = (
     b'"usage"',
     b'"is_error":true',
@@ -2053,7 +1785,6 @@ NEEDLES = (
     b'"interruptedMessageId"',
     b'"promptId"',
 )
-OUTLINE_NEEDLES = (b'"usage"', b'"cost-state"', b'"promptId"')
 COUNTS = (  # the ping's name, the transcript's, the ledger's
     ("input_tokens", "input_tokens", "inputTokens"),
     ("output_tokens", "output_tokens", "outputTokens"),
@@ -2065,17 +1796,18 @@ COUNTS = (  # the ping's name, the transcript's, the ledger's
     ),
     ("reasoning_tokens", "thinking_tokens", "thinkingTokens"),
 )
-INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
+LEDGER_SUMS = (  # the ping's name, the ledger's
+    ("cost_usd", "totalCostUSD"),
+    ("lines_added", "totalLinesAdded"),
+    ("lines_removed", "totalLinesRemoved"),
+)
+NO_LEDGER: list[Any] = [{}, {}, [0, 0, 0]]
+NONE = [0] * len(COUNTS)
 OUTPUT = 1  # the output tokens' place in COUNTS
-LEDGER_CLIENTS = {  # the first versions that end a session with a cost-state row
-    "cli": (2, 1, 220),  # interactive: 2.1.219 wrote none, 2.1.252 did
-    "": (2, 1, 271),  # others, `-p` above all: 2.1.270 wrote none, 2.1.288 did
-}
+INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
 
 
-def lines_that_matter(
-    fd: int, offset: int, needles: tuple[bytes, ...] = NEEDLES
-) -> Iterator[tuple[int, bytes]]:
+def lines_that_matter(fd: int, offset: int) -> Iterator[tuple[int, bytes]]:
     """The whole lines behind `offset` that may hold a count, by their bytes. Yields
     (offset behind the line, line), and (offset, b"") where all before it is read."""
     os.lseek(fd, offset, os.SEEK_SET)
@@ -2083,21 +1815,21 @@ def lines_that_matter(
     while block:
         block = rest + block
         whole = block.rfind(b"\n") + 1
-        found = lines_in(block, whole, needles)
+        found = lines_in(block, whole)
         for start in sorted(found):
             yield offset + found[start], block[start : found[start]]
-        rest = block[whole:]
+        offset, rest = offset + whole, block[whole:]
+        if whole:
+            yield offset, b""
         if len(rest) > LINE_MAX_BYTES:  # do not keep it; its end will not parse
-            whole, rest = len(block), b""
-        offset += whole
-        yield offset, b""
+            offset, rest = offset + len(rest), b""
         block = os.read(fd, BLOCK_BYTES)
 
 
-def lines_in(block: bytes, whole: int, needles: tuple[bytes, ...]) -> dict[int, int]:
+def lines_in(block: bytes, whole: int) -> dict[int, int]:
     """Where lines that hold a needle start and end, of the first `whole` bytes."""
     found: dict[int, int] = {}
-    for needle in needles:
+    for needle in NEEDLES:
         at = block.find(needle, 0, whole)
         while at >= 0:
             start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at) + 1
@@ -2110,7 +1842,7 @@ def lines_in(block: bytes, whole: int, needles: tuple[bytes, ...]) -> dict[int, 
 
 
 def short_id(text: str) -> str:
-    """What is kept of an id: enough to know it again."""
+    """What is kept of an id: 48 bits, enough to know it again."""
     from hashlib import sha256  # imported already, by urllib
 
     return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:ID_CHARS]
@@ -2130,20 +1862,6 @@ def plus(counts: list[int], more: list[int]) -> list[int]:
     return [a + b for a, b in zip(counts, more)]
 
 
-def minus(counts: list[int], less: list[int]) -> list[int]:
-    """The difference, count by count."""
-    return [a - b for a, b in zip(counts, less)]
-
-
-def total(*parts: dict[str, list[int]]) -> list[int]:
-    """The sum over all models of all `parts` (model -> counts)."""
-    found = [0] * len(COUNTS)
-    for part in parts:
-        for counts in part.values():
-            found = plus(found, counts)
-    return found
-
-
 def seconds_of(stamp: object) -> float:
     """A row's timestamp in seconds since 1970, 0 when it is none."""
     from datetime import datetime
@@ -2155,10 +1873,11 @@ def seconds_of(stamp: object) -> float:
 
 
 class Row:
-    """A line of a transcript that counts, or tells of a turn. What it lacks or has
+    """A line of a transcript that counts, or begins a turn. What it lacks or has
     otherwise than expected raises: the format is internal to the client.
 
-    at: when it was written, seconds since 1970, 0 when it does not tell.
+    at: when it was written, seconds since 1970; where it does not tell, as the row
+    before it.
     """
 
     def __init__(self, fields: Fields) -> None:
@@ -2175,42 +1894,49 @@ class Row:
             return None
 
 
-class MessageRow(Row):
-    """One content block of an API message, with the whole message's usage.
+class AnswerRow(Row):
+    """One content block of an answer of the API, with the whole answer's usage.
 
-    id: short; message_id: whole. real: no words of the client's own. copied: from
-    another session. calls: tool calls, id -> name. final: the turn ends with this
-    message.
+    key: what the answer is known by; name: the id that it has for a person; request:
+    the API's. real: no words of the client's own. copied: from another session;
+    origin: which, as far as it tells; branched: by /branch. stopped: it is whole;
+    final: the turn ends with it. calls: tool calls, short id -> name. inner: (model,
+    counts) of other models' calls inside it.
     """
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
         message, session = fields["message"], fields.get("sessionId")
-        if not message["id"]:
-            raise ValueError("no id")
-        self.message_id = str(message["id"])
-        self.id = short_id(self.message_id)
+        self.request = str(fields.get("requestId") or "")
+        self.name = str(message.get("id") or self.request or fields["uuid"])
+        self.key = short_id(self.name) + short_id(self.request)[:4]
         self.counts = counts_in(message["usage"], 1)
-        model = message.get("model")
+        model, stop_reason = message.get("model"), message.get("stop_reason")
         self.real = model != "<synthetic>" and not fields.get("isApiErrorMessage")
         self.model = model_shown(model)
-        self.copied = fields.get("requestSessionId", session) != session
-        self.final = message.get("stop_reason") not in (None, "tool_use")
+        self.origin = fields.get("requestSessionId", session)
+        self.branched = bool(fields.get("forkedFrom"))
+        self.copied = self.origin != session or self.branched
+        self.stopped = stop_reason is not None
+        self.final = stop_reason not in (None, "tool_use")
         self.calls: dict[str, object] = {}
         content = message.get("content")
         for block in content if isinstance(content, list) else ():
             if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
                 self.calls[short_id(block["id"])] = block.get("name")
+        self.inner = [
+            (model_shown(call.get("model")), counts_in(call, 1))
+            for call in message["usage"].get("iterations") or ()
+            if call.get("type") == "advisor_message"
+        ]
         self.branch = fields.get("gitBranch")
-        self.keeps_ledger = keeps_ledger(fields)
 
 
 class UserRow(Row):
     """A prompt, results of tools, or what the client put in.
 
-    failed: ids of the tool calls that failed. interrupt: what it is known by, "" when
-    it tells of none. prompt: it begins a turn of the session; begins: of an agent.
-    prompt_id: of the turn; "" from clients that do not mark it.
+    failed: short ids of the tool calls that failed. interrupt: what it is known by, ""
+    when it tells of none. prompt: it begins a turn of the session.
     """
 
     def __init__(self, fields: Fields) -> None:
@@ -2225,305 +1951,125 @@ class UserRow(Row):
         if "interruptedMessageId" in fields or "".join(texts).startswith(INTERRUPTED):
             self.interrupt = short_id(f"{fields.get('uuid')} {fields.get('timestamp')}")
         inserted = fields.get("isMeta") or fields.get("isCompactSummary")
-        self.begins = not (results or self.interrupt)
-        self.prompt = self.begins and not (inserted or self.sidechain)
-        self.prompt_id = ""
-        if isinstance(fields.get("promptId"), str):
-            self.prompt_id = short_id(fields["promptId"])
-        self.keeps_ledger = keeps_ledger(fields)
+        self.prompt = not (results or self.interrupt or inserted)
 
 
 class LedgerRow(Row):
-    """The client's own sums of a session, at its end: counts by model, and the cost."""
+    """The client's own sums of a session so far. ledger: [model -> counts, model ->
+    USD, the sums of LEDGER_SUMS]."""
 
     def __init__(self, fields: Fields) -> None:
         super().__init__(fields)
-        cost = fields["totalCostUSD"]
-        self.cost: float = cost if number(cost) else 0
-        self.models: dict[str, list[int]] = {}
+        models: dict[str, list[int]] = {}
+        costs: dict[str, float] = {}
         for name, used in fields["modelUsage"].items():
-            shown = model_shown(name)
-            known = self.models.get(shown, [0] * len(COUNTS))
-            self.models[shown] = plus(known, counts_in(used, 2))
+            shown, cost = model_shown(name), used.get("costUSD")
+            models[shown] = plus(models.get(shown, NONE), counts_in(used, 2))
+            costs[shown] = costs.get(shown, 0) + (cost if number(cost) else 0)
+        sums = [fields.get(theirs) for _, theirs in LEDGER_SUMS]
+        self.ledger = [models, costs, [n if number(n) else 0 for n in sums]]
 
 
-ROWS: dict[str, type[Row]] = {
-    "assistant": MessageRow,
+ROWS: dict[str, Callable[[Fields], Row]] = {
+    "assistant": AnswerRow,
     "user": UserRow,
     "cost-state": LedgerRow,
 }
 
 
-def keeps_ledger(fields: Fields) -> bool:
-    """Whether the client that wrote a row ends its sessions with a ledger. One that
-    does not tell its version is taken for a present one."""
-    version = str(fields.get("version")).split(".")
-    if len(version) != 3 or not all(part.isdecimal() for part in version):
-        return True
-    first = LEDGER_CLIENTS["cli" if fields.get("entrypoint") == "cli" else ""]
-    return [int(part[:9]) for part in version] >= list(first)
-
-
-class Outline:
-    """What a transcript tells of its session's beginning and turns, up to `until`.
-
-    begun: the first row's time. last_prompt: the last prompt's. last_run: the time of
-    the first prompt behind the end of an earlier run, 0 when there was none. named:
-    whether this client marks prompts' rows. spoken: whether anything was answered.
-    keeps_ledger: whether this client writes ledgers.
-    """
-
-    def __init__(self, path: str, until: float, ends: float) -> None:
-        self.begun = self.last_prompt = self.last_run = 0.0
-        self.named = self.spoken = False
-        self.keeps_ledger, ended = True, False
-        fd = open_regular(path)
-        try:
-            size = os.fstat(fd).st_size
-            head = os.read(fd, 1 << 16)
-            stamp = head.partition(b'"timestamp":"')[2].partition(b'"')[0]
-            self.begun = seconds_of(stamp.decode("ascii", "replace"))
-            if size > UNREAD_MAX_BYTES:
-                self.spoken = True  # too much to find a prompt in
-                return
-            for _, line in lines_that_matter(fd, 0, OUTLINE_NEEDLES):
-                marked = b'"promptId"' in line or b'"cost-state"' in line
-                row = Row.parse(line) if marked else None
-                self.spoken = self.spoken or b'"usage"' in line
-                if isinstance(row, LedgerRow):
-                    ended = True
-                if isinstance(row, UserRow) and row.at <= until + STAMP_S:
-                    self.named = self.named or row.prompt_id != ""
-                    self.keeps_ledger = row.keeps_ledger
-                    if row.prompt and row.at:
-                        self.last_prompt = row.at
-                        self.last_run, ended = row.at if ended else self.last_run, False
-                if time.monotonic() > ends:
-                    raise TimeoutError("the rest is for the next ping")
-        finally:
-            os.close(fd)
-
-
-class Ids:
-    """Ids as short hashes, in a text; beyond IDS_MAX the oldest are forgotten."""
-
-    def __init__(self, text: str = "") -> None:
-        self.text = text
-        self.known: dict[str, None] | None = None  # made when first asked for
-
-    def all(self) -> dict[str, None]:
-        """The ids, oldest first."""
-        if self.known is None:
-            starts = range(0, len(self.text), ID_CHARS)
-            self.known = {self.text[at : at + ID_CHARS]: None for at in starts}
-        return self.known
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.all()
-
-    def add(self, key: str) -> None:
-        """Remember one more."""
-        self.all()[key] = None
-
-    def as_text(self) -> str:
-        """The newest of them, as they are kept."""
-        if self.known is None:
-            return self.text
-        return "".join(list(self.known)[-IDS_MAX:])
-
-
-class Message:
-    """An API message that was counted, as long as a further row of it may come.
-
-    calls: short ids of its tool calls.
-    """
-
-    def __init__(self) -> None:
-        self.counts = [0] * len(COUNTS)
-        self.calls: set[str] = set()
-
-
 class Transcript:
-    """One of a session's transcripts, and how far it was read.
+    """How far one of a session's transcripts was read.
 
-    name: "" for the session's own, else an agent's, below the session's directory.
-    inode: as text, for JSON readers lose digits; "" as long as it was never open. at:
-    the last row's time. begun: when its first message that counted was asked for.
-    prompted_at, over_at: the last prompt's time, the last final message's. prompt_id:
-    of the turn that it works in. recent: short ids of its newest messages.
+    inode: as text, for JSON readers lose digits. ended_at: the time of the last row
+    that ended a turn, seconds since 1970.
     """
 
-    KEPT = ("inode", "offset", "at", "begun", "prompted_at", "over_at", "prompt_id")
+    def __init__(self, inode: str = "", offset: int = 0, ended_at: float = 0) -> None:
+        self.inode, self.offset, self.ended_at = inode, offset, ended_at
 
-    def __init__(self, name: str) -> None:
-        self.name, self.inode, self.offset = name, "", 0
-        self.at = self.begun = self.prompted_at = self.over_at = 0.0
-        self.prompt_id = ""
-        self.recent: list[str] = []
-
-    @classmethod
-    def load(cls, name: str, found: list[Any]) -> Transcript:
-        """As `as_list` gave it; ValueError when it has another form."""
-        transcript = cls(name)
-        for key, value in zip(cls.KEPT, found):
-            text = isinstance(getattr(transcript, key), str)
-            if not (isinstance(value, str) if text else number(value)):
-                raise ValueError(f"no {key}")
-            setattr(transcript, key, value)
-        transcript.recent = list(found[len(cls.KEPT)])
-        return transcript
-
-    def as_list(self) -> list[Any]:
-        """As JSON has it, but for its messages."""
-        return [getattr(self, key) for key in self.KEPT]
-
-    def is_over(self) -> bool:
-        """Whether the last message has come of what it was last asked."""
-        return self.over_at > 0 and self.over_at >= self.prompted_at
-
-    def read(self, path: str, ends: float, take: Callable[[Row], bool]) -> bool:
-        """Hand every row gained to `take`, until that returns False: such a row is read
-        again next time. False when something was passed over.
-
+    def rows(self, path: str, ends: float) -> Iterator[Row]:
+        """The rows gained. One at which the reader stops is read again next time.
         OSError or ValueError: it cannot be read; TimeoutError: not to its end by `ends`
-        (monotonic).
-        """
+        (monotonic)."""
         fd = open_regular(path)
         try:
-            found = os.fstat(fd)
-            known, self.inode = self.inode, str(found.st_ino)
-            if known not in ("", self.inode) or self.offset > found.st_size:
-                # Replaced or shrunk: the ledger may settle it, nothing counts twice.
-                self.offset = found.st_size
-                return False
-            if found.st_size - self.offset > UNREAD_MAX_BYTES:
-                self.offset = found.st_size
-                return False
+            inode = str(os.fstat(fd).st_ino)
+            if inode != self.inode or not self.goes_on(fd):
+                self.offset = 0  # another file, or not what it was
+            self.inode, at = inode, 0.0
             for end, line in lines_that_matter(fd, self.offset):
                 row = Row.parse(line) if line else None
                 if row is not None:
-                    row.at = row.at or self.at
-                    if not take(row):
-                        return True
-                    self.at = row.at
+                    at = row.at = row.at or at
+                    yield row
                 self.offset = end
                 if time.monotonic() > ends:
                     raise TimeoutError("the rest is for the next ping")
-            if self.name and time.time() - found.st_mtime > QUIET_FILE_S:
-                self.recent = []
-            return True
         finally:
             os.close(fd)
 
-    def rows_before(self, path: str, end: int) -> Iterator[Row]:
-        """The rows of the first `end` bytes, whatever was read."""
-        fd = open_regular(path)
-        try:
-            for offset, line in lines_that_matter(fd, 0):
-                if offset > end:
-                    return
-                row = Row.parse(line) if line else None
-                if row is not None:
-                    yield row
-        finally:
-            os.close(fd)
+    def goes_on(self, fd: int) -> bool:
+        """Whether a line ends where the last read did."""
+        if self.offset == 0:
+            return True
+        os.lseek(fd, self.offset - 1, os.SEEK_SET)
+        return os.read(fd, 1) == b"\n"
 
 
 # -- Accounts: tokens, charged once ----------------------------------------------------
 
-USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd")
-LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
-POLL_S = 0.05  # between two looks at a transcript that is awaited
-READ_S = 20.0  # reading for one ping; the rest is for the session's next
-OPEN_TRIES = 4  # of a transcript that cannot be opened, however old the event is
-QUIET_S = DAY_S = 86400.0  # a session without a word for a day is lost
-ACCOUNT_MAX_S = 30 * DAY_S  # then an account is dropped
-ACCOUNT_MAX_BYTES = 16 << 20  # 64,000 messages of 250 agents: 2 MB
-TRANSCRIPTS_MAX = 10000  # of a session; a busy one has some hundred
-CHARGED_MAX = 32  # charges remembered, until the ping's own file has them
-NAMES_MAX = 100  # models, and tools, told apart in one account
-PROMPTS_MAX = 8  # times of prompts remembered: events may come late
-ABSENT, FAILED, FAILED_AGENT, PART = "absent", "failed", "agent", "part"  # a reading
+USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd", "SessionLost")
+HISTORY, CALLED, FAILED = "history", "call", "failed"  # what else stands in `seen`
+IDENTITY = ("project", "session_id", "cwd_hash", "transcript_path_hash")
+
+
+def less(counts: list[int], others: list[int]) -> list[int]:
+    """The difference, count by count; never negative."""
+    return [max(0, a - b) for a, b in zip(counts, others)]
+
+
+def total(*parts: dict[str, list[int]]) -> list[int]:
+    """The sum over all models of all `parts` (model -> counts)."""
+    found = NONE
+    for part in parts:
+        for counts in part.values():
+            found = plus(found, counts)
+    return found
+
+
+def named(counts: list[int]) -> Fields:
+    """Counts as a ping has them: all of COUNTS, and the total."""
+    found = {names[0]: n for names, n in zip(COUNTS, counts)}
+    return {**found, "total_tokens": sum(counts) - found["reasoning_tokens"]}
 
 
 class Usage:
-    """What was read and not yet charged. models: model -> counts, of which some may be
-    negative, when too much was charged before. tools: name -> calls. rows: for trackers
-    that need it, short id of a message -> [its id, model, time in ms, its counts]."""
-
-    NUMBERS = ("tool_calls", "tool_failures", "interrupts")
+    """What was read and is to be charged. models: model -> counts. tools: name ->
+    calls. rows: for a tracker that keeps answers, [id, model, time in ms, the counts]
+    of what each has gained."""
 
     def __init__(self) -> None:
         self.models: dict[str, list[int]] = {}
         self.tools: dict[str, int] = {}
-        self.rows: dict[str, tuple[str, str, int, list[int]]] = {}
+        self.rows: list[list[Any]] = []
         self.tool_calls = self.tool_failures = self.interrupts = 0
 
-    @classmethod
-    def load(cls, found: Fields) -> Usage:
-        """As `as_object` gave it."""
-        usage = cls()
-        usage.models = models_in(found["models"])
-        usage.tools = {name: int(calls) for name, calls in found["tools"].items()}
-        for name in cls.NUMBERS:
-            setattr(usage, name, int(found[name]))
-        for key, (message, model, ms, given) in found.get("rows", {}).items():
-            counts = [int(n) for n in given]
-            usage.rows[str(key)] = str(message), str(model), int(ms), counts
-        return usage
-
-    def as_object(self) -> Fields:
-        """As JSON's objects have it."""
-        found: Fields = {name: getattr(self, name) for name in self.NUMBERS}
-        found.update(models=self.models, tools=self.tools)
-        if self.rows:
-            found["rows"] = self.rows
-        return found
-
     def add(self, model: str, counts: list[int]) -> None:
-        """Add to a model's counts."""
-        add_to(self.models, model, counts)
+        """Count tokens of a model."""
+        if any(counts):
+            self.models[model] = plus(self.models.get(model, NONE), counts)
 
-    def merge(self, more: Usage) -> None:
-        """Add all that was read by another."""
-        for model, counts in more.models.items():
-            self.add(model, counts)
-        for name, calls in more.tools.items():
-            self.tools[name] = self.tools.get(name, 0) + calls
-        for name in self.NUMBERS:
-            setattr(self, name, getattr(self, name) + getattr(more, name))
-        self.rows.update(more.rows)
-
-    def add_row(self, row: MessageRow, told: list[int]) -> None:
-        """Note whose tokens were gained. told: what the message had until now; when
-        that was charged, the difference goes under an id of its own."""
-        message, gained = row.message_id, minus(row.counts, told)
-        if row.id in self.rows:
-            message, _, _, before = self.rows[row.id]
-            gained = plus(before, gained)
-        elif any(told):
-            message = f"{message}.{row.counts[OUTPUT]}"
-        known = row.id in self.rows or len(self.rows) < ROWS_MAX - 2 * NAMES_MAX
-        if known and identifier(message):
-            self.rows[row.id] = message, row.model, int(row.at * 1000), gained
-
-    def add_call(self, name: object) -> None:
-        """Count a call of a tool; by name when that is an identifier."""
-        self.tool_calls += 1
-        known = name in self.tools or len(self.tools) < NAMES_MAX
-        if isinstance(name, str) and identifier(name) and known:
-            self.tools[name] = self.tools.get(name, 0) + 1
-
-    def fields(self, model: str, tool_names: bool) -> Fields:
-        """The fields of a ping. model: the main chain's last."""
-        models = {name: positive(counts) for name, counts in self.models.items()}
-        models = {name: counts for name, counts in models.items() if any(counts)}
-        fields = named(total(models))
+    def fields(self, model: str, tool_names: bool, costs: dict[str, float]) -> Fields:
+        """The fields of a ping. model: the main chain's last. costs: model -> USD."""
+        fields = named(total(self.models))
         fields.update(tool_calls=self.tool_calls, tool_failures=self.tool_failures)
         if self.interrupts:
             fields["interrupts"] = self.interrupts
+        models = {name: named(counts) for name, counts in self.models.items()}
+        for name, cost in costs.items():
+            models.setdefault(name, {})["cost_usd"] = cost
         if models and list(models) != [model]:
-            fields["models"] = {name: named(counts) for name, counts in models.items()}
+            fields["models"] = models
         tools: dict[str, int] = {}
         for name, calls in self.tools.items():
             shown = tool_shown(name, tool_names)
@@ -2535,925 +2081,517 @@ class Usage:
             fields["model"] = model
         return fields
 
-
-def rows_charged(usage: Usage, event_id: str, ms: int) -> list[list[Any]]:
-    """The messages whose tokens are charged to a ping, as BESIDE has them: together
-    what the ping says, to the token. What no message has (the ledger's, or more rows
-    than there may be) has a row for each model; what was charged too much before is
-    taken off. ms: the event's time."""
-    left = {model: positive(counts) for model, counts in usage.models.items()}
-    rows: list[list[Any]] = []
-    for message, model, at, counts in usage.rows.values():
-        rest = left.get(model, [0] * len(COUNTS))
-        told = [min(pair) for pair in zip(positive(counts), rest)]
-        if any(told):
-            rows.append([message, model, at or ms, *told])
-            left[model] = minus(rest, told)
-    for model, counts in left.items():
-        name = f"{event_id}.{model}"
-        if not identifier(name, "@[]"):  # it is too long
-            name = f"{event_id}.{short_id(model)}"
-        if any(counts):
-            rows.append([name, model, ms, *counts])
-    return rows
-
-
-def add_to(models: dict[str, list[int]], model: str, counts: list[int]) -> None:
-    """Add counts to a model's; beyond NAMES_MAX models, to those of `other`."""
-    name = model if model in models or len(models) < NAMES_MAX else model_shown(None)
-    models[name] = plus(models.get(name, [0] * len(COUNTS)), counts)
-
-
-def positive(counts: list[int]) -> list[int]:
-    """The counts without the negative ones."""
-    return [max(0, n) for n in counts]
-
-
-def named(counts: list[int]) -> Fields:
-    """Counts as a ping has them: all of COUNTS, and the total."""
-    found = {names[0]: n for names, n in zip(COUNTS, counts)}
-    return {**found, "total_tokens": sum(counts) - found["reasoning_tokens"]}
-
-
-def models_in(found: Fields) -> dict[str, list[int]]:
-    """Model -> counts, as an account's file has them; ValueError when it has not."""
-    models = {str(name): [int(n) for n in found[name]] for name in found}
-    if any(len(counts) != len(COUNTS) for counts in models.values()):
-        raise ValueError("no counts")
-    return models
+    def messages(self, event_id: str, ms: int) -> list[list[Any]]:
+        """`rows` as BESIDE has them: together what the ping says, to the token. What no
+        answer has (the ledger's, or more than there may be) has a row for each model.
+        ms: the event's time."""
+        found, left = self.rows[: ROWS_MAX - 200], dict(self.models)
+        for _, model, _, *counts in found:
+            left[model] = less(left[model], counts)
+        for model, counts in left.items():
+            name = f"{event_id}.{model}"
+            if not identifier(name, "@[]"):  # it is too long
+                name = f"{event_id}.{short_id(model)}"
+            if any(counts):
+                found.append([name, model, ms, *counts])
+        return found
 
 
 class Account:
-    """What of a session was read and charged.
+    """What of a session was charged at one destination. Every attribute but `path` is
+    what its file holds, a plain value of JSON.
 
-    first, source, opened_at: the event that opened it. ours_from: a session that began
-    later than that was ours from its start. since: older rows are history, never
-    billed; None before the transcript was first read. whole: nothing of the session is
-    history. transcript: where its own transcript is now; place: a hash of where it was
-    when last read. identity: fields for a SessionLost. ids: messages that were counted;
-    history: those that never will be. messages: id -> those that may still grow.
-    reported: model -> counts, charged so far; cost: USD, likewise. charged: event_id ->
-    its usage fields. ledger: the client's, as long as nothing was said after it.
-    settled_at: when it last had the last word. prompts: their times; prompt_id: the
-    last one's. spoke_at: the main chain's last message; spoke_for: its prompt_id.
-    over_at: the last end of a turn. stopped_at: the last Stop. owed: (ns, ping) of a
-    SessionLost not yet in the outbox. merged: marks of former accounts that are in it.
-    unlearned: its ids are not all known. damaged: what was charged is not known.
-
-    For trackers that need it (needs: what of BESIDE): own: what was frozen with the
-    last ping. tool_calls: told so far. at_end: the counts told when the session last
-    ended. beside: event_id -> what stands beside a ping that was charged.
+    transcript: where the session's own is. identity, own: of the last ping, for a
+    SessionLost. since: older rows are history (seconds since 1970). was_read: its
+    history is known. transcripts: name -> Transcript's arguments. seen: key of an
+    answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
+    history: whether the main chain's last answer is: "", "own", or "branched". parent:
+    of a fork: session, key of the last answer copied. baseline: the ledger at the end
+    of history; [] when nobody knows it. told: model -> counts, since then. ledger: the
+    client's, while it is the last word. row_at: of the newest row; settled_at: of the
+    newest that the baseline has. last_at, stopped_at: the last charge, the last end of
+    a turn; prompted_at: the last prompt. total, tool_calls: told in all; at_end: when
+    the session last ended. charged: event_id -> [fields, what stands beside].
     """
 
-    TEXTS = (
-        *("first", "source", "transcript", "place", "model", "branch"),
-        *("prompt_id", "spoke_for"),
-    )
-    NUMBERS = (
-        *("opened_at", "ours_from", "last_at", "settled_at", "spoke_at", "over_at"),
-        *("stopped_at", "cost"),
-    )
-    SWITCHES = ("whole", "ended", "keeps_ledger", "unlearned")
-    IDENTITY = ("project", "session_id", "cwd_hash", "transcript_path_hash")
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        self.first = self.source = self.transcript = self.place = ""
-        self.model = self.branch = self.prompt_id = self.spoke_for = ""
-        self.opened_at = self.ours_from = self.last_at = self.settled_at = 0.0
-        self.spoke_at = self.over_at = self.stopped_at = self.cost = 0.0
-        self.whole = self.keeps_ledger = True
-        self.ended = self.unlearned = False
-        self.since: float | None = None
-        self.ledger: tuple[dict[str, list[int]], float] | None = None
-        self.owed: list[tuple[int, Fields]] = []
+    def __init__(self, path: str, since: float = 0) -> None:
+        self.path, self.since = path, float(since)
+        self.transcript = self.model = self.branch = self.history = ""
         self.identity: Fields = {}
-        self.charged: dict[str, Fields] = {}
-        self.reported: dict[str, list[int]] = {}
-        self.prompts: list[float] = []
-        self.merged: list[str] = []
-        self.transcripts: dict[str, Transcript] = {}
-        self.messages: dict[str, Message] = {}
-        self.ids, self.history, self.gained = Ids(), Ids(), Usage()
-        self.damaged = False
-        self.needs: tuple[str, ...] = ()
         self.own: Fields = {}
-        self.tool_calls = 0
-        self.at_end = [0] * len(COUNTS)
-        self.beside: dict[str, Fields] = {}
-
-    # -- Its file --
+        self.row_at = self.settled_at = 0.0
+        self.last_at = self.stopped_at = self.prompted_at = 0.0
+        self.was_read = False
+        self.transcripts: dict[str, list[Any]] = {}
+        self.seen: dict[str, str] = {}
+        self.parent: list[str] = []
+        self.baseline: list[Any] = NO_LEDGER
+        self.ledger: list[Any] = []
+        self.told: dict[str, list[int]] = {}
+        self.total, self.at_end, self.tool_calls = NONE, NONE, 0
+        self.charged: dict[str, list[Fields]] = {}
 
     @classmethod
     def load(cls, path: str) -> Account:
         """OSError as it comes; ValueError: the file holds no account."""
-        found = read_object(path, ACCOUNT_MAX_BYTES)
-        account = cls(path)
-        try:
-            if found.get("version") == 2:
-                account.fill(found)
-            else:
-                account.fill_from_1_0(found)
-        except (KeyError, TypeError, AttributeError, IndexError):
-            raise ValueError("no account") from None
+        account, found = cls(path), read_object(path, ACCOUNT_MAX_BYTES)
+        for name in account.kept():
+            kind = type(getattr(account, name))
+            if not isinstance(found.get(name), (int, kind) if kind is float else kind):
+                raise ValueError("no account")
+            setattr(account, name, found[name])
         return account
 
-    def fill(self, found: Fields) -> None:
-        """Take all from what `as_object` gave."""
-        for names, good in (
-            (self.TEXTS, lambda value: isinstance(value, str)),
-            (self.NUMBERS, number),
-            (self.SWITCHES, boolean),
-        ):
-            for name in names:
-                if not good(found[name]):
-                    raise ValueError(f"no {name}")
-                setattr(self, name, found[name])
-        self.since = None if found["since"] is None else float(found["since"])
-        self.identity, self.charged = dict(found["identity"]), dict(found["charged"])
-        self.reported = models_in(found["reported"])
-        self.prompts = [float(at) for at in found["prompts"]]
-        self.merged = [str(mark) for mark in found["merged"]]
-        self.ids, self.history = Ids(found["ids"]), Ids(found["history"])
-        self.gained = Usage.load(found["gained"])
-        if found["ledger"] is not None:
-            self.ledger = models_in(found["ledger"][0]), float(found["ledger"][1])
-        self.owed = [(int(ns), dict(ping)) for ns, ping in found["owed"]]
-        if "beside" in found:
-            self.own, self.tool_calls = dict(found["own"]), int(found["tool_calls"])
-            self.at_end = models_in({"": found["at_end"]})[""]
-            self.beside = {k: dict(found["beside"][k]) for k in found["beside"]}
-        for name, kept in found["transcripts"].items():
-            self.transcripts[name] = Transcript.load(name, kept)
-            for key, (counts, calls) in kept[-1].items():
-                message = self.messages[key] = Message()
-                message.counts, message.calls = [int(n) for n in counts], set(calls)
-
-    def fill_from_1_0(self, found: Fields) -> None:
-        """Take all from an account of version 1.0.0, which knew the ids of each file's
-        last messages only."""
-        ledger = found["ledger"]
-
-        def models(given: Fields) -> dict[str, list[int]]:
-            return {
-                str(name): [int(given[name].get(names[0], 0)) for names in COUNTS]
-                for name in given
-            }
-
-        self.first, self.transcript = str(found["first"]), str(found["transcript"])
-        self.whole, self.ended = bool(found["whole"]), bool(found["ended"])
-        self.last_at, self.cost = float(found["last_at"]), float(found["cost"])
-        self.opened_at = self.ours_from = float(found["prompt_by"] or found["last_at"])
-        known = found["files"] or found["since"] or not found["prompt_by"]
-        self.since = float(found["since"]) if known else None
-        self.identity = {k: found["identity"][k] for k in found["identity"]}
-        self.charged, self.reported = dict(found["charged"]), models(found["reported"])
-        self.prompts = [float(at) for at in found["prompts"]]
-        self.gained.models = models(found["models"])
-        self.gained.tools = {name: int(n) for name, n in found["tools"].items()}
-        self.gained.tool_calls = int(found["tool_calls"])
-        self.gained.tool_failures = int(found["tool_failures"])
-        if ledger:
-            self.ledger = models(ledger["models"]), float(ledger["cost"])
-        if found["owed"]:
-            self.owed = [(ns_of(found["owed"][0]), dict(found["owed"][1]))]
-        self.place, self.unlearned = short_id(self.transcript), True
-        for name, (inode, offset, ids, _) in found["files"].items():
-            transcript = self.transcripts[name] = Transcript(name)
-            transcript.inode = "" if inode is None else str(inode)
-            transcript.offset = int(offset)
-            for text in ids:
-                self.ids.add(short_id(text))
-
-    def as_object(self) -> Fields:
-        """As JSON's objects have it."""
-        plain = (*self.TEXTS, *self.NUMBERS, *self.SWITCHES)
-        found: Fields = {name: getattr(self, name) for name in plain}
-        found.update(
-            version=2,
-            since=self.since,
-            identity=self.identity,
-            charged=self.charged,
-            reported=self.reported,
-            prompts=self.prompts,
-            merged=self.merged,
-            ids=self.ids.as_text(),
-            history=self.history.as_text(),
-            gained=self.gained.as_object(),
-            ledger=self.ledger,
-            owed=self.owed,
-            transcripts={},
-        )
-        if self.needs or self.beside:
-            found.update(own=self.own, tool_calls=self.tool_calls)
-            found.update(at_end=self.at_end, beside=self.beside)
-        for name, kept in self.transcripts.items():
-            messages = [(key, self.messages[key]) for key in kept.recent]
-            recent = {key: [m.counts, sorted(m.calls)] for key, m in messages}
-            found["transcripts"][name] = [*kept.as_list(), recent]
-        return found
+    def kept(self) -> Fields:
+        """All that its file holds."""
+        return {name: value for name, value in vars(self).items() if name != "path"}
 
     def save(self) -> None:
-        """Write the file, all or nothing; only as much as must be remembered."""
-        known = {key for kept in self.transcripts.values() for key in kept.recent}
-        self.messages = {k: m for k, m in self.messages.items() if k in known}
+        """Write the file, all or nothing."""
+        self.seen = dict(list(self.seen.items())[-SEEN_MAX:])
         self.charged = dict(list(self.charged.items())[-CHARGED_MAX:])
-        self.forget_beside()
         directory = os.path.dirname(self.path)
         if not os.path.isdir(directory):
             os.mkdir(directory, 0o700)
-        write_object(self.path, self.as_object())
+        write_file(self.path, encode_json(self.kept()).encode())
 
-    def forget_beside(self) -> None:
-        """Keep what stands beside the last pings charged, by rows: their own files have
-        it by then, unless the disk was full."""
-        kept: dict[str, Fields] = {}
-        rows = 0
-        for event_id in reversed(list(self.beside)):
-            rows += len(self.beside[event_id].get("messages", ()))
-            if not kept or (rows <= 2 * ROWS_MAX and len(kept) < CHARGED_MAX):
-                kept[event_id] = self.beside[event_id]
-        self.beside = dict(reversed(list(kept.items())))
-
-    # -- What events say of its session --
-
-    def begin(self, ping: Fields, at: float, ours: float) -> None:
-        """Open it with the event that its session was met at."""
-        self.first, self.opened_at, self.ours_from = str(ping.get("event")), at, ours
-        self.source = str(ping.get("source")) if self.first == "SessionStart" else ""
-
-    def follow(self, ping: Fields, local: Fields, at: float) -> bool:
-        """Take from an event where the transcript is now; whether that is new."""
-        if at < self.last_at and self.transcript:
-            return False
-        moved = self.transcript != str(local["transcript"])
-        self.transcript = str(local["transcript"])
-        self.identity = {name: ping[name] for name in self.IDENTITY if name in ping}
-        return moved
-
-    def meet(self, ping: Fields, local: Fields, at: float) -> None:
-        """Note an event that tells no usage: its session is not lost."""
-        if self.follow(ping, local, at) or self.ended:
-            self.ended = False
-            self.save()
-        else:
-            os.utime(self.path)
-
-    def path_of(self, name: str) -> str:
-        """Path of a transcript."""
+    def files(self) -> dict[str, str]:
+        """Name -> path of the session's transcripts: its own, "", and its agents', at
+        any depth. The names stay where the files move."""
         top = self.transcript[: -len(".jsonl")]
-        return os.path.join(top, name) if name else self.transcript
-
-    def agents(self) -> list[str]:
-        """Names of the agents' transcripts that there are, at any depth."""
-        top = self.transcript[: -len(".jsonl")]
-        return sorted(
-            os.path.relpath(os.path.join(directory, name), top)
+        paths = [
+            os.path.join(directory, name)
             for directory, _, names in os.walk(os.path.join(top, "subagents"))
-            for name in names
+            for name in sorted(names)
             if name.startswith("agent-") and name.endswith(".jsonl")
-        )
+        ]
+        agents = {os.path.relpath(path, top): path for path in paths}
+        return {"": self.transcript, **agents}
 
-    # -- What was read is told --
+    def count_of(self, key: str) -> list[int]:
+        """What of an answer was counted."""
+        known = self.seen.get(key)
+        return [int(n) for n in known.split(",")] if known else NONE
 
-    def settle(self, at: float) -> float:
-        """Add what the client's ledger has more (compaction and titles are calls of no
-        row); give the cost not yet reported. It is sums that are compared: the ledger
-        may name a model otherwise."""
-        models, cost = self.ledger or ({}, 0.0)
-        missing = minus(total(models), total(self.gained.models, self.reported))
-        missing = positive(missing)
-        for name, counts in models.items():
-            known = [0] * len(COUNTS)
-            for part in (self.gained.models, self.reported):
-                known = plus(known, part.get(name, [0] * len(COUNTS)))
-            more = positive(minus(counts, known))
-            more = [min(pair) for pair in zip(more, missing)]
-            missing = minus(missing, more)
-            self.gained.add(name, more)
-        new = max(0, round(cost - self.cost, 10))
-        self.cost, self.settled_at = max(cost, self.cost), max(at, self.settled_at)
-        return new
-
-    def take_usage(self, tool_names: bool, event_id: str, at: float) -> Fields:
-        """The usage fields of what was read since the last charge; now it is told."""
-        fields, rest = self.gained.fields(self.model, tool_names), Usage()
-        rows = rows_charged(self.gained, event_id, int(at * 1000))
-        self.tool_calls += self.gained.tool_calls
-        for name, counts in self.gained.models.items():
-            add_to(self.reported, name, positive(counts))
-            if min(counts) < 0:  # told before, and too much: the next ping has less
-                rest.models[name] = minus(counts, positive(counts))
-        self.gained = rest
-        if self.needs:
-            told = total(self.reported)
-            beside = {
-                "messages": rows,
-                "totals": {**named(told), "tool_calls": self.tool_calls},
-                "since_end": named(minus(told, self.at_end)),
-            }
-            self.beside[event_id] = gate_beside(beside, self.needs)
-        return fields
-
-    # -- A former URL's account --
-
-    def merge(self, former: Account, mark: str) -> None:
-        """Take in the account that a former URL's destination has of the session: what
-        both together have not counted is read, and charged to pings to come. mark:
-        names that account, so that after a crash it is not taken in twice."""
-        if mark in self.merged:
-            return
-        self.merged.append(mark)
-        earlier = former
-        if former.since is not None and self.since is not None:
-            earlier = former if former.since <= self.since else self
-        self.first, self.source = earlier.first, earlier.source
-        self.opened_at, self.ours_from = earlier.opened_at, earlier.ours_from
-        self.since, self.whole = earlier.since, earlier.whole
-        theirs, ours = former.history.all(), self.history.all()
-        self.history = Ids("".join(key for key in theirs if key in ours))
-        self.ids = Ids("".join({**former.ids.all(), **self.ids.all()}))
-        if former.last_at > self.last_at or not self.transcript:
-            self.ended, self.model = former.ended, former.model
-            self.transcript, self.place = former.transcript, former.place
-            self.identity, self.own = former.identity, former.own
-        for name in {**former.transcripts, **self.transcripts}:
-            self.merge_transcript(name, former.transcripts.get(name))
-        self.messages = {**former.messages, **self.messages}
-        self.merge_told(former)
-
-    def merge_transcript(self, name: str, theirs: Transcript | None) -> None:
-        """Go back to where the one that read less of a transcript was."""
-        if theirs is not None and name not in self.transcripts:
-            self.transcripts[name] = theirs
-            return
-        ours = self.transcripts[name]
-        if theirs is None or theirs.inode != ours.inode:
-            ours.offset = 0
-        else:
-            ours.offset, ours.at = min(ours.offset, theirs.offset), theirs.at
-            recent = [key for key in theirs.recent if key not in ours.recent]
-            ours.recent, ours.begun = recent + ours.recent, theirs.begun or ours.begun
-
-    def merge_told(self, former: Account) -> None:
-        """Add what was counted and told of the former account."""
-        for name, counts in former.reported.items():
-            add_to(self.reported, name, counts)
-        self.gained.merge(former.gained)
-        self.charged = {**former.charged, **self.charged}
-        self.beside = {**former.beside, **self.beside}
-        self.tool_calls += former.tool_calls
-        self.at_end = plus(former.at_end, self.at_end)
-        self.owed, self.cost = former.owed + self.owed, max(former.cost, self.cost)
-        self.ledger = self.ledger or former.ledger
-        self.prompts = sorted({*former.prompts, *self.prompts})[-PROMPTS_MAX:]
-        self.unlearned = self.unlearned or former.unlearned
-        for name in ("last_at", "settled_at", "spoke_at", "over_at", "stopped_at"):
-            setattr(self, name, max(getattr(self, name), getattr(former, name)))
-
-
-def learn(ids: Ids, path: str, end: int) -> None:
-    """Remember the ids of a transcript's first `end` bytes."""
-    for row in Transcript("").rows_before(path, min(end, UNREAD_MAX_BYTES)):
-        if isinstance(row, MessageRow):
-            ids.add(row.id)
+    def seen_elsewhere(self, key: str) -> set[str]:
+        """All that the accounts of other sessions, which have this key, have seen."""
+        directory, own = os.path.split(self.path)
+        found: set[str] = set()
+        for name in os.listdir(directory) if os.path.isdir(directory) else ():
+            path = os.path.join(directory, name)
+            try:
+                if name != own and key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
+                    found.update(Account.load(path).seen)
+            except (OSError, ValueError):
+                continue
+        return found
 
 
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
+    until: the time of the event. ends: monotonic. keeps: for a tracker that keeps
+    answers."""
 
-    git: the branch is wanted. repeated: tool calls met again, in copied rows. unnamed:
-    this client does not mark prompts. missed: counts are missing for that reason.
-    """
-
-    def __init__(self, account: Account, git: bool = False) -> None:
-        self.account, self.git = account, git
-        self.repeated: set[str] = set()
-        self.unnamed = self.missed = False
-
-    def read(self, until: float, ends: float) -> str:
-        """Count what the transcripts have gained up to `until`. The session's own comes
-        first: agents' files may begin with copies of its rows. Gives what is missing:
-        "" nothing, PART of it, all because the transcript is ABSENT or opening FAILED.
-        """
-        account = self.account
-        try:
-            if account.place != short_id(account.transcript):
-                self.relocate()
-            if account.unlearned:
-                self.learn_told()
-            if account.since is None:
-                account.since = self.find_beginning(ends)
-            if account.since is None:
-                return ""
-            account.since = max(account.since, switched_off_at(account.path))
-            whole = self.read_one("", until, ends)
-        except TimeoutError:
-            return PART
-        except (OSError, ValueError) as error:
-            return ABSENT if says_absent(error) and not account.place else FAILED
-        return self.read_agents(until, ends) or ("" if whole else PART)
-
-    def read_agents(self, until: float, ends: float) -> str:
-        """Count what the agents' transcripts have gained; what is missing."""
-        missing = ""
-        for name in self.account.agents():
-            try:
-                if not self.read_one(name, until, ends):
-                    missing = PART
-            except (FileNotFoundError, ValueError):
-                continue  # it is none, or none any more
-            except TimeoutError:
-                return PART
-            except OSError:
-                missing = missing or FAILED_AGENT
-        return missing
-
-    # -- Where it begins --
-
-    def find_beginning(self, ends: float) -> float | None:
-        """What is older is history; None as long as the transcript says nothing."""
-        account = self.account
-        if account.source in ("startup", "clear"):
-            return 0.0
-        if account.source in ("resume", "fork"):
-            return account.opened_at
-        outline = Outline(account.transcript, account.opened_at, ends)
-        if outline.spoken and not outline.named:
-            self.unnamed = True
-            return account.opened_at
-        if outline.begun and outline.begun >= account.ours_from:
-            return 0.0
-        if not outline.named:
-            return None
-        if account.first == "UserPromptSubmit":  # its row comes after it
-            return account.opened_at
-        if account.first == "SessionEnd" and outline.keeps_ledger:
-            return outline.last_run  # told of ends alone: this one's run is ours
-        return outline.last_prompt
-
-    def pass_over(self) -> None:
-        """Go to the present ends of all transcripts, and remember the ids before them:
-        of an account whose file is damaged nobody knows what was charged."""
-        account = self.account
-        for name in ["", *account.agents()]:
-            path, transcript = account.path_of(name), Transcript(name)
-            try:
-                found = os.stat(path)
-                learn(account.history, path, found.st_size)
-            except (FileNotFoundError, ValueError):
-                if name:
-                    continue  # it is none
-                raise
-            transcript.inode, transcript.offset = str(found.st_ino), found.st_size
-            account.transcripts[name] = transcript
-        account.since, account.whole, account.damaged = 0.0, False, True
-        account.place = short_id(account.transcript)
-
-    def learn_told(self) -> None:
-        """Remember all that was read: version 1.0.0 did not."""
-        for name, transcript in self.account.transcripts.items():
-            try:
-                path = self.account.path_of(name)
-                transcript.inode = transcript.inode or str(os.stat(path).st_ino)
-                learn(self.account.ids, path, transcript.offset)
-            except (FileNotFoundError, ValueError):
-                continue  # it is gone
-        self.account.unlearned = False
-
-    def relocate(self) -> None:
-        """Go on at another path. A file that is not the same one there is a copy, and
-        read anew: what was counted is remembered."""
-        account = self.account
-        os.close(open_regular(account.transcript))
-        for name, transcript in account.transcripts.items():
-            try:
-                inode = str(os.stat(account.path_of(name)).st_ino)
-            except OSError:
-                inode = ""
-            if inode != transcript.inode and account.place:
-                transcript.inode, transcript.offset = inode, 0
-        account.place = short_id(account.transcript)
-
-    # -- What counts --
-
-    def read_one(self, name: str, until: float, ends: float) -> bool:
-        """Count what one transcript has gained; False if something was passed over."""
-        known = self.account.transcripts
-        if name not in known and len(known) >= TRANSCRIPTS_MAX:
-            return False
-        transcript = known.setdefault(name, Transcript(name))
-
-        def take(row: Row) -> bool:
-            main = not name and not row.sidechain
-            if row.at > until + (0 if main else LAG_S) + STAMP_S:
-                return False  # a later ping's
-            self.count(row, transcript, main)
-            return True
-
-        return transcript.read(self.account.path_of(name), ends, take)
-
-    def count(self, row: Row, transcript: Transcript, main: bool) -> None:
-        """Count a row. main: it is of the session's main chain."""
-        if isinstance(row, MessageRow) and row.real:
-            self.count_message(row, transcript, main)
-        elif isinstance(row, UserRow):
-            self.count_user(row, transcript, main)
-        elif isinstance(row, LedgerRow) and main:
-            self.account.ledger = row.models, row.cost
-
-    def count_message(
-        self, row: MessageRow, transcript: Transcript, main: bool
+    def __init__(
+        self, account: Account, until: float, ends: float, keeps: bool = False
     ) -> None:
-        """Count a message's tokens, once, and its tool calls."""
-        message = self.message_of(row, transcript)
-        if message is None:
-            self.repeated.update(row.calls)
+        self.account, self.until, self.ends = account, until, ends
+        self.keeps, self.usage = keeps, Usage()
+        self.elsewhere: set[str] | None = None
+        # The first answer of each id: some routers give many answers the same.
+        keys = reversed(account.seen) if keeps else ()
+        self.firsts = {key[:ID_CHARS]: key for key in keys}
+
+    def read(self) -> bool:
+        """Count what was gained; False: a part. The session's own comes first: agents'
+        files may begin with copies of its rows. OSError or ValueError: that one cannot
+        be read."""
+        account, whole = self.account, True
+        for name, path in account.files().items():
+            try:
+                if not (name or account.was_read):
+                    account.since = max(account.since, self.end_of_earlier_runs())
+                self.read_one(name, path)
+            except TimeoutError:
+                return False
+            except (OSError, ValueError):
+                if not name:
+                    raise
+                whole = whole and not os.path.isfile(path)
+        account.was_read = True
+        return whole
+
+    def end_of_earlier_runs(self) -> float:
+        """When that began which follows the last ledger with an answer behind it: what
+        stands before was told by whoever served the earlier run; 0: there was none."""
+        since = begun = 0.0
+        ended = False
+        for row in Transcript().rows(self.account.transcript, self.ends):
+            if row.at > self.until + STAMP_S:
+                break
+            if isinstance(row, LedgerRow):
+                ended, begun = True, 0.0
+            elif ended:
+                begun = begun or row.at
+                if isinstance(row, AnswerRow):
+                    since, ended = begun, False
+        return since
+
+    def read_one(self, name: str, path: str) -> None:
+        """Count what one transcript has gained, up to the event's time: the client
+        writes agents' rows a little later."""
+        account = self.account
+        transcript = Transcript(*account.transcripts.get(name, ()))
+        try:
+            for row in transcript.rows(path, self.ends):
+                main = not name and not row.sidechain
+                if row.at > self.until + (0 if main else LAG_S) + STAMP_S:
+                    break  # a later ping's
+                account.row_at = max(account.row_at, row.at)
+                if isinstance(row, AnswerRow):
+                    counts = row.real and self.count_answer(row, main)
+                    if counts and row.final and (main or name):
+                        transcript.ended_at = max(transcript.ended_at, row.at)
+                elif isinstance(row, UserRow):
+                    self.count_user(row, main)
+                elif isinstance(row, LedgerRow) and main:
+                    account.ledger = row.ledger
+                    if account.history == "own":
+                        account.baseline = row.ledger
+        finally:
+            if transcript.inode:
+                account.transcripts[name] = list(vars(transcript).values())
+
+    def is_history(self, row: AnswerRow) -> bool:
+        """Whether an answer not seen before was told, or used, before our time."""
+        account = self.account
+        if row.copied or row.at < account.since:
+            return True
+        if account.was_read or not account.since:
+            return False
+        if self.elsewhere is None:
+            self.elsewhere = account.seen_elsewhere(row.key)
+        return row.key in self.elsewhere
+
+    def count_answer(self, row: AnswerRow, main: bool) -> bool:
+        """Count an answer's tokens, once, and its tool calls; False: it is history."""
+        account, seen = self.account, self.account.seen
+        new = row.key not in seen
+        if new and self.is_history(row):
+            seen[row.key] = HISTORY
+        elif new and row.at <= account.settled_at:
+            seen[row.key] = ",".join(map(str, row.counts))  # the ledger had it
+        past = seen.get(row.key) == HISTORY
+        if main:
+            self.note(row, past, new)
+        if past:
+            seen.update(dict.fromkeys(row.calls, HISTORY))
+            return False
+        self.gain(row.key, row.model, row.counts, row)
+        for n, (model, counts) in enumerate(row.inner):
+            self.gain(short_id(f"{row.key} {n}"), model, counts)
+        for call, tool in row.calls.items():
+            if call not in seen:
+                seen[call] = CALLED
+                self.usage.tool_calls += 1
+                if isinstance(tool, str) and identifier(tool):
+                    self.usage.tools[tool] = self.usage.tools.get(tool, 0) + 1
+        return True
+
+    def note(self, row: AnswerRow, past: bool, new: bool) -> None:
+        """Note what the main chain's newest answer tells."""
+        account = self.account
+        if not past:
+            account.history, account.model = "", row.model
+            account.branch = str(row.branch) if branch_name(row.branch) else ""
+            if row.stopped:
+                account.ledger = []  # no last word any more
+        elif new:
+            account.history = "branched" if row.branched else "own"
+            # /branch begins a ledger anew; of others it is found behind the history.
+            account.baseline = NO_LEDGER if row.branched else []
+            account.parent = [str(row.origin), row.key] if row.copied else []
+            account.told, account.ledger = {}, []
+
+    def gain(
+        self, key: str, model: str, counts: list[int], row: AnswerRow | None = None
+    ) -> None:
+        """Count what an answer has gained: in older rows the output may be partial, and
+        some routers begin with none at all. row: for a tracker that keeps the first row
+        of each id, which then is one of its own for what was gained later."""
+        known = self.account.count_of(key)
+        gained = less(counts, known)
+        if counts[OUTPUT] < known[OUTPUT] or not any(gained):
+            self.account.seen.setdefault(key, ",".join(map(str, counts)))
             return
-        if main:
-            self.note_word(row)
-        # Every content block of a message has a row, each with the message's whole
-        # usage; in older ones the output may be partial.
-        account = self.account
-        if row.counts[OUTPUT] > message.counts[OUTPUT] or not any(message.counts):
-            account.gained.add(row.model, minus(row.counts, message.counts))
-            if "messages" in account.needs:
-                account.gained.add_row(row, message.counts)
-            message.counts = row.counts
-        for call, name in row.calls.items():
-            if call in message.calls:
-                self.repeated.add(call)
-            else:
-                message.calls.add(call)
-                account.gained.add_call(name)
-        if row.final and (main or transcript.name):
-            transcript.over_at = max(transcript.over_at, row.at)
+        self.account.seen[key] = ",".join(map(str, plus(known, gained)))
+        self.usage.add(model, gained)
+        if row and self.keeps and identifier(row.name):
+            first = self.firsts.setdefault(key[:ID_CHARS], key)
+            name = row.name if first == key else f"{row.name}.{row.request}"
+            name += f".{counts[OUTPUT]}" if any(known) else ""
+            self.usage.rows.append([name, model, int(row.at * 1000), *gained])
 
-    def note_word(self, row: MessageRow) -> None:
-        """Note what the main chain's newest message tells."""
-        account = self.account
-        account.ledger = None  # older than this message: not the last word
-        account.spoke_at, account.spoke_for = row.at, account.prompt_id
-        account.model, account.keeps_ledger = row.model, row.keeps_ledger
-        asked = self.git and branch_name(row.branch)
-        account.branch = str(row.branch) if asked else ""
-
-    def message_of(self, row: MessageRow, transcript: Transcript) -> Message | None:
-        """A row's message, known or new; None when the row must not count."""
-        account = self.account
-        if row.copied or row.at < (account.since or 0):
-            account.whole, self.missed = False, self.missed or self.unnamed
-            account.history.add(row.id)
-        if row.id in account.history:
-            return None
-        if row.id in account.ids:
-            return account.messages.get(row.id)
-        account.ids.add(row.id)
-        if row.at <= account.settled_at:
-            return None  # the ledger had it
-        transcript.recent = [*transcript.recent[1 - RECENT_MAX :], row.id]
-        transcript.begun = transcript.begun or transcript.at or row.at
-        account.messages[row.id] = Message()
-        return account.messages[row.id]
-
-    def count_user(self, row: UserRow, transcript: Transcript, main: bool) -> None:
+    def count_user(self, row: UserRow, main: bool) -> None:
         """Count failed tools and interrupts; note that a prompt begins a turn."""
-        account = self.account
-        if row.at >= (account.since or 0):
-            failed = [call for call in row.failed if call not in self.repeated]
-            account.gained.tool_failures += len(failed)
-            if main and row.interrupt and row.interrupt not in account.ids:
-                account.ids.add(row.interrupt)
-                account.gained.interrupts += 1
-        if main:
-            account.prompt_id = row.prompt_id or account.prompt_id
-            if row.interrupt:
-                account.over_at = max(account.over_at, row.at)
+        account, seen = self.account, self.account.seen
+        for call in row.failed:
+            if seen.get(call) == CALLED:
+                seen[call] = FAILED
+                self.usage.tool_failures += 1
+        if main and row.at >= account.since:
+            if row.interrupt and row.interrupt not in seen:
+                seen[row.interrupt] = CALLED
+                self.usage.interrupts += 1
             if row.prompt:
-                account.keeps_ledger = row.keeps_ledger
-                account.prompts = [*account.prompts[1 - PROMPTS_MAX :], row.at]
-        elif transcript.name and row.begins:
-            transcript.prompted_at = max(transcript.prompted_at, row.at)
-            transcript.prompt_id = row.prompt_id
+                account.prompted_at = max(account.prompted_at, row.at)
+
+
+def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool]:
+    """(the account of a ping's session, whether it is a damaged one's successor).
+    OSError: it cannot be read, and must not be replaced. One that meets a session in
+    its middle begins where we were installed, for Esc and a denied permission fire no
+    hook; but a day before at most."""
+    path = outbox.account_path(PingName(name).session)
+    at, source = PingName(name).ns / 1e9, ping.get("source")
+    try:
+        return Account.load(path), False
+    except ValueError:
+        account = Account(path, time.time())
+        account.baseline = []
+        return account, True
+    except FileNotFoundError:
+        pass
+    if ping.get("event") == "SessionStart" and source in ("resume", "fork"):
+        return Account(path, at), False
+    if ping.get("event") == "SessionStart" and source in ("startup", "clear"):
+        return Account(path), False
+    installed = [at]
+    for known in (THIS_FILE, outbox.path("lock")):
+        if os.path.exists(known):
+            installed.append(os.stat(known).st_ctime)
+    return Account(path, max(min(installed), at - DAY_S)), False
 
 
 class Charge:
-    """What a ping is told of what its session has used.
+    """One try to give a ping its session's new usage. ends: monotonic, for all of it.
 
-    at: the event's time. ends: monotonic; nothing is awaited for longer. patient: what
-    the client has yet to write is awaited at all.
+    at: the event's time. stopped_at: when the session's turn before ended, 0: not
+    known. saving: what fails now is writing. damaged: nobody knows what was told.
     """
 
-    def __init__(
-        self,
-        account: Account,
-        ping: Fields,
-        local: Fields,
-        at: float,
-        ends: float,
-        patient: bool,
-    ) -> None:
-        self.account, self.ping, self.local = account, ping, local
-        self.at, self.ends, self.patient = at, ends, patient
-        self.event = str(ping["event"])
-        self.wants_git = local.get("git") is True
-        self.reading = Reading(account, self.wants_git)
+    def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
+        self.outbox, self.name, self.record = outbox, name, record
+        self.ping, self.local = record.ping, record.local
+        self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
+        self.account, self.damaged = open_account(outbox, name, record.ping)
+        stopped_at = self.account.stopped_at
+        self.stopped_at = stopped_at if stopped_at < self.at else 0.0
+        until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
+        ends = min(ends, time.monotonic() + READ_S)
+        keeps = "messages" in outbox.needs
+        self.reading = Reading(
+            self.account, until.get(self.event, self.at), ends, keeps
+        )
+        self.saving = False
 
-    def fields(self) -> Fields:
-        """The usage fields, now or, after a crash, again; the account's file has them
-        before they are told. Where nothing can be read, nothing is charged: all of it
-        is for the session's next ping, or the sweep."""
+    def run(self) -> Record:
+        """The ping with its usage: now or, after a crash, again. The account is saved
+        with it, then the ping's file is rewritten, then it may be sent: so nothing is
+        lost, and nothing told twice."""
         account, event_id = self.account, str(self.ping["event_id"])
-        if event_id in account.charged:
-            return dict(account.charged[event_id])
-        account.follow(self.ping, self.local, self.at)
-        fields = self.gather(event_id)
-        if fields is not None:
-            account.charged[event_id] = fields
-        if self.event in ("Stop", "StopFailure"):
-            account.over_at = max(account.over_at, self.at)
-        if self.event == "Stop":
-            account.stopped_at = max(account.stopped_at, self.at)
-        account.last_at = max(account.last_at, self.at)
+        charges = self.event in USAGE_EVENTS and self.local.get("usage") is not False
+        if charges and event_id not in account.charged:
+            account.charged[event_id] = self.tell()
+        self.saving = True
+        if self.local.get("usage") is False:
+            account.since = max(account.since, self.at)
+        if not charges:
+            account.save()
+            return self.record
         account.save()
-        return {"usage_complete": False} if fields is None else fields
+        fields, beside = account.charged[event_id]
+        beside = gate_beside({**self.record.beside, **beside}, self.outbox.needs)
+        record = Record(gate({**self.ping, **fields}), {}, beside)
+        self.outbox.rewrite(self.name, record)
+        return record
 
-    def gather(self, event_id: str) -> Fields | None:
-        """Usage since the session's last such ping; None where no transcript can be
-        read."""
-        account = self.account
+    def tell(self) -> list[Fields]:
+        """[the usage fields, what stands beside] of all that was used since the last
+        charge. OSError or ValueError: the transcript cannot be read."""
+        account, usage = self.account, self.reading.usage
+        ends = self.event in ("SessionEnd", "SessionLost")
+        if os.path.isfile(str(self.local["transcript"])) or not account.transcript:
+            account.transcript = str(self.local["transcript"])
+        account.own = self.record.beside.get("own", {})
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+        complete = self.read_and_wait() and not self.damaged
         fields: Fields = {}
-        account.ended = False
-        missing, came = self.read_and_wait()
-        if missing in (ABSENT, FAILED):
-            return None
-        ends = self.event == "SessionEnd"
-        settled = ends and account.whole and account.ledger is not None
-        if settled:
-            fields["cost_usd"] = account.settle(self.at)
-        elif missing or self.reading.missed or account.damaged or not came:
-            fields["usage_complete"] = False
-        account.ended = ends and (settled or not missing)
+        costs: dict[str, float] = {}
+        if ends and account.baseline and account.ledger and not self.damaged:
+            fields, costs = self.settle()
+        else:
+            for model, counts in usage.models.items():
+                account.told[model] = plus(account.told.get(model, NONE), counts)
+            if not complete or self.event == "SessionLost":
+                fields["usage_complete"] = False
+        account.total = plus(account.total, total(usage.models))
+        account.tool_calls += usage.tool_calls
+        beside = {
+            "messages": usage.messages(self.ping["event_id"], int(self.at * 1000)),
+            "totals": {**named(account.total), "tool_calls": account.tool_calls},
+            "since_end": named(less(account.total, account.at_end)),
+        }
+        account.at_end = account.total if ends else account.at_end
         tool_names = self.local.get("tool_names") is not False
-        fields.update(account.take_usage(tool_names, event_id, self.at))
-        if ends:
-            account.at_end = total(account.reported)
-        begun = self.stop_begun() if self.event == "Stop" else 0.0
-        if begun:
-            fields["duration_ms"] = round((self.at - begun) * 1000)
-        if self.wants_git:
-            fields["git_branch"] = account.branch
-        return fields
+        fields.update(usage.fields(account.model, tool_names, costs))
+        self.add_turn(fields)
+        return [fields, gate_beside(beside, self.outbox.needs)]
 
-    def read_and_wait(self) -> tuple[str, bool]:
-        """Read until all has come; if `patient`, until the event is LAG_S old: the
-        client writes a turn's last message, a session's ledger after it. Gives what is
-        missing, and whether that came."""
-        until = float("inf") if self.event == "SessionEnd" else self.at
+    def add_turn(self, fields: Fields) -> None:
+        """Add what is known of the turn that ends; note that it does."""
+        account, begun = self.account, self.stopped_at
+        # Else another hook had the turn go on from there.
+        if not self.ping.get("stop_hook_active"):
+            begun = account.prompted_at if account.prompted_at > begun else 0.0
+        if self.event == "Stop" and 0 < begun <= self.at:
+            fields["duration_ms"] = round((self.at - begun) * 1000)
+        if self.local.get("git") is True:
+            fields["git_branch"] = account.branch
+        if self.event in ("Stop", "StopFailure"):
+            account.stopped_at = self.at
+        account.last_at = self.at
+
+    def settle(self) -> tuple[Fields, dict[str, float]]:
+        """Add what the client's ledger has gained since the baseline and nobody told
+        (compaction and titles are calls of no row); ({cost and lines gained}, model ->
+        cost). It is sums that are compared: it may name a model otherwise than rows. It
+        is the baseline from now on."""
+        account, usage = self.account, self.reading.usage
+        models, costs, sums = account.ledger
+        base, base_costs, base_sums = account.baseline
+        parts = (base, account.told, dict(usage.models))
+        left = less(total(models), total(*parts))
+        for model, counts in models.items():
+            known = total(*({model: part.get(model, NONE)} for part in parts))
+            more = [min(pair) for pair in zip(less(counts, known), left)]
+            left = less(left, more)
+            usage.add(model, more)
+        account.baseline, account.told = account.ledger, {}
+        account.settled_at = account.row_at
+        gained = [max(0, round(a - b, 10)) for a, b in zip(sums, base_sums)]
+        costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
+        return (
+            {ours: n for (ours, _), n in zip(LEDGER_SUMS, gained)},
+            {model: cost for model, cost in costs.items() if cost > 0},
+        )
+
+    def read_and_wait(self) -> bool:
+        """Read until all has come, or the event is LAG_S old: the client writes a
+        turn's last row, a session's ledger after it. Whether all has."""
         lag = min(LAG_S, self.at + LAG_S - time.time())
-        give_up = min(time.monotonic() + lag, self.ends)
-        tries = 0
+        give_up, tries = time.monotonic() + lag, 0
         while True:
-            ends = min(time.monotonic() + READ_S, self.ends)
-            missing = self.reading.read(until, ends)
-            came, tries = self.has_come(), tries + 1
-            failed = missing in (FAILED, FAILED_AGENT)
-            if missing in (ABSENT, PART) or (came and not failed):
-                return missing, came
-            waits = self.patient and time.monotonic() < give_up
-            tries_again = failed and tries < OPEN_TRIES and time.monotonic() < self.ends
-            if not waits and not tries_again:
-                return missing, came
+            whole, tries = self.reading.read(), tries + 1
+            came, now = self.has_come(), time.monotonic()
+            if (whole and came) or now >= self.reading.ends:
+                return whole and came
+            if now >= give_up and (whole or tries >= CHARGE_TRIES):
+                return False
             time.sleep(POLL_S)
 
     def has_come(self) -> bool:
-        """Whether all is there that the client writes at such an event."""
-        account = self.account
-        main = account.transcripts.get("") or Transcript("")
+        """Whether what the client writes at such an event is there."""
+        account, name = self.account, ""
+        if self.event == "SessionEnd":
+            if account.parent and not account.baseline:
+                self.find_baseline(*account.parent)
+            return not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
-            return self.agent_is_over()
-        if self.event == "Stop":
-            told = account.stopped_at if account.stopped_at < self.at else 0.0
-            is_last_word = main.over_at > told and main.over_at >= self.turn_begun()
-            return is_last_word or self.agents_turn() > 0
-        if self.event != "SessionEnd":
+            agent, top = str(self.local.get("agent_transcript")), account.transcript
+            name = os.path.relpath(agent, top[: -len(".jsonl")])
+            if not os.path.isfile(agent):
+                return True
+        elif self.event != "Stop":
             return True
-        if account.whole and account.keeps_ledger:
-            return account.ledger is not None
-        over_at = max(account.over_at, main.over_at)
-        return over_at >= self.turn_begun() or self.agents_turn() > 0
+        found = account.transcripts.get(name)
+        return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
 
-    def agent_is_over(self) -> bool:
-        """Whether the last message has come of the agent that the event names."""
-        path = self.local.get("agent_transcript")
-        if not isinstance(path, str) or not os.path.isfile(path):
-            return True
-        known, name = self.account.transcripts.items(), os.path.basename(path)
-        return any(agent.is_over() for key, agent in known if key.endswith(name))
-
-    def stop_begun(self) -> float:
-        """When that began which a Stop ends; 0 when that is not known."""
-        stopped_at = self.account.stopped_at
-        if self.ping.get("stop_hook_active") and 0 < stopped_at < self.at:
-            return stopped_at  # another hook had the turn go on from there
-        return self.agents_turn() or self.turn_begun()
-
-    def turn_begun(self) -> float:
-        """When the event's turn began; 0 when that is not known."""
-        begun = [at for at in self.account.prompts if at <= self.at + STAMP_S]
-        return max([0.0, *begun])
-
-    def agents_turn(self) -> float:
-        """When a turn began in which only an agent worked, so that no word of the main
-        chain is to come; 0 when it is none. A skill with `context: fork` makes one; its
-        prompt's row comes after the Stop, but the agent's rows name the prompt."""
-        account, begun, prompt_id = self.account, self.turn_begun(), ""
-        if isinstance(self.ping.get("prompt_id"), str):
-            prompt_id = short_id(self.ping["prompt_id"])
-        if prompt_id and prompt_id == account.spoke_for:
-            return 0.0
-        for name, agent in account.transcripts.items():
-            if name and agent.is_over():
-                if prompt_id and prompt_id == agent.prompt_id:
-                    return agent.begun
-                if account.spoke_at < begun <= agent.begun + STAMP_S:
-                    return begun
-        return 0.0
-
-
-def says_absent(error: Exception) -> bool:
-    """Whether what went wrong means that there is no such transcript."""
-    from errno import ENAMETOOLONG
-
-    absent = (FileNotFoundError, NotADirectoryError, ValueError)
-    return isinstance(error, absent) or getattr(error, "errno", 0) == ENAMETOOLONG
-
-
-def ours_from(outbox: Outbox, path: str, at: float) -> float:
-    """Sessions that began later than this were ours from their start, whatever event
-    they are met at first: Esc and a denied permission fire no hook. path: of the
-    account. at: of the event. (All in seconds since 1970.)"""
-    for other in outboxes(os.path.dirname(outbox.directory)):
-        former = other.kind() == outbox.kind() and other.name() != outbox.name()
-        if former and os.path.lexists(other.path("accounts", os.path.basename(path))):
-            return at  # until now, another URL of the same tracker was told
-    installed = [at]
-    for known in (THIS_FILE, outbox.path("lock")):
+    def find_baseline(self, session: str, key: str) -> None:
+        """Of a fork: the ledger in its parent's file that stands behind the last answer
+        that was copied (its key), no other one between. session: the parent's."""
+        account, behind = self.account, False
+        account.parent = []
+        path = os.path.join(os.path.dirname(account.transcript), session + ".jsonl")
         try:
-            installed.append(os.stat(known).st_ctime)
+            rows = Transcript().rows(path, self.reading.ends)
+            for row in rows if identifier(session) else ():
+                if isinstance(row, AnswerRow) and row.real and not row.sidechain:
+                    behind = row.key == key
+                elif isinstance(row, LedgerRow) and behind:
+                    account.baseline = row.ledger
+        except (OSError, ValueError):
+            pass  # then nobody knows it
+
+
+def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
+    """What the file of a ping holds, with the usage in it. Its `local` is not empty.
+    ends: monotonic. None: it must wait, for the disk refuses what must be remembered.
+
+    Where nothing can be read, nothing is charged: it is for the session's next ping.
+    """
+    charges = record.ping.get("event") in USAGE_EVENTS
+    path = outbox.account_path(PingName(name).session)
+    for tries in range(CHARGE_TRIES):
+        time.sleep(POLL_S if tries else 0)
+        one = None
+        try:
+            if not charges and record.local.get("usage", True) and os.path.exists(path):
+                os.utime(path)  # its session is not lost
+                return record
+            one = Charge(outbox, name, record, ends)
+            return one.run()
+        except (FileNotFoundError, NotADirectoryError, ValueError):
+            break  # there is no such transcript
         except OSError:
             continue
-    return max(min(installed), at - DAY_S)
-
-
-def open_account(outbox: Outbox, ping: Fields, local: Fields, at: float) -> Account:
-    """The account of an event's session. Only where there is none, one is opened at its
-    beginning. OSError: it cannot be read, and must not be replaced."""
-    path = outbox.account_path(str(ping["session_id"]))
-    try:
-        account = Account.load(path)
-    except FileNotFoundError:
-        account = Account(path)
-        account.begin(ping, at, ours_from(outbox, path, at))
-    except ValueError:
-        if ping.get("event") not in USAGE_EVENTS:
-            raise  # time enough when something is to be told
-        account = Account(path)
-        account.follow(ping, local, at)
-        Reading(account).pass_over()
-    account.needs = outbox.needs
-    return account
-
-
-def charge(
-    outbox: Outbox, name: str, record: Record, ends: float, patient: bool
-) -> Record:
-    """What the file of a ping holds, with the usage in it. Its `local`, which its hook
-    left for us, is not empty. ends: monotonic. patient: false when someone waits.
-
-    The order makes it exact: the account is committed together with which ping was
-    charged what; then the ping's file is rewritten; then it may be sent. Whoever comes
-    after a crash finds the same charge, so that it is neither lost nor doubled.
-    """
-    ping, local, at = record.ping, record.local, ns_of(name) / 1e9
-    event, beside = ping.get("event"), record.beside
-    if local.get("usage") is False:
-        switch_off(outbox.account_path(str(ping["session_id"])), at)
+    if not charges or record.local.get("usage") is False:
         return record
-    if ping.get("reason") != "clear":
-        patient = True  # only /clear awaits our end before it writes its ledger
+    if one and one.saving and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
+        return None
+    fields = {**record.ping, "usage_complete": False}
+    record = Record(gate(fields), {}, record.beside)
     try:
-        account = open_account(outbox, ping, local, at)
-        account.own = beside.get("own", {})
-        if event not in USAGE_EVENTS:
-            account.meet(ping, local, at)
-            return record
-        fields = Charge(account, ping, local, at, ends, patient).fields()
-        told = account.beside.get(str(ping["event_id"]), {})
-        beside = gate_beside({**beside, **told}, outbox.needs)
-    except (OSError, ValueError):
-        if event not in USAGE_EVENTS:
-            return record
-        fields = {"usage_complete": False}  # not charged: the next ping has it
-    record = Record(gate({**ping, **fields}), {}, beside)
-    try:
-        outbox.rewrite(name, record)
+        outbox.rewrite(name, record)  # so that a repeat is the same
     except OSError:
-        pass  # a full disk: a repeat finds the same charge in the account
+        pass
     return record
 
 
-def mark_of(account_path: str) -> str:
-    """The file whose time says until when a session ran with usage switched off."""
-    return account_path[: -len(".json")] + ".off"
-
-
-def switch_off(account_path: str, at: float) -> None:
-    """Note that a session's usage was switched off at an event of that time: what it
-    had used until then is never billed."""
-    directory = os.path.dirname(account_path)
-    if not os.path.isdir(directory):
-        os.mkdir(directory, 0o700)
-    mark = mark_of(account_path)
-    write_file(mark, b"")
-    os.utime(mark, (at, at))
-
-
-def switched_off_at(account_path: str) -> float:
-    """When that was the last time, seconds since 1970; 0: never."""
-    try:
-        return os.lstat(mark_of(account_path)).st_mtime
-    except OSError:
-        return 0.0
-
-
-def find_lost(account: Account, settings: Settings, ends: float) -> None:
-    """Have the account owe a ping of what was used and never told. Today's settings
-    shape it."""
-    Reading(account).read(float("inf"), min(time.monotonic() + READ_S, ends))
-    gained = any(positive(total(account.gained.models)))
-    ended = total(account.reported) == account.at_end
-    if not gained and (ended or "since_end" not in account.needs):
-        return
-    told: dict[str, list[int]] = {}
-    for models in (account.reported, account.gained.models):
-        for name, counts in models.items():
-            add_to(told, name, positive(counts))
-    mark = f"{account.identity.get('session_id')}{encode_json(told)}"
-    ns, event_id = int(account.last_at * 1e9), sha256_hex(mark.encode())[:32]
-    fields = account.take_usage(settings.tool_names, event_id, account.last_at)
-    account.at_end = total(account.reported)
-    fields.update(account.identity, **ORIGIN, event="SessionLost", event_id=event_id)
-    fields.update(timestamp=iso_time(ns), status="success", usage_complete=False)
-    fields["machine"] = settings.machine
-    path = path_hash(account.transcript, settings.hash_key)
-    if settings.hash_key and fields.get("transcript_path_hash") != path:
-        # Hashed under another key, or none. The path can be hashed anew; the cwd is not
-        # known here.
-        fields["transcript_path_hash"] = path
-        fields.pop("cwd_hash", None)
-    account.owed.append((ns, gate(fields)))
-
-
 def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> None:
-    """One ping of what a session had used that ended without a word (kill -9, power).
-    path: its account's; committed first, so that a crash cannot make two pings. With
-    usage off nothing is opened or told."""
-    if not settings.usage:
+    """Put a ping into the outbox for a session that ended without a word (kill -9,
+    power), if something of it was told to nobody. path: its account's. The ping's id is
+    made of what it will tell, so that a crash makes no two; today's settings shape it.
+    """
+    account = Account.load(path)
+    reading = Reading(account, float("inf"), ends)
+    reading.read()
+    news = account.baseline and account.ledger and account.baseline != account.ledger
+    ended = account.total == account.at_end or "since_end" not in outbox.needs
+    if ended and not news and not reading.usage.models:
         return
-    try:
-        account = Account.load(path)
-    except ValueError:
-        return  # damaged: nobody knows what was told
-    account.needs = outbox.needs
-    if not account.owed and not account.ended:
-        find_lost(account, settings, ends)
-        if account.owed:
-            account.save()
-    if account.owed:
-        for ns, ping in account.owed:
-            told = {"own": account.own, **account.beside.get(ping["event_id"], {})}
-            beside = gate_beside(told, outbox.needs)
-            name = f"{ns:020d}-{ping['event_id']}.json"
-            outbox.rewrite(name, Record(ping, {}, beside))
-        account.owed = []
-        account.save()
-
-
-def hand_over(former_path: str, path: str) -> None:
-    """Make a session's account at one destination another's, which may have its own.
-    Both locks are held, and the pings that wait come after it."""
-    if not os.path.lexists(path):
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        os.replace(former_path, path)
-        return
-    try:
-        account, former = Account.load(path), Account.load(former_path)
-        account.merge(former, sha256_hex(encode_json(former.as_object()).encode())[:16])
-        account.save()
-    except ValueError:
-        pass  # one is damaged: the present one's holds, or opens anew
-    os.unlink(former_path)
+    shown, mark = dict(account.identity), [account.total, reading.usage.models, news]
+    transcript_hash = path_hash(account.transcript, settings.hash_key)
+    if shown.get("transcript_path_hash") != transcript_hash:
+        shown.pop("cwd_hash", None)  # hashed under another key; its path is not known
+    shown.update(ORIGIN, event="SessionLost", status="success")
+    shown["event_id"] = sha256_hex((encode_json(mark) + path).encode())[:32]
+    shown["transcript_path_hash"] = transcript_hash
+    shown["timestamp"] = iso_time(int(account.last_at * 1e9))
+    shown["machine"] = settings.machine
+    local = {"transcript": account.transcript, "tool_names": settings.tool_names}
+    record = Record(gate(shown), {**local, "git": settings.git}, {"own": account.own})
+    outbox.rewrite(PingName.make(int(account.last_at * 1e9), shown), record)
 
 
 # -- Delivery: one request, one verdict ------------------------------------------------
@@ -3473,28 +2611,22 @@ VERDICTS = {  # of statuses that do not go with their hundred
 VERDICTS_BY_HUNDRED = {2: DELIVERED, 3: HOLD, 4: REFUSED}
 HOLDS = (HOLD, REFUSED)  # a person must mend something: the longer back-off
 SYSTEM_CERTIFICATES = "/etc/ssl/cert.pem"  # macOS, BSD, Alpine; elsewhere none needed
-INTERIM_MAX = 100  # answers before the answer; the watchdog ends what goes on
 
 
 class Answer:
     """What became of one request.
 
-    what: for a person. retry_after: the header's text, or None. may_blame: whether the
-    ping itself may be the cause, and not only the way to the tracker. body: what a 2xx
-    begins with, as far as the tracker says something in it.
+    what: for a person. status: HTTP's, 0 when none came. retry_after_s: how long the
+    tracker asked us to wait. body: what a 2xx begins with, as far as it says something.
     """
 
     body = b""
 
     def __init__(
-        self,
-        verdict: str,
-        what: str,
-        retry_after: str | None = None,
-        may_blame: bool = False,
+        self, verdict: str, what: str, status: int = 0, retry_after_s: float = 0
     ) -> None:
-        self.verdict, self.what = verdict, what
-        self.retry_after, self.may_blame = retry_after, may_blame
+        self.verdict, self.what, self.status = verdict, what, status
+        self.retry_after_s = retry_after_s
 
 
 def verdict_of(status: int) -> str:
@@ -3520,52 +2652,58 @@ def retry_after_s(text: str | None, now: float) -> float:
     return min(max(wait, 0.0), RETRY_AFTER_MAX_S)
 
 
-def backoff_s(
-    verdict: str, failures: int, retry_after: str | None, now: float
-) -> float:
+def backoff_s(verdict: str, failures: int, asked_s: float = 0) -> float:
     """Seconds to wait after the n-th failure in a row: jittered, for machines must not
     come back together, and not before the server asked for."""
     from random import uniform
 
-    power, asked = 2.0 ** min(failures, 20), retry_after_s(retry_after, now)
+    power = 2.0 ** min(failures, 20)
     if verdict in HOLDS:
         wait = min(HOLD_S[0] * power / 2, HOLD_S[1]) * uniform(0.5, 1)
     else:
         wait = uniform(2, min(BACKOFF_MAX_S, 2 * power))
-    if asked:
-        wait = max(wait, min(asked + uniform(0, 1 + asked / 10), RETRY_AFTER_MAX_S))
-    return wait
+    return max(wait, min(asked_s * uniform(1, 1.5), RETRY_AFTER_MAX_S))
 
 
 def make_opener(url: str) -> OpenerDirector:
     """An opener that can do no more than it must: no redirects (urllib would turn the
     POST into a GET without a body, and call its 200 a success), no other schemes; the
-    environment's proxies, but never for loopback; TLS verified."""
+    environment's proxies, but never for loopback; TLS verified. Skipped: none can."""
     from urllib import request
 
+    scheme, host, _ = split_url(url)
     opener = request.OpenerDirector()
     opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
-    if url.lower().startswith("https") and hasattr(request, "HTTPSHandler"):
+    if scheme == "https":
+        if not hasattr(request, "HTTPSHandler"):
+            raise Skipped("this Python was built without TLS")
         opener.add_handler(request.HTTPSHandler(context=verifying_context()))
-    if not loopback(split_url(url)[1]):
-        opener.add_handler(request.ProxyHandler(request.getproxies_environment()))
+    if not loopback(host):
+        proxies = request.getproxies_environment()
+        used = not request.proxy_bypass_environment(host, proxies)  # type: ignore[attr-defined]
+        if used and proxies.get(scheme, "").startswith("socks"):
+            raise Skipped("SOCKS proxies are not supported")
+        opener.add_handler(request.ProxyHandler(proxies))
     return opener
 
 
 def verifying_context() -> SSLContext:
-    """What TLS is verified with. A Python that brings no certificates (python.org's for
-    macOS, until its "Install Certificates.command" has run) takes the system's."""
+    """What TLS is verified with: as Claude Code does, so with NODE_EXTRA_CA_CERTS and
+    without Python 3.13's strictness. A Python that brings no certificates (python.org's
+    for macOS, until its "Install Certificates.command" has run) takes the system's."""
     import ssl
 
     context, paths = ssl.create_default_context(), ssl.get_default_verify_paths()
+    context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
     chosen = {paths.openssl_cafile_env, paths.openssl_capath_env} & set(os.environ)
     found = paths.cafile or paths.capath or context.cert_store_stats()["x509_ca"]
-    if not (chosen or found):
+    more = [os.environ.get("NODE_EXTRA_CA_CERTS", "")]
+    for path in more if chosen or found else [*more, SYSTEM_CERTIFICATES]:
         try:
-            context.load_verify_locations(SYSTEM_CERTIFICATES)
-        except OSError:
-            pass  # then every ping is held, and doctor says why
+            context.load_verify_locations(path)
+        except (OSError, ValueError):
+            continue  # then every ping is held, and doctor says why
     return context
 
 
@@ -3580,13 +2718,14 @@ def post(
 
     try:
         posted = request.Request(sent.url, sent.body, sent.headers)
-        response = opener.open(posted, timeout=timeout_s)
-        if response is None:  # no handler took an https URL
-            return Answer(HOLD, "this Python was built without TLS")
+        response: Any = opener.open(posted, timeout=timeout_s)
         with response:
             answer = answer_of(response)
-            if reads and answer.verdict == DELIVERED:
-                answer.body = beginning_of(response, reads)
+            try:
+                if reads and answer.verdict == DELIVERED:
+                    answer.body = response.read1(reads)
+            except (OSError, HTTPException, ValueError):
+                pass  # what breaks off now has been accepted
             return answer
     except URLError as error:  # urllib wraps what fails up to the end of sending
         broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
@@ -3595,32 +2734,18 @@ def post(
         return no_answer(error, RETRY)
 
 
-def beginning_of(response: Any, most: int) -> bytes:
-    """The first bytes of a response's body. What breaks off has been accepted."""
-    from http.client import HTTPException
-
-    body, part = b"", b"-"
-    try:
-        while part and len(body) < most:
-            part = response.read1(most - len(body))
-            body += part
-    except (OSError, HTTPException, ValueError):
-        pass
-    return body
-
-
 def answer_of(response: Any) -> Answer:
     """What a response says. Interim ones (102, 103) come before it: http.client skips
-    100 only."""
-    for _ in range(INTERIM_MAX):
-        if not 100 <= response.status < 200 or response.status == 101:
-            break
+    100 only. Whatever asks for a wait is the tracker's own word, and no ping's fault.
+    """
+    while 100 <= response.status < 200 and response.status != 101:
         response.headers = None
-        response.begin()
-    verdict = verdict_of(response.status)
-    asked = response.headers.get("Retry-After")
-    may_blame = verdict in (RETRY, HOLD, REFUSED)
-    return Answer(verdict, f"HTTP {response.status}", asked, may_blame)
+        response.begin()  # the watchdog ends what goes on
+    status, asked = response.status, response.headers.get("Retry-After")
+    verdict, wait = verdict_of(status), retry_after_s(asked, time.time())
+    if wait and verdict != DELIVERED:
+        verdict = NOT_NOW
+    return Answer(verdict, f"HTTP {status}", status, wait)
 
 
 def no_answer(cause: object, verdict: str) -> Answer:
@@ -3636,7 +2761,7 @@ def no_answer(cause: object, verdict: str) -> Answer:
     if proxy.isdigit():  # a proxy's status says nothing against the ping
         passing = verdict_of(int(proxy)) in (NOT_NOW, RETRY)
         return Answer(NOT_NOW if passing else HOLD, f"proxy: HTTP {proxy}")
-    return Answer(verdict, what, None, verdict == RETRY)
+    return Answer(verdict, what)
 
 
 # -- Sender: empties one outbox --------------------------------------------------------
@@ -3667,9 +2792,13 @@ def add_line(path: str, line: str, most: int) -> None:
 
 
 class Sender:
-    """Delivers from one outbox. ends: monotonic, when this life is over. tell: for a
-    person. patient: whether to await what the client writes after its event. status:
-    the exit status when the watchdog ends the process."""
+    """Delivers from one outbox; its lock must be held.
+
+    once: somebody waits: no back-off is waited for, and a request has ONCE_LAST_S
+    beyond the end. ends: monotonic, of this life: no request begins after it. tell: for
+    a person. status: the exit status when the watchdog ends the process. known: names
+    of pings that are no news.
+    """
 
     def __init__(
         self,
@@ -3678,48 +2807,31 @@ class Sender:
         settings: Settings,
         ends: float,
         tell: Tell = silent,
-        patient: bool = True,
+        once: bool = False,
         status: int = 0,
     ) -> None:
         self.outbox, self.tracker, self.settings = outbox, tracker, settings
-        self.ends, self.tell, self.patient, self.status = ends, tell, patient, status
+        self.ends, self.tell, self.once, self.status = ends, tell, once, status
         self.state = outbox.state()
         self.opener: OpenerDirector | None = None
-        self.seen: set[str] = set()  # names found at the start, or dealt with since
-        self.walk: Walk | None = None
+        self.known: set[str] = set()
+        self.on_pass = Pass(self, [])
         self.sending = ""  # the name of the ping whose request is on its way
         self.deadline = float("inf")  # monotonic, of that request
-        self.watched = self.alarmed = False  # who ends a request that overstays
-        self.began_with = self.fingerprint()
 
     def is_over(self) -> bool:
         """Whether this life is."""
         return time.monotonic() >= self.ends
-
-    def fingerprint(self) -> list[tuple[int, int, int]]:
-        """What changes when this file is replaced, or the outbox removed."""
-        try:
-            script, outbox = os.stat(THIS_FILE), os.stat(self.outbox.path("outbox"))
-        except OSError:
-            return []
-        return [
-            (script.st_size, script.st_mtime_ns, script.st_ctime_ns),
-            (outbox.st_dev, outbox.st_ino, 0),
-        ]
-
-    def is_outdated(self) -> bool:
-        """Whether the script or the outbox is not the one that this life began with."""
-        return self.fingerprint() != self.began_with
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
         line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
         add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
 
-    def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
+    def keep(self, ping: Fields, requests: list[Request], answer: str) -> None:
         """Add a delivered ping to sent.jsonl, for its user to look up what left; with
         its bodies, where those are not the ping itself."""
-        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
+        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer}
         bodies = [(request.body or b"").decode() for request in requests]
         text = encode_json(ping)
         if bodies != [text]:
@@ -3729,49 +2841,27 @@ class Sender:
 
     # The request on its way, and its watchdog
 
-    def attempt(
-        self, name: str, record: Record, requests: list[Request]
-    ) -> Answer | None:
-        """Send those requests of a ping that are still to be accepted, one after
-        another; the first that is not delivered has the last word. None: there was none
-        to send, or no time for all of them."""
-        answer = None
-        for request in requests[record.accepted :]:
-            if answer and self.is_over():
-                return None
-            answer = self.send(name, record.ping, request)
-            if answer.verdict != DELIVERED:
-                break
-            record.accepted += 1
-            if record.accepted < len(requests):
-                self.remember(name, record)
-        return answer
-
-    def remember(self, name: str, record: Record) -> None:
-        """Note how many requests were accepted, before the next one goes: whoever comes
-        after us goes on behind them."""
-        try:
-            self.outbox.rewrite(name, record)
-        except OSError:
-            pass  # a full disk: after a crash they are repeated
-
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
-        """Send one request; it has a deadline of its own."""
-        self.sending = name
-        try:
-            self.opener = self.opener or make_opener(self.tracker.url)
-        except ImportError as error:  # some distributions ship a part of the library
-            self.tell(f"this Python lacks the module {error.name}")
-            return Answer(HOLD, f"this Python lacks the module {error.name}")
-        limit = self.settings.timeout_s
-        if not self.patient:
-            limit = max(0.1, min(limit, (self.ends - time.monotonic()) / DEADLINE))
-        begun = time.monotonic()
-        self.watch_over(DEADLINE * limit)
-        answer = post(self.opener, request, limit, self.tracker.reads)
-        self.watch_over(float("inf"))
+        """Send one request of a ping; it has a deadline of its own."""
+        timeout_s, begun = self.settings.timeout_s, time.monotonic()
+        limit = DEADLINE * timeout_s
+        if self.once:
+            limit = max(0.1, min(limit, self.ends + ONCE_LAST_S - begun))
+        if not self.opener:
+            import _thread
+
+            try:
+                self.opener = make_opener(self.tracker.url)
+            except Skipped as why:
+                return Answer(HOLD, str(why))
+            except ImportError as error:  # some distributions ship a part of it
+                return Answer(HOLD, f"this Python lacks the module {error.name}")
+            _thread.start_new_thread(self.watch, ())
+        self.sending, self.deadline = name, begun + limit
+        answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
+        self.deadline = float("inf")
         if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
-            answer = Answer(REFUSED, f"{answer.what}, rejected", may_blame=True)
+            answer = Answer(REFUSED, f"{answer.what}, rejected", answer.status)
         took_ms = (time.monotonic() - begun) * 1000
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
@@ -3779,43 +2869,16 @@ class Sender:
         )
         return answer
 
-    def watch_over(self, seconds: float) -> None:
-        """See to it that what is sent now ends within so many seconds: by the watchdog
-        or, where there is no thread to be had, by an alarm, which a hung resolver does
-        not hear."""
-        self.deadline = time.monotonic() + seconds
-        if not self.watched:
-            import _thread
-
-            self.watched = True
-            try:
-                _thread.start_new_thread(self.watch, ())
-            except RuntimeError:
-                self.log("no thread to be had for the watchdog")
-                self.alarmed = hasattr(os, "fork")  # Windows has no alarm
-        if self.alarmed:
-            import signal
-
-            signal.signal(signal.SIGALRM, self.cut_off)
-            signal.alarm(0 if seconds == float("inf") else int(seconds) + 1)
-
-    @staticmethod
-    def cut_off(*_: object) -> None:
-        """The alarm's handler: the request on its way fails."""
-        raise TimeoutError("timed out")
-
     def watch(self) -> None:
         """The watchdog, a thread. When a request overstays (a hung resolver, a dripping
-        response), count that and end the process: nothing else ends the request."""
+        response), note that and end the process: nothing else ends the request."""
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
         try:
-            answer = Answer(RETRY, "no whole answer in time", may_blame=True)
-            if self.walk and self.walk.is_known_bad(self.sending, answer):
-                self.state.save()
-            else:
-                self.state.suspect(self.sending)
+            answer, name = Answer(RETRY, "no whole answer in time"), self.sending
+            if self.on_pass.weigh(name, answer) and name in self.on_pass.noted:
                 self.fail(answer)
+            self.state.save()
             self.tell("no whole answer in time; the ping waits")
         finally:
             os._exit(self.status)
@@ -3828,213 +2891,157 @@ class Sender:
         now, state = time.time(), self.state
         mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
         state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
-        wait = backoff_s(answer.verdict, state.failures, answer.retry_after, now)
+        wait = backoff_s(answer.verdict, int(state.failures), answer.retry_after_s)
         state.set_at, state.not_before = now, now + wait
         state.verdict, state.problem = answer.verdict, answer.what
         state.problem_at = now
         state.save()
         self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
-    def refresh(self) -> None:
-        """Look at what others have written; not where only this process knows."""
-        if self.state.saved:
-            self.state = self.outbox.state()
-
     def backoff_left_s(self) -> float:
         """Seconds until the back-off ends, 0 when none stands."""
-        self.refresh()
+        self.state = self.outbox.state()
         return self.state.backoff_left_s(time.time())
 
     def one_pass(self) -> None:
-        """Try all that waits and is due, until an answer says that now is no time. The
-        lock must be held."""
-        self.refresh()
-        self.walk = Walk(self)
-        self.walk.go()
+        """Try all that waits and is due, until an answer says that now is no time."""
+        self.state = self.outbox.state()
+        names = self.outbox.waiting()
+        self.on_pass = Pass(self, names)
+        self.on_pass.go()
+        # What there was no time for is news, to the next sender.
+        self.known.update(self.on_pass.done if self.is_over() else names)
 
     def news(self) -> bool:
-        """Whether a ping waits that has come since, and was not dealt with."""
-        return not self.seen.issuperset(self.outbox.waiting())
+        """Whether a ping waits that has come since the last pass began."""
+        return not self.known.issuperset(self.outbox.waiting())
+
+    def is_gone(self) -> bool:
+        """Whether the outbox was removed: by uninstall, most likely."""
+        return not os.path.isdir(self.outbox.path("outbox"))
 
     def linger(self) -> None:
         """After a tool's event stay a while with the lock in hand, for the next one:
         the hooks meanwhile start no process. Ends when there is news or no use."""
-        if not (self.walk and self.walk.last_event in BURSTS):
-            return
         until = min(time.monotonic() + LINGER_S, self.ends)
-        looked, again = 0, True
-        while time.monotonic() < until:
+        if self.on_pass.last_event not in BURSTS:
+            return
+        while time.monotonic() < until and not self.is_gone() and not self.news():
             time.sleep(LOOK_S)
-            if self.is_outdated():
-                return
-            changed = os.stat(self.outbox.path("outbox")).st_mtime_ns
-            # Once more after each change: two may have the same time.
-            if (changed != looked or again) and self.news():
-                return
-            looked, again = changed, changed != looked
 
     def work(self) -> None:
         """Passes, one for each burst of pings, while no back-off stands; then the daily
-        sweep. The lock must be held."""
+        sweep, which may find some more."""
         while True:
             self.one_pass()
             if self.is_over() or self.state.backoff_left_s(time.time()):
-                break
-            if self.patient:
+                return
+            if not self.once:
                 self.linger()
-            if not self.news() or self.is_outdated():
-                break
-        self.sweep()
+            if not self.news():
+                self.sweep()
+            if not self.news():
+                return
 
     def live(self, lock: Lock | None) -> None:
         """Pass after pass, to the end of this life. After each the lock is given back,
         and then the outbox listed once more: a hook that found the lock busy counts on
-        that. So news begin a new life."""
+        that. When this life is over then, news begin a new one."""
         while lock is not None:
-            if not self.backoff_left_s():
-                self.work()
-            wait = self.backoff_left_s()
-            alone = not self.state.saved and not self.is_outdated()
-            if wait and alone:  # nobody else knows of it: the lock stays here
-                time.sleep(max(0.0, min(wait, self.ends - time.monotonic())))
-                if not self.is_over():
-                    continue
+            self.work()
             lock.release()
+            wait = self.backoff_left_s()
             if not wait and self.news():
                 lock = self.outbox.take_lock()
-                if lock and self.is_outdated():  # go on by the code as it is now
-                    bytecode_serves()  # stale bytecode is not what it shall run
+                if lock and self.is_over():
                     start_sender({self.outbox.name(): lock}, self.settings.environ)
                     return
-                if self.is_over():
-                    self.ends = time.monotonic() + LIFE_S
                 continue
-            wait = wait or self.pace_left_s()
-            if not wait or time.monotonic() + wait >= self.ends:
+            if not wait or self.once or time.monotonic() + wait >= self.ends:
                 return
             time.sleep(wait)
-            lock = self.outbox.take_lock()
-
-    def pace_left_s(self) -> float:
-        """Seconds until the next part of a backlog may go, 0 when there is none."""
-        if not (self.walk and self.walk.paced):
-            return 0.0
-        return self.state.pace_left_s(time.time())
+            lock = None if self.is_gone() else self.outbox.take_lock()
 
     def sweep(self) -> None:
-        """Once a day: report sessions that were lost, drop accounts long unused. While
-        pings wait, a session is not lost."""
+        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
         now, accounts = time.time(), self.outbox.path("accounts")
-        if 0 <= now - self.state.swept_at < QUIET_S or self.outbox.waiting():
+        if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
             return
-        for name in os.listdir(accounts) if os.path.isdir(accounts) else ():
+        paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
+        paths.sort(key=age_s)
+        for path in paths[ACCOUNTS_MAX:]:
+            remove(path)
+        for path in paths[:ACCOUNTS_MAX]:
             if self.is_over():
                 return
-            path = os.path.join(accounts, name)
-            try:
-                unfinished = name.startswith(".")
-                if age_s(path) > QUIET_S and not unfinished:
+            if self.settings.usage and age_s(path) > DAY_S:
+                try:
                     report_lost(self.outbox, path, self.settings, self.ends)
-                if age_s(path) > (UNFINISHED_S if unfinished else ACCOUNT_MAX_S):
-                    remove(path)
-            except Exception as error:  # noqa: BLE001 - it must not hide the others
-                self.log(f"an account is broken: {type(error).__name__}")
+                except Exception as error:  # noqa: BLE001 - it must not hide others
+                    self.log(f"an account tells nothing: {type(error).__name__}")
         self.state.swept_at = now
         self.state.save()
 
 
-class Walk:
-    """One walk along an outbox, oldest first: pings that have never failed, then
-    suspects.
+class Pass:
+    """One walk along an outbox: pings that have never failed, oldest first; then those
+    that failed and were not judged; then those that were charged.
 
-    After an answer that may be the ping's fault or the tracker's, witnesses are heard:
-    the next ping, and the newest of another kind. Is one delivered, the tracker is
-    well, and the ping is charged or set aside; else the walk ends with a back-off, and
-    nobody is to blame. So no ping stands in the way of the others, and no bad day of
-    the tracker empties an outbox.
+    A failure may be the ping's fault or the tracker's: another ping that is delivered
+    tells. So failures are noted, and a delivery judges them: what was refused is set
+    aside, what else failed is charged. When only failures come, of different events,
+    the pass ends with a back-off, and nobody is to blame. So no ping stands in the way
+    of the others, and no bad day of the tracker empties an outbox.
 
-    delivered: pings so far. last_event: of the last one delivered. paced: whether a
-    part of the backlog must wait.
+    noted: name -> its answer, since the last delivery. last_event: of the last ping
+    delivered.
     """
 
-    def __init__(self, sender: Sender) -> None:
+    def __init__(self, sender: Sender, names: list[str]) -> None:
         self.sender, self.outbox, self.state = sender, sender.outbox, sender.state
-        self.tried = self.delivered = self.refusals_left = 0
+        self.names = names
+        self.noted: dict[str, Answer] = {}
+        self.tried = self.delivered = 0
         self.last_event = self.last_answer = ""
-        self.paced = False
-        for name in self.outbox.strangers():
-            self.set_aside(name, "no ping")
-        waiting = self.outbox.waiting()
-        if sender.walk is None:  # its first: the next sender's, if life is too short
-            sender.seen.update(waiting)
-        self.names = self.within_bounds(waiting)
-        self.forget_suspects()
-        suspects = self.state.suspects
-        self.fresh = [name for name in self.names if name not in suspects]
-        self.done: set[str] = set()  # tried in this walk
-        self.first_undone = 0  # in `fresh`
-        self.looked_into: dict[str, tuple[object, object]] = {}
-        self.met: set[object] = set()  # sessions of which a ping was charged
-        self.backlog_left = self.backlog_share()
-
-    def go(self) -> None:
-        """Walk to the end, or until an answer says that now is no time."""
-        complete = self.try_fresh() and self.try_suspects()
-        if complete and self.tried and not self.paced:
-            self.state.recovered_at = self.state.pace_pings = self.state.paced_until = 0
-        if self.tried:
-            self.state.save()
-            self.sender.log(
-                f"delivered {self.delivered} of {len(self.names)}, "
-                f"last answer: {self.last_answer}"
-            )
+        self.done: set[str] = set()
+        self.by_session: dict[str, list[str]] = {}
+        for name in names:
+            self.by_session.setdefault(PingName(name).session, []).append(name)
 
     # What waits
 
-    def within_bounds(self, names: list[str]) -> list[str]:
-        """The newest OUTBOX_MAX_PINGS names; the others' pings are lost. They go some
-        at a time, counted before: a foreground sender may be killed meanwhile."""
-        excess = names[:-OUTBOX_MAX_PINGS]
-        for start in range(0, len(excess), 100):
-            if self.sender.is_over():
-                break
-            some = excess[start : start + 100]
-            for name in some:
-                self.count_loss(name, "outbox full")
-            self.state.save()
-            for name in some:
-                remove(self.outbox.file(name))
-            self.sender.seen.update(some)
-        return names[-OUTBOX_MAX_PINGS:]
-
-    def forget_suspects(self) -> None:
-        """Drop those that wait no more; and those least charged, if there are too many:
-        in an outage everything looks suspect."""
+    def tidy(self) -> None:
+        """Make way: what is no ping is set aside; of more than OUTBOX_MAX_PINGS the
+        oldest without usage are lost, then the oldest; suspects that wait no more are
+        forgotten, and those least charged, for in an outage everything looks suspect.
+        """
+        for name in os.listdir(self.outbox.path("outbox")):
+            if name.startswith("."):
+                if age_s(self.outbox.file(name)) > UNFINISHED_S:
+                    remove(self.outbox.file(name))
+            elif not PingName.is_one(name):
+                self.set_aside(name, "no ping")
+        usage = USAGE_EVENTS
+        lost = sorted(self.names, key=lambda name: PingName(name).event in usage)
+        del lost[max(0, len(lost) - OUTBOX_MAX_PINGS) :]
+        for name in lost:
+            self.count_loss(name, "outbox full")
+        if lost:
+            self.state.save()  # before they go: we may be killed meanwhile
+            self.names = sorted(set(self.names).difference(lost))
+        for name in lost:
+            remove(self.outbox.file(name))
         suspects = self.state.suspects
         for name in set(suspects).difference(self.names):
             del suspects[name]
-        most_charged = sorted(suspects, key=lambda name: -suspects[name].charges)
-        for name in most_charged[SUSPECTS_MAX:]:
+        for name in sorted(suspects, key=lambda n: -suspects[n].charges)[SUSPECTS_MAX:]:
             del suspects[name]
-
-    def look_into(self, name: str) -> tuple[object, object]:
-        """(event, session) of a ping; session: None when nothing is still to be charged
-        to it. Each file is looked into once."""
-        if name not in self.looked_into:
-            event = session = None
-            try:
-                ping, local = self.outbox.read(name)
-                event, session = ping.get("event"), local and ping.get("session_id")
-            except (OSError, ValueError):
-                pass  # it will be found out when it is its turn
-            self.looked_into[name] = event, session or None
-        return self.looked_into[name]
 
     def count_loss(self, name: str, reason: str) -> None:
         """Count a ping that will not be delivered, and the tokens charged to it."""
         self.state.lost(reason)
         try:
-            ping = self.outbox.read(name)[0]
+            ping = self.outbox.record(name).ping
             self.state.lost("tokens", int(ping["total_tokens"]))
         except (OSError, ValueError, KeyError, TypeError):
             pass
@@ -4046,205 +3053,132 @@ class Walk:
         self.state.save()
         self.outbox.set_aside(name)
 
-    # After an outage all machines come back at once: the backlog goes bit by bit
+    def order(self) -> Iterator[str]:
+        """The names, in the order in which they are tried. The last failure that is
+        borne is one of another event, the newest: a witness that is like the others
+        would say little."""
+        suspects, now = self.state.suspects, time.time()
+        fresh = [name for name in self.names if name not in suspects]
+        for name in fresh:
+            if len(self.noted) == self.borne() - 1:
+                failed = PingName(next(iter(self.noted))).event
+                for other in reversed(fresh):
+                    if other not in self.done and PingName(other).event != failed:
+                        yield other
+                        break
+            if name not in self.done:
+                yield name
+        yield from [name for name, s in list(suspects.items()) if not s.charges]
+        for name, suspect in list(suspects.items()):
+            paused = 0 <= now - suspect.tried_at < SUSPECT_PAUSE_S
+            if suspect.charges and not paused:
+                yield name
 
-    def backlog_share(self) -> int:
-        """How many pings of an outage's backlog may go in this walk."""
-        state, now = self.state, time.time()
-        if state.failures:  # the first walk after the outage, if it is over
-            state.recovered_at, state.pace_pings = now, PACE_PINGS
-            state.paced_until = 0
-        elif not 0 < state.recovered_at <= now:
-            state.recovered_at = 0
-        if not state.recovered_at:
-            return OUTBOX_MAX_PINGS
-        return 0 if state.pace_left_s(now) else state.pace_pings
+    # Whose fault
 
-    def must_wait(self, name: str) -> bool:
-        """Whether a ping is of the backlog, and this walk's share of it is sent."""
-        if not self.state.recovered_at or ns_of(name) / 1e9 > self.state.recovered_at:
-            return False
-        if self.backlog_left > 0:
-            self.backlog_left -= 1
-            return False
-        if not self.paced:
-            self.paced = True
-            self.pace()
-        return True
+    def borne(self) -> int:
+        """How many failures in a row end the pass."""
+        refused = all(answer.verdict == REFUSED for answer in self.noted.values())
+        return REFUSALS_BORNE if self.delivered and refused else FAILURES_BORNE
 
-    def pace(self) -> None:
-        """Let the rest of the backlog wait; twice as many the next time."""
-        from random import uniform
+    def go(self) -> None:
+        """Walk to the end, or until an answer says that now is no time."""
+        goes_on = True
+        self.tidy()
+        for name in self.order():
+            if self.sender.is_over() or not goes_on:
+                break
+            if name not in self.done:
+                answer = self.attempt(name)
+                goes_on = answer is None or self.weigh(name, answer)
+        if goes_on and self.noted and not self.delivered:
+            self.sender.fail(self.noted.popitem()[1])
+        if self.tried:
+            self.state.save()
+            self.sender.log(
+                f"delivered {self.delivered} of {len(self.names)}, "
+                f"last answer: {self.last_answer}"
+            )
 
-        state, now = self.state, time.time()
-        if not state.pace_left_s(now):
-            state.paced_until = now + uniform(*PACE_S)
-            if self.delivered == self.tried:
-                state.pace_pings = min(2 * state.pace_pings, OUTBOX_MAX_PINGS)
-            state.save()
-
-    # Pings that have never failed
-
-    def try_fresh(self) -> bool:
-        """Try them; False when the walk is over."""
-        for name in self.fresh:
-            if self.sender.is_over():
-                return False
-            self.sender.seen.add(name)
-            if name in self.done or self.must_wait(name):
-                continue
-            answer = self.attempt(name)
-            if answer is None or answer.verdict == DELIVERED:
-                continue
-            if not self.survives(name, answer):
-                return False
-        return True
-
-    def survives(self, name: str, answer: Answer) -> bool:
-        """Deal with an answer that is no success; False when the walk is over."""
-        if not answer.may_blame:
-            self.sender.fail(answer)
-            return False
-        if answer.verdict == RETRY and retry_after_s(answer.retry_after, time.time()):
-            self.state.suspect(name)  # it asks for silence: others go first, later
-            self.sender.fail(answer)
-            return False
-        if answer.verdict == REFUSED and self.refusals_left:
-            self.refusals_left -= 1
-            self.blame(name, answer)
+    def weigh(self, name: str, answer: Answer) -> bool:
+        """Find out whose fault an answer is; False when the pass is over."""
+        if answer.verdict == DELIVERED:
+            for failed, its_answer in self.noted.items():
+                self.judge(failed, its_answer)
+            self.noted = {}
             return True
-        return self.hear_witnesses(name, answer)
+        suspect = self.state.suspects.get(name)
+        if answer.verdict == NOT_NOW:
+            if answer.status >= 500:
+                self.state.suspect(name)  # others go first, next time
+            self.sender.fail(answer)
+            return False
+        if suspect and (suspect.charges or self.delivered):
+            suspect.tried_at = time.time()
+            if self.delivered:  # the tracker is well
+                self.judge(name, answer)
+            return True
+        self.noted[name] = answer
+        self.state.suspect(name)
+        if len(self.noted) >= self.borne():
+            self.sender.fail(answer)
+            return False
+        return True
 
-    def hear_witnesses(self, name: str, answer: Answer) -> bool:
-        """Find out whose fault an answer is; False when it may be the tracker's."""
-        failed, last = {name: answer}, answer
-        for witness in self.witnesses(name):
-            found = self.attempt(witness)
-            if found is None:
-                continue
-            last = found
-            if found.verdict == DELIVERED:
-                self.refusals_left = WITNESS_REFUSALS
-                for suspect, its_answer in failed.items():
-                    self.blame(suspect, its_answer)
-                return True
-            if not found.may_blame:
-                break  # the tracker's own word, or none
-            failed[witness] = found
-        for suspect in failed:
-            self.state.suspect(suspect)
-        if self.delivered and last is answer and answer.verdict in HOLDS:
-            return True  # nobody to ask, but others were taken: it alone waits
-        self.sender.fail(answer if last.may_blame else last)
-        return False
-
-    def witnesses(self, name: str) -> Iterator[str]:
-        """At most two pings that have never failed: the next one, and the newest of
-        another kind of event, else the newest."""
-        rest = [other for other in self.fresh if other not in self.done]
-        if rest:
-            yield rest.pop(0)
-        kind = self.look_into(name)[0]
-        for other in reversed(rest):
-            if self.look_into(other)[0] not in (kind, None):
-                yield other
-                return
-        if rest:
-            yield rest[-1]
-
-    def blame(self, name: str, answer: Answer) -> None:
+    def judge(self, name: str, answer: Answer) -> None:
         """The tracker is well: refuse the ping for good, or charge it."""
         if answer.verdict == REFUSED:
             self.set_aside(name, f"refused: {answer.what}")
             return
         suspect, now = self.state.suspect(name), time.time()
         suspect.charges, suspect.tried_at = suspect.charges + 1, now
-        old = now - ns_of(name) / 1e9 > POISON_AGE_S
+        old = now - PingName(name).ns / 1e9 > POISON_AGE_S
         if suspect.charges >= POISON_CHARGES and old:
             self.set_aside(name, "always fails")
-
-    # Suspects
-
-    def try_suspects(self) -> bool:
-        """Try those that are due, the longest untried first; False when the walk is
-        over. What was delivered in this walk is their witness."""
-        suspects, now = self.state.suspects, time.time()
-        self.sender.seen.update(suspects)
-        due = [
-            name
-            for name, suspect in suspects.items()
-            if name not in self.done and suspect.is_due(now)
-        ]
-        for name in sorted(due, key=lambda name: (suspects[name].tried_at, name)):
-            if self.sender.is_over():
-                return False
-            if self.must_wait(name):
-                continue
-            answer = self.attempt(name)
-            if answer is None or answer.verdict == DELIVERED:
-                continue
-            if not self.is_known_bad(name, answer):
-                self.sender.fail(answer)
-                return False
-            if not self.delivered:
-                return False  # nothing tells what the next one's answer would mean
-        return True
-
-    def is_known_bad(self, name: str, answer: Answer) -> bool:
-        """Whether a failed suspect's answer says nothing of the tracker: others were
-        delivered in this walk, and it is charged, or it was charged before."""
-        suspect = self.state.suspects.get(name)
-        if not (suspect and answer.may_blame):
-            return False
-        suspect.tried_at = time.time()
-        if self.delivered:
-            self.blame(name, answer)
-            return True
-        return suspect.charges > 0
 
     # One ping
 
     def attempt(self, name: str) -> Answer | None:
         """Send a ping; None when there is nothing to send under `name`, or no time."""
-        record = self.read_record(name)
+        self.done.add(name)
+        record = self.charged(name)
         if record is None:
             return None
         requests = self.sender.tracker.requests(record.ping, record.beside)
-        answer = self.sender.attempt(name, record, requests)
-        if answer is None:
-            if not self.sender.is_over():
-                self.drop(name)
-            return None
-        self.tried += 1
-        self.last_answer = answer.what
-        if answer.verdict == DELIVERED:
-            # Before its file goes: after a crash it may stand in sent.jsonl twice, but
-            # never not at all.
-            self.sender.keep(record.ping, requests, answer)
-            self.accepted(name, record.ping)
+        if not requests:  # the tracker wants nothing of it: so it is no witness
+            remove(self.outbox.file(name))
+        answer = None
+        for request in requests[record.accepted :]:
+            if answer and self.sender.is_over():
+                return None
+            answer = self.sender.send(name, record.ping, request)
+            if answer.verdict != DELIVERED:
+                break
+            record.accepted += 1
+            if record.accepted < len(requests):
+                self.outbox.rewrite(name, record)  # whoever comes next goes on there
+        if answer is not None:
+            self.tried += 1
+            self.last_answer = answer.what
+            if answer.verdict == DELIVERED:
+                self.accepted(name, record, requests)
         return answer
 
-    def drop(self, name: str) -> None:
-        """Remove a ping of which the tracker wants nothing: so it is no witness."""
-        remove(self.outbox.file(name))
-        self.state.suspects.pop(name, None)
-
-    def accepted(self, name: str, ping: Fields) -> None:
-        """The tracker has the ping: only now its file goes."""
+    def accepted(self, name: str, record: Record, requests: list[Request]) -> None:
+        """The tracker has the ping: only now its file goes; after it stands in
+        sent.jsonl, where it is twice after a crash, but never not at all."""
+        self.sender.keep(record.ping, requests, self.last_answer)
         remove(self.outbox.file(name))
         self.delivered += 1
-        if self.refusals_left:  # a witness that came by itself
-            self.refusals_left = WITNESS_REFUSALS
-        self.last_event = str(ping.get("event"))
+        self.last_event = str(record.ping.get("event"))
         state = self.state
         state.suspects.pop(name, None)
-        state.failures, state.not_before = 0, 0
-        state.delivered_at = time.time()
+        state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
 
-    def read_record(self, name: str) -> Record | None:
-        """The ping to send, its usage charged; None when there is none under `name`, or
-        no time to charge those before it."""
-        self.done.add(name)
+    def charged(self, name: str) -> Record | None:
+        """The ping to send, its usage charged, and before it that of its session's
+        older ones, so that the tokens are each turn's own; None when there is none
+        under `name`, or it must wait."""
         try:
             record = self.outbox.record(name)
         except OSError:  # gone, or an I/O error: perhaps another time
@@ -4254,127 +3188,61 @@ class Walk:
             return None
         if not record.local:
             return record
-        for older in self.older_of_session(name, record.ping.get("session_id")):
+        session = self.by_session[PingName(name).session]
+        while session and session[0] < name:
             if self.sender.is_over():
                 return None
+            older = session.pop(0)
             try:
                 self.charge(older, self.outbox.record(older))
             except (OSError, ValueError):
                 continue
         return self.charge(name, record)
 
-    def charge(self, name: str, record: Record) -> Record:
+    def charge(self, name: str, record: Record) -> Record | None:
         """The ping with its usage in it; whatever a transcript holds, the ping goes."""
-        sender = self.sender
         try:
-            return charge(self.outbox, name, record, sender.ends, sender.patient)
+            if record.local:
+                return charge(self.outbox, name, record, self.sender.ends)
         except Exception as error:  # noqa: BLE001
-            sender.log(f"usage left out: {type(error).__name__}")
-            return record
-
-    def older_of_session(self, name: str, session_id: object) -> Iterator[str]:
-        """The session's older pings that are sent later than `name`: they are charged
-        before it, so that the tokens are each turn's own."""
-        fresh = self.fresh
-        while self.first_undone < len(fresh) and fresh[self.first_undone] in self.done:
-            self.first_undone += 1
-        for older in fresh[self.first_undone :]:
-            if older >= name:
-                return
-            event, session = self.look_into(older)
-            if older in self.done or session != session_id:
-                continue
-            # Those that tell usage; and the first, with which the account opens.
-            if event in USAGE_EVENTS or session_id not in self.met:
-                self.met.add(session_id)
-                self.looked_into[older] = event, None
-                yield older
-
-
-def deliver_now(
-    outbox: Outbox,
-    tracker: Tracker,
-    settings: Settings,
-    ends: float,
-    tell: Tell,
-    name: str,
-) -> None:
-    """Deliver while a hook waits, until `ends` (monotonic). Debug mode ignores a
-    back-off, once. name: the hook's ping; no more is waited for when it is gone. (There
-    may be none: then another sender at work is enough.)"""
-    state = outbox.state()
-    left = state.backoff_left_s(time.time())
-    if left and not settings.debug:
-        return
-    if left:
-        why = state.problem or "after an outage"
-        tell(f"a back-off lasts {left:.0f} s more ({why}); this attempt ignores it")
-    lock = outbox.take_lock()
-    while lock is None:
-        if not name or not os.path.exists(outbox.file(name)):
-            return
-        if time.monotonic() >= ends:
-            raise Skipped("a sender is at work and has the ping; see sender.log")
-        time.sleep(LOOK_S / 2)
-        lock = outbox.take_lock()
-    sender = Sender(outbox, tracker, settings, ends, tell, patient=False)
-    while lock is not None:
-        sender.work()
-        left = sender.backoff_left_s()
-        if left and not sender.state.saved:  # nobody else knows: at most one a second
-            time.sleep(max(0.0, min(1.0, ends - time.monotonic())))
-        lock.release()
-        if left or sender.is_over() or not sender.news():
-            return
-        lock = outbox.take_lock()
-
-
-def deliver_in_background(
-    outbox: Outbox, tracker: Tracker, settings: Settings, lock: Lock
-) -> None:
-    """A detached sender's life."""
-    try:
-        inherited, own = os.fstat(lock.fd), os.lstat(outbox.path("lock"))
-        held: Lock | None = lock if os.path.samestat(inherited, own) else None
-    except OSError:
-        held = None
-    sender = Sender(outbox, tracker, settings, time.monotonic() + LIFE_S)
-    try:
-        sender.live(held or outbox.take_lock())
-    except Exception as error:  # noqa: BLE001 - or each hook would start one in vain
-        if os.path.isdir(outbox.path("outbox")):  # else it was removed meanwhile
-            sender.state.suspect(sender.sending)
-            sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
+            self.sender.log(f"usage left out: {type(error).__name__}")
+        return record
 
 
 def send(settings: Settings, tell: Tell) -> None:
-    """Deliver as the command line says: `foreground SECONDS NAME DESTINATION`, or
-    `detached FD DESTINATION`, with other destinations that are to have a sender behind
-    it. DESTINATION is the name of its directory, FD its lock, NAME the hook's ping."""
+    """Deliver as the command line says: HOW FD DESTINATION, with other destinations
+    that are to have a sender behind it. HOW: see start_sender. DESTINATION: the name of
+    its directory; FD: its lock, -1 when none was handed on."""
     gc.enable()
     if hasattr(gc, "set_threshold"):  # PyPy has none
         gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
-    began = time.monotonic()
-    how, number, *names = sys.argv[3:]
-    name = names.pop(0) if how == "foreground" else ""
-    for fd, other in zip(names[1::2], names[2::2]):
+    how, fd, name, *others = sys.argv[3:]
+    once, life_s = how != "detached", LIFE_S if how == "detached" else ONCE_S
+    ends = time.monotonic() + life_s
+    for other_fd, other in zip(others[::2], others[1::2]):
         try:
-            start_sender({other: Lock(int(fd))}, settings.environ)
+            start_sender({other: Lock(int(other_fd))}, settings.environ)
         except OSError:
             continue  # the next hook tries it again
-    tracker = find_tracker(settings, *names[:1])
-    outbox = outbox_of(settings, tracker)
+    trackers, problems = find_trackers(settings, read_secret)
+    found = [tracker for tracker in trackers if tracker.directory_name() == name]
+    if not found:
+        raise Skipped("; ".join(problems) or "it is no destination any more")
+    outbox = outbox_of(settings, found[0])
     outbox.need_sound()
-    if how == "foreground":
-        ends = began + float(number) - 0.25  # so that a failure is still noted
-        deliver_now(outbox, tracker, settings, ends, tell, name)
-        return
-    if os.name == "posix":
-        import signal
-
+    lock = Lock(int(fd)) if int(fd) >= 0 else outbox.take_lock()
+    sender = Sender(outbox, found[0], settings, ends, tell, once)
+    if how == "debug" and sender.backoff_left_s():
+        why = sender.state.problem or "after an outage"
+        tell(f"a back-off lasts {sender.backoff_left_s():.0f} s more ({why})")
+    if not once and os.name == "posix":
         os.nice(5)  # the session's own work comes first
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # our shell may ignore it
-    deliver_in_background(outbox, tracker, settings, Lock(int(number)))
+    try:
+        sender.live(lock)
+    except Exception as error:  # noqa: BLE001 - or each hook would start one in vain
+        if not sender.is_gone():
+            sender.state.suspect(sender.sending)
+            sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
 
 
 def sender() -> NoReturn:
@@ -4385,6 +3253,43 @@ def sender() -> NoReturn:
 # ======================================================================================
 # All below is run by a person: the commands.
 # ======================================================================================
+
+
+def outboxes(state_dir: str | None) -> list[Outbox]:
+    """Every destination's outbox that there is, also of URLs no longer configured."""
+    top = state_dir or ""
+    names = sorted(os.listdir(top)) if os.path.isdir(top) else []
+    found = [Outbox(os.path.join(top, name)) for name in names if "-" in name]
+    return [outbox for outbox in found if os.path.isdir(outbox.path("outbox"))]
+
+
+USAGE_FIELDS = (  # what a ping is charged
+    *TOKENS,
+    *("models", "tools", "tool_calls", "tool_failures", "interrupts"),
+    *("cost_usd", "lines_added", "lines_removed"),
+)
+
+
+def adopt(former: Outbox, present: Outbox, name: str) -> None:
+    """Move a ping that waits for a former URL of a tracker to the present one's. Both
+    locks are held. What it was charged there must not be told here twice: either the
+    session's account here begins behind it, or, when that has counted already, the ping
+    goes without. OSError or ValueError: it cannot be moved."""
+    record = Outbox(former.directory, present.needs).record(name)
+    path, at = present.account_path(PingName(name).session), PingName(name).ns / 1e9
+    if not record.local and record.ping.get("total_tokens"):
+        try:
+            account = Account.load(path)
+        except FileNotFoundError:
+            account = Account(path)
+        if not account.transcripts:
+            account.since = max(account.since, at)
+            account.save()
+        elif account.since < at:
+            ping = {k: v for k, v in record.ping.items() if k not in USAGE_FIELDS}
+            record = Record({**ping, "usage_complete": False}, {}, {})
+    present.rewrite(name, record)
+    remove(former.file(name))
 
 
 # -- Commands: talking with a person ---------------------------------------------------
@@ -4517,6 +3422,22 @@ def imports_script_only(words: list[str]) -> bool:
         return False
     rest = words[6:]
     return not rest or (rest[0] == "||" and runs_script_only(rest[1:]))
+
+
+def names_script(command: str) -> bool:
+    """Whether a hook's command runs this script, as a file or by import. (Without re:
+    the hook of a plugin asks this, too.)"""
+
+    def in_a_word(neighbour: str) -> bool:
+        return neighbour.isalnum() or neighbour in ("_", "-", ".")
+
+    for spelled in (SCRIPT, "import telemhq_ping"):
+        before, found, after = command.partition(spelled)
+        while found:
+            if not in_a_word(before[-1:]) and not in_a_word(after[:1]):
+                return True
+            before, found, after = after.partition(spelled)
+    return False
 
 
 class RegisteredHook:
@@ -4768,8 +3689,6 @@ def empty(outbox: Outbox, sender: Sender) -> None:
     """Pass after pass, as long as each delivers something and no back-off stands."""
     left, before = len(outbox.waiting()), 0
     while left and left != before:
-        sender.state.paced_until = 0  # a person who asks is no stampede
-        sender.state.save()
         sender.one_pass()
         left, before = len(outbox.waiting()), left
         if sender.state.backoff_left_s(time.time()):
@@ -4788,7 +3707,7 @@ def flush(options: Namespace) -> int:
         outbox = outbox_of(settings, tracker)
         outbox.need_sound()
         if options.adopt:
-            adopt(settings, outbox)
+            adopt_all(settings, outbox)
         if outbox.waiting():
             delivered += flush_outbox(outbox, tracker, settings)
         left += len(outbox.waiting())
@@ -4796,43 +3715,23 @@ def flush(options: Namespace) -> int:
     return 1 if left else 0
 
 
-def adopt(settings: Settings, present: Outbox) -> None:
+def adopt_all(settings: Settings, present: Outbox) -> None:
     """Move what waits for former URLs of a tracker to the present one's."""
     kind = present.kind()
-    os.makedirs(present.directory, 0o700, exist_ok=True)
+    os.makedirs(present.path("outbox"), 0o700, exist_ok=True)
     held = wait_for_lock(present, time.monotonic() + LIFE_S)
     try:
         for former in outboxes(settings.state_dir):
             if former.directory != present.directory and former.kind() == kind:
-                adopt_from(former, present)
+                former.need_sound()
+                lock = former.take_lock()
+                if lock is None:
+                    raise Skipped(f"a sender is at work in {former.directory}")
+                for name in former.waiting():
+                    adopt(former, present, name)
+                lock.release()
     finally:
         held.release()
-
-
-def adopt_from(former: Outbox, present: Outbox) -> None:
-    """Move what waits in a former URL's outbox; before it the accounts, for whoever
-    charges a ping must know what was charged. The present one's lock is held."""
-    former.need_sound()
-    lock = former.take_lock()
-    if lock is None:
-        at_work = f"a sender is at work in {former.directory}"
-        raise Skipped(f"{at_work}; try again in a minute")
-    accounts = former.path("accounts")
-    for name in sorted(os.listdir(accounts)) if os.path.isdir(accounts) else ():
-        if name.endswith(".json") and not name.startswith("."):
-            hand_over(os.path.join(accounts, name), present.path("accounts", name))
-        elif name.endswith(".off"):
-            os.renames(os.path.join(accounts, name), present.path("accounts", name))
-    remove(accounts)
-    for name in former.waiting():
-        move(former.path("outbox", name), present.path("outbox", name))
-    lock.release()
-
-
-def move(path: str, target: str) -> None:
-    """Move a file, unless there is one; the directories are made, or go when empty."""
-    if path.endswith(".json") and not os.path.exists(target):
-        os.renames(path, target)
 
 
 # -- Commands: what install changes, shown and remembered ------------------------------
@@ -6017,10 +4916,10 @@ def check_formers(formers: list[Outbox]) -> Iterator[Check]:
 def check_delivery(outbox: Outbox, variable: str) -> Iterator[Check]:
     """How delivery from an outbox goes."""
     now, names, state = time.time(), outbox.waiting(), outbox.state()
-    backoff_s, pace_s = state.backoff_left_s(now), state.pace_left_s(now)
+    backoff_s, pace_s = state.backoff_left_s(now), 0.0
     text, fine = "no pings wait", True
     if names:
-        age_s = now - ns_of(names[0]) / 1e9
+        age_s = now - PingName(names[0]).ns / 1e9
         verb = "waits" if len(names) == 1 else "wait"
         text = (
             f"{counted(len(names), 'ping')} {verb}, the oldest for {duration_of(age_s)}"
