@@ -459,7 +459,8 @@ def run_sender(
     home: Home, url: str | None, patch: str = ONE_LIFE, **env: Any
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a detached sender that takes the lock itself, till it first sleeps."""
-    return patched(home, patch, "detached", "-1", url=url, **env)
+    name = home.destination().name
+    return patched(home, patch, "detached", "-1", name, url=url, **env)
 
 
 def only_enqueue(
