@@ -23,7 +23,6 @@ from support import (
     event,
     only_enqueue,
     ping_name,
-    run_sender,
 )
 
 NS = 1700000000 * 10**9 + 123456789  # 2023-11-14T22:13:20.123Z
@@ -319,10 +318,8 @@ def test_tool_names_count_in_the_table_of_tools_too(
         text = text.replace(f'"name":"{name}"', f'"name":"mcp__acme__{name}"')
     transcript.write_text(text)
     same = {"session_id": transcript.stem, "transcript_path": str(transcript)}
-    only_enqueue(home, receiver.url, event("SessionStart-startup", **same))
-    end = event("SessionEnd-other", **same)
-    only_enqueue(home, receiver.url, end, TELEMHQ_TOOL_NAMES=value)
-    run_sender(home, receiver.url)
+    home.hook(event("SessionStart-startup", **same), receiver.url)
+    home.hook(event("SessionEnd-other", **same), receiver.url, TELEMHQ_TOOL_NAMES=value)
     tools = receiver.wait_for(2)[1]["tools"]
     shown = {"mcp": 2} if value else {"mcp__acme__Read": 1, "mcp__acme__Write": 1}
     assert tools.pop("Bash") > 0
