@@ -1511,22 +1511,18 @@ def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
 THIS_FILE = os.path.abspath(__file__)  # now, for a hook leaves its directory
 
 
-def read_stdin(keep: bool = True) -> bytes:
-    """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
-    when it is closed early. More than STDIN_MAX_BYTES are none."""
-    parts: list[bytes] = []
-    size = 0
-    while size <= STDIN_MAX_BYTES:
+def read_stdin() -> bytes:
+    """All bytes of stdin, to its end: Claude Code shows an error when it is closed
+    early. More than STDIN_MAX_BYTES are none."""
+    parts, size, part = [], 0, b"-"
+    while part and size <= STDIN_MAX_BYTES:
         try:
             part = os.read(0, 1 << 16)  # as much as a pipe holds
         except OSError:
-            break
-        if not part:
-            return b"".join(parts)
+            part = b""
         size += len(part)
-        if keep:
-            parts.append(part)
-    return b""
+        parts.append(part)
+    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
 
 
 def event_on_stdin() -> tuple[Fields, int]:
@@ -1675,7 +1671,7 @@ def report_event(settings: Settings, tell: Tell) -> None:
     try:
         trackers = destinations(settings, tell)
     except Skipped:
-        read_stdin(keep=False)
+        read_stdin()
         raise
     event, event_bytes = event_on_stdin()
     ping = make_ping(event, settings, project_of(event, settings), ns, event_bytes)
@@ -1737,34 +1733,33 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
 
 def bytecode_path() -> str:
     """Where Python caches this file's bytecode (PEP 3147)."""
-    directory, name = os.path.split(THIS_FILE)
-    name = f"{name[: -len('.py')]}.{sys.implementation.cache_tag}.pyc"
-    return os.path.join(directory, "__pycache__", name)
+    directory, name = os.path.split(THIS_FILE[: -len(".py")])
+    tag = sys.implementation.cache_tag
+    return os.path.join(directory, "__pycache__", f"{name}.{tag}.pyc")
 
 
-def mend_bytecode() -> None:
+def mend_bytecode(path: str) -> None:
     """Close a __pycache__ that a umask of 000 left open to others: Python would run
     what they put there. As a script, remove bytecode that cannot be loaded: Python
     never does, and the settings' command imports it in vain."""
-    bytecode = bytecode_path()
-    cache, beside = os.path.dirname(bytecode), os.path.dirname(THIS_FILE)
+    cache, beside = os.path.dirname(path), os.path.dirname(THIS_FILE)
     mode = os.stat(cache).st_mode
     if mode & ~os.stat(beside).st_mode & 0o022:  # as open as the script's it may be
         os.chmod(cache, stat.S_IMODE(mode) & ~0o022)
-        remove(bytecode)
+        remove(path)
     if __name__ == "__main__":
         import marshal
 
         try:
-            marshal.loads(read_file(bytecode, STATE_MAX_BYTES)[16:])
+            marshal.loads(read_file(path, STATE_MAX_BYTES)[16:])
         except (EOFError, ValueError, TypeError):
-            remove(bytecode)
+            remove(path)
 
 
 def hook() -> NoReturn:
     """What Claude Code runs."""
     try:
-        mend_bytecode()
+        mend_bytecode(bytecode_path())
     except OSError:
         pass  # there is none
     run_for_claude_code(report_event)
@@ -1778,13 +1773,7 @@ def hook() -> NoReturn:
 
 # -- Transcripts: rows that count ------------------------------------------------------
 
-NEEDLES = (
-    b'"usage"',
-    b'"is_error":true',
-    b'"cost-state"',
-    b'"interruptedMessageId"',
-    b'"promptId"',
-)
+NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"interruptedMessageId"')
 COUNTS = (  # the ping's name, the transcript's, the ledger's
     ("input_tokens", "input_tokens", "inputTokens"),
     ("output_tokens", "output_tokens", "outputTokens"),
@@ -1807,38 +1796,11 @@ OUTPUT = 1  # the output tokens' place in COUNTS
 INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
 
 
-def lines_that_matter(fd: int, offset: int) -> Iterator[tuple[int, bytes]]:
-    """The whole lines behind `offset` that may hold a count, by their bytes. Yields
-    (offset behind the line, line), and (offset, b"") where all before it is read."""
-    os.lseek(fd, offset, os.SEEK_SET)
-    rest, block = b"", os.read(fd, BLOCK_BYTES)
-    while block:
-        block = rest + block
-        whole = block.rfind(b"\n") + 1
-        found = lines_in(block, whole)
-        for start in sorted(found):
-            yield offset + found[start], block[start : found[start]]
-        offset, rest = offset + whole, block[whole:]
-        if whole:
-            yield offset, b""
-        if len(rest) > LINE_MAX_BYTES:  # do not keep it; its end will not parse
-            offset, rest = offset + len(rest), b""
-        block = os.read(fd, BLOCK_BYTES)
-
-
-def lines_in(block: bytes, whole: int) -> dict[int, int]:
-    """Where lines that hold a needle start and end, of the first `whole` bytes."""
-    found: dict[int, int] = {}
-    for needle in NEEDLES:
-        at = block.find(needle, 0, whole)
-        while at >= 0:
-            start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at) + 1
-            # Tools' results are user rows too: most of the file, and no prompts.
-            prompt = needle == b'"promptId"'
-            if not prompt or block.find(b'"tool_result"', start, end) < 0:
-                found[start] = end
-            at = block.find(needle, end, whole)
-    return found
+def matters(line: bytes) -> bool:
+    """Whether a line of a transcript may hold a count, or begin a turn, by its bytes.
+    Tools' results are most of the file."""
+    begins = b'"promptId"' in line and b'"tool_result"' not in line
+    return begins or any(needle in line for needle in NEEDLES)
 
 
 def short_id(text: str) -> str:
@@ -1991,29 +1953,24 @@ class Transcript:
         """The rows gained. One at which the reader stops is read again next time.
         OSError or ValueError: it cannot be read; TimeoutError: not to its end by `ends`
         (monotonic)."""
-        fd = open_regular(path)
-        try:
-            inode = str(os.fstat(fd).st_ino)
-            if inode != self.inode or not self.goes_on(fd):
-                self.offset = 0  # another file, or not what it was
-            self.inode, at = inode, 0.0
-            for end, line in lines_that_matter(fd, self.offset):
-                row = Row.parse(line) if line else None
+        with open(open_regular(path), "rb") as file:
+            inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
+            file.seek(max(0, self.offset - 1))
+            if inode != self.inode or (self.offset and file.read(1) != b"\n"):
+                self.offset = file.seek(0)  # another file, or not what it was
+            self.inode, position = inode, self.offset
+            for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
+                position += len(line)
+                begins, whole = whole, line.endswith(b"\n")
+                # The parts of one that is too long are no lines.
+                row = Row.parse(line) if begins and whole and matters(line) else None
                 if row is not None:
                     at = row.at = row.at or at
                     yield row
-                self.offset = end
+                if whole:
+                    self.offset = position
                 if time.monotonic() > ends:
                     raise TimeoutError("the rest is for the next ping")
-        finally:
-            os.close(fd)
-
-    def goes_on(self, fd: int) -> bool:
-        """Whether a line ends where the last read did."""
-        if self.offset == 0:
-            return True
-        os.lseek(fd, self.offset - 1, os.SEEK_SET)
-        return os.read(fd, 1) == b"\n"
 
 
 # -- Accounts: tokens, charged once ----------------------------------------------------
@@ -2092,8 +2049,7 @@ class Usage:
             name = f"{event_id}.{model}"
             if not identifier(name, "@[]"):  # it is too long
                 name = f"{event_id}.{short_id(model)}"
-            if any(counts):
-                found.append([name, model, ms, *counts])
+            found += [[name, model, ms, *counts]] if any(counts) else []
         return found
 
 
@@ -2267,7 +2223,7 @@ class Reading:
         account = self.account
         if row.copied or row.at < account.since:
             return True
-        if account.was_read or not account.since:
+        if account.was_read:
             return False
         if self.elsewhere is None:
             self.elsewhere = account.seen_elsewhere(row.key)
@@ -2352,7 +2308,7 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool
     OSError: it cannot be read, and must not be replaced. One that meets a session in
     its middle begins where we were installed, for Esc and a denied permission fire no
     hook; but a day before at most."""
-    path = outbox.account_path(PingName(name).session)
+    path = outbox.account_path(session_name(ping["session_id"]))
     at, source = PingName(name).ns / 1e9, ping.get("source")
     try:
         return Account.load(path), False
@@ -2362,15 +2318,15 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool
         return account, True
     except FileNotFoundError:
         pass
-    if ping.get("event") == "SessionStart" and source in ("resume", "fork"):
-        return Account(path, at), False
-    if ping.get("event") == "SessionStart" and source in ("startup", "clear"):
-        return Account(path), False
-    installed = [at]
-    for known in (THIS_FILE, outbox.path("lock")):
-        if os.path.exists(known):
-            installed.append(os.stat(known).st_ctime)
-    return Account(path, max(min(installed), at - DAY_S)), False
+    starts = ping.get("event") == "SessionStart"
+    known = filter(os.path.exists, (THIS_FILE, outbox.path("lock")))
+    installed = min([at, *(os.stat(path).st_ctime for path in known)])
+    account = Account(path, max(installed, at - DAY_S))
+    if starts and source in ("resume", "fork"):
+        account.since = at
+    if starts and source in ("startup", "clear"):
+        account.since, account.was_read = 0.0, True  # it has no history
+    return account, False
 
 
 class Charge:
@@ -2541,7 +2497,7 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
     Where nothing can be read, nothing is charged: it is for the session's next ping.
     """
     charges = record.ping.get("event") in USAGE_EVENTS
-    path = outbox.account_path(PingName(name).session)
+    path = outbox.account_path(session_name(record.ping["session_id"]))
     for tries in range(CHARGE_TRIES):
         time.sleep(POLL_S if tries else 0)
         one = None
@@ -2596,13 +2552,8 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
 
 # -- Delivery: one request, one verdict ------------------------------------------------
 
-DELIVERED, NOT_NOW, RETRY, HOLD, REFUSED = (
-    "delivered",
-    "not now",
-    "retry",
-    "hold",
-    "refused",
-)
+DELIVERED, NOT_NOW, RETRY, HOLD = "delivered", "not now", "retry", "hold"
+REFUSED, NOTHING = "refused", "nothing"  # the latter: the tracker wants nothing of it
 VERDICTS = {  # of statuses that do not go with their hundred
     **dict.fromkeys((408, 425, 429), NOT_NOW),  # the tracker's own word: later
     409: RETRY,  # the same ping's first try is still at work
@@ -2791,36 +2742,28 @@ def add_line(path: str, line: str, most: int) -> None:
         pass  # a FIFO, a directory, a full disk
 
 
-class Sender:
-    """Delivers from one outbox; its lock must be held.
+class Courier:
+    """Delivers the pings of one outbox, one at a time; the outbox's lock must be held.
 
-    once: somebody waits: no back-off is waited for, and a request has ONCE_LAST_S
-    beyond the end. ends: monotonic, of this life: no request begins after it. tell: for
-    a person. status: the exit status when the watchdog ends the process. known: names
-    of pings that are no news.
+    ends: monotonic: no request begins after it. once: somebody waits: a request has
+    ONCE_LAST_S beyond the end. tell: for a person. overstays: called with the name of a
+    ping, and an answer, before its request is ended with the process (its exit status:
+    `status`). by_session: a session's name -> names of its pings, not charged yet.
     """
 
     def __init__(
-        self,
-        outbox: Outbox,
-        tracker: Tracker,
-        settings: Settings,
-        ends: float,
-        tell: Tell = silent,
-        once: bool = False,
-        status: int = 0,
+        self, outbox: Outbox, tracker: Tracker, settings: Settings, tell: Tell = silent
     ) -> None:
         self.outbox, self.tracker, self.settings = outbox, tracker, settings
-        self.ends, self.tell, self.once, self.status = ends, tell, once, status
-        self.state = outbox.state()
+        self.tell = tell
+        self.ends = self.deadline = float("inf")  # the latter: of what is sent now
+        self.once, self.status, self.sending = False, 0, ""
         self.opener: OpenerDirector | None = None
-        self.known: set[str] = set()
-        self.on_pass = Pass(self, [])
-        self.sending = ""  # the name of the ping whose request is on its way
-        self.deadline = float("inf")  # monotonic, of that request
+        self.by_session: dict[str, list[str]] = {}
+        self.overstays: Callable[[str, Answer], object] = print
 
     def is_over(self) -> bool:
-        """Whether this life is."""
+        """Whether no request may begin any more."""
         return time.monotonic() >= self.ends
 
     def log(self, text: str) -> None:
@@ -2828,10 +2771,10 @@ class Sender:
         line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
         add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
 
-    def keep(self, ping: Fields, requests: list[Request], answer: str) -> None:
+    def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
         """Add a delivered ping to sent.jsonl, for its user to look up what left; with
         its bodies, where those are not the ping itself."""
-        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer}
+        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
         bodies = [(request.body or b"").decode() for request in requests]
         text = encode_json(ping)
         if bodies != [text]:
@@ -2839,7 +2782,29 @@ class Sender:
         line = f'{encode_json(found)[:-1]},"ping":{text}}}\n'
         add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
-    # The request on its way, and its watchdog
+    def deliver(self, name: str) -> Answer | None:
+        """Send a ping; None when there is nothing to send under `name`, or no time.
+        ValueError: it is no ping."""
+        record = self.charged(name)
+        if record is None:
+            return None
+        requests = self.tracker.requests(record.ping, record.beside)
+        answer = None if requests else Answer(NOTHING, "nothing to send")
+        for request in requests[record.accepted :]:
+            if answer and self.is_over():
+                return None
+            answer = self.send(name, record.ping, request)
+            if answer.verdict != DELIVERED:
+                return answer
+            record.accepted += 1
+            if record.accepted < len(requests):
+                self.outbox.rewrite(name, record)  # whoever comes next goes on there
+        if answer and requests:
+            # Before its file goes: after a crash it may stand there twice, but never
+            # not at all.
+            self.keep(record.ping, requests, answer)
+        remove(self.outbox.file(name))  # only now
+        return answer
 
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
         """Send one request of a ping; it has a deadline of its own."""
@@ -2852,10 +2817,8 @@ class Sender:
 
             try:
                 self.opener = make_opener(self.tracker.url)
-            except Skipped as why:
+            except (Skipped, ImportError) as why:  # some ship a part of the library
                 return Answer(HOLD, str(why))
-            except ImportError as error:  # some distributions ship a part of it
-                return Answer(HOLD, f"this Python lacks the module {error.name}")
             _thread.start_new_thread(self.watch, ())
         self.sending, self.deadline = name, begun + limit
         answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
@@ -2871,116 +2834,42 @@ class Sender:
 
     def watch(self) -> None:
         """The watchdog, a thread. When a request overstays (a hung resolver, a dripping
-        response), note that and end the process: nothing else ends the request."""
+        response), have that noted and end the process: nothing else ends it."""
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
         try:
-            answer, name = Answer(RETRY, "no whole answer in time"), self.sending
-            if self.on_pass.weigh(name, answer) and name in self.on_pass.noted:
-                self.fail(answer)
-            self.state.save()
+            self.overstays(self.sending, Answer(RETRY, "no whole answer in time"))
             self.tell("no whole answer in time; the ping waits")
         finally:
             os._exit(self.status)
 
-    # From pass to pass
-
-    def fail(self, answer: Answer) -> None:
-        """Count a pass that failed, and start a back-off. The row of failures begins
-        anew when it is a person's turn to mend something, or no more."""
-        now, state = time.time(), self.state
-        mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
-        state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
-        wait = backoff_s(answer.verdict, int(state.failures), answer.retry_after_s)
-        state.set_at, state.not_before = now, now + wait
-        state.verdict, state.problem = answer.verdict, answer.what
-        state.problem_at = now
-        state.save()
-        self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
-
-    def backoff_left_s(self) -> float:
-        """Seconds until the back-off ends, 0 when none stands."""
-        self.state = self.outbox.state()
-        return self.state.backoff_left_s(time.time())
-
-    def one_pass(self) -> None:
-        """Try all that waits and is due, until an answer says that now is no time."""
-        self.state = self.outbox.state()
-        names = self.outbox.waiting()
-        self.on_pass = Pass(self, names)
-        self.on_pass.go()
-        # What there was no time for is news, to the next sender.
-        self.known.update(self.on_pass.done if self.is_over() else names)
-
-    def news(self) -> bool:
-        """Whether a ping waits that has come since the last pass began."""
-        return not self.known.issuperset(self.outbox.waiting())
-
-    def is_gone(self) -> bool:
-        """Whether the outbox was removed: by uninstall, most likely."""
-        return not os.path.isdir(self.outbox.path("outbox"))
-
-    def linger(self) -> None:
-        """After a tool's event stay a while with the lock in hand, for the next one:
-        the hooks meanwhile start no process. Ends when there is news or no use."""
-        until = min(time.monotonic() + LINGER_S, self.ends)
-        if self.on_pass.last_event not in BURSTS:
-            return
-        while time.monotonic() < until and not self.is_gone() and not self.news():
-            time.sleep(LOOK_S)
-
-    def work(self) -> None:
-        """Passes, one for each burst of pings, while no back-off stands; then the daily
-        sweep, which may find some more."""
-        while True:
-            self.one_pass()
-            if self.is_over() or self.state.backoff_left_s(time.time()):
-                return
-            if not self.once:
-                self.linger()
-            if not self.news():
-                self.sweep()
-            if not self.news():
-                return
-
-    def live(self, lock: Lock | None) -> None:
-        """Pass after pass, to the end of this life. After each the lock is given back,
-        and then the outbox listed once more: a hook that found the lock busy counts on
-        that. When this life is over then, news begin a new one."""
-        while lock is not None:
-            self.work()
-            lock.release()
-            wait = self.backoff_left_s()
-            if not wait and self.news():
-                lock = self.outbox.take_lock()
-                if lock and self.is_over():
-                    start_sender({self.outbox.name(): lock}, self.settings.environ)
-                    return
-                continue
-            if not wait or self.once or time.monotonic() + wait >= self.ends:
-                return
-            time.sleep(wait)
-            lock = None if self.is_gone() else self.outbox.take_lock()
-
-    def sweep(self) -> None:
-        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
-        now, accounts = time.time(), self.outbox.path("accounts")
-        if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
-            return
-        paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
-        paths.sort(key=age_s)
-        for path in paths[ACCOUNTS_MAX:]:
-            remove(path)
-        for path in paths[:ACCOUNTS_MAX]:
-            if self.is_over():
-                return
-            if self.settings.usage and age_s(path) > DAY_S:
+    def charged(self, name: str) -> Record | None:
+        """The ping to send, its usage charged, and before it that of its session's
+        older ones, so that the tokens are each turn's own; None when there is none
+        under `name`, or it must wait."""
+        try:
+            record = self.outbox.record(name)
+            session = self.by_session[PingName(name).session] if record.local else []
+            while session and session[0] < name:
+                if self.is_over():
+                    return None
+                older = session.pop(0)
                 try:
-                    report_lost(self.outbox, path, self.settings, self.ends)
-                except Exception as error:  # noqa: BLE001 - it must not hide others
-                    self.log(f"an account tells nothing: {type(error).__name__}")
-        self.state.swept_at = now
-        self.state.save()
+                    self.charge(older, self.outbox.record(older))
+                except (OSError, ValueError):
+                    continue
+            return self.charge(name, record)
+        except OSError:  # gone, or an I/O error: perhaps another time
+            return None
+
+    def charge(self, name: str, record: Record) -> Record | None:
+        """The ping with its usage in it; whatever a transcript holds, the ping goes."""
+        try:
+            if record.local:
+                return charge(self.outbox, name, record, self.ends)
+        except Exception as error:  # noqa: BLE001
+            self.log(f"usage left out: {type(error).__name__}")
+        return record
 
 
 class Pass:
@@ -2993,20 +2882,17 @@ class Pass:
     the pass ends with a back-off, and nobody is to blame. So no ping stands in the way
     of the others, and no bad day of the tracker empties an outbox.
 
-    noted: name -> its answer, since the last delivery. last_event: of the last ping
-    delivered.
+    names: what waits, oldest first. noted: name -> its answer, since the last delivery.
+    last_event: of the last ping delivered.
     """
 
-    def __init__(self, sender: Sender, names: list[str]) -> None:
+    def __init__(self, sender: Sender) -> None:
         self.sender, self.outbox, self.state = sender, sender.outbox, sender.state
-        self.names = names
+        self.names = self.outbox.waiting()
         self.noted: dict[str, Answer] = {}
         self.tried = self.delivered = 0
         self.last_event = self.last_answer = ""
         self.done: set[str] = set()
-        self.by_session: dict[str, list[str]] = {}
-        for name in names:
-            self.by_session.setdefault(PingName(name).session, []).append(name)
 
     # What waits
 
@@ -3016,25 +2902,23 @@ class Pass:
         forgotten, and those least charged, for in an outage everything looks suspect.
         """
         for name in os.listdir(self.outbox.path("outbox")):
-            if name.startswith("."):
-                if age_s(self.outbox.file(name)) > UNFINISHED_S:
-                    remove(self.outbox.file(name))
-            elif not PingName.is_one(name):
+            if not PingName.is_one(name) and not name.startswith("."):
                 self.set_aside(name, "no ping")
-        usage = USAGE_EVENTS
-        lost = sorted(self.names, key=lambda name: PingName(name).event in usage)
-        del lost[max(0, len(lost) - OUTBOX_MAX_PINGS) :]
+            elif name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
+                remove(self.outbox.file(name))
+        names, usage = self.names, USAGE_EVENTS
+        names.sort(key=lambda name: (PingName(name).event in usage, name))
+        lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
             self.count_loss(name, "outbox full")
         if lost:
             self.state.save()  # before they go: we may be killed meanwhile
-            self.names = sorted(set(self.names).difference(lost))
         for name in lost:
             remove(self.outbox.file(name))
+        self.names = sorted(names[len(lost) :])
         suspects = self.state.suspects
-        for name in set(suspects).difference(self.names):
-            del suspects[name]
-        for name in sorted(suspects, key=lambda n: -suspects[n].charges)[SUSPECTS_MAX:]:
+        kept = sorted(suspects, key=lambda name: -suspects[name].charges)[:SUSPECTS_MAX]
+        for name in set(suspects).difference(set(kept).intersection(self.names)):
             del suspects[name]
 
     def count_loss(self, name: str, reason: str) -> None:
@@ -3043,7 +2927,7 @@ class Pass:
         try:
             ping = self.outbox.record(name).ping
             self.state.lost("tokens", int(ping["total_tokens"]))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError):
             pass
 
     def set_aside(self, name: str, reason: str) -> None:
@@ -3066,10 +2950,10 @@ class Pass:
                     if other not in self.done and PingName(other).event != failed:
                         yield other
                         break
-            if name not in self.done:
-                yield name
-        yield from [name for name, s in list(suspects.items()) if not s.charges]
-        for name, suspect in list(suspects.items()):
+            yield name
+        known = list(suspects.items())
+        yield from [name for name, suspect in known if not suspect.charges]
+        for name, suspect in known:
             paused = 0 <= now - suspect.tried_at < SUSPECT_PAUSE_S
             if suspect.charges and not paused:
                 yield name
@@ -3083,46 +2967,65 @@ class Pass:
 
     def go(self) -> None:
         """Walk to the end, or until an answer says that now is no time."""
-        goes_on = True
         self.tidy()
+        by_session = self.sender.courier.by_session = {}
+        for name in self.names:
+            by_session.setdefault(PingName(name).session, []).append(name)
+        goes_on = True
         for name in self.order():
-            if self.sender.is_over() or not goes_on:
+            if self.sender.courier.is_over() or not goes_on:
                 break
             if name not in self.done:
-                answer = self.attempt(name)
-                goes_on = answer is None or self.weigh(name, answer)
+                goes_on = self.attempt(name)
         if goes_on and self.noted and not self.delivered:
             self.sender.fail(self.noted.popitem()[1])
         if self.tried:
             self.state.save()
-            self.sender.log(
+            self.sender.courier.log(
                 f"delivered {self.delivered} of {len(self.names)}, "
                 f"last answer: {self.last_answer}"
             )
 
+    def attempt(self, name: str) -> bool:
+        """Try one ping; False when the pass is over."""
+        self.done.add(name)
+        try:
+            answer = self.sender.courier.deliver(name)
+        except ValueError:
+            self.set_aside(name, "no ping")
+            return True
+        if answer is None or answer.verdict == NOTHING:
+            return True
+        self.tried += 1
+        self.last_answer = answer.what
+        return self.weigh(name, answer)
+
     def weigh(self, name: str, answer: Answer) -> bool:
         """Find out whose fault an answer is; False when the pass is over."""
+        state, suspect = self.state, self.state.suspects.get(name)
         if answer.verdict == DELIVERED:
+            self.delivered += 1
+            self.last_event = PingName(name).event
+            state.suspects.pop(name, None)
+            state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
             for failed, its_answer in self.noted.items():
                 self.judge(failed, its_answer)
             self.noted = {}
-            return True
-        suspect = self.state.suspects.get(name)
-        if answer.verdict == NOT_NOW:
+        elif answer.verdict == NOT_NOW:
             if answer.status >= 500:
-                self.state.suspect(name)  # others go first, next time
+                state.suspect(name)  # others go first, next time
             self.sender.fail(answer)
             return False
-        if suspect and (suspect.charges or self.delivered):
+        elif suspect and (suspect.charges or self.delivered):
             suspect.tried_at = time.time()
             if self.delivered:  # the tracker is well
                 self.judge(name, answer)
-            return True
-        self.noted[name] = answer
-        self.state.suspect(name)
-        if len(self.noted) >= self.borne():
-            self.sender.fail(answer)
-            return False
+        else:
+            self.noted[name] = answer
+            state.suspect(name)
+            if len(self.noted) >= self.borne():
+                self.sender.fail(answer)
+                return False
         return True
 
     def judge(self, name: str, answer: Answer) -> None:
@@ -3136,77 +3039,135 @@ class Pass:
         if suspect.charges >= POISON_CHARGES and old:
             self.set_aside(name, "always fails")
 
-    # One ping
 
-    def attempt(self, name: str) -> Answer | None:
-        """Send a ping; None when there is nothing to send under `name`, or no time."""
-        self.done.add(name)
-        record = self.charged(name)
-        if record is None:
-            return None
-        requests = self.sender.tracker.requests(record.ping, record.beside)
-        if not requests:  # the tracker wants nothing of it: so it is no witness
-            remove(self.outbox.file(name))
-        answer = None
-        for request in requests[record.accepted :]:
-            if answer and self.sender.is_over():
-                return None
-            answer = self.sender.send(name, record.ping, request)
-            if answer.verdict != DELIVERED:
-                break
-            record.accepted += 1
-            if record.accepted < len(requests):
-                self.outbox.rewrite(name, record)  # whoever comes next goes on there
-        if answer is not None:
-            self.tried += 1
-            self.last_answer = answer.what
-            if answer.verdict == DELIVERED:
-                self.accepted(name, record, requests)
-        return answer
+class Sender:
+    """A sender's life, from pass to pass.
 
-    def accepted(self, name: str, record: Record, requests: list[Request]) -> None:
-        """The tracker has the ping: only now its file goes; after it stands in
-        sent.jsonl, where it is twice after a crash, but never not at all."""
-        self.sender.keep(record.ping, requests, self.last_answer)
-        remove(self.outbox.file(name))
-        self.delivered += 1
-        self.last_event = str(record.ping.get("event"))
-        state = self.state
-        state.suspects.pop(name, None)
-        state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
+    ends: monotonic. once: somebody waits: no back-off is waited for. status: the exit
+    status when a request that overstays ends the process. known: names of pings that
+    are no news.
+    """
 
-    def charged(self, name: str) -> Record | None:
-        """The ping to send, its usage charged, and before it that of its session's
-        older ones, so that the tokens are each turn's own; None when there is none
-        under `name`, or it must wait."""
-        try:
-            record = self.outbox.record(name)
-        except OSError:  # gone, or an I/O error: perhaps another time
-            return None
-        except ValueError:
-            self.set_aside(name, "no ping")
-            return None
-        if not record.local:
-            return record
-        session = self.by_session[PingName(name).session]
-        while session and session[0] < name:
-            if self.sender.is_over():
-                return None
-            older = session.pop(0)
-            try:
-                self.charge(older, self.outbox.record(older))
-            except (OSError, ValueError):
-                continue
-        return self.charge(name, record)
+    def __init__(
+        self,
+        outbox: Outbox,
+        tracker: Tracker,
+        settings: Settings,
+        ends: float,
+        tell: Tell = silent,
+        once: bool = False,
+        status: int = 0,
+    ) -> None:
+        self.outbox, self.settings, self.ends = outbox, settings, ends
+        self.state, self.once = outbox.state(), once
+        self.known: set[str] = set()
+        self.courier = Courier(outbox, tracker, settings, tell)
+        self.courier.ends, self.courier.once = ends, once
+        self.courier.status, self.courier.overstays = status, self.cut_off
+        self.on_pass = Pass(self)
 
-    def charge(self, name: str, record: Record) -> Record | None:
-        """The ping with its usage in it; whatever a transcript holds, the ping goes."""
-        try:
-            if record.local:
-                return charge(self.outbox, name, record, self.sender.ends)
-        except Exception as error:  # noqa: BLE001
-            self.sender.log(f"usage left out: {type(error).__name__}")
-        return record
+    def is_over(self) -> bool:
+        """Whether this life is."""
+        return self.courier.is_over()
+
+    def is_gone(self) -> bool:
+        """Whether the outbox was removed: by uninstall, most likely."""
+        return not os.path.isdir(self.outbox.path("outbox"))
+
+    def news(self) -> bool:
+        """Whether a ping waits that has come since the last pass began."""
+        return not self.known.issuperset(self.outbox.waiting())
+
+    def backoff_left_s(self) -> float:
+        """Seconds until the back-off ends, 0 when none stands."""
+        self.state = self.outbox.state()
+        return self.state.backoff_left_s(time.time())
+
+    def fail(self, answer: Answer) -> None:
+        """Count a pass that failed, and start a back-off. The row of failures begins
+        anew when it is a person's turn to mend something, or no more."""
+        now, state = time.time(), self.state
+        mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
+        state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
+        wait = backoff_s(answer.verdict, int(state.failures), answer.retry_after_s)
+        state.set_at, state.not_before = now, now + wait
+        state.verdict, state.problem = answer.verdict, answer.what
+        state.problem_at = now
+        state.save()
+        self.courier.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
+
+    def cut_off(self, name: str, answer: Answer) -> None:
+        """The request of that ping overstayed, and ends the process."""
+        if self.on_pass.weigh(name, answer) and name in self.on_pass.noted:
+            self.fail(answer)
+        self.state.save()
+
+    def one_pass(self) -> None:
+        """Try all that waits and is due, until an answer says that now is no time."""
+        self.state = self.outbox.state()
+        self.on_pass = Pass(self)
+        self.on_pass.go()
+        # What there was no time for is news, to the next sender.
+        self.known.update(self.on_pass.done if self.is_over() else self.on_pass.names)
+
+    def linger(self) -> None:
+        """After a tool's event stay a while with the lock in hand, for the next one:
+        the hooks meanwhile start no process. Ends when there is news or no use."""
+        until = min(time.monotonic() + LINGER_S, self.ends)
+        if self.on_pass.last_event in BURSTS and not self.once:
+            while time.monotonic() < until and not self.is_gone() and not self.news():
+                time.sleep(LOOK_S)
+
+    def work(self) -> None:
+        """Passes, one for each burst of pings, while no back-off stands; then the daily
+        sweep, which may find some more."""
+        again = True
+        while again:
+            self.one_pass()
+            if self.is_over() or self.state.backoff_left_s(time.time()):
+                return
+            self.linger()
+            if not self.news():
+                self.sweep()
+            again = self.news()
+
+    def live(self, lock: Lock | None) -> None:
+        """Pass after pass, to the end of this life. After each the lock is given back,
+        and then the outbox listed once more: a hook that found the lock busy counts on
+        that. When this life is over then, news begin a new one."""
+        while lock is not None:
+            self.work()
+            lock.release()
+            wait = self.backoff_left_s()
+            if wait and (self.once or time.monotonic() + wait >= self.ends):
+                return
+            if not wait and not self.news():
+                return
+            time.sleep(wait)
+            lock = None if self.is_gone() else self.outbox.take_lock()
+            if lock and not wait and self.is_over():
+                start_sender({self.outbox.name(): lock}, self.settings.environ)
+                return
+
+    def sweep(self) -> None:
+        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
+        now, accounts = time.time(), self.outbox.path("accounts")
+        if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
+            return
+        paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
+        paths.sort(key=age_s)
+        for path in paths[ACCOUNTS_MAX:]:
+            remove(path)
+        for path in paths[:ACCOUNTS_MAX]:
+            if self.is_over():
+                return
+            if self.settings.usage and age_s(path) > DAY_S:
+                try:
+                    report_lost(self.outbox, path, self.settings, self.ends)
+                except Exception as error:  # noqa: BLE001 - it must not hide others
+                    self.courier.log(f"lost session: {type(error).__name__}")
+        self.state.swept_at = now
+        self.state.save()
 
 
 def send(settings: Settings, tell: Tell) -> None:
@@ -3241,7 +3202,7 @@ def send(settings: Settings, tell: Tell) -> None:
         sender.live(lock)
     except Exception as error:  # noqa: BLE001 - or each hook would start one in vain
         if not sender.is_gone():
-            sender.state.suspect(sender.sending)
+            sender.state.suspect(sender.courier.sending)
             sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
 
 
