@@ -2473,7 +2473,8 @@ class Charge:
         account, name = self.account, ""
         if self.event in ("SessionEnd", "SessionLost"):
             if account.parent and not account.baseline:
-                self.find_baseline(*account.parent)
+                account.baseline = self.parents_ledger(*account.parent)
+                account.parent = []
             lost = self.event == "SessionLost"
             return lost or not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
@@ -2486,21 +2487,20 @@ class Charge:
         found = account.transcripts.get(name)
         return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
 
-    def find_baseline(self, session: str, key: str) -> None:
+    def parents_ledger(self, session: str, key: str) -> list[Any]:
         """Of a fork: the ledger in its parent's file that stands behind the last answer
-        that was copied (its key), no other one between. session: the parent's."""
-        account, behind = self.account, False
-        account.parent = []
-        path = os.path.join(os.path.dirname(account.transcript), session + ".jsonl")
+        that was copied (its key), no other one between; [] when there is none."""
+        directory, found, behind = os.path.dirname(self.account.transcript), [], False
+        path = os.path.join(directory, session + ".jsonl")
         try:
-            rows = Transcript().rows(path, self.reading.ends)
-            for row in rows:
+            for row in Transcript().rows(path, self.reading.ends):
                 if isinstance(row, AnswerRow) and row.real and not row.sidechain:
                     behind = row.key == key
                 elif isinstance(row, LedgerRow) and behind:
-                    account.baseline = row.ledger
+                    found = row.ledger
         except (OSError, ValueError):
-            pass  # then nobody knows it
+            pass
+        return found
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
@@ -2931,10 +2931,7 @@ class Pass:
         names.sort(key=lambda name: (PingName(name).event in usage, name))
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
-            if PingName(name).event in usage:
-                self.count_loss(name, "outbox full")
-            else:
-                self.state.lost("outbox full")
+            self.count_loss(name, "outbox full")
             remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
         known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
@@ -2945,8 +2942,9 @@ class Pass:
         """Count a ping that will not be delivered, and the tokens charged to it."""
         self.state.lost(reason)
         try:
-            ping = self.outbox.record(name).ping
-            self.state.lost("tokens", int(ping["total_tokens"]))
+            if PingName(name).event in USAGE_EVENTS:
+                ping = self.outbox.record(name).ping
+                self.state.lost("tokens", int(ping["total_tokens"]))
         except (OSError, ValueError, KeyError):
             pass
 
