@@ -2932,6 +2932,9 @@ class Pass:
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
             self.count_loss(name, "outbox full")
+        if lost:
+            self.state.save()  # before they go: this life may end meanwhile
+        for name in lost:
             remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
         known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
