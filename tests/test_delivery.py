@@ -6,16 +6,14 @@ import email.utils
 import io
 import random
 import socket
-import struct
 import subprocess
-import sys
 import time
 from types import ModuleType
 from typing import Any, Callable
 
 import pytest
 
-from scenes import NO_SENDER, put
+from scenes import NO_SENDER, ids, put
 from support import (
     FIXTURES,
     ONE_LIFE,
@@ -58,12 +56,6 @@ def backoff(home: Home) -> float:
     return float(state["not_before"] - state["set_at"])
 
 
-def detached(home: Home, url: str, python: str, **env: Any) -> None:
-    """Run a sender by another Python, to its end."""
-    words = sender_command("detached", "-1", home.destination().name, python=python)
-    assert subprocess.run(words, env=home.env(url, **env), timeout=30).returncode == 0
-
-
 def assert_kept(home: Home, verdict: str, count: int = 1) -> None:
     """Everything still waits, and a back-off of that verdict stands."""
     assert len(home.waiting()) == count
@@ -78,12 +70,10 @@ def assert_kept(home: Home, verdict: str, count: int = 1) -> None:
 
 
 @pytest.mark.fault(13)
-@pytest.mark.parametrize("hundreds", [2, 3, 4, 5])
-def test_every_status_has_its_verdict(script: ModuleType, hundreds: int) -> None:
+def test_every_status_has_its_verdict(script: ModuleType) -> None:
     """Each status from 200 to 599 has the verdict that DESIGN.md gives it."""
-    statuses = range(100 * hundreds, 100 * hundreds + 100)
-    found = {status: script.verdict_of(status) for status in statuses}
-    assert found == {status: expected_verdict(status) for status in statuses}
+    for status in range(200, 600):
+        assert script.verdict_of(status) == expected_verdict(status), status
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 409, 500, 599, 304, 401, 400, 422])
@@ -95,11 +85,9 @@ def test_what_all_pings_are_answered(home: Home, status: int) -> None:
         kinds = ["PostToolUse", "PostToolUse", "PostToolUse", "Stop", "PostToolUse"]
         found = put(home, receiver.url, kinds)
         run_sender(home, receiver.url)
-        asked = [found[0], found[1], found[3]]
         verdict = expected_verdict(status)
-        assert [p["event_id"] for p in receiver.pings] == asked[
-            : 1 + 2 * (verdict != "not now")
-        ]
+        asked = [found[0], found[1], found[3]][: 1 if verdict == "not now" else 3]
+        assert ids(receiver) == asked
     assert_kept(home, verdict, 5)
     assert not any(pair[0] for pair in home.state_json()["suspects"].values())
 
@@ -132,12 +120,11 @@ def date(at: float) -> str:
     return email.utils.formatdate(at, usegmt=True)
 
 
-USELESS = (
-    "0|-5|1.5|1e3|0x10|soon|inf|nan|Mon, 99 Foo 2026 99:99:99 GMT|Mon, 01 Jan 0001 "
+NONE = (
+    "0|-5|1.5|1e3|0x10|soon|inf|nan|Mon, 99 Foo 2026 99:99:99 GMT|\u0661\u0662|\u00b2|"
 )
-USELESS += "00:00:00 GMT|\u0661\u0662\u0660|\u00b2|"  # digits, but not int's or HTTP's
 RETRY_AFTER = {
-    **dict.fromkeys(USELESS.split("|"), 0),
+    **dict.fromkeys(NONE.split("|"), 0),
     date(NOW - 60): 0,
     "1": 1,
     " 120 ": 120,
@@ -165,47 +152,34 @@ def test_retry_after(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert found == pytest.approx(RETRY_AFTER)
 
 
-@pytest.mark.parametrize(
-    "verdict, failures, least, most",
-    [
-        ("retry", 1, 2, 4),
-        ("retry", 3, 2, 16),
-        ("not now", 8, 2, 512),
-        ("retry", 9, 2, 900),
-        ("retry", 10**6, 2, 900),
-        ("hold", 1, 450, 900),
-        ("refused", 2, 900, 1800),
-        ("hold", 5, 7200, 14400),
-        ("hold", 10**6, 10800, 21600),
-    ],
-)
-def test_backoff(
-    script: ModuleType, verdict: str, failures: int, least: float, most: float
-) -> None:
-    """After the n-th failure in a row uniform between 2 s and 2*2^n s, 900 s at most;
-    a hold waits 15 min, doubling to 6 h, jittered down to half."""
-    random.seed(7)
-    waits = [script.backoff_s(verdict, failures) for _ in range(2000)]
-    width = (most - least) / 50
-    assert least <= min(waits) <= least + width
-    assert most - width <= max(waits) <= most
-    assert sum(waits) / len(waits) == pytest.approx((least + most) / 2, rel=0.05)
+BACKOFFS = [
+    ("retry", 1, 2, 4),
+    ("retry", 3, 2, 16),
+    ("not now", 8, 2, 512),
+    ("retry", 10**6, 2, 900),
+    ("hold", 1, 450, 900),
+    ("refused", 2, 900, 1800),
+    ("hold", 10**6, 10800, 21600),
+]
 
 
 @pytest.mark.fault(15)
-@pytest.mark.parametrize("verdict", ["not now", "hold"])
-@pytest.mark.parametrize("asked", [1, 120, 7000, 80000, 10**20])
-def test_backoff_honours_retry_after(
-    script: ModuleType, verdict: str, asked: int
-) -> None:
-    """No attempt comes before what Retry-After asks for, nor a day later; and a fleet
-    comes back over half of that time."""
-    waits = [script.backoff_s(verdict, 1, min(asked, DAY_S)) for _ in range(400)]
-    assert min(asked, DAY_S) <= min(waits)
-    usual = 900 if verdict == "hold" else 4
-    assert max(waits) <= max(usual, min(asked * 1.5, DAY_S))
-    if 900 < asked < DAY_S / 1.5:
-        assert max(waits) - min(waits) > asked * 0.45
+def test_backoff(script: ModuleType) -> None:
+    """After the n-th failure in a row uniform between 2 s and 2*2^n s, 900 s at most;
+    a hold waits 15 min, doubling to 6 h, jittered down to half. Never before a
+    Retry-After is over, nor a day later; a fleet comes back over half of its time."""
+    random.seed(7)
+    for verdict, failures, least, most in BACKOFFS:
+        waits = [script.backoff_s(verdict, failures) for _ in range(2000)]
+        width = (most - least) / 50
+        assert least <= min(waits) <= least + width
+        assert most - width <= max(waits) <= most
+        assert sum(waits) / 2000 == pytest.approx((least + most) / 2, rel=0.05)
+    for asked in (1, 120, 7000, 80000, DAY_S):
+        waits = [script.backoff_s("not now", 1, asked) for _ in range(2000)]
+        most = min(int(1.5 * asked), int(DAY_S))
+        assert asked <= min(waits)
+        assert max(4, most) * 0.98 <= max(waits) <= max(4, most)
 
 
 @pytest.mark.fault(23)
@@ -245,13 +219,6 @@ def test_whatever_comes_with_a_retry_after_is_obeyed(
 # -- No answer -------------------------------------------------------------------------
 
 
-def reset(connection: socket.socket) -> None:
-    """Take the request, then reset the connection."""
-    read_request(connection)
-    linger = struct.pack("ii", 1, 0)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-
 def say(answer: bytes) -> Callable[[socket.socket], None]:
     """Take the request, then say these bytes and close."""
 
@@ -264,41 +231,31 @@ def say(answer: bytes) -> Callable[[socket.socket], None]:
 
 @pytest.mark.fault(16)
 def test_a_dead_server(home: Home) -> None:
-    """Connection refused: one attempt a pass, all is kept, a back-off stands."""
-    url, traced = dead_url(), home.path / "traced"
-    note = f"""
-import socket
-def note(*_, **__):
-    with open({str(traced)!r}, "a") as file:
-        file.write("connect\\n")
-wrap(socket, "create_connection", before=note)
-"""
+    """Connection refused: all is kept, nobody is suspected, a back-off stands."""
+    url = dead_url()
     place(home, url, 3)
-    run_sender(home, url, ONE_LIFE + note)
+    run_sender(home, url)
     assert_kept(home, "not now", 3)
-    assert traced.read_text() == "connect\n"
+    assert home.state_json()["suspects"] == {}
 
 
-NONSENSE: dict[str, Callable[[socket.socket], None]] = {
-    "reset": reset,
-    "closed": say(b""),
-    "half": say(b"HTTP/1.1 "),
-    "SSH": say(b"SSH-2.0-OpenSSH_9.6\r\n"),
-    "NULs": say(b"\0" * 9000),
-    "2000": say(b"HTTP/1.1 2000 OK\r\n\r\n"),
-    "-20": say(b"HTTP/1.1 -20 OK\r\n\r\n"),
-    "600": say(b"HTTP/1.1 600 Beyond\r\n\r\n"),
-    "101": say(b"HTTP/1.1 101 Switching Protocols\r\n\r\n"),
-    "headers": say(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 101 + b"\r\n"),
-    "line": say(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000 + b"\r\n\r\n"),
+NONSENSE = {
+    "closed": b"",
+    "half": b"HTTP/1.1 ",
+    "SSH": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "NULs": b"\0" * 9000,
+    "-20": b"HTTP/1.1 -20 OK\r\n\r\n",
+    "101": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+    "600": b"HTTP/1.1 600 Beyond\r\n\r\n",
+    "headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 101 + b"\r\n",
 }
 
 
 @pytest.mark.fault(16)
-@pytest.mark.parametrize("talk", NONSENSE.values(), ids=NONSENSE)
-def test_no_answer_of_http(home: Home, talk: Callable[[socket.socket], None]) -> None:
+@pytest.mark.parametrize("answer", NONSENSE.values(), ids=NONSENSE)
+def test_no_answer_of_http(home: Home, answer: bytes) -> None:
     """A server that does not answer in HTTP: one attempt, the ping is kept."""
-    with Wire(talk) as wire:
+    with Wire(say(answer)) as wire:
         place(home, wire.url)
         run_sender(home, wire.url)
         assert wire.connections == 1
@@ -321,9 +278,7 @@ def test_a_silent_server(home: Home, scheme: str, verdict: str) -> None:
     assert home.state_json()["problem"] == "timed out"
 
 
-INTERIM = (
-    b"HTTP/1.1 102 A\r\n\r\nHTTP/1.1 100 B\r\n\r\nHTTP/1.1 103 C\r\nLink: x\r\n\r\n"
-)
+INTERIM = b"HTTP/1.1 102 A\r\n\r\nHTTP/1.1 100 B\r\n\r\nHTTP/1.1 103 C\r\nX: y\r\n\r\n"
 
 
 @pytest.mark.fault(56)
@@ -335,13 +290,15 @@ def test_interim_answers_are_no_answer(home: Home, python: str, status: bytes) -
     answer = b"HTTP/1.1 " + status + b" X\r\nContent-Length: 0\r\n\r\n"
     with Wire(say(INTERIM + answer)) as wire:
         place(home, wire.url)
-        if status == b"503":
-            run_sender(home, wire.url)
-            assert home.state_json()["problem"] == "HTTP 503"
-        else:
-            detached(home, wire.url, python)
+        words = sender_command("detached", "-1", home.destination().name, python=python)
+        env = home.env(wire.url, TELEMHQ_TIMEOUT=1)
+        sender = subprocess.Popen(words, env=env)
+        wait_until(home.state_json)
         assert wire.connections == 1
+        sender.kill()  # it may sleep through a back-off
+        sender.wait()
     assert len(home.waiting()) == (status == b"503")
+    assert home.state_json()["problem"] == ("HTTP 503" if home.waiting() else "")
 
 
 # -- Deadlines -------------------------------------------------------------------------
@@ -549,10 +506,6 @@ def test_tls_delivers(home: Home, name: str, env: dict[str, Any]) -> None:
         place(home, receiver.url)
         run_sender(home, receiver.url, STRICT + ONE_LIFE, **env)
         assert len(receiver.requests) == 1
-        python = pythons(13)[-1:] or [sys.executable]
-        place(home, receiver.url)
-        detached(home, receiver.url, python[0], **env)
-        assert len(receiver.requests) == 2
 
 
 @pytest.mark.fault(19)
@@ -563,10 +516,7 @@ def test_tls_delivers(home: Home, name: str, env: dict[str, Any]) -> None:
         ("loopback", {}),
         ("loopback", {"NODE_EXTRA_CA_CERTS": "/nowhere.pem"}),
         ("wrong-host", CA),
-        (
-            "self-signed",
-            {"PYTHONHTTPSVERIFY": "0", "NODE_TLS_REJECT_UNAUTHORIZED": "0"},
-        ),
+        ("self-signed", {"NODE_TLS_REJECT_UNAUTHORIZED": "0"}),
     ],
     ids=["self-signed", "unknown CA", "no extra CA", "wrong host", "verify off"],
 )

@@ -141,7 +141,7 @@ UNSOUND: dict[str, Callable[[pathlib.Path], object]] = {
     "file": pathlib.Path.touch,
     "link": lambda path: path.symlink_to("/tmp"),
     "dangling": lambda path: path.symlink_to("/nowhere"),
-    "open": lambda path: (path.mkdir(), path.chmod(0o770)),
+    "open": lambda path: subprocess.run(["mkdir", "-m", "770", path], check=True),
     "foreign": give_away,
 }
 
