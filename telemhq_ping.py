@@ -2730,6 +2730,7 @@ def no_answer(cause: object, verdict: str) -> Answer:
 
 # -- Sender: empties one outbox --------------------------------------------------------
 
+NO_ANSWER = "no whole answer in time"
 BURSTS = (  # events of which another may follow within seconds
     "PreToolUse PostToolUse PostToolUseFailure PostToolBatch PermissionRequest "
     "PermissionDenied SubagentStart"
@@ -2756,28 +2757,16 @@ def add_line(path: str, line: str, most: int) -> None:
 
 
 class Courier:
-    """Delivers the pings of one outbox, one at a time; the outbox's lock must be held.
+    """Delivers a sender's pings, one at a time. tell: for a person. by_session: a
+    session's name -> names of its pings that are not charged yet. sending: the name of
+    the ping whose request is on its way; deadline: monotonic, of that request."""
 
-    ends: monotonic: no request begins after it. once: somebody waits: a request has
-    ONCE_LAST_S beyond the end. tell: for a person. overstays: called with the name of a
-    ping, and an answer, before its request is ended with the process (its exit status:
-    `status`). by_session: a session's name -> names of its pings, not charged yet.
-    """
-
-    def __init__(
-        self, outbox: Outbox, tracker: Tracker, settings: Settings, tell: Tell = silent
-    ) -> None:
-        self.outbox, self.tracker, self.settings = outbox, tracker, settings
-        self.tell = tell
-        self.ends = self.deadline = float("inf")  # the latter: of what is sent now
-        self.once, self.status, self.sending = False, 0, ""
+    def __init__(self, sender: Sender, tracker: Tracker, tell: Tell) -> None:
+        self.sender, self.outbox = sender, sender.outbox
+        self.tracker, self.tell = tracker, tell
         self.opener: OpenerDirector | None = None
         self.by_session: dict[str, list[str]] = {}
-        self.overstays: Callable[[str, Answer], object] = lambda *_: None
-
-    def is_over(self) -> bool:
-        """Whether no request may begin any more."""
-        return time.monotonic() >= self.ends
+        self.sending, self.deadline = "", float("inf")
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
@@ -2804,14 +2793,19 @@ class Courier:
         requests = self.tracker.requests(record.ping, record.beside)
         answer = None if requests else Answer(NOTHING, "nothing to send")
         for request in requests[record.accepted :]:
-            if answer and self.is_over():
+            if answer and self.sender.is_over():
                 return None
             answer = self.send(name, record.ping, request)
             if answer.verdict != DELIVERED:
                 return answer
             record.accepted += 1
-            if record.accepted < len(requests):
-                self.remember(name, record)
+            try:
+                if len(requests) > 1:
+                    self.outbox.rewrite(
+                        name, record
+                    )  # whoever comes next goes on there
+            except OSError:
+                pass  # a full disk: after a crash they are repeated
         if answer and requests:
             # Before its file goes: after a crash it may stand there twice, but never
             # not at all.
@@ -2819,19 +2813,12 @@ class Courier:
         remove(self.outbox.file(name))  # only now
         return answer
 
-    def remember(self, name: str, record: Record) -> None:
-        """Note how many requests were accepted: whoever comes next goes on there."""
-        try:
-            self.outbox.rewrite(name, record)
-        except OSError:
-            pass  # a full disk: after a crash they are repeated
-
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
         """Send one request of a ping; it has a deadline of its own."""
-        timeout_s, begun = self.settings.timeout_s, time.monotonic()
+        timeout_s, begun = self.sender.settings.timeout_s, time.monotonic()
         limit = DEADLINE * timeout_s
-        if self.once:
-            limit = max(0.1, min(limit, self.ends + ONCE_LAST_S - begun))
+        if self.sender.once:
+            limit = max(0.1, min(limit, self.sender.ends + ONCE_LAST_S - begun))
         if not self.opener:
             import _thread
 
@@ -2861,10 +2848,13 @@ class Courier:
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
         try:
-            self.overstays(self.sending, Answer(RETRY, "no whole answer in time"))
-            self.tell("no whole answer in time; the ping waits")
+            answer, on_pass = Answer(RETRY, NO_ANSWER), self.sender.on_pass
+            if on_pass.weigh(self.sending, answer) and self.sending in on_pass.noted:
+                self.sender.fail(answer)
+            on_pass.state.save()
+            self.tell(f"{NO_ANSWER}; the ping waits")
         finally:
-            os._exit(self.status)
+            os._exit(self.sender.status)
 
     def charged(self, name: str) -> Record | None:
         """The ping to send, its usage charged, and before it that of its session's
@@ -2874,7 +2864,7 @@ class Courier:
             record = self.outbox.record(name)
             session = self.by_session[PingName(name).session] if record.local else []
             while session and session[0] < name:
-                if self.is_over():
+                if self.sender.is_over():
                     return None
                 older = session.pop(0)
                 try:
@@ -2889,7 +2879,7 @@ class Courier:
         """The ping with its usage in it; whatever a transcript holds, the ping goes."""
         try:
             if record.local:
-                return charge(self.outbox, name, record, self.ends)
+                return charge(self.outbox, name, record, self.sender.ends)
         except Exception as error:  # noqa: BLE001
             self.log(f"usage left out: {type(error).__name__}")
         return record
@@ -2992,7 +2982,7 @@ class Pass:
             by_session.setdefault(PingName(name).session, []).append(name)
         goes_on = True
         for name in self.order():
-            if self.sender.courier.is_over() or not goes_on:
+            if self.sender.is_over() or not goes_on:
                 break
             if name not in self.done:
                 goes_on = self.attempt(name)
@@ -3062,9 +3052,9 @@ class Pass:
 class Sender:
     """A sender's life, from pass to pass.
 
-    ends: monotonic. once: somebody waits: no back-off is waited for. status: the exit
-    status when a request that overstays ends the process. known: names of pings that
-    are no news.
+    ends: monotonic: no request begins after it. once: somebody waits: for no back-off,
+    and for ONCE_LAST_S beyond the end at most. status: the exit status when a request
+    that overstays ends the process. known: names of pings that are no news.
     """
 
     def __init__(
@@ -3078,16 +3068,13 @@ class Sender:
         status: int = 0,
     ) -> None:
         self.outbox, self.settings, self.ends = outbox, settings, ends
-        self.state, self.once = outbox.state(), once
+        self.once, self.status, self.state = once, status, outbox.state()
         self.known: set[str] = set()
-        self.courier = Courier(outbox, tracker, settings, tell)
-        self.courier.ends, self.courier.once = ends, once
-        self.courier.status, self.courier.overstays = status, self.cut_off
-        self.on_pass = Pass(self)
+        self.courier, self.on_pass = Courier(self, tracker, tell), Pass(self)
 
     def is_over(self) -> bool:
         """Whether this life is."""
-        return self.courier.is_over()
+        return time.monotonic() >= self.ends
 
     def is_gone(self) -> bool:
         """Whether the outbox was removed: by uninstall, most likely."""
@@ -3115,12 +3102,6 @@ class Sender:
         state.save()
         self.courier.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
-    def cut_off(self, name: str, answer: Answer) -> None:
-        """The request of that ping overstayed, and ends the process."""
-        if self.on_pass.weigh(name, answer) and name in self.on_pass.noted:
-            self.fail(answer)
-        self.state.save()
-
     def one_pass(self) -> None:
         """Try all that waits and is due, until an answer says that now is no time."""
         self.state = self.outbox.state()
@@ -3129,34 +3110,28 @@ class Sender:
         # What there was no time for is news, to the next sender.
         self.known.update(self.on_pass.done if self.is_over() else self.on_pass.names)
 
-    def linger(self) -> None:
-        """After a tool's event stay a while with the lock in hand, for the next one:
-        the hooks meanwhile start no process. Ends when there is news or no use."""
+    def finds_more(self) -> bool:
+        """Whether there is news: after a tool's event, others of which come within
+        seconds, it is waited for with the lock in hand, so that hooks meanwhile start
+        no process. Else the daily sweep may find some."""
         until = min(time.monotonic() + LINGER_S, self.ends)
         if self.on_pass.last_event in BURSTS and not self.once:
             while time.monotonic() < until and not self.is_gone() and not self.news():
                 time.sleep(LOOK_S)
-
-    def work(self) -> None:
-        """Passes, one for each burst of pings, while no back-off stands; then the daily
-        sweep, which may find some more."""
-        again = True
-        while again:
-            self.one_pass()
-            if self.is_over() or self.state.backoff_left_s(time.time()):
-                return
-            self.linger()
-            if not self.news():
-                self.sweep()
-            again = self.news()
+        if not self.news():
+            self.sweep()
+        return self.news()
 
     def live(self, lock: Lock | None) -> None:
         """Pass after pass, to the end of this life. After each the lock is given back,
         and then the outbox listed once more: a hook that found the lock busy counts on
         that. When this life is over then, news begin a new one."""
         while lock is not None:
-            if self.once or not self.backoff_left_s():
-                self.work()
+            again = self.once or not self.backoff_left_s()
+            while again:
+                self.one_pass()
+                wait = self.state.backoff_left_s(time.time())
+                again = not (wait or self.is_over()) and self.finds_more()
             lock.release()
             wait = self.backoff_left_s()
             if wait and (self.once or time.monotonic() + wait >= self.ends):

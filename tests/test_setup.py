@@ -61,14 +61,12 @@ def events_in(home: Home) -> list[str]:
 # -- What install makes of a settings file ---------------------------------------
 
 USERS = {  # what a person's settings may hold: all of it stays
-    "model": "opus",
     "größe": "日本語 \U0001f600 naïve",
     "permissions": {"allow": ["Bash(ls:*)"], "deny": []},
     "numbers": [1, 2.5, 1e-7, True, None, 12345678901234567890],
     "env": {"OTHER": "x"},
 }
 TABS = '{\n\t"a": "é",\n\t"hooks": {\n\t\t"Stop": []\n\t}\n}\n'.encode()
-CRLF = b'{\r\n    "a": 1,\r\n    "b": {\r\n        "c": []\r\n    }\r\n}\r\n'
 SHAPES = {
     "empty": b"",
     "blank": b" \n",
@@ -77,7 +75,7 @@ SHAPES = {
     "present, escaped": json.dumps(USERS, indent=4).encode(),
     "one line": json.dumps(USERS).encode(),
     "compact": json.dumps(USERS, separators=(",", ":")).encode(),
-    "CRLF": CRLF,
+    "CRLF": json.dumps(USERS, indent=2).replace("\n", "\r\n").encode(),
     "tabs": TABS,
     "byte order mark": b"\xef\xbb\xbf" + TABS,
     "half a character": b'{\n  "a": "\\ud83d",\n  "b": "\\u00e9"\n}\n',
@@ -90,65 +88,44 @@ SHAPES = {
 
 @pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
 def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
-    """All that a settings file holds stays, and so does its mode. A second run changes
-    nothing. After a third one with another URL, and uninstall, HOME is as it was, byte
-    for byte and mode for mode."""
+    """All that a settings file holds stays, in its order, and so does its mode, and how
+    its lines end. A second run changes nothing. After a third one with another URL, and
+    uninstall, HOME is as it was, byte for byte and mode for mode."""
     path = write_settings(home, raw)
     path.chmod(0o640)
-    path.parent.chmod(0o755)
     at_first = tree(home.path)
     before = json.loads(raw.decode("utf-8-sig")) if raw.strip() else {}
     assert "Installed." in install(home, "--url", URL).out
-    found = read(path)
+    found, written = read(path), path.read_bytes()
     assert [key for key in found if key in before] == list(before)
-    for key, value in before.items():
-        if key not in ("hooks", "env"):
-            assert json.dumps(found[key]) == json.dumps(value)
+    ours = {key: found[key] for key in ("env", "hooks")}
+    assert {**found, **before, **ours} == found
     assert found["env"] == {**before.get("env", {}), "TELEMHQ_PING_URL": URL}
     theirs = before.get("hooks", {}).get("Stop", [])
     assert found["hooks"]["Stop"][: len(theirs)] == theirs
     assert {e for e, _, c in commands_in(found) if SCRIPT.name in c} == set(EVENTS)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    after, times = tree(home.path), path.stat().st_mtime_ns
+    assert (b"\r\n" in raw) == (b"\r\n" in written)
     assert "All is there already." in install(home, "--url", URL).out
-    after.pop(".claude/hooks/__pycache__", None)
-    assert {**tree(home.path), **after} == tree(home.path)
-    assert times == path.stat().st_mtime_ns
+    assert path.read_bytes() == written
     install(home, "--url", URL + "X", "--tools")
     assert uninstall(home).code == 0
     assert tree(home.path) == at_first
 
 
-@pytest.mark.parametrize(
-    "raw, expected",
-    [
-        (
-            '{\n  "list":  ["a", "b"],\n\n  "env": {"A": "1"}, "model": "opus"\n}\n',
-            '{\n  "list":  ["a", "b"],\n\n  "env": {"A": "1", URL}, "model": "opus",'
-            + "\n  HOOKS\n}\n",
-        ),
-        ('{"model": "opus"}', '{"model": "opus", "env": {URL}, HOOKS}'),
-        (CRLF.decode(), CRLF.decode()[:-5] + ",\r\n    ENV,\r\n    HOOKS\r\n}\r\n"),
-    ],
-    ids=["lines and one line", "one line", "CRLF"],
-)
-def test_the_text_is_changed_as_little_as_can_be(
-    home: Home, raw: str, expected: str
-) -> None:
+@pytest.mark.parametrize("unit", [2, None])
+def test_the_text_is_changed_as_little_as_can_be(home: Home, unit: int | None) -> None:
     """What install adds is added to the text: a line of the user's stays that line,
-    with its spaces, what is one line stays one, and ends of lines stay what they are."""
+    with its spaces, and what is one line stays one."""
+    raw = '{"list":  ["a", "b"],\n\n  "env": {"A": "1"}, "model": "opus"\n}\n'
+    raw = raw.replace("{", "{\n  ", 1) if unit else raw.replace("\n", "")
     path = write_settings(home, raw.encode())
     install(home, "--url", URL)
-    text = path.read_bytes().decode()
-    one_line, newline = "\n" not in raw, "\r\n" if "\r\n" in raw else "\n"
-    unit = "    " if newline == "\r\n" else "  "
-    hooks = json.dumps(read(path)["hooks"], indent=None if one_line else unit)
-    url = f'"TELEMHQ_PING_URL": "{URL}"'
-    expected = expected.replace(
-        "HOOKS", '"hooks": ' + hooks.replace("\n", newline + unit)
-    )
-    env = f'"env": {{{newline}{unit * 2}{url}{newline}{unit}}}'
-    assert text == expected.replace("URL", url).replace("ENV", env)
+    text = path.read_text()
+    hooks = json.dumps(read(path)["hooks"], indent=unit).replace("\n", "\n  ")
+    hooks = f',\n  "hooks": {hooks}' if unit else f', "hooks": {hooks}'
+    url = f', "TELEMHQ_PING_URL": "{URL}"'
+    assert text.replace(url, "", 1).replace(hooks, "", 1) == raw
 
 
 MALFORMED = {
@@ -383,22 +360,19 @@ def test_dry_run_says_all_and_changes_nothing(home: Home) -> None:
     assert said[-2:] == ["All is there already.", "Nothing was changed."]
 
 
-OLD_URLS = [
-    f'"https://old.invalid/ping/{TOKEN}"',
-    f'"https:\\/\\/old.invalid\\/ping\\/{TOKEN}"',
-    f'"https://old.invalid?token={TOKEN}"',
-    f'"https://user:{TOKEN}@old.invalid/ping/x"',
-    f'"old.invalid/ping/{TOKEN}"',
-    f'"{TOKEN}"',
-]
-
-
-@pytest.mark.parametrize("old", OLD_URLS)
+@pytest.mark.parametrize(
+    "old",
+    [
+        "https://old.invalid/ping/" + TOKEN,
+        f"https:\\/\\/old.invalid\\/ping\\/{TOKEN}",
+        f"https://user:{TOKEN}@old.invalid/ping/x",
+        TOKEN,
+    ],
+)
 def test_a_change_of_the_url_shows_no_token(home: Home, old: str) -> None:
     """Of the old URL, and of the new one, no more is shown than the host."""
-    write_settings(
-        home, f'{{"env": {{"TELEMHQ_PING_URL" :{old},\n"Z": "2"}}}}'.encode()
-    )
+    raw = f'{{"env": {{"TELEMHQ_PING_URL" :"{old}",\n"Z": "2"}}}}'
+    write_settings(home, raw.encode())
     ended = install(home, "--url", URL)  # `run` looks for the token
     assert re.search(r"(?m)^  -.*TELEMHQ_PING_URL", ended.out)
     assert re.search(r'(?m)^  \+.*TELEMHQ_PING_URL.*"http://127.0.0.1:9/', ended.out)
@@ -577,78 +551,18 @@ def test_an_old_client_gets_no_stop_failure(
     assert not settings_path(home).exists()
 
 
-def test_the_command_avoids_a_virtual_environment(
-    home: Home, tmp_path: pathlib.Path
-) -> None:
-    """Run by a virtual environment's Python, install names the Python behind it."""
+def test_the_python_that_is_named_lasts(home: Home, tmp_path: pathlib.Path) -> None:
+    """Run by a virtual environment's Python, install names the one behind it; where
+    that one's path names a release (pyenv), the second command names python3."""
     made = tmp_path / "venv"
     make = [sys.executable, "-m", "venv", "--without-pip", str(made)]
     subprocess.run(make, check=True)
     install(home, python=str(made / "bin" / "python"))
-    command = commands_in(read(settings_path(home)))[0][2]
-    assert str(made) not in command
     shutil.rmtree(str(made))
-    check_command(home, command)
-
-
-def test_another_python_steps_in_for_one_that_went(
-    home: Home, receiver: Receiver
-) -> None:
-    """Where a Python's path names its release (pyenv), the second command names
-    python3: when an upgrade has removed that release, pings still arrive."""
-    if not re.search(r"\d+\.\d+\.\d+", PYTHON):
-        pytest.skip("this Python's path names no release")
-    install(home)
     command = commands_in(read(settings_path(home)))[0][2]
-    assert re.findall(r"(\S+) (?:-ESc|-I)", command) == [PYTHON, "python3"]
-    subprocess.run(
-        ["/bin/sh", "-c", command.replace(PYTHON, "/nonexistent/3.11.4/python3")],
-        input=json.dumps(event("Stop")).encode(),
-        env=home.env(receiver.url, PATH=f"{os.path.dirname(PYTHON)}:{SMALL_PATH}"),
-        stderr=subprocess.DEVNULL,
-        check=True,
-    )
-    assert receiver.wait_for(1)[0]["event"] == "Stop"
-    home.quiet()
-
-
-@pytest.mark.fault(40, 75)
-@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
-@pytest.mark.parametrize("fault", ["", "cd", "python", "import", "script"])
-def test_the_examples_command_in_a_shell(
-    home: Home, receiver: Receiver, shell: str, fault: str
-) -> None:
-    """The example's command delivers one ping; also when its import fails, for then it
-    runs the script. Where nothing can run it ends with 0, and a telemhq_ping.py of the
-    project's is never imported."""
-    example = commands_in(read(ROOT / "settings.example.json"))
-    (home.project / "telemhq_ping.py").write_text("import os; os.mkdir('IMPORTED')")
-    hooks = home.path / ".claude" / "hooks"
-    if fault != "cd":
-        hooks.mkdir(parents=True)
-        shutil.copy(str(SCRIPT), str(hooks))
-    if fault == "script":
-        (hooks / SCRIPT.name).unlink()
-    if fault == "import":  # bytecode that a full disk has cut off
-        subprocess.run([sys.executable, "-m", "py_compile", hooks / SCRIPT.name])
-        (cached,) = (hooks / "__pycache__").iterdir()
-        cached.write_bytes(cached.read_bytes()[:50])
-    path = "/nonexistent" if fault == "python" else os.path.dirname(sys.executable)
-    done = subprocess.run(
-        [shell, "-c", example[1][2]],
-        input=json.dumps(event("Stop")).encode(),
-        env=home.env(receiver.url, PATH=path),
-        cwd=str(home.project),
-        capture_output=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout) == (0, b"")
-    if fault in ("", "import"):
-        assert (b"EOFError" in done.stderr) == bool(fault)
-        receiver.wait_for(1)
-    home.quiet()
-    assert len(receiver.requests) == (fault in ("", "import"))
-    assert not (home.project / "IMPORTED").exists()
+    check_command(home, command)
+    named = re.findall(r"(\S+) (?:-ESc|-I)", command)
+    assert named[1] == ("python3" if re.search(r"\d\.\d+\.\d", PYTHON) else named[0])
 
 
 def test_the_example_is_what_install_writes(home: Home) -> None:
@@ -787,12 +701,12 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     assert ended.code == 1
     assert "with --yes it is removed" in ended.err
     assert tree(home.path) == before
+    state = "2 pings not sent yet (`flush` sends), the record of 1 sent ping"
     assert ended.out.splitlines() == [
         "This goes:",
         "  ~/.claude/settings.json: our hooks and the ping URL",
         "  ~/.claude/hooks/telemhq_ping.py",
-        "  ~/.claude/telemhq: 2 pings not sent yet (`flush` sends), the record of 1 sent"
-        " ping (--keep-state: stays)",
+        f"  ~/.claude/telemhq: {state} (--keep-state: stays)",
     ]
     ended = uninstall(home, "--keep-state")
     assert (ended.code, "telemhq:" in ended.out) == (0, False)
@@ -833,10 +747,8 @@ def test_uninstall_beside_the_plugin(home: Home) -> None:
 
 
 @pytest.mark.fault(67)
-@pytest.mark.parametrize("away", [False, True])
-def test_what_was_removed_stays_removed(home: Home, away: bool) -> None:
-    """While a request is on its way uninstall waits for it; a sender that sleeps
-    through a back-off does not bring the state back."""
+def test_uninstall_waits_for_a_sender(home: Home) -> None:
+    """While a request is on its way uninstall waits for it; then nothing is left."""
     answered: list[int] = []
 
     def slowly(_: Any) -> int:
@@ -844,15 +756,13 @@ def test_what_was_removed_stays_removed(home: Home, away: bool) -> None:
         answered.append(1)
         return 200
 
-    with Receiver(answer=503 if away else slowly) as receiver:
+    with Receiver(answer=slowly) as receiver:
         install(home, "--url", URL)
         home.hook(event("Stop"), receiver.url)
         receiver.wait_for(1)
-        if away:
-            wait_until(lambda: home.state_json().get("failures"))
         assert uninstall(home).code == 0
-        assert bool(answered) != away
-        home.end()
+        assert answered
+    home.quiet()
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 
