@@ -2483,20 +2483,24 @@ class Charge:
         return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
 
     def find_baseline(self, session: str, key: str) -> None:
-        """Of a fork: the ledger in its parent's file that stands behind the last answer
-        that was copied (its key), no other one between. session: the parent's."""
-        account, behind = self.account, False
-        account.parent = []
+        """Of a fork: the last ledger in its parent's file before any answer that was
+        not copied, which is what the client goes on from; none there: it begins anew.
+        session: the parent's; key: of the last answer that was copied."""
+        account, copied = self.account, False
+        found, account.parent = NO_LEDGER, []
         path = os.path.join(os.path.dirname(account.transcript), session + ".jsonl")
         try:
-            rows = Transcript().rows(path, self.reading.ends)
-            for row in rows:
-                if isinstance(row, AnswerRow) and row.real and not row.sidechain:
-                    behind = row.key == key
-                elif isinstance(row, LedgerRow) and behind:
-                    account.baseline = row.ledger
+            for row in Transcript().rows(path, self.reading.ends):
+                if isinstance(row, LedgerRow):
+                    found = row.ledger
+                elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
+                    if copied and row.key != key:
+                        break
+                    copied = copied or row.key == key
         except (OSError, ValueError):
-            pass  # then nobody knows it
+            return
+        if copied:
+            account.baseline = found
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:

@@ -278,15 +278,31 @@ def test_branch_with_more_turns_than_its_parent(session: Session) -> None:
 
 @fault(90)
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "running"])
-def test_parent_that_goes_on_after_the_fork(session: Session, ended: bool) -> None:
-    """The ledger row behind the last answer that was copied is the baseline, not a
-    later one; of a parent that was running, nobody knows what the fork's has of it."""
-    fork = parent_of(session, ledgers=ended).fork()
-    ends = [*turn(90, 1024), ledger({OPUS: 1024 + 7, HAIKU: 8})]
-    session.charge("SessionEnd-other", 95, *ends)
+@pytest.mark.parametrize("runs", [1, 2])
+def test_parent_that_goes_on_after_the_fork(
+    session: Session, runs: int, ended: bool
+) -> None:
+    """A fork's ledger goes on from the last one that its parent's file had then; that
+    of a parent in its first run begins anew. What the parent says later is its own."""
+    known = {OPUS: 7, HAIKU: 8}
+    parent_of(session, ledgers=ended or runs == 2)
+    if runs == 2:
+        rows = [ledger({OPUS: 1024 + 7, HAIKU: 8})] * ended
+        known[OPUS] += 1024 * ended
+        session.charge("Stop", 22, *turn(20, 1024), *rows)
+    fork = session.fork()
+    rows = [ledger({OPUS: 4096 + 1024 * runs, HAIKU: 8})]
+    session.charge("SessionEnd-other", 95, *turn(90, 4096), *rows)
     fork.hook("SessionStart-fork", 100)
-    assert ends_of(fork, {OPUS: 7, HAIKU: 8}) == (OWN if ended else (16, 0))
-    assert told(session) == (1024 + 15, cost_of({OPUS: 1024 + 7, HAIKU: 8}))
+    assert ends_of(fork, known if ended or runs == 2 else {}) == OWN
+
+
+def test_fork_whose_parents_file_is_gone(session: Session) -> None:
+    """Nobody knows what its ledger has of before: no cost, nothing settled."""
+    fork = parent_of(session).fork()
+    session.path.unlink()
+    fork.hook("SessionStart-fork", 100)
+    assert ends_of(fork, {OPUS: 7, HAIKU: 8}) == (16, 0)
     assert "usage_complete" not in fork.receiver.pings[-1]
 
 
