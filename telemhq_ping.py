@@ -2488,19 +2488,26 @@ class Charge:
         return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
 
     def parents_ledger(self, session: str, key: str) -> list[Any]:
-        """Of a fork: the ledger in its parent's file that stands behind the last answer
-        that was copied (its key), no other one between; [] when there is none."""
-        directory, found, behind = os.path.dirname(self.account.transcript), [], False
+        """Of a fork: the last ledger in its parent's file before any answer that was
+        not copied, which is what the client goes on from (none there: it begins anew);
+        [] when nobody knows. key: of the last answer that was copied."""
+        directory, found, copied = (
+            os.path.dirname(self.account.transcript),
+            NO_LEDGER,
+            False,
+        )
         path = os.path.join(directory, session + ".jsonl")
         try:
             for row in Transcript().rows(path, self.reading.ends):
-                if isinstance(row, AnswerRow) and row.real and not row.sidechain:
-                    behind = row.key == key
-                elif isinstance(row, LedgerRow) and behind:
+                if isinstance(row, LedgerRow):
                     found = row.ledger
+                elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
+                    if copied and row.key != key:
+                        break
+                    copied = copied or row.key == key
         except (OSError, ValueError):
-            pass
-        return found
+            return []
+        return found if copied else []
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
