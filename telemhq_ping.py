@@ -3885,7 +3885,7 @@ def play(
         hook_ms = (time.monotonic() - begun) * 1000
         made = os.path.isdir(state_dir)  # else nothing will arrive
         at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
-        times = f"hook {hook_ms:.0f} ms, in all {(at - begun) * 1000:.0f} ms"
+        times = f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
     except subprocess.TimeoutExpired:
         getattr(os, "killpg", os.kill)(process.pid, 9)
         return "it does not end", {}, ""
@@ -4178,7 +4178,7 @@ def why_incomplete(pings: list[Fields]) -> str:
     """Why pings lack tokens, most likely."""
     ends = [ping for ping in pings if ping.get("event") == "SessionEnd"]
     if not any("total_tokens" in ping for ping in pings):
-        return "no transcript or account was read"
+        return "no transcript could be read"
     if 2 * len(ends) > len(pings):
         return "this Claude Code tells no cost (-p)"
     return "an answer came late, the next has it"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pathlib
 import py_compile
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -30,8 +28,10 @@ from support import (
     event,
     is_alive,
     place,
-    pythons,
 )
+
+if TYPE_CHECKING:
+    import socket
 
 SCRIPT_THERE = "~/.claude/hooks/telemhq_ping.py"
 COMMAND = read(ROOT / "settings.example.json")["hooks"]["Stop"][0]["hooks"][0][
@@ -105,7 +105,7 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
         r"✓ {} by ~/.claude/settings.json: arrived at doctor's own receiver, hook "
     )
     for name in EVENTS:
-        assert re.search(arrived.format(name) + r"\d+ ms, in all \d+ ms", good)
+        assert re.search(arrived.format(name) + r"\d+ ms, all \d+ ms", good)
     for words in (
         "· TELEMHQ_PING_URL is from ~/.claude/settings.json",
         "· pings from this directory say project api",
@@ -120,21 +120,16 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
     assert max(map(len, good.splitlines())) <= 100
 
 
-def test_doctor_changes_nothing(well: Home) -> None:
-    """doctor leaves no file, in TMPDIR neither; Python caches bytecode when it runs the
-    commands. Nor does it where there is no state yet."""
-    temporary = well.path / "tmp"
-    temporary.mkdir()
-    for _ in range(2):
-        before = tree(well.path)
-        diagnosis(well, TMPDIR=temporary)
-        well.quiet()
-        after = tree(well.path)
-        new = [name for name in after if ".pyc" in name or name.endswith("__pycache__")]
-        assert {name: after[name] for name in after if name not in new} == {
-            name: before[name] for name in before if name not in new
-        }
-        shutil.rmtree(str(well.state), ignore_errors=True)
+def test_doctor_leaves_nothing_behind(home: Home, receiver: Receiver) -> None:
+    """doctor leaves no file, in TMPDIR neither, where there is no state yet neither;
+    but Python caches bytecode when it runs the commands."""
+    set_up(home, receiver.url)
+    (home.path / "tmp").mkdir()
+    before = tree(home.path)
+    diagnosis(home, TMPDIR=home.path / "tmp")
+    home.quiet()
+    new = set(tree(home.path)) - set(before)
+    assert [name for name in new if "__pycache__" not in name] == []
 
 
 def test_doctor_in_an_empty_home(home: Home) -> None:
@@ -152,7 +147,6 @@ def test_doctor_in_an_empty_home(home: Home) -> None:
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("{,}", "Claude Code ignores the whole of {path}: "),
         ('{"a": 1 /* mine */}', "Claude Code ignores the whole of {path}: "),
         ('{"hooks": []}', "Claude Code ignores the whole of {path}: "),
         ('{"disableAllHooks": true}', "{path} turns hooks off"),
@@ -163,12 +157,34 @@ def test_doctor_sees_settings_that_stop_hooks(
 ) -> None:
     """A file that is no strict JSON, which Claude Code ignores whole, and one that
     turns all hooks off are named; the list goes on behind it."""
-    path = well.project / ".claude" / "settings.json"
-    path.parent.mkdir()
-    path.write_text(text)
-    _, good, bad = diagnosis(well)
+    _, good, bad = diagnosis(in_project(well, text))
     assert words.format(path="~/acme/api/.claude/settings.json") in bad
     assert "last delivery" in good
+
+
+def in_project(home: Home, settings: object) -> Home:
+    """Give the project these settings, or this text."""
+    path = home.project / ".claude" / "settings.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
+    return home
+
+
+@pytest.mark.fault(86)
+@pytest.mark.parametrize(
+    "where", ["managed-settings.json", "managed-settings.d/a.json"]
+)
+def test_doctor_sees_managed_settings(well: Home, where: str) -> None:
+    """A company's settings count, in one file or several; and where those allow no
+    hooks but their own, that is named, with who can mend it."""
+    path = well.path / "company" / where
+    path.parent.mkdir(parents=True)
+    env = {"TELEMHQ_PROJECT": "theirs"}
+    path.write_text(json.dumps({"allowManagedHooksOnly": True, "env": env}))
+    patch = f"t.MANAGED_DIRS = {{sys.platform: {str(well.path / 'company')!r}}}"
+    _, good, bad = doctor_where(well, patch)
+    assert bad == "✗ allowManagedHooksOnly: hooks run in your company's settings only"
+    assert "pings from this directory say project theirs" in good
 
 
 def client(home: Home, version: str) -> str:
@@ -181,7 +197,7 @@ def client(home: Home, version: str) -> str:
     return f"{path.parent}:{SMALL_PATH}"
 
 
-@pytest.mark.parametrize("version", ["2.1.77", "2.1.78", "10.0.1"])
+@pytest.mark.parametrize("version", ["2.1.77", "2.1.78"])
 def test_doctor_knows_the_client(well: Home, version: str) -> None:
     """A client before 2.1.78 ignores settings whole that name StopFailure; newer ones
     are fine. It is asked once, for its start takes a while."""
@@ -192,21 +208,6 @@ def test_doctor_knows_the_client(well: Home, version: str) -> None:
     assert (ignores in bad) == (version == "2.1.77") == (code == 1)
     assert f"✓ Claude Code {version}" in good
     assert (well.path / "bin" / "claude.asked").read_text() == "\n"
-    assert "· Claude Code was not found" in diagnosis(well)[1]
-
-
-def test_one_missing_hook_and_a_projects_hooks(well: Home) -> None:
-    """Where one event's hook is gone, that one is named; a project's own counts."""
-    found = read(settings_path(well))
-    gone = {"SessionEnd": found["hooks"].pop("SessionEnd")}
-    write_settings(well, found)
-    assert diagnosis(well)[2] == "✗ no hook for SessionEnd: run `install`"
-    path = well.project / ".claude" / "settings.local.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"hooks": gone}))
-    code, good, _ = diagnosis(well, "--run-all")
-    assert code == 0
-    assert "SessionEnd by ~/acme/api/.claude/settings.local.json: arrived" in good
 
 
 SECOND = f"python3 {SCRIPT_THERE}"
@@ -229,9 +230,7 @@ def test_doctor_sees_an_event_registered_twice(well: Home, name: str) -> None:
     places, as two URLs where one of them has its own. The same command in two files is
     run once by Claude Code, and no fault."""
     command, more, words = TWICE[name]
-    path = well.project / ".claude" / "settings.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"hooks": registered(command, ["Stop"])}))
+    in_project(well, {"hooks": registered(command, ["Stop"])})
     write_settings(well, {**read(settings_path(well)), **more})
     _, good, bad = diagnosis(well)
     places = "~/.claude/settings.json", "~/acme/api/.claude/settings.json"
@@ -242,10 +241,8 @@ def test_doctor_sees_an_event_registered_twice(well: Home, name: str) -> None:
 # -- Each command is run -----------------------------------------------------------
 
 FORMS = [
-    f"python3 {SCRIPT_THERE}",
     f"env python3 {SCRIPT_THERE} 2>/dev/null || true",
-    f"cat | nice python3 {SCRIPT_THERE}",
-    f'"$HOME"/.claude/hooks/../hooks/{SCRIPT.name}',
+    f'cat | nice "$HOME"/.claude/hooks/../hooks/{SCRIPT.name}',
     "cd ~/.claude/hooks && python3 -ESc 'import telemhq_ping as t; t.hook()'",
 ]
 
@@ -288,21 +285,13 @@ def test_doctor_says_what_a_broken_command_said(
     assert "project api" in good
 
 
-def test_doctor_sees_an_old_python_and_another_version(well: Home) -> None:
-    """An interpreter older than Python 3.8 will not do; a script of another version is
-    not what was checked."""
+def test_doctor_sees_another_version(well: Home) -> None:
+    """A script of another version is not what was checked."""
     there = well.path / ".claude" / "hooks" / SCRIPT.name
-    text = re.sub(
-        r"\n__version__ = .*", '\n__version__ = "0.9.0"', there.read_text("utf-8")
-    )
-    there.write_text(text, "utf-8")
-    assert (
-        "Stop by ~/.claude/settings.json is version 0.9.0: `install`"
-        in (diagnosis(well)[2])
-    )
-    for python in pythons(6, 8)[-1:]:
-        write_settings(well, {"hooks": registered(f"{python} {SCRIPT_THERE}")})
-        assert "sends nothing" in diagnosis(well)[2]
+    version = re.compile(r"\n__version__ = .*")
+    there.write_text(version.sub('\n__version__ = "0.9.0"', there.read_text()))
+    bad = diagnosis(well)[2]
+    assert "Stop by ~/.claude/settings.json is version 0.9.0: `install`" in bad
 
 
 def test_doctor_ends_a_command_that_hangs(home: Home, receiver: Receiver) -> None:
@@ -337,14 +326,11 @@ def test_doctor_does_not_run_a_strangers_command(well: Home, where: str) -> None
     """A command that sets a variable of ours, and so may send elsewhere, and one of a
     project's settings are run with --run-all only; without it nothing is proven."""
     command = f"python3 {SCRIPT_THERE}; touch ran"
-    path = settings_path(well)
     if where == "project":
-        path = well.project / ".claude" / "settings.json"
-        path.parent.mkdir()
-        path.write_text(json.dumps({"hooks": registered(command, ["Stop"])}))
+        in_project(well, {"hooks": registered(command, ["Stop"])})
     else:
-        command = f"TELEMHQ_PROJECT=x {command}"
-        write_settings(well, {**read(path), "hooks": registered(command)})
+        hooks = registered(f"TELEMHQ_PROJECT=x {command}")
+        write_settings(well, {**read(settings_path(well)), "hooks": hooks})
     bad = diagnosis(well)[2]
     assert "was not tried, for what it may do: `doctor --run-all`" in bad
     assert not (well.project / "ran").exists()
@@ -352,47 +338,30 @@ def test_doctor_does_not_run_a_strangers_command(well: Home, where: str) -> None
     assert (well.project / "ran").exists()
 
 
-def stale(path: pathlib.Path) -> None:
-    """Bytecode of another script, of the same time and size."""
-    time_and_size = path.stat()
-    other = path.with_name("other.py")
-    other.write_bytes(b"import os  #".ljust(time_and_size.st_size))
-    os.utime(str(other), ns=(time_and_size.st_mtime_ns,) * 2)
-    made = py_compile.compile(str(other))
-    assert made
-    shutil.move(made, made.replace("other.", "telemhq_ping."))
-    other.unlink()
-
-
-def damaged(path: pathlib.Path) -> None:
-    """Bytecode that a full disk has cut off."""
-    made = py_compile.compile(str(path))
-    assert made
-    os.truncate(made, 1000)
-
-
-def opened(path: pathlib.Path) -> None:
-    """Bytecode that others may put there."""
-    py_compile.compile(str(path))
-    (path.parent / "__pycache__").chmod(0o777)
-
-
-@pytest.mark.parametrize("spoil", [stale, damaged, opened])
-def test_doctor_sees_bytecode_that_is_not_the_scripts(
-    home: Home, receiver: Receiver, spoil: Callable[[pathlib.Path], None]
-) -> None:
-    """What Python would run in place of the script is compared with it: bytecode that
-    is another script's, damaged, or in a directory that others can write to is
-    named. (The command runs the script as such, and so leaves it.)"""
-    set_up(home, receiver.url, f"python3 -B {SCRIPT_THERE}; true mend_bytecode")
-    patch = "t.try_hook = lambda *_: (None, 'skipped')"
-    assert doctor_where(home, patch)[0] == 0
-    spoil(home.path / ".claude" / "hooks" / SCRIPT.name)
-    code, good, bad = doctor_where(home, patch)
-    assert code == 1
-    assert "✗ ~/.claude/hooks/__pycache__" in bad
-    assert bad.endswith("remove it, Python makes it anew")
-    assert "last delivery" in good
+@pytest.mark.parametrize("how", ["stale", "damaged", "open"])
+def test_doctor_sees_bytecode_that_is_not_the_scripts(home: Home, how: str) -> None:
+    """What Python would run in place of the script is compared with it: bytecode made
+    of another file of the same time and size, damaged, or where others can write."""
+    set_up(home, dead_url())
+    script = home.path / ".claude" / "hooks" / SCRIPT.name
+    text, times = script.read_text(), script.stat()
+    if how == "stale":
+        script.write_text("import os  #".ljust(times.st_size))
+        os.utime(str(script), ns=(times.st_mtime_ns,) * 2)
+    made = str(py_compile.compile(str(script)))
+    script.write_text(text)
+    os.utime(str(script), ns=(times.st_mtime_ns,) * 2)
+    patch = "t.try_hook = lambda *_: (True, 'not this time')"
+    if how == "damaged":
+        os.truncate(made, 1000)
+    elif how == "open":
+        (script.parent / "__pycache__").chmod(0o777)
+    bad = doctor_where(home, patch)[2]
+    assert "✗ ~/.claude/hooks/__pycache__/telemhq_ping." in bad
+    assert ": remove it, Python makes it anew" in bad
+    shutil.rmtree(str(script.parent / "__pycache__"))
+    py_compile.compile(str(script))
+    assert "__pycache__" not in doctor_where(home, patch)[2]
 
 
 # -- Variables ---------------------------------------------------------------------
@@ -410,21 +379,16 @@ def test_doctor_reads_variables(well: Home, receiver: Receiver) -> None:
     assert "pings from this directory say project acme" in good
 
 
-@pytest.mark.parametrize("where", ["project", "shell"])
-def test_a_project_that_is_switched_off_is_no_fault(well: Home, where: str) -> None:
+def test_a_project_that_is_switched_off_is_no_fault(
+    well: Home, receiver: Receiver
+) -> None:
     """`"TELEMHQ_PING_URL": ""` switches the hook off for a project: told as that, and
     pings that wait for the URL that is used elsewhere are no fault either."""
-    place(well, read(settings_path(well))["env"]["TELEMHQ_PING_URL"], 2, 400)
-    if where == "project":
-        path = well.project / ".claude" / "settings.json"
-        path.parent.mkdir()
-        path.write_text('{"env": {"TELEMHQ_PING_URL": ""}}')
-        code, good, bad = diagnosis(well)
-    else:
-        write_settings(well, {"hooks": registered()})
-        code, good, bad = diagnosis(well, url="")
+    place(well, receiver.url, 2, 400)
+    in_project(well, {"env": {"TELEMHQ_PING_URL": ""}})
+    code, good, bad = diagnosis(well)
     assert (code, bad) == (0, "")
-    assert "· switched off here: TELEMHQ_PING_URL is empty in " in good
+    assert "· switched off here: TELEMHQ_PING_URL is empty in ~/acme/api/" in good
     assert "· for another URL 2 pings of api wait, the oldest for 6 min" in good
 
 
@@ -448,10 +412,8 @@ def test_doctor_of_a_plugin_alone(home: Home, receiver: Receiver) -> None:
     "url, words",
     [
         ("telemhq.com/ping/" + TOKEN, "https://"),
-        ("file:///etc/" + TOKEN, "https://"),
         ("http://tracker.invalid/ping/" + TOKEN, "use https://"),
         ("https://u:p@tracker.invalid/" + TOKEN, "user:password"),
-        ("https://telemhq.com/ping/<token>", "no URL may hold"),
         ("https://tracker.invalid/ping/" + TOKEN, "is there a network?"),
         (
             "http://127.0.0.1:1/ping/" + TOKEN,
@@ -521,7 +483,7 @@ def test_a_collector_may_take_protobuf_only(home: Home, receiver: Receiver) -> N
         assert f"{words}" in diagnosis(home)[2]
 
 
-@pytest.mark.parametrize("status", [200, 204, 400, 405])
+@pytest.mark.parametrize("status", [204, 405])
 def test_doctor_takes_any_good_answer(
     home: Home, receiver: Receiver, status: int
 ) -> None:
@@ -531,20 +493,14 @@ def test_doctor_takes_any_good_answer(
     assert diagnosis(home)[0] == 0
 
 
-@pytest.mark.parametrize("known, remedy", [(True, "https://"), (False, "certificates")])
-def test_doctor_tells_tls_from_certificates(
-    home: Home, script: Any, known: bool, remedy: str
+def test_plain_http_behind_https_is_no_certificates_fault(
+    home: Home, receiver: Receiver
 ) -> None:
-    """https:// to a server that speaks no TLS is not called a certificate's fault; that
-    is told with what can name a company's own."""
-    if known:
-        with Receiver() as receiver:
-            set_up(home, receiver.url.replace("http://", "https://"))
-            bad = diagnosis(home)[2]
-    else:
-        bad = script.in_words("TLS: CERTIFICATE_VERIFY_FAILED", "telemhq")
-    assert remedy in bad
-    assert ("certificates" in bad) == (not known)
+    """Where https:// meets a server that speaks no TLS, doctor says that."""
+    set_up(home, receiver.url.replace("http://", "https://"))
+    bad = diagnosis(home)[2]
+    assert "no TLS is spoken there; is https:// right?" in bad
+    assert "certificate" not in bad
 
 
 def test_doctor_waits_no_longer_than_a_sender(home: Home) -> None:
@@ -573,15 +529,20 @@ def test_doctor_knows_that_socks_is_not_supported(home: Home) -> None:
     assert "SOCKS proxies are not supported: name an HTTP proxy in HTTPS_PROXY" in bad
 
 
-def test_send_proves_the_token(well: Home, receiver: Receiver) -> None:
-    """--send delivers one ping with the event Test, and names its id and the
-    tracker."""
-    code, good, bad = diagnosis(well, "--send")
+def test_send_proves_the_token(home: Home, receiver: Receiver) -> None:
+    """--send delivers one ping with the event Test, and names its id and the tracker.
+    Before, `last delivery: none yet` has no tick, and is no fault."""
+    set_up(home, receiver.url)
+    code, good, bad = diagnosis(home, "--send")
     assert (code, bad) == (0, "")
-    posted = [r.ping for r in receiver.requests if r.method == "POST"]
-    (ping,) = [ping for ping in posted if ping["event"] == "Test"]
-    assert (ping["project"], ping["status"]) == ("api", "success")
+    (ping,) = [r.ping for r in receiver.requests if r.method == "POST"]
+    assert (ping["event"], ping["project"], ping["status"]) == (
+        "Test",
+        "api",
+        "success",
+    )
     assert f"✓ telemhq has taken the test {ping['event_id']}" in good
+    assert "· telemhq: last delivery: none yet" in good
 
 
 def test_a_test_that_is_refused_has_not_arrived(home: Home, receiver: Receiver) -> None:
@@ -673,33 +634,18 @@ def test_doctor_minds_only_old_pings(
     assert re.search(f"telemhq: {pings}, the oldest for {age}", bad if code else good)
 
 
-def test_what_was_never_delivered_is_no_success(home: Home, receiver: Receiver) -> None:
-    """`last delivery: none yet` has no tick, and is no fault."""
-    set_up(home, receiver.url)
-    code, good, _ = diagnosis(home)
-    assert code == 0
-    assert "· telemhq: last delivery: none yet" in good
-
-
 @pytest.mark.fault(34)
 def test_pings_of_another_url_are_no_fault(well: Home) -> None:
     """Pings that wait for a URL of another project are told as such, with whose they
     are and what would move them."""
-    path = place_of(well, dead_url(), 2)
-    record = read(path)
+    place(well, dead_url(), 2)
+    record = read(well.waiting()[0])
     record["ping"]["project"] = "other"
-    path.write_text(json.dumps(record))
+    well.waiting()[0].write_text(json.dumps(record))
     code, good, bad = diagnosis(well)
     assert (code, bad) == (0, "")
     assert "· for another URL 2 pings of api, other wait, the oldest for " in good
     assert "flush --adopt" in good
-
-
-def place_of(home: Home, url: str, count: int) -> pathlib.Path:
-    """Put pings into the outbox; the path of the last one's file."""
-    (*_, event_id) = place(home, url, count)
-    (found,) = [path for path in home.waiting() if event_id in path.name]
-    return found
 
 
 def test_losses_are_shown_until_acknowledged(well: Home) -> None:
@@ -718,7 +664,7 @@ def test_losses_are_shown_until_acknowledged(well: Home) -> None:
 INCOMPLETE: dict[str, dict[str, Any]] = {
     "an answer came late": {"event": "Stop", "total_tokens": 5},
     "this Claude Code tells no cost": {"event": "SessionEnd", "total_tokens": 5},
-    "no transcript or account was read": {"event": "Stop"},
+    "no transcript could be read": {"event": "Stop"},
 }
 
 
