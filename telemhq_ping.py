@@ -4141,7 +4141,7 @@ def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
         yield False, f"{problem}: {ELSEWHERE}"
     if not problems:
         yield True, f"hooks can write to {shown(settings.state_dir or '')}"
-    for outbox in ours:
+    for outbox in ours if not os.path.isfile(settings.state_dir or "") else ():
         yield from check_delivery(outbox)
     for outbox in kept:
         known = outbox.name() in [other.name() for other in ours]
@@ -4607,21 +4607,14 @@ SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
 }
 SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
 SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
-PLACEHOLDERS = {"HEADERS": "X-Token=sample"}  # by a variable's last word
-PLACEHOLDERS.update(
-    dict.fromkeys(("URL", "ENDPOINT", "SERVER"), "https://tracker.test")
-)
+SAMPLE_URL = "https://tracker.test"
+PLACEHOLDERS = {"URL": SAMPLE_URL, "ENDPOINT": SAMPLE_URL, "SERVER": SAMPLE_URL}
 
 
 def sample(name: str, transcript: str) -> Fields:
     """A sample event."""
-    event: Fields = {"hook_event_name": name, "session_id": f"5e551011{'-0000' * 4}"}
-    return {
-        **event,
-        "cwd": "/home/you/acme",
-        "transcript_path": transcript,
-        **SAMPLES[name],
-    }
+    event = {"hook_event_name": name, "session_id": "sample", "cwd": "/home/you/acme"}
+    return {**event, "transcript_path": transcript, **SAMPLES[name]}
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -4635,7 +4628,8 @@ def tracker_named(name: str, settings: Settings) -> Tracker:
     except Skipped as why:
         print(f"{why}; shown with placeholders.", file=sys.stderr)
     for variable in make.variables:
-        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], "sample")
+        sample = "" if variable.endswith("HEADERS") else "sample"
+        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], sample)
     tracker: Tracker = make(Settings(environ), read_secret)
     return tracker
 
@@ -4801,7 +4795,7 @@ def sent(options: Namespace) -> int:
         (outbox, deliveries(outbox)) for outbox in outboxes_named(options.destination)
     ]
     for outbox, lines in found:
-        for line in lines[-options.n :]:
+        for line in lines[-max(1, options.n) :]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
                 print(line.get("at"), outbox.kind(), line.get("answer"), body)
     if not any(lines for _, lines in found):
