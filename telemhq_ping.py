@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from http.server import HTTPServer
     from queue import Queue
     from ssl import SSLContext
+    from subprocess import Popen
     from typing import Any, Callable, Dict, Iterator, NoReturn
     from urllib.request import OpenerDirector
 
@@ -1511,22 +1512,18 @@ def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
 THIS_FILE = os.path.abspath(__file__)  # now, for a hook leaves its directory
 
 
-def read_stdin(keep: bool = True) -> bytes:
-    """All bytes of stdin (none unless `keep`), to its end: Claude Code shows an error
-    when it is closed early. More than STDIN_MAX_BYTES are none."""
-    parts: list[bytes] = []
-    size = 0
-    while size <= STDIN_MAX_BYTES:
+def read_stdin() -> bytes:
+    """All bytes of stdin, to its end: Claude Code shows an error when it is closed
+    early. More than STDIN_MAX_BYTES are none."""
+    parts, size, part = [], 0, b"-"
+    while part and size <= STDIN_MAX_BYTES:
         try:
             part = os.read(0, 1 << 16)  # as much as a pipe holds
         except OSError:
-            break
-        if not part:
-            return b"".join(parts)
+            part = b""
         size += len(part)
-        if keep:
-            parts.append(part)
-    return b""
+        parts.append(part)
+    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
 
 
 def event_on_stdin() -> tuple[Fields, int]:
@@ -1556,11 +1553,11 @@ def sender_command(*arguments: str) -> list[str]:
 
 def start_sender(
     held: dict[str, Lock], environ: dict[str, str], how: str = "detached"
-) -> None:
+) -> Popen[bytes] | None:
     """Start a sender that outlives us, and hand it the locks of these destinations
     (names of their directories). It serves the first, and starts a sender for each of
     the others: one start is all that Claude Code waits for. how: "once" makes one pass,
-    "debug" talks on our stderr besides.
+    "debug" talks on our stderr besides; only of these the process is given.
 
     A fresh interpreter, for urllib crashes in a forked process on macOS. In its own
     session and with no descriptor but the locks: Claude Code kills groups and families,
@@ -1573,30 +1570,25 @@ def start_sender(
         os.chdir("/")  # keep no project's directory busy
     fds = [lock.fd for lock in held.values() if lock.fd >= 0]
     served = [word for name, lock in held.items() for word in (str(lock.fd), name)]
-    command, quiet = sender_command(how, *served), (0, 1, 2)[: 3 - (how == "debug")]
+    command = sender_command(how, *served)
     try:
-        spawn(command, fds, environ, quiet)
-    except (AttributeError, NotImplementedError, OSError):
-        # Windows, PyPy, Termux: no posix_spawn. macOS before 10.15, old C libraries:
-        # no setsid=.
+        if how == "detached" and spawn(command, fds, environ):
+            return None
         from subprocess import DEVNULL, Popen
 
         apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
         if os.name == "nt":  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
             apart = {"creationflags": 0x8 | 0x200, "cwd": os.path.dirname(THIS_FILE)}
-        apart["stderr"] = DEVNULL if 2 in quiet else None
-        Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
+        apart["stderr"] = None if how == "debug" else DEVNULL
+        return Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
     finally:
         for lock in held.values():
             lock.close()
 
 
-def spawn(
-    command: list[str], fds: list[int], environ: dict[str, str], quiet: tuple[int, ...]
-) -> None:
-    """Start a process without the import of subprocess, 8 ms. fds: what it inherits.
-    quiet: what is /dev/null for it."""
-    spawn_it = os.posix_spawn
+def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
+    """Start a process without the import of subprocess, 8 ms; whether that works here.
+    fds: what it inherits."""
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a container without /proc
@@ -1606,42 +1598,50 @@ def spawn(
             os.set_inheritable(fd, fd in (0, 1, 2, *fds))
         except OSError:
             continue  # not open, or the listing's own
-    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in quiet]
     usual: Any = {"setsid": True, "setsigdef": [15]}  # SIGTERM: our shell may ignore it
-    spawn_it(command[0], command, environ, file_actions=null, **usual)
+    try:
+        quiet = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
+        os.posix_spawn(command[0], command, environ, file_actions=quiet, **usual)
+    except (AttributeError, NotImplementedError, OSError):
+        return False  # Windows, PyPy, Termux; setsid=: macOS 10.14, old C libraries
+    return True
 
 
-def start_senders(queued: dict[Outbox, str], settings: Settings) -> list[Outbox]:
-    """Have a sender started for each outbox where none runs and no back-off stands
-    (debug mode does not care); for which one was."""
-    held, started = {}, []
+def start_senders(queued: dict[Outbox, str], settings: Settings) -> None:
+    """Have a sender started for each outbox where none runs and no back-off stands."""
+    held = {}
     for outbox in queued:
-        if settings.debug or not outbox.state().backoff_left_s(time.time()):
+        if not outbox.state().backoff_left_s(time.time()):
             lock = outbox.take_lock()
             if lock is not None:  # busy: a sender runs, and will see the file
                 held[outbox.name()] = lock
-                started.append(outbox)
     if held:
-        waits = "debug" if settings.debug else "once"
-        how = waits if settings.foreground else "detached"
-        start_sender(held, settings.environ, how)
-    return started
+        start_sender(held, settings.environ)
 
 
-def wait_for_senders(
-    queued: dict[Outbox, str], started: list[Outbox], ends: float
+def deliver_in_foreground(
+    queued: dict[Outbox, str], settings: Settings, ends: float
 ) -> None:
-    """Wait until our senders have given their locks back; for another one only as long
-    as it has not sent our ping; until `ends` (monotonic) at most."""
-    for outbox, name in queued.items():
-        lock = None
-        while lock is None and time.monotonic() < ends:
-            if outbox not in started and not os.path.exists(outbox.file(name)):
-                break
-            time.sleep(LOOK_S / 10)
-            lock = outbox.take_lock()
-        if lock is not None:
-            lock.release()
+    """Have a sender make one pass over each outbox, and wait for its end; while another
+    has the lock, for that until it has sent our ping; until `ends` (monotonic) at most.
+    Where a back-off stands, not at all, but for debug mode's."""
+    senders: dict[Outbox, Any] = {}
+    how = "debug" if settings.debug else "once"
+    while queued and time.monotonic() < ends:
+        for outbox, name in list(queued.items()):
+            if outbox in senders:
+                over = senders[outbox].poll() is not None
+            else:
+                left_s = outbox.state().backoff_left_s(time.time())
+                waits = settings.debug or not left_s
+                over = not waits or not os.path.exists(outbox.file(name))
+                lock = None if over else outbox.take_lock()
+                if lock is not None:
+                    held = {outbox.name(): lock}
+                    senders[outbox] = start_sender(held, settings.environ, how)
+            if over:
+                del queued[outbox]
+        time.sleep(LOOK_S / 10)
 
 
 def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
@@ -1675,7 +1675,7 @@ def report_event(settings: Settings, tell: Tell) -> None:
     try:
         trackers = destinations(settings, tell)
     except Skipped:
-        read_stdin(keep=False)
+        read_stdin()
         raise
     event, event_bytes = event_on_stdin()
     ping = make_ping(event, settings, project_of(event, settings), ns, event_bytes)
@@ -1690,11 +1690,12 @@ def report_event(settings: Settings, tell: Tell) -> None:
             problems.append(str(why))
     if queued:
         tell(f"{ping['event']} {ping['event_id']} is in the outbox")
-    started = start_senders(queued, settings)
     if settings.foreground:
-        wait_for_senders(queued, started, ends)
+        deliver_in_foreground(dict(queued), settings, ends)
         if any(os.path.exists(outbox.file(name)) for outbox, name in queued.items()):
             tell("the ping waits in the outbox; a later hook delivers it")
+    else:
+        start_senders(queued, settings)
     if problems:
         raise Skipped("; ".join(problems))
 
@@ -1737,34 +1738,33 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
 
 def bytecode_path() -> str:
     """Where Python caches this file's bytecode (PEP 3147)."""
-    directory, name = os.path.split(THIS_FILE)
-    name = f"{name[: -len('.py')]}.{sys.implementation.cache_tag}.pyc"
-    return os.path.join(directory, "__pycache__", name)
+    directory, name = os.path.split(THIS_FILE[: -len(".py")])
+    tag = sys.implementation.cache_tag
+    return os.path.join(directory, "__pycache__", f"{name}.{tag}.pyc")
 
 
-def mend_bytecode() -> None:
+def mend_bytecode(path: str) -> None:
     """Close a __pycache__ that a umask of 000 left open to others: Python would run
     what they put there. As a script, remove bytecode that cannot be loaded: Python
     never does, and the settings' command imports it in vain."""
-    bytecode = bytecode_path()
-    cache, beside = os.path.dirname(bytecode), os.path.dirname(THIS_FILE)
+    cache, beside = os.path.dirname(path), os.path.dirname(THIS_FILE)
     mode = os.stat(cache).st_mode
     if mode & ~os.stat(beside).st_mode & 0o022:  # as open as the script's it may be
         os.chmod(cache, stat.S_IMODE(mode) & ~0o022)
-        remove(bytecode)
+        remove(path)
     if __name__ == "__main__":
         import marshal
 
         try:
-            marshal.loads(read_file(bytecode, STATE_MAX_BYTES)[16:])
+            marshal.loads(read_file(path, STATE_MAX_BYTES)[16:])
         except (EOFError, ValueError, TypeError):
-            remove(bytecode)
+            remove(path)
 
 
 def hook() -> NoReturn:
     """What Claude Code runs."""
     try:
-        mend_bytecode()
+        mend_bytecode(bytecode_path())
     except OSError:
         pass  # there is none
     run_for_claude_code(report_event)
@@ -1778,13 +1778,7 @@ def hook() -> NoReturn:
 
 # -- Transcripts: rows that count ------------------------------------------------------
 
-NEEDLES = (
-    b'"usage"',
-    b'"is_error":true',
-    b'"cost-state"',
-    b'"interruptedMessageId"',
-    b'"promptId"',
-)
+NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"interruptedMessageId"')
 COUNTS = (  # the ping's name, the transcript's, the ledger's
     ("input_tokens", "input_tokens", "inputTokens"),
     ("output_tokens", "output_tokens", "outputTokens"),
@@ -1807,38 +1801,11 @@ OUTPUT = 1  # the output tokens' place in COUNTS
 INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
 
 
-def lines_that_matter(fd: int, offset: int) -> Iterator[tuple[int, bytes]]:
-    """The whole lines behind `offset` that may hold a count, by their bytes. Yields
-    (offset behind the line, line), and (offset, b"") where all before it is read."""
-    os.lseek(fd, offset, os.SEEK_SET)
-    rest, block = b"", os.read(fd, BLOCK_BYTES)
-    while block:
-        block = rest + block
-        whole = block.rfind(b"\n") + 1
-        found = lines_in(block, whole)
-        for start in sorted(found):
-            yield offset + found[start], block[start : found[start]]
-        offset, rest = offset + whole, block[whole:]
-        if whole:
-            yield offset, b""
-        if len(rest) > LINE_MAX_BYTES:  # do not keep it; its end will not parse
-            offset, rest = offset + len(rest), b""
-        block = os.read(fd, BLOCK_BYTES)
-
-
-def lines_in(block: bytes, whole: int) -> dict[int, int]:
-    """Where lines that hold a needle start and end, of the first `whole` bytes."""
-    found: dict[int, int] = {}
-    for needle in NEEDLES:
-        at = block.find(needle, 0, whole)
-        while at >= 0:
-            start, end = block.rfind(b"\n", 0, at) + 1, block.find(b"\n", at) + 1
-            # Tools' results are user rows too: most of the file, and no prompts.
-            prompt = needle == b'"promptId"'
-            if not prompt or block.find(b'"tool_result"', start, end) < 0:
-                found[start] = end
-            at = block.find(needle, end, whole)
-    return found
+def matters(line: bytes) -> bool:
+    """Whether a line of a transcript may hold a count, or begin a turn, by its bytes.
+    Tools' results are most of the file."""
+    begins = b'"promptId"' in line and b'"tool_result"' not in line
+    return begins or any(needle in line for needle in NEEDLES)
 
 
 def short_id(text: str) -> str:
@@ -1991,29 +1958,24 @@ class Transcript:
         """The rows gained. One at which the reader stops is read again next time.
         OSError or ValueError: it cannot be read; TimeoutError: not to its end by `ends`
         (monotonic)."""
-        fd = open_regular(path)
-        try:
-            inode = str(os.fstat(fd).st_ino)
-            if inode != self.inode or not self.goes_on(fd):
-                self.offset = 0  # another file, or not what it was
-            self.inode, at = inode, 0.0
-            for end, line in lines_that_matter(fd, self.offset):
-                row = Row.parse(line) if line else None
+        with open(open_regular(path), "rb") as file:
+            inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
+            file.seek(max(0, self.offset - 1))
+            if inode != self.inode or (self.offset and file.read(1) != b"\n"):
+                self.offset = file.seek(0)  # another file, or not what it was
+            self.inode, position = inode, self.offset
+            for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
+                position += len(line)
+                begins, whole = whole, line.endswith(b"\n")
+                # The parts of one that is too long are no lines.
+                row = Row.parse(line) if begins and whole and matters(line) else None
                 if row is not None:
                     at = row.at = row.at or at
                     yield row
-                self.offset = end
+                if whole:
+                    self.offset = position
                 if time.monotonic() > ends:
                     raise TimeoutError("the rest is for the next ping")
-        finally:
-            os.close(fd)
-
-    def goes_on(self, fd: int) -> bool:
-        """Whether a line ends where the last read did."""
-        if self.offset == 0:
-            return True
-        os.lseek(fd, self.offset - 1, os.SEEK_SET)
-        return os.read(fd, 1) == b"\n"
 
 
 # -- Accounts: tokens, charged once ----------------------------------------------------
@@ -2092,8 +2054,7 @@ class Usage:
             name = f"{event_id}.{model}"
             if not identifier(name, "@[]"):  # it is too long
                 name = f"{event_id}.{short_id(model)}"
-            if any(counts):
-                found.append([name, model, ms, *counts])
+            found += [[name, model, ms, *counts]] if any(counts) else []
         return found
 
 
@@ -2105,8 +2066,8 @@ class Account:
     SessionLost. since: older rows are history (seconds since 1970). was_read: its
     history is known. transcripts: name -> Transcript's arguments. seen: key of an
     answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
-    history: whether the main chain's last answer is: "", "own", or "branched". parent:
-    of a fork: session, key of the last answer copied. baseline: the ledger at the end
+    in_history: the main chain's last answer is. parent: of a fork: session, key of the
+    last answer copied. baseline: the ledger at the end
     of history; [] when nobody knows it. told: model -> counts, since then. ledger: the
     client's, while it is the last word. row_at: of the newest row; settled_at: of the
     newest that the baseline has. last_at, stopped_at: the last charge, the last end of
@@ -2116,12 +2077,12 @@ class Account:
 
     def __init__(self, path: str, since: float = 0) -> None:
         self.path, self.since = path, float(since)
-        self.transcript = self.model = self.branch = self.history = ""
+        self.transcript = self.model = self.branch = ""
         self.identity: Fields = {}
         self.own: Fields = {}
         self.row_at = self.settled_at = 0.0
         self.last_at = self.stopped_at = self.prompted_at = 0.0
-        self.was_read = False
+        self.was_read = self.in_history = False
         self.transcripts: dict[str, list[Any]] = {}
         self.seen: dict[str, str] = {}
         self.parent: list[str] = []
@@ -2179,8 +2140,10 @@ class Account:
         found: set[str] = set()
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             path = os.path.join(directory, name)
+            if own in name:  # or what a killed sender left unfinished of it
+                continue
             try:
-                if name != own and key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
+                if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
             except (OSError, ValueError):
                 continue
@@ -2209,7 +2172,7 @@ class Reading:
         account, whole = self.account, True
         for name, path in account.files().items():
             try:
-                if not (name or account.was_read):
+                if account.since and not (name or account.was_read):
                     account.since = max(account.since, self.end_of_earlier_runs())
                 self.read_one(name, path)
             except TimeoutError:
@@ -2233,7 +2196,8 @@ class Reading:
                 ended, begun = True, 0.0
             elif ended:
                 begun = begun or row.at
-                if isinstance(row, AnswerRow):
+                # (After SIGINT, the one broken off stands behind the last ledger.)
+                if isinstance(row, AnswerRow) and row.stopped:
                     since, ended = begun, False
         return since
 
@@ -2256,7 +2220,7 @@ class Reading:
                     self.count_user(row, main)
                 elif isinstance(row, LedgerRow) and main:
                     account.ledger = row.ledger
-                    if account.history == "own":
+                    if account.in_history:
                         account.baseline = row.ledger
         finally:
             if transcript.inode:
@@ -2267,7 +2231,7 @@ class Reading:
         account = self.account
         if row.copied or row.at < account.since:
             return True
-        if account.was_read or not account.since:
+        if account.was_read:
             return False
         if self.elsewhere is None:
             self.elsewhere = account.seen_elsewhere(row.key)
@@ -2302,15 +2266,16 @@ class Reading:
         """Note what the main chain's newest answer tells."""
         account = self.account
         if not past:
-            account.history, account.model = "", row.model
+            account.in_history, account.model = False, row.model
             account.branch = str(row.branch) if branch_name(row.branch) else ""
             if row.stopped:
                 account.ledger = []  # no last word any more
         elif new:
-            account.history = "branched" if row.branched else "own"
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
-            account.parent = [str(row.origin), row.key] if row.copied else []
+            copied = row.copied and identifier(row.origin)
+            account.in_history = not row.branched
+            account.parent = [str(row.origin), row.key] if copied else []
             account.told, account.ledger = {}, []
 
     def gain(
@@ -2352,7 +2317,7 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool
     OSError: it cannot be read, and must not be replaced. One that meets a session in
     its middle begins where we were installed, for Esc and a denied permission fire no
     hook; but a day before at most."""
-    path = outbox.account_path(PingName(name).session)
+    path = outbox.account_path(session_name(ping["session_id"]))
     at, source = PingName(name).ns / 1e9, ping.get("source")
     try:
         return Account.load(path), False
@@ -2362,15 +2327,15 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool
         return account, True
     except FileNotFoundError:
         pass
-    if ping.get("event") == "SessionStart" and source in ("resume", "fork"):
-        return Account(path, at), False
-    if ping.get("event") == "SessionStart" and source in ("startup", "clear"):
-        return Account(path), False
-    installed = [at]
-    for known in (THIS_FILE, outbox.path("lock")):
-        if os.path.exists(known):
-            installed.append(os.stat(known).st_ctime)
-    return Account(path, max(min(installed), at - DAY_S)), False
+    starts = ping.get("event") == "SessionStart"
+    known = filter(os.path.exists, (THIS_FILE, outbox.path("lock")))
+    installed = min([at, *(os.stat(path).st_ctime for path in known)])
+    account = Account(path, max(installed, at - DAY_S))
+    if starts and source in ("resume", "fork"):
+        account.since = at
+    if starts and source in ("startup", "clear"):
+        account.since, account.was_read = 0.0, True  # it has no history
+    return account, False
 
 
 class Charge:
@@ -2400,31 +2365,35 @@ class Charge:
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
         account, event_id = self.account, str(self.ping["event_id"])
-        charges = self.event in USAGE_EVENTS and self.local.get("usage") is not False
-        if charges and event_id not in account.charged:
-            account.charged[event_id] = self.tell()
-        self.saving = True
         if self.local.get("usage") is False:
             account.since = max(account.since, self.at)
-        if not charges:
-            account.save()
-            return self.record
+        else:
+            self.meet()
+            if self.event in USAGE_EVENTS and event_id not in account.charged:
+                account.charged[event_id] = self.tell()
+        self.saving = True
         account.save()
+        if event_id not in account.charged:
+            return self.record
         fields, beside = account.charged[event_id]
         beside = gate_beside({**self.record.beside, **beside}, self.outbox.needs)
         record = Record(gate({**self.ping, **fields}), {}, beside)
         self.outbox.rewrite(self.name, record)
         return record
 
+    def meet(self) -> None:
+        """Note what a SessionLost would tell, and where the transcript is."""
+        account, path = self.account, str(self.local["transcript"])
+        if os.path.isfile(path) or not account.transcript:
+            account.transcript = path
+        account.own, account.last_at = self.record.beside.get("own", {}), self.at
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+
     def tell(self) -> list[Fields]:
         """[the usage fields, what stands beside] of all that was used since the last
         charge. OSError or ValueError: the transcript cannot be read."""
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
-        if os.path.isfile(str(self.local["transcript"])) or not account.transcript:
-            account.transcript = str(self.local["transcript"])
-        account.own = self.record.beside.get("own", {})
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
         complete = self.read_and_wait() and not self.damaged
         fields: Fields = {}
         costs: dict[str, float] = {}
@@ -2460,7 +2429,6 @@ class Charge:
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at = self.at
-        account.last_at = self.at
 
     def settle(self) -> tuple[Fields, dict[str, float]]:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -2503,10 +2471,12 @@ class Charge:
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
-        if self.event == "SessionEnd":
+        if self.event in ("SessionEnd", "SessionLost"):
             if account.parent and not account.baseline:
-                self.find_baseline(*account.parent)
-            return not account.baseline or bool(account.ledger)
+                account.baseline = self.parents_ledger(*account.parent)
+                account.parent = []
+            lost = self.event == "SessionLost"
+            return lost or not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
             agent, top = str(self.local.get("agent_transcript")), account.transcript
             name = os.path.relpath(agent, top[: -len(".jsonl")])
@@ -2517,21 +2487,20 @@ class Charge:
         found = account.transcripts.get(name)
         return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
 
-    def find_baseline(self, session: str, key: str) -> None:
+    def parents_ledger(self, session: str, key: str) -> list[Any]:
         """Of a fork: the ledger in its parent's file that stands behind the last answer
-        that was copied (its key), no other one between. session: the parent's."""
-        account, behind = self.account, False
-        account.parent = []
-        path = os.path.join(os.path.dirname(account.transcript), session + ".jsonl")
+        that was copied (its key), no other one between; [] when there is none."""
+        directory, found, behind = os.path.dirname(self.account.transcript), [], False
+        path = os.path.join(directory, session + ".jsonl")
         try:
-            rows = Transcript().rows(path, self.reading.ends)
-            for row in rows if identifier(session) else ():
+            for row in Transcript().rows(path, self.reading.ends):
                 if isinstance(row, AnswerRow) and row.real and not row.sidechain:
                     behind = row.key == key
                 elif isinstance(row, LedgerRow) and behind:
-                    account.baseline = row.ledger
+                    found = row.ledger
         except (OSError, ValueError):
-            pass  # then nobody knows it
+            pass
+        return found
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
@@ -2541,7 +2510,7 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
     Where nothing can be read, nothing is charged: it is for the session's next ping.
     """
     charges = record.ping.get("event") in USAGE_EVENTS
-    path = outbox.account_path(PingName(name).session)
+    path = outbox.account_path(session_name(record.ping["session_id"]))
     for tries in range(CHARGE_TRIES):
         time.sleep(POLL_S if tries else 0)
         one = None
@@ -2574,7 +2543,7 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of what it will tell, so that a crash makes no two; today's settings shape it.
     """
     account = Account.load(path)
-    reading = Reading(account, float("inf"), ends)
+    reading = Reading(account, float("inf"), min(ends, time.monotonic() + READ_S))
     reading.read()
     news = account.baseline and account.ledger and account.baseline != account.ledger
     ended = account.total == account.at_end or "since_end" not in outbox.needs
@@ -2596,13 +2565,8 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
 
 # -- Delivery: one request, one verdict ------------------------------------------------
 
-DELIVERED, NOT_NOW, RETRY, HOLD, REFUSED = (
-    "delivered",
-    "not now",
-    "retry",
-    "hold",
-    "refused",
-)
+DELIVERED, NOT_NOW, RETRY, HOLD = "delivered", "not now", "retry", "hold"
+REFUSED, NOTHING = "refused", "nothing"  # the latter: the tracker wants nothing of it
 VERDICTS = {  # of statuses that do not go with their hundred
     **dict.fromkeys((408, 425, 429), NOT_NOW),  # the tracker's own word: later
     409: RETRY,  # the same ping's first try is still at work
@@ -2766,6 +2730,7 @@ def no_answer(cause: object, verdict: str) -> Answer:
 
 # -- Sender: empties one outbox --------------------------------------------------------
 
+NO_ANSWER = "no whole answer in time"
 BURSTS = (  # events of which another may follow within seconds
     "PreToolUse PostToolUse PostToolUseFailure PostToolBatch PermissionRequest "
     "PermissionDenied SubagentStart"
@@ -2791,47 +2756,27 @@ def add_line(path: str, line: str, most: int) -> None:
         pass  # a FIFO, a directory, a full disk
 
 
-class Sender:
-    """Delivers from one outbox; its lock must be held.
+class Courier:
+    """Delivers a sender's pings, one at a time. tell: for a person. by_session: a
+    session's name -> names of its pings that are not charged yet. sending: the name of
+    the ping whose request is on its way; deadline: monotonic, of that request."""
 
-    once: somebody waits: no back-off is waited for, and a request has ONCE_LAST_S
-    beyond the end. ends: monotonic, of this life: no request begins after it. tell: for
-    a person. status: the exit status when the watchdog ends the process. known: names
-    of pings that are no news.
-    """
-
-    def __init__(
-        self,
-        outbox: Outbox,
-        tracker: Tracker,
-        settings: Settings,
-        ends: float,
-        tell: Tell = silent,
-        once: bool = False,
-        status: int = 0,
-    ) -> None:
-        self.outbox, self.tracker, self.settings = outbox, tracker, settings
-        self.ends, self.tell, self.once, self.status = ends, tell, once, status
-        self.state = outbox.state()
+    def __init__(self, sender: Sender, tracker: Tracker, tell: Tell) -> None:
+        self.sender, self.outbox = sender, sender.outbox
+        self.tracker, self.tell = tracker, tell
         self.opener: OpenerDirector | None = None
-        self.known: set[str] = set()
-        self.on_pass = Pass(self, [])
-        self.sending = ""  # the name of the ping whose request is on its way
-        self.deadline = float("inf")  # monotonic, of that request
-
-    def is_over(self) -> bool:
-        """Whether this life is."""
-        return time.monotonic() >= self.ends
+        self.by_session: dict[str, list[str]] = {}
+        self.sending, self.deadline = "", float("inf")
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
         line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
         add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
 
-    def keep(self, ping: Fields, requests: list[Request], answer: str) -> None:
+    def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
         """Add a delivered ping to sent.jsonl, for its user to look up what left; with
         its bodies, where those are not the ping itself."""
-        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer}
+        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
         bodies = [(request.body or b"").decode() for request in requests]
         text = encode_json(ping)
         if bodies != [text]:
@@ -2839,24 +2784,52 @@ class Sender:
         line = f'{encode_json(found)[:-1]},"ping":{text}}}\n'
         add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
-    # The request on its way, and its watchdog
+    def deliver(self, name: str) -> Answer | None:
+        """Send a ping; None when there is nothing to send under `name`, or no time.
+        ValueError: it is no ping."""
+        record = self.charged(name)
+        if record is None:
+            return None
+        requests = self.tracker.requests(record.ping, record.beside)
+        answer = None if requests else Answer(NOTHING, "nothing to send")
+        for request in requests[record.accepted :]:
+            if answer and self.sender.is_over():
+                return None
+            answer = self.send(name, record.ping, request)
+            if answer.verdict != DELIVERED:
+                return answer
+            record.accepted += 1
+            try:
+                if len(requests) > 1:
+                    self.outbox.rewrite(
+                        name, record
+                    )  # whoever comes next goes on there
+            except OSError:
+                pass  # a full disk: after a crash they are repeated
+        if answer and requests:
+            # Before its file goes: after a crash it may stand there twice, but never
+            # not at all.
+            self.keep(record.ping, requests, answer)
+        remove(self.outbox.file(name))  # only now
+        return answer
 
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
         """Send one request of a ping; it has a deadline of its own."""
-        timeout_s, begun = self.settings.timeout_s, time.monotonic()
+        timeout_s, begun = self.sender.settings.timeout_s, time.monotonic()
         limit = DEADLINE * timeout_s
-        if self.once:
-            limit = max(0.1, min(limit, self.ends + ONCE_LAST_S - begun))
+        if self.sender.once:
+            limit = max(0.1, min(limit, self.sender.ends + ONCE_LAST_S - begun))
         if not self.opener:
             import _thread
 
             try:
                 self.opener = make_opener(self.tracker.url)
-            except Skipped as why:
+            except (Skipped, ImportError) as why:  # some ship a part of the library
                 return Answer(HOLD, str(why))
-            except ImportError as error:  # some distributions ship a part of it
-                return Answer(HOLD, f"this Python lacks the module {error.name}")
-            _thread.start_new_thread(self.watch, ())
+            try:
+                _thread.start_new_thread(self.watch, ())
+            except RuntimeError:
+                pass  # no thread to be had: urllib's own timeouts must do
         self.sending, self.deadline = name, begun + limit
         answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
         self.deadline = float("inf")
@@ -2871,116 +2844,45 @@ class Sender:
 
     def watch(self) -> None:
         """The watchdog, a thread. When a request overstays (a hung resolver, a dripping
-        response), note that and end the process: nothing else ends the request."""
+        response), have that noted and end the process: nothing else ends it."""
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
         try:
-            answer, name = Answer(RETRY, "no whole answer in time"), self.sending
-            if self.on_pass.weigh(name, answer) and name in self.on_pass.noted:
-                self.fail(answer)
-            self.state.save()
-            self.tell("no whole answer in time; the ping waits")
+            answer, on_pass = Answer(RETRY, NO_ANSWER), self.sender.on_pass
+            if on_pass.weigh(self.sending, answer) and self.sending in on_pass.noted:
+                self.sender.fail(answer)
+            on_pass.state.save()
+            self.tell(f"{NO_ANSWER}; the ping waits")
         finally:
-            os._exit(self.status)
+            os._exit(self.sender.status)
 
-    # From pass to pass
-
-    def fail(self, answer: Answer) -> None:
-        """Count a pass that failed, and start a back-off. The row of failures begins
-        anew when it is a person's turn to mend something, or no more."""
-        now, state = time.time(), self.state
-        mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
-        state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
-        wait = backoff_s(answer.verdict, int(state.failures), answer.retry_after_s)
-        state.set_at, state.not_before = now, now + wait
-        state.verdict, state.problem = answer.verdict, answer.what
-        state.problem_at = now
-        state.save()
-        self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
-
-    def backoff_left_s(self) -> float:
-        """Seconds until the back-off ends, 0 when none stands."""
-        self.state = self.outbox.state()
-        return self.state.backoff_left_s(time.time())
-
-    def one_pass(self) -> None:
-        """Try all that waits and is due, until an answer says that now is no time."""
-        self.state = self.outbox.state()
-        names = self.outbox.waiting()
-        self.on_pass = Pass(self, names)
-        self.on_pass.go()
-        # What there was no time for is news, to the next sender.
-        self.known.update(self.on_pass.done if self.is_over() else names)
-
-    def news(self) -> bool:
-        """Whether a ping waits that has come since the last pass began."""
-        return not self.known.issuperset(self.outbox.waiting())
-
-    def is_gone(self) -> bool:
-        """Whether the outbox was removed: by uninstall, most likely."""
-        return not os.path.isdir(self.outbox.path("outbox"))
-
-    def linger(self) -> None:
-        """After a tool's event stay a while with the lock in hand, for the next one:
-        the hooks meanwhile start no process. Ends when there is news or no use."""
-        until = min(time.monotonic() + LINGER_S, self.ends)
-        if self.on_pass.last_event not in BURSTS:
-            return
-        while time.monotonic() < until and not self.is_gone() and not self.news():
-            time.sleep(LOOK_S)
-
-    def work(self) -> None:
-        """Passes, one for each burst of pings, while no back-off stands; then the daily
-        sweep, which may find some more."""
-        while True:
-            self.one_pass()
-            if self.is_over() or self.state.backoff_left_s(time.time()):
-                return
-            if not self.once:
-                self.linger()
-            if not self.news():
-                self.sweep()
-            if not self.news():
-                return
-
-    def live(self, lock: Lock | None) -> None:
-        """Pass after pass, to the end of this life. After each the lock is given back,
-        and then the outbox listed once more: a hook that found the lock busy counts on
-        that. When this life is over then, news begin a new one."""
-        while lock is not None:
-            self.work()
-            lock.release()
-            wait = self.backoff_left_s()
-            if not wait and self.news():
-                lock = self.outbox.take_lock()
-                if lock and self.is_over():
-                    start_sender({self.outbox.name(): lock}, self.settings.environ)
-                    return
-                continue
-            if not wait or self.once or time.monotonic() + wait >= self.ends:
-                return
-            time.sleep(wait)
-            lock = None if self.is_gone() else self.outbox.take_lock()
-
-    def sweep(self) -> None:
-        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
-        now, accounts = time.time(), self.outbox.path("accounts")
-        if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
-            return
-        paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
-        paths.sort(key=age_s)
-        for path in paths[ACCOUNTS_MAX:]:
-            remove(path)
-        for path in paths[:ACCOUNTS_MAX]:
-            if self.is_over():
-                return
-            if self.settings.usage and age_s(path) > DAY_S:
+    def charged(self, name: str) -> Record | None:
+        """The ping to send, its usage charged, and before it that of its session's
+        older ones, so that the tokens are each turn's own; None when there is none
+        under `name`, or it must wait."""
+        try:
+            record = self.outbox.record(name)
+            session = self.by_session[PingName(name).session] if record.local else []
+            while session and session[0] < name:
+                if self.sender.is_over():
+                    return None
+                older = session.pop(0)
                 try:
-                    report_lost(self.outbox, path, self.settings, self.ends)
-                except Exception as error:  # noqa: BLE001 - it must not hide others
-                    self.log(f"an account tells nothing: {type(error).__name__}")
-        self.state.swept_at = now
-        self.state.save()
+                    self.charge(older, self.outbox.record(older))
+                except (OSError, ValueError):
+                    continue
+            return self.charge(name, record)
+        except OSError:  # gone, or an I/O error: perhaps another time
+            return None
+
+    def charge(self, name: str, record: Record) -> Record | None:
+        """The ping with its usage in it; whatever a transcript holds, the ping goes."""
+        try:
+            if record.local:
+                return charge(self.outbox, name, record, self.sender.ends)
+        except Exception as error:  # noqa: BLE001
+            self.log(f"usage left out: {type(error).__name__}")
+        return record
 
 
 class Pass:
@@ -2993,22 +2895,17 @@ class Pass:
     the pass ends with a back-off, and nobody is to blame. So no ping stands in the way
     of the others, and no bad day of the tracker empties an outbox.
 
-    noted: name -> its answer, since the last delivery. last_event: of the last ping
-    delivered.
+    names: what waits, oldest first. noted: name -> its answer, since the last delivery.
+    last_event: of the last ping delivered.
     """
 
-    def __init__(self, sender: Sender, names: list[str]) -> None:
+    def __init__(self, sender: Sender) -> None:
         self.sender, self.outbox, self.state = sender, sender.outbox, sender.state
-        self.names = names
+        self.names = self.outbox.waiting()
         self.noted: dict[str, Answer] = {}
         self.tried = self.delivered = 0
         self.last_event = self.last_answer = ""
         self.done: set[str] = set()
-        self.by_session: dict[str, list[str]] = {}
-        for name in names:
-            self.by_session.setdefault(PingName(name).session, []).append(name)
-
-    # What waits
 
     def tidy(self) -> None:
         """Make way: what is no ping is set aside; of more than OUTBOX_MAX_PINGS the
@@ -3016,34 +2913,29 @@ class Pass:
         forgotten, and those least charged, for in an outage everything looks suspect.
         """
         for name in os.listdir(self.outbox.path("outbox")):
-            if name.startswith("."):
-                if age_s(self.outbox.file(name)) > UNFINISHED_S:
-                    remove(self.outbox.file(name))
-            elif not PingName.is_one(name):
+            if not PingName.is_one(name) and not name.startswith("."):
                 self.set_aside(name, "no ping")
-        usage = USAGE_EVENTS
-        lost = sorted(self.names, key=lambda name: PingName(name).event in usage)
-        del lost[max(0, len(lost) - OUTBOX_MAX_PINGS) :]
+            elif name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
+                remove(self.outbox.file(name))
+        names, usage = self.names, USAGE_EVENTS
+        names.sort(key=lambda name: (PingName(name).event in usage, name))
+        lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
             self.count_loss(name, "outbox full")
-        if lost:
-            self.state.save()  # before they go: we may be killed meanwhile
-            self.names = sorted(set(self.names).difference(lost))
-        for name in lost:
             remove(self.outbox.file(name))
-        suspects = self.state.suspects
-        for name in set(suspects).difference(self.names):
-            del suspects[name]
-        for name in sorted(suspects, key=lambda n: -suspects[n].charges)[SUSPECTS_MAX:]:
-            del suspects[name]
+        self.names = sorted(names[len(lost) :])
+        known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
+        known.sort(key=lambda pair: -pair[1].charges)
+        self.state.suspects = dict(known[:SUSPECTS_MAX])
 
     def count_loss(self, name: str, reason: str) -> None:
         """Count a ping that will not be delivered, and the tokens charged to it."""
         self.state.lost(reason)
         try:
-            ping = self.outbox.record(name).ping
-            self.state.lost("tokens", int(ping["total_tokens"]))
-        except (OSError, ValueError, KeyError, TypeError):
+            if PingName(name).event in USAGE_EVENTS:
+                ping = self.outbox.record(name).ping
+                self.state.lost("tokens", int(ping["total_tokens"]))
+        except (OSError, ValueError, KeyError):
             pass
 
     def set_aside(self, name: str, reason: str) -> None:
@@ -3066,15 +2958,13 @@ class Pass:
                     if other not in self.done and PingName(other).event != failed:
                         yield other
                         break
-            if name not in self.done:
-                yield name
-        yield from [name for name, s in list(suspects.items()) if not s.charges]
-        for name, suspect in list(suspects.items()):
+            yield name
+        known = list(suspects.items())
+        yield from [name for name, suspect in known if not suspect.charges]
+        for name, suspect in known:
             paused = 0 <= now - suspect.tried_at < SUSPECT_PAUSE_S
             if suspect.charges and not paused:
                 yield name
-
-    # Whose fault
 
     def borne(self) -> int:
         """How many failures in a row end the pass."""
@@ -3083,46 +2973,65 @@ class Pass:
 
     def go(self) -> None:
         """Walk to the end, or until an answer says that now is no time."""
-        goes_on = True
         self.tidy()
+        by_session = self.sender.courier.by_session = {}
+        for name in self.names:
+            by_session.setdefault(PingName(name).session, []).append(name)
+        goes_on = True
         for name in self.order():
             if self.sender.is_over() or not goes_on:
                 break
             if name not in self.done:
-                answer = self.attempt(name)
-                goes_on = answer is None or self.weigh(name, answer)
+                goes_on = self.attempt(name)
         if goes_on and self.noted and not self.delivered:
             self.sender.fail(self.noted.popitem()[1])
         if self.tried:
             self.state.save()
-            self.sender.log(
+            self.sender.courier.log(
                 f"delivered {self.delivered} of {len(self.names)}, "
                 f"last answer: {self.last_answer}"
             )
 
+    def attempt(self, name: str) -> bool:
+        """Try one ping; False when the pass is over."""
+        self.done.add(name)
+        try:
+            answer = self.sender.courier.deliver(name)
+        except ValueError:
+            self.set_aside(name, "no ping")
+            return True
+        if answer is None or answer.verdict == NOTHING:
+            return True
+        self.tried += 1
+        self.last_answer = answer.what
+        return self.weigh(name, answer)
+
     def weigh(self, name: str, answer: Answer) -> bool:
         """Find out whose fault an answer is; False when the pass is over."""
+        state, suspect = self.state, self.state.suspects.get(name)
         if answer.verdict == DELIVERED:
+            self.delivered += 1
+            self.last_event = PingName(name).event
+            state.suspects.pop(name, None)
+            state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
             for failed, its_answer in self.noted.items():
                 self.judge(failed, its_answer)
             self.noted = {}
-            return True
-        suspect = self.state.suspects.get(name)
-        if answer.verdict == NOT_NOW:
+        elif answer.verdict == NOT_NOW:
             if answer.status >= 500:
-                self.state.suspect(name)  # others go first, next time
+                state.suspect(name)  # others go first, next time
             self.sender.fail(answer)
             return False
-        if suspect and (suspect.charges or self.delivered):
+        elif suspect and (suspect.charges or self.delivered):
             suspect.tried_at = time.time()
             if self.delivered:  # the tracker is well
                 self.judge(name, answer)
-            return True
-        self.noted[name] = answer
-        self.state.suspect(name)
-        if len(self.noted) >= self.borne():
-            self.sender.fail(answer)
-            return False
+        else:
+            self.noted[name] = answer
+            state.suspect(name)
+            if len(self.noted) >= self.borne():
+                self.sender.fail(answer)
+                return False
         return True
 
     def judge(self, name: str, answer: Answer) -> None:
@@ -3136,77 +3045,126 @@ class Pass:
         if suspect.charges >= POISON_CHARGES and old:
             self.set_aside(name, "always fails")
 
-    # One ping
 
-    def attempt(self, name: str) -> Answer | None:
-        """Send a ping; None when there is nothing to send under `name`, or no time."""
-        self.done.add(name)
-        record = self.charged(name)
-        if record is None:
-            return None
-        requests = self.sender.tracker.requests(record.ping, record.beside)
-        if not requests:  # the tracker wants nothing of it: so it is no witness
-            remove(self.outbox.file(name))
-        answer = None
-        for request in requests[record.accepted :]:
-            if answer and self.sender.is_over():
-                return None
-            answer = self.sender.send(name, record.ping, request)
-            if answer.verdict != DELIVERED:
-                break
-            record.accepted += 1
-            if record.accepted < len(requests):
-                self.outbox.rewrite(name, record)  # whoever comes next goes on there
-        if answer is not None:
-            self.tried += 1
-            self.last_answer = answer.what
-            if answer.verdict == DELIVERED:
-                self.accepted(name, record, requests)
-        return answer
+class Sender:
+    """A sender's life, from pass to pass.
 
-    def accepted(self, name: str, record: Record, requests: list[Request]) -> None:
-        """The tracker has the ping: only now its file goes; after it stands in
-        sent.jsonl, where it is twice after a crash, but never not at all."""
-        self.sender.keep(record.ping, requests, self.last_answer)
-        remove(self.outbox.file(name))
-        self.delivered += 1
-        self.last_event = str(record.ping.get("event"))
-        state = self.state
-        state.suspects.pop(name, None)
-        state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
+    ends: monotonic: no request begins after it. once: somebody waits: for no back-off,
+    and for ONCE_LAST_S beyond the end at most. status: the exit status when a request
+    that overstays ends the process. known: names of pings that are no news.
+    """
 
-    def charged(self, name: str) -> Record | None:
-        """The ping to send, its usage charged, and before it that of its session's
-        older ones, so that the tokens are each turn's own; None when there is none
-        under `name`, or it must wait."""
-        try:
-            record = self.outbox.record(name)
-        except OSError:  # gone, or an I/O error: perhaps another time
-            return None
-        except ValueError:
-            self.set_aside(name, "no ping")
-            return None
-        if not record.local:
-            return record
-        session = self.by_session[PingName(name).session]
-        while session and session[0] < name:
-            if self.sender.is_over():
-                return None
-            older = session.pop(0)
+    def __init__(
+        self,
+        outbox: Outbox,
+        tracker: Tracker,
+        settings: Settings,
+        ends: float,
+        tell: Tell = silent,
+        once: bool = False,
+        status: int = 0,
+    ) -> None:
+        self.outbox, self.settings, self.ends = outbox, settings, ends
+        self.once, self.status, self.state = once, status, outbox.state()
+        self.known: set[str] = set()
+        self.courier, self.on_pass = Courier(self, tracker, tell), Pass(self)
+
+    def is_over(self) -> bool:
+        """Whether this life is."""
+        return time.monotonic() >= self.ends
+
+    def is_gone(self) -> bool:
+        """Whether the outbox was removed: by uninstall, most likely."""
+        return not os.path.isdir(self.outbox.path("outbox"))
+
+    def news(self) -> bool:
+        """Whether a ping waits that has come since the last pass began."""
+        return not self.known.issuperset(self.outbox.waiting())
+
+    def backoff_left_s(self) -> float:
+        """Seconds until the back-off ends, 0 when none stands."""
+        self.state = self.outbox.state()
+        return self.state.backoff_left_s(time.time())
+
+    def fail(self, answer: Answer) -> None:
+        """Count a pass that failed, and start a back-off. The row of failures begins
+        anew when it is a person's turn to mend something, or no more."""
+        now, state = time.time(), self.state
+        mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
+        state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
+        wait = backoff_s(answer.verdict, int(state.failures), answer.retry_after_s)
+        state.set_at, state.not_before = now, now + wait
+        state.verdict, state.problem = answer.verdict, answer.what
+        state.problem_at = now
+        state.save()
+        self.courier.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
+
+    def one_pass(self) -> None:
+        """Try all that waits and is due, until an answer says that now is no time."""
+        self.state = self.outbox.state()
+        self.on_pass = Pass(self)
+        self.on_pass.go()
+        # What there was no time for is news, to the next sender.
+        self.known.update(self.on_pass.done if self.is_over() else self.on_pass.names)
+
+    def finds_more(self) -> bool:
+        """Whether there is news: after a tool's event, others of which come within
+        seconds, it is waited for with the lock in hand, so that hooks meanwhile start
+        no process. Else the daily sweep may find some."""
+        until = min(time.monotonic() + LINGER_S, self.ends)
+        if self.on_pass.last_event in BURSTS and not self.once:
+            while time.monotonic() < until and not self.is_gone() and not self.news():
+                time.sleep(LOOK_S)
+        if not self.news():
+            self.sweep()
+        return self.news()
+
+    def live(self, lock: Lock | None) -> None:
+        """Pass after pass, to the end of this life. After each the lock is given back,
+        and then the outbox listed once more: a hook that found the lock busy counts on
+        that. When this life is over then, news begin a new one."""
+        while lock is not None:
+            again = self.once or not self.backoff_left_s()
+            while again:
+                self.one_pass()
+                wait = self.state.backoff_left_s(time.time())
+                again = not (wait or self.is_over()) and self.finds_more()
+            lock.release()
+            wait = self.backoff_left_s()
+            if wait and (self.once or time.monotonic() + wait >= self.ends):
+                return
+            if not wait and not self.news():
+                return
+            if wait:
+                time.sleep(wait)
+            if self.is_gone() or self.backoff_left_s():  # another has failed since
+                return
+            lock = self.outbox.take_lock()
+            if lock and not wait and self.is_over():
+                start_sender({self.outbox.name(): lock}, self.settings.environ)
+                return
+
+    def sweep(self) -> None:
+        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
+        now, accounts = time.time(), self.outbox.path("accounts")
+        if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
+            return
+        names = [name for name in os.listdir(accounts) if not name.startswith(".")]
+        paths = [os.path.join(accounts, name) for name in names]
+        for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
+            remove(path)
+        for path in paths if self.settings.usage else ():
+            if self.is_over():
+                return
             try:
-                self.charge(older, self.outbox.record(older))
+                if age_s(path) > DAY_S:
+                    report_lost(self.outbox, path, self.settings, self.ends)
             except (OSError, ValueError):
-                continue
-        return self.charge(name, record)
-
-    def charge(self, name: str, record: Record) -> Record | None:
-        """The ping with its usage in it; whatever a transcript holds, the ping goes."""
-        try:
-            if record.local:
-                return charge(self.outbox, name, record, self.sender.ends)
-        except Exception as error:  # noqa: BLE001
-            self.sender.log(f"usage left out: {type(error).__name__}")
-        return record
+                continue  # it, or its transcript, is damaged or gone
+            except Exception as error:  # noqa: BLE001 - it must not hide the others
+                self.courier.log(f"lost session: {type(error).__name__}")
+        self.state.swept_at = now
+        self.state.save()
 
 
 def send(settings: Settings, tell: Tell) -> None:
@@ -3241,7 +3199,7 @@ def send(settings: Settings, tell: Tell) -> None:
         sender.live(lock)
     except Exception as error:  # noqa: BLE001 - or each hook would start one in vain
         if not sender.is_gone():
-            sender.state.suspect(sender.sending)
+            sender.state.suspect(sender.courier.sending)
             sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
 
 
@@ -3469,6 +3427,8 @@ class RegisteredHook:
         import re
         import shlex
 
+        if self.command == hook_command(self.event):  # in a home called a;b, too
+            return True
         steps = re.split(r" *(?:\|\||&&|;) *", self.command.replace(IMPORT, "IMPORT"))
         try:
             known = all(is_step_of_ours(shlex.split(step)) for step in steps)
