@@ -3754,7 +3754,7 @@ def flush(options: Namespace) -> int:
     settings = around.settings
     os.environ.update(settings.environ)  # urllib looks for proxies there
     if is_kept_by_client(around) and settings.destinations == [TelemHQ.kind]:
-        how = f"run `{URL_NAME}=… {SCRIPT} flush`, or start a session"
+        how = f"run `{URL_NAME}=URL {SCRIPT} flush`, or start a session"
         raise Skipped(f"only Claude Code knows the plugin's URL; {how}")
     for tracker in destinations(settings, print):
         outbox = outbox_of(settings, tracker)
@@ -4607,7 +4607,7 @@ def print_requests(ping: Fields, tracker: Tracker, usage: bool) -> None:
     for request in requests:
         print(f"POST {masked(request.url)}")
         for header, value in request.headers.items():
-            print(f"{header}: {value if header in SHOWN_HEADERS else '…'}")
+            print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
         print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
     if not requests:
         print(f"{tracker.kind} gets nothing of {ping.get('event')}. {tracker.idle}")

@@ -90,12 +90,9 @@ def table(home: Home, *options: str, columns: int = 100) -> list[list[str]]:
 
 def flush(home: Home, url: str, patch: str = "") -> None:
     """Deliver what waits, in a process where `patch` (Python) has been run."""
-    code = f"import os, sys, telemhq_ping as t\n{patch}\nsys.exit(t.main(['flush']))"
-    subprocess.run(
-        [sys.executable, "-c", code],
-        env=home.env(url, PYTHONPATH=str(SCRIPT.parent)),
-        capture_output=True,
-    )
+    code = f"import sys, telemhq_ping as t; {patch}\nsys.exit(t.main(['flush']))"
+    env = home.env(url, PYTHONPATH=str(SCRIPT.parent))
+    subprocess.check_output([sys.executable, "-c", code], env=env)
 
 
 def test_what_was_delivered_is_kept_as_sent(home: Home, receiver: Receiver) -> None:
@@ -115,20 +112,6 @@ def test_what_was_delivered_is_kept_as_sent(home: Home, receiver: Receiver) -> N
     assert bodies == [request.body for request in receiver.requests]
 
 
-def test_it_is_kept_before_the_pings_file_goes(home: Home, receiver: Receiver) -> None:
-    """A sender that dies between the two has kept the ping; it is sent again under its
-    id, and counted once."""
-    (event_id,) = place(home, receiver.url, 1)
-    die = "lambda path, **_: '/outbox/0' in path and os._exit(9) or real(path)"
-    flush(home, receiver.url, f"real, os.unlink = os.unlink, {die}")
-    assert len(home.waiting()) == 1
-    flush(home, receiver.url)
-    path = home.destination() / "sent.jsonl"
-    assert path.read_text("utf-8").count(event_id) == len(receiver.requests) == 2
-    assert len(printed(run(home, "sent"))) == 1
-    assert rows(home)[0]["turns"] == 1
-
-
 def test_sent_is_bounded(home: Home, receiver: Receiver) -> None:
     """A full file makes way for a new one; both are read, the oldest first."""
     place(home, receiver.url, 30)
@@ -137,19 +120,6 @@ def test_sent_is_bounded(home: Home, receiver: Receiver) -> None:
         assert (home.destination() / name).stat().st_size < 12000
     ids = [one["event_id"] for one in printed(run(home, "sent", "-n", "9"))]
     assert ids == [ping["event_id"] for ping in receiver.pings[-9:]]
-
-
-def test_a_full_disk_stops_no_delivery(home: Home, receiver: Receiver) -> None:
-    """Where sent.jsonl cannot be written, pings are delivered all the same; a line that
-    was cut off is none."""
-    place(home, receiver.url, 2)
-    path = home.destination() / "sent.jsonl"
-    path.mkdir()
-    flush(home, receiver.url)
-    assert (len(receiver.requests), home.waiting()) == (2, [])
-    path.rmdir()
-    path.write_text('{"at": "2026-01-01T00:00:00.000Z", "answer": "HTTP 200", "pi')
-    assert run(home, "sent").out == ""
 
 
 def test_sent_prints_the_last_ones_of_each(home: Home) -> None:
@@ -280,16 +250,20 @@ def test_a_cost_that_is_not_known_yet_is_a_dash(home: Home, by: str) -> None:
 
 @pytest.mark.parametrize("by", ["day", "project", "model", "session"])
 def test_what_was_tampered_with_counts_as_far_as_it_can(home: Home, by: str) -> None:
-    """A file that somebody has edited breaks no report."""
+    """A file that somebody has edited breaks no report, nor a line that a full disk cut
+    off. A ping that stands there twice, as after a crash, is counted once."""
     odd: list[dict[str, Any]] = [
         {"models": {"opus": 5, "haiku": {"input_tokens": "many"}}},
         {"models": [], "model": {}, "timestamp": 7, "cost_usd": "much"},
         {"models": {"opus": {"input_tokens": None}}, "project": [1], "session_id": {}},
         {"event": [], "status": {}, "total_tokens": {}, "timestamp": "yesterday"},
     ]
-    kept(home, [ping(0), *({**ping(n), **more} for n, more in enumerate(odd, 1))])
-    told = sum(row["total_tokens"] for row in rows(home, "--by", by))
-    assert told >= ping(0)["total_tokens"]
+    kept(home, [{**ping(n), **more} for n, more in enumerate(odd, 1)])
+    before = sum(row["total_tokens"] for row in rows(home, "--by", by))
+    with open(str(kept(home, [ping(9), ping(9)])), "a") as file:
+        file.write('{"at": "2026-01-01T00:00:00.000Z", "answer": "HTTP 200", "pi')
+    after = sum(row["total_tokens"] for row in rows(home, "--by", by))
+    assert after - before == ping(9)["total_tokens"]
     assert table(home, "--by", by)
 
 
@@ -363,15 +337,3 @@ def test_ten_thousand_pings_take_half_a_second(home: Home) -> None:
     took = [subprocess.check_output(command, env=env).split()[-1] for _ in range(3)]
     limit = 0.5 if sys.implementation.name == "cpython" else 1
     assert min(map(float, took)) < limit
-
-
-def test_a_head_that_has_seen_enough(home: Home) -> None:
-    """`sent | head -1` ends without a traceback."""
-    kept(home, [ping(n) for n in range(5000)])
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"{sys.executable} {SCRIPT} sent -n 5000 | head -1"],
-        env=home.env(),
-        capture_output=True,
-    )
-    assert done.stderr == b""
-    assert len(done.stdout.splitlines()) == 1
