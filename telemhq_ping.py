@@ -3764,7 +3764,7 @@ def flush(options: Namespace) -> int:
     settings = around.settings
     os.environ.update(settings.environ)  # urllib looks for proxies there
     if is_kept_by_client(around) and settings.destinations == [TelemHQ.kind]:
-        how = f"run `{URL_NAME}=… {SCRIPT} flush`, or start a session"
+        how = f"run `{URL_NAME}=URL {SCRIPT} flush`, or start a session"
         raise Skipped(f"only Claude Code knows the plugin's URL; {how}")
     for tracker in destinations(settings, print):
         outbox = outbox_of(settings, tracker)
@@ -3864,7 +3864,7 @@ def play(
         hook_ms = (time.monotonic() - begun) * 1000
         made = os.path.isdir(state_dir)  # else nothing will arrive
         at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
-        times = f"hook {hook_ms:.0f} ms, in all {(at - begun) * 1000:.0f} ms"
+        times = f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
     except subprocess.TimeoutExpired:
         getattr(os, "killpg", os.kill)(process.pid, 9)
         return "it does not end", {}, ""
@@ -4120,7 +4120,7 @@ def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
         yield False, f"{problem}: {ELSEWHERE}"
     if not problems:
         yield True, f"hooks can write to {shown(settings.state_dir or '')}"
-    for outbox in ours:
+    for outbox in ours if not os.path.isfile(settings.state_dir or "") else ():
         yield from check_delivery(outbox)
     for outbox in kept:
         known = outbox.name() in [other.name() for other in ours]
@@ -4157,7 +4157,7 @@ def why_incomplete(pings: list[Fields]) -> str:
     """Why pings lack tokens, most likely."""
     ends = [ping for ping in pings if ping.get("event") == "SessionEnd"]
     if not any("total_tokens" in ping for ping in pings):
-        return "no transcript or account was read"
+        return "no transcript could be read"
     if 2 * len(ends) > len(pings):
         return "this Claude Code tells no cost (-p)"
     return "an answer came late, the next has it"
@@ -4574,21 +4574,14 @@ SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
 }
 SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
 SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
-PLACEHOLDERS = {"HEADERS": "X-Token=sample"}  # by a variable's last word
-PLACEHOLDERS.update(
-    dict.fromkeys(("URL", "ENDPOINT", "SERVER"), "https://tracker.test")
-)
+SAMPLE_URL = "https://tracker.test"
+PLACEHOLDERS = {"URL": SAMPLE_URL, "ENDPOINT": SAMPLE_URL, "SERVER": SAMPLE_URL}
 
 
 def sample(name: str, transcript: str) -> Fields:
     """A sample event."""
-    event: Fields = {"hook_event_name": name, "session_id": f"5e551011{'-0000' * 4}"}
-    return {
-        **event,
-        "cwd": "/home/you/acme",
-        "transcript_path": transcript,
-        **SAMPLES[name],
-    }
+    event = {"hook_event_name": name, "session_id": "sample", "cwd": "/home/you/acme"}
+    return {**event, "transcript_path": transcript, **SAMPLES[name]}
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -4602,7 +4595,8 @@ def tracker_named(name: str, settings: Settings) -> Tracker:
     except Skipped as why:
         print(f"{why}; shown with placeholders.", file=sys.stderr)
     for variable in make.variables:
-        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], "sample")
+        sample = "" if variable.endswith("HEADERS") else "sample"
+        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], sample)
     tracker: Tracker = make(Settings(environ), read_secret)
     return tracker
 
@@ -4623,7 +4617,7 @@ def print_requests(ping: Fields, tracker: Tracker, usage: bool) -> None:
     for request in requests:
         print(f"POST {masked(request.url)}")
         for header, value in request.headers.items():
-            print(f"{header}: {value if header in SHOWN_HEADERS else '…'}")
+            print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
         print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
     if not requests:
         print(f"{tracker.kind} gets nothing of {ping.get('event')}. {tracker.idle}")
@@ -4768,7 +4762,7 @@ def sent(options: Namespace) -> int:
         (outbox, deliveries(outbox)) for outbox in outboxes_named(options.destination)
     ]
     for outbox, lines in found:
-        for line in lines[-options.n :]:
+        for line in lines[-max(1, options.n) :]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
                 print(line.get("at"), outbox.kind(), line.get("answer"), body)
     if not any(lines for _, lines in found):
