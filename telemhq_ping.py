@@ -69,7 +69,8 @@ if TYPE_CHECKING:
     from http.server import HTTPServer
     from queue import Queue
     from ssl import SSLContext
-    from typing import Any, Callable, Dict, Iterable, Iterator, NoReturn
+    from subprocess import Popen
+    from typing import Any, Callable, Dict, Iterator, NoReturn
     from urllib.request import OpenerDirector
 
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
@@ -1552,11 +1553,11 @@ def sender_command(*arguments: str) -> list[str]:
 
 def start_sender(
     held: dict[str, Lock], environ: dict[str, str], how: str = "detached"
-) -> None:
+) -> Popen[bytes] | None:
     """Start a sender that outlives us, and hand it the locks of these destinations
     (names of their directories). It serves the first, and starts a sender for each of
     the others: one start is all that Claude Code waits for. how: "once" makes one pass,
-    "debug" talks on our stderr besides.
+    "debug" talks on our stderr besides; only of these the process is given.
 
     A fresh interpreter, for urllib crashes in a forked process on macOS. In its own
     session and with no descriptor but the locks: Claude Code kills groups and families,
@@ -1569,30 +1570,25 @@ def start_sender(
         os.chdir("/")  # keep no project's directory busy
     fds = [lock.fd for lock in held.values() if lock.fd >= 0]
     served = [word for name, lock in held.items() for word in (str(lock.fd), name)]
-    command, quiet = sender_command(how, *served), (0, 1, 2)[: 3 - (how == "debug")]
+    command = sender_command(how, *served)
     try:
-        spawn(command, fds, environ, quiet)
-    except (AttributeError, NotImplementedError, OSError):
-        # Windows, PyPy, Termux: no posix_spawn. macOS before 10.15, old C libraries:
-        # no setsid=.
+        if how == "detached" and spawn(command, fds, environ):
+            return None
         from subprocess import DEVNULL, Popen
 
         apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
         if os.name == "nt":  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
             apart = {"creationflags": 0x8 | 0x200, "cwd": os.path.dirname(THIS_FILE)}
-        apart["stderr"] = DEVNULL if 2 in quiet else None
-        Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
+        apart["stderr"] = None if how == "debug" else DEVNULL
+        return Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
     finally:
         for lock in held.values():
             lock.close()
 
 
-def spawn(
-    command: list[str], fds: list[int], environ: dict[str, str], quiet: tuple[int, ...]
-) -> None:
-    """Start a process without the import of subprocess, 8 ms. fds: what it inherits.
-    quiet: what is /dev/null for it."""
-    spawn_it = os.posix_spawn
+def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
+    """Start a process without the import of subprocess, 8 ms; whether that works here.
+    fds: what it inherits."""
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a container without /proc
@@ -1602,42 +1598,50 @@ def spawn(
             os.set_inheritable(fd, fd in (0, 1, 2, *fds))
         except OSError:
             continue  # not open, or the listing's own
-    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in quiet]
     usual: Any = {"setsid": True, "setsigdef": [15]}  # SIGTERM: our shell may ignore it
-    spawn_it(command[0], command, environ, file_actions=null, **usual)
+    try:
+        quiet = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
+        os.posix_spawn(command[0], command, environ, file_actions=quiet, **usual)
+    except (AttributeError, NotImplementedError, OSError):
+        return False  # Windows, PyPy, Termux; setsid=: macOS 10.14, old C libraries
+    return True
 
 
-def start_senders(queued: dict[Outbox, str], settings: Settings) -> list[Outbox]:
-    """Have a sender started for each outbox where none runs and no back-off stands
-    (debug mode does not care); for which one was."""
-    held, started = {}, []
+def start_senders(queued: dict[Outbox, str], settings: Settings) -> None:
+    """Have a sender started for each outbox where none runs and no back-off stands."""
+    held = {}
     for outbox in queued:
-        if settings.debug or not outbox.state().backoff_left_s(time.time()):
+        if not outbox.state().backoff_left_s(time.time()):
             lock = outbox.take_lock()
             if lock is not None:  # busy: a sender runs, and will see the file
                 held[outbox.name()] = lock
-                started.append(outbox)
     if held:
-        waits = "debug" if settings.debug else "once"
-        how = waits if settings.foreground else "detached"
-        start_sender(held, settings.environ, how)
-    return started
+        start_sender(held, settings.environ)
 
 
-def wait_for_senders(
-    queued: dict[Outbox, str], started: list[Outbox], ends: float
+def deliver_in_foreground(
+    queued: dict[Outbox, str], settings: Settings, ends: float
 ) -> None:
-    """Wait until our senders have given their locks back; for another one only as long
-    as it has not sent our ping; until `ends` (monotonic) at most."""
-    for outbox, name in queued.items():
-        lock = None
-        while lock is None and time.monotonic() < ends:
-            if outbox not in started and not os.path.exists(outbox.file(name)):
-                break
-            time.sleep(LOOK_S / 10)
-            lock = outbox.take_lock()
-        if lock is not None:
-            lock.release()
+    """Have a sender make one pass over each outbox, and wait for its end; while another
+    has the lock, for that until it has sent our ping; until `ends` (monotonic) at most.
+    Where a back-off stands, not at all, but for debug mode's."""
+    senders: dict[Outbox, Any] = {}
+    how = "debug" if settings.debug else "once"
+    while queued and time.monotonic() < ends:
+        for outbox, name in list(queued.items()):
+            if outbox in senders:
+                over = senders[outbox].poll() is not None
+            else:
+                left_s = outbox.state().backoff_left_s(time.time())
+                waits = settings.debug or not left_s
+                over = not waits or not os.path.exists(outbox.file(name))
+                lock = None if over else outbox.take_lock()
+                if lock is not None:
+                    held = {outbox.name(): lock}
+                    senders[outbox] = start_sender(held, settings.environ, how)
+            if over:
+                del queued[outbox]
+        time.sleep(LOOK_S / 10)
 
 
 def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
@@ -1686,11 +1690,12 @@ def report_event(settings: Settings, tell: Tell) -> None:
             problems.append(str(why))
     if queued:
         tell(f"{ping['event']} {ping['event_id']} is in the outbox")
-    started = start_senders(queued, settings)
     if settings.foreground:
-        wait_for_senders(queued, started, ends)
+        deliver_in_foreground(dict(queued), settings, ends)
         if any(os.path.exists(outbox.file(name)) for outbox, name in queued.items()):
             tell("the ping waits in the outbox; a later hook delivers it")
+    else:
+        start_senders(queued, settings)
     if problems:
         raise Skipped("; ".join(problems))
 
@@ -2061,8 +2066,8 @@ class Account:
     SessionLost. since: older rows are history (seconds since 1970). was_read: its
     history is known. transcripts: name -> Transcript's arguments. seen: key of an
     answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
-    history: whether the main chain's last answer is: "", "own", or "branched". parent:
-    of a fork: session, key of the last answer copied. baseline: the ledger at the end
+    in_history: the main chain's last answer is. parent: of a fork: session, key of the
+    last answer copied. baseline: the ledger at the end
     of history; [] when nobody knows it. told: model -> counts, since then. ledger: the
     client's, while it is the last word. row_at: of the newest row; settled_at: of the
     newest that the baseline has. last_at, stopped_at: the last charge, the last end of
@@ -2072,12 +2077,12 @@ class Account:
 
     def __init__(self, path: str, since: float = 0) -> None:
         self.path, self.since = path, float(since)
-        self.transcript = self.model = self.branch = self.history = ""
+        self.transcript = self.model = self.branch = ""
         self.identity: Fields = {}
         self.own: Fields = {}
         self.row_at = self.settled_at = 0.0
         self.last_at = self.stopped_at = self.prompted_at = 0.0
-        self.was_read = False
+        self.was_read = self.in_history = False
         self.transcripts: dict[str, list[Any]] = {}
         self.seen: dict[str, str] = {}
         self.parent: list[str] = []
@@ -2135,8 +2140,10 @@ class Account:
         found: set[str] = set()
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             path = os.path.join(directory, name)
+            if own in name:  # or what a killed sender left unfinished of it
+                continue
             try:
-                if name != own and key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
+                if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
             except (OSError, ValueError):
                 continue
@@ -2165,7 +2172,7 @@ class Reading:
         account, whole = self.account, True
         for name, path in account.files().items():
             try:
-                if not (name or account.was_read):
+                if account.since and not (name or account.was_read):
                     account.since = max(account.since, self.end_of_earlier_runs())
                 self.read_one(name, path)
             except TimeoutError:
@@ -2189,7 +2196,8 @@ class Reading:
                 ended, begun = True, 0.0
             elif ended:
                 begun = begun or row.at
-                if isinstance(row, AnswerRow):
+                # (After SIGINT, the one broken off stands behind the last ledger.)
+                if isinstance(row, AnswerRow) and row.stopped:
                     since, ended = begun, False
         return since
 
@@ -2212,7 +2220,7 @@ class Reading:
                     self.count_user(row, main)
                 elif isinstance(row, LedgerRow) and main:
                     account.ledger = row.ledger
-                    if account.history == "own":
+                    if account.in_history:
                         account.baseline = row.ledger
         finally:
             if transcript.inode:
@@ -2258,15 +2266,16 @@ class Reading:
         """Note what the main chain's newest answer tells."""
         account = self.account
         if not past:
-            account.history, account.model = "", row.model
+            account.in_history, account.model = False, row.model
             account.branch = str(row.branch) if branch_name(row.branch) else ""
             if row.stopped:
                 account.ledger = []  # no last word any more
         elif new:
-            account.history = "branched" if row.branched else "own"
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
-            account.parent = [str(row.origin), row.key] if row.copied else []
+            copied = row.copied and identifier(row.origin)
+            account.in_history = not row.branched
+            account.parent = [str(row.origin), row.key] if copied else []
             account.told, account.ledger = {}, []
 
     def gain(
@@ -2356,31 +2365,35 @@ class Charge:
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
         account, event_id = self.account, str(self.ping["event_id"])
-        charges = self.event in USAGE_EVENTS and self.local.get("usage") is not False
-        if charges and event_id not in account.charged:
-            account.charged[event_id] = self.tell()
-        self.saving = True
         if self.local.get("usage") is False:
             account.since = max(account.since, self.at)
-        if not charges:
-            account.save()
-            return self.record
+        else:
+            self.meet()
+            if self.event in USAGE_EVENTS and event_id not in account.charged:
+                account.charged[event_id] = self.tell()
+        self.saving = True
         account.save()
+        if event_id not in account.charged:
+            return self.record
         fields, beside = account.charged[event_id]
         beside = gate_beside({**self.record.beside, **beside}, self.outbox.needs)
         record = Record(gate({**self.ping, **fields}), {}, beside)
         self.outbox.rewrite(self.name, record)
         return record
 
+    def meet(self) -> None:
+        """Note what a SessionLost would tell, and where the transcript is."""
+        account, path = self.account, str(self.local["transcript"])
+        if os.path.isfile(path) or not account.transcript:
+            account.transcript = path
+        account.own, account.last_at = self.record.beside.get("own", {}), self.at
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+
     def tell(self) -> list[Fields]:
         """[the usage fields, what stands beside] of all that was used since the last
         charge. OSError or ValueError: the transcript cannot be read."""
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
-        if os.path.isfile(str(self.local["transcript"])) or not account.transcript:
-            account.transcript = str(self.local["transcript"])
-        account.own = self.record.beside.get("own", {})
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
         complete = self.read_and_wait() and not self.damaged
         fields: Fields = {}
         costs: dict[str, float] = {}
@@ -2416,7 +2429,6 @@ class Charge:
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at = self.at
-        account.last_at = self.at
 
     def settle(self) -> tuple[Fields, dict[str, float]]:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -2459,10 +2471,12 @@ class Charge:
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
-        if self.event == "SessionEnd":
+        if self.event in ("SessionEnd", "SessionLost"):
             if account.parent and not account.baseline:
-                self.find_baseline(*account.parent)
-            return not account.baseline or bool(account.ledger)
+                account.baseline = self.parents_ledger(*account.parent)
+                account.parent = []
+            lost = self.event == "SessionLost"
+            return lost or not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
             agent, top = str(self.local.get("agent_transcript")), account.transcript
             name = os.path.relpath(agent, top[: -len(".jsonl")])
@@ -2473,21 +2487,20 @@ class Charge:
         found = account.transcripts.get(name)
         return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
 
-    def find_baseline(self, session: str, key: str) -> None:
+    def parents_ledger(self, session: str, key: str) -> list[Any]:
         """Of a fork: the ledger in its parent's file that stands behind the last answer
-        that was copied (its key), no other one between. session: the parent's."""
-        account, behind = self.account, False
-        account.parent = []
-        path = os.path.join(os.path.dirname(account.transcript), session + ".jsonl")
+        that was copied (its key), no other one between; [] when there is none."""
+        directory, found, behind = os.path.dirname(self.account.transcript), [], False
+        path = os.path.join(directory, session + ".jsonl")
         try:
-            rows = Transcript().rows(path, self.reading.ends)
-            for row in rows if identifier(session) else ():
+            for row in Transcript().rows(path, self.reading.ends):
                 if isinstance(row, AnswerRow) and row.real and not row.sidechain:
                     behind = row.key == key
                 elif isinstance(row, LedgerRow) and behind:
-                    account.baseline = row.ledger
+                    found = row.ledger
         except (OSError, ValueError):
-            pass  # then nobody knows it
+            pass
+        return found
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
@@ -2530,7 +2543,7 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of what it will tell, so that a crash makes no two; today's settings shape it.
     """
     account = Account.load(path)
-    reading = Reading(account, float("inf"), ends)
+    reading = Reading(account, float("inf"), min(ends, time.monotonic() + READ_S))
     reading.read()
     news = account.baseline and account.ledger and account.baseline != account.ledger
     ended = account.total == account.at_end or "since_end" not in outbox.needs
@@ -2717,6 +2730,7 @@ def no_answer(cause: object, verdict: str) -> Answer:
 
 # -- Sender: empties one outbox --------------------------------------------------------
 
+NO_ANSWER = "no whole answer in time"
 BURSTS = (  # events of which another may follow within seconds
     "PreToolUse PostToolUse PostToolUseFailure PostToolBatch PermissionRequest "
     "PermissionDenied SubagentStart"
@@ -2743,28 +2757,16 @@ def add_line(path: str, line: str, most: int) -> None:
 
 
 class Courier:
-    """Delivers the pings of one outbox, one at a time; the outbox's lock must be held.
+    """Delivers a sender's pings, one at a time. tell: for a person. by_session: a
+    session's name -> names of its pings that are not charged yet. sending: the name of
+    the ping whose request is on its way; deadline: monotonic, of that request."""
 
-    ends: monotonic: no request begins after it. once: somebody waits: a request has
-    ONCE_LAST_S beyond the end. tell: for a person. overstays: called with the name of a
-    ping, and an answer, before its request is ended with the process (its exit status:
-    `status`). by_session: a session's name -> names of its pings, not charged yet.
-    """
-
-    def __init__(
-        self, outbox: Outbox, tracker: Tracker, settings: Settings, tell: Tell = silent
-    ) -> None:
-        self.outbox, self.tracker, self.settings = outbox, tracker, settings
-        self.tell = tell
-        self.ends = self.deadline = float("inf")  # the latter: of what is sent now
-        self.once, self.status, self.sending = False, 0, ""
+    def __init__(self, sender: Sender, tracker: Tracker, tell: Tell) -> None:
+        self.sender, self.outbox = sender, sender.outbox
+        self.tracker, self.tell = tracker, tell
         self.opener: OpenerDirector | None = None
         self.by_session: dict[str, list[str]] = {}
-        self.overstays: Callable[[str, Answer], object] = print
-
-    def is_over(self) -> bool:
-        """Whether no request may begin any more."""
-        return time.monotonic() >= self.ends
+        self.sending, self.deadline = "", float("inf")
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
@@ -2791,14 +2793,19 @@ class Courier:
         requests = self.tracker.requests(record.ping, record.beside)
         answer = None if requests else Answer(NOTHING, "nothing to send")
         for request in requests[record.accepted :]:
-            if answer and self.is_over():
+            if answer and self.sender.is_over():
                 return None
             answer = self.send(name, record.ping, request)
             if answer.verdict != DELIVERED:
                 return answer
             record.accepted += 1
-            if record.accepted < len(requests):
-                self.outbox.rewrite(name, record)  # whoever comes next goes on there
+            try:
+                if len(requests) > 1:
+                    self.outbox.rewrite(
+                        name, record
+                    )  # whoever comes next goes on there
+            except OSError:
+                pass  # a full disk: after a crash they are repeated
         if answer and requests:
             # Before its file goes: after a crash it may stand there twice, but never
             # not at all.
@@ -2808,10 +2815,10 @@ class Courier:
 
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
         """Send one request of a ping; it has a deadline of its own."""
-        timeout_s, begun = self.settings.timeout_s, time.monotonic()
+        timeout_s, begun = self.sender.settings.timeout_s, time.monotonic()
         limit = DEADLINE * timeout_s
-        if self.once:
-            limit = max(0.1, min(limit, self.ends + ONCE_LAST_S - begun))
+        if self.sender.once:
+            limit = max(0.1, min(limit, self.sender.ends + ONCE_LAST_S - begun))
         if not self.opener:
             import _thread
 
@@ -2819,7 +2826,10 @@ class Courier:
                 self.opener = make_opener(self.tracker.url)
             except (Skipped, ImportError) as why:  # some ship a part of the library
                 return Answer(HOLD, str(why))
-            _thread.start_new_thread(self.watch, ())
+            try:
+                _thread.start_new_thread(self.watch, ())
+            except RuntimeError:
+                pass  # no thread to be had: urllib's own timeouts must do
         self.sending, self.deadline = name, begun + limit
         answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
         self.deadline = float("inf")
@@ -2838,10 +2848,13 @@ class Courier:
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
         try:
-            self.overstays(self.sending, Answer(RETRY, "no whole answer in time"))
-            self.tell("no whole answer in time; the ping waits")
+            answer, on_pass = Answer(RETRY, NO_ANSWER), self.sender.on_pass
+            if on_pass.weigh(self.sending, answer) and self.sending in on_pass.noted:
+                self.sender.fail(answer)
+            on_pass.state.save()
+            self.tell(f"{NO_ANSWER}; the ping waits")
         finally:
-            os._exit(self.status)
+            os._exit(self.sender.status)
 
     def charged(self, name: str) -> Record | None:
         """The ping to send, its usage charged, and before it that of its session's
@@ -2851,7 +2864,7 @@ class Courier:
             record = self.outbox.record(name)
             session = self.by_session[PingName(name).session] if record.local else []
             while session and session[0] < name:
-                if self.is_over():
+                if self.sender.is_over():
                     return None
                 older = session.pop(0)
                 try:
@@ -2866,7 +2879,7 @@ class Courier:
         """The ping with its usage in it; whatever a transcript holds, the ping goes."""
         try:
             if record.local:
-                return charge(self.outbox, name, record, self.ends)
+                return charge(self.outbox, name, record, self.sender.ends)
         except Exception as error:  # noqa: BLE001
             self.log(f"usage left out: {type(error).__name__}")
         return record
@@ -2894,8 +2907,6 @@ class Pass:
         self.last_event = self.last_answer = ""
         self.done: set[str] = set()
 
-    # What waits
-
     def tidy(self) -> None:
         """Make way: what is no ping is set aside; of more than OUTBOX_MAX_PINGS the
         oldest without usage are lost, then the oldest; suspects that wait no more are
@@ -2911,22 +2922,19 @@ class Pass:
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
             self.count_loss(name, "outbox full")
-        if lost:
-            self.state.save()  # before they go: we may be killed meanwhile
-        for name in lost:
             remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
-        suspects = self.state.suspects
-        kept = sorted(suspects, key=lambda name: -suspects[name].charges)[:SUSPECTS_MAX]
-        for name in set(suspects).difference(set(kept).intersection(self.names)):
-            del suspects[name]
+        known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
+        known.sort(key=lambda pair: -pair[1].charges)
+        self.state.suspects = dict(known[:SUSPECTS_MAX])
 
     def count_loss(self, name: str, reason: str) -> None:
         """Count a ping that will not be delivered, and the tokens charged to it."""
         self.state.lost(reason)
         try:
-            ping = self.outbox.record(name).ping
-            self.state.lost("tokens", int(ping["total_tokens"]))
+            if PingName(name).event in USAGE_EVENTS:
+                ping = self.outbox.record(name).ping
+                self.state.lost("tokens", int(ping["total_tokens"]))
         except (OSError, ValueError, KeyError):
             pass
 
@@ -2958,8 +2966,6 @@ class Pass:
             if suspect.charges and not paused:
                 yield name
 
-    # Whose fault
-
     def borne(self) -> int:
         """How many failures in a row end the pass."""
         refused = all(answer.verdict == REFUSED for answer in self.noted.values())
@@ -2973,7 +2979,7 @@ class Pass:
             by_session.setdefault(PingName(name).session, []).append(name)
         goes_on = True
         for name in self.order():
-            if self.sender.courier.is_over() or not goes_on:
+            if self.sender.is_over() or not goes_on:
                 break
             if name not in self.done:
                 goes_on = self.attempt(name)
@@ -3043,9 +3049,9 @@ class Pass:
 class Sender:
     """A sender's life, from pass to pass.
 
-    ends: monotonic. once: somebody waits: no back-off is waited for. status: the exit
-    status when a request that overstays ends the process. known: names of pings that
-    are no news.
+    ends: monotonic: no request begins after it. once: somebody waits: for no back-off,
+    and for ONCE_LAST_S beyond the end at most. status: the exit status when a request
+    that overstays ends the process. known: names of pings that are no news.
     """
 
     def __init__(
@@ -3059,16 +3065,13 @@ class Sender:
         status: int = 0,
     ) -> None:
         self.outbox, self.settings, self.ends = outbox, settings, ends
-        self.state, self.once = outbox.state(), once
+        self.once, self.status, self.state = once, status, outbox.state()
         self.known: set[str] = set()
-        self.courier = Courier(outbox, tracker, settings, tell)
-        self.courier.ends, self.courier.once = ends, once
-        self.courier.status, self.courier.overstays = status, self.cut_off
-        self.on_pass = Pass(self)
+        self.courier, self.on_pass = Courier(self, tracker, tell), Pass(self)
 
     def is_over(self) -> bool:
         """Whether this life is."""
-        return self.courier.is_over()
+        return time.monotonic() >= self.ends
 
     def is_gone(self) -> bool:
         """Whether the outbox was removed: by uninstall, most likely."""
@@ -3096,12 +3099,6 @@ class Sender:
         state.save()
         self.courier.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
-    def cut_off(self, name: str, answer: Answer) -> None:
-        """The request of that ping overstayed, and ends the process."""
-        if self.on_pass.weigh(name, answer) and name in self.on_pass.noted:
-            self.fail(answer)
-        self.state.save()
-
     def one_pass(self) -> None:
         """Try all that waits and is due, until an answer says that now is no time."""
         self.state = self.outbox.state()
@@ -3110,41 +3107,39 @@ class Sender:
         # What there was no time for is news, to the next sender.
         self.known.update(self.on_pass.done if self.is_over() else self.on_pass.names)
 
-    def linger(self) -> None:
-        """After a tool's event stay a while with the lock in hand, for the next one:
-        the hooks meanwhile start no process. Ends when there is news or no use."""
+    def finds_more(self) -> bool:
+        """Whether there is news: after a tool's event, others of which come within
+        seconds, it is waited for with the lock in hand, so that hooks meanwhile start
+        no process. Else the daily sweep may find some."""
         until = min(time.monotonic() + LINGER_S, self.ends)
         if self.on_pass.last_event in BURSTS and not self.once:
             while time.monotonic() < until and not self.is_gone() and not self.news():
                 time.sleep(LOOK_S)
-
-    def work(self) -> None:
-        """Passes, one for each burst of pings, while no back-off stands; then the daily
-        sweep, which may find some more."""
-        again = True
-        while again:
-            self.one_pass()
-            if self.is_over() or self.state.backoff_left_s(time.time()):
-                return
-            self.linger()
-            if not self.news():
-                self.sweep()
-            again = self.news()
+        if not self.news():
+            self.sweep()
+        return self.news()
 
     def live(self, lock: Lock | None) -> None:
         """Pass after pass, to the end of this life. After each the lock is given back,
         and then the outbox listed once more: a hook that found the lock busy counts on
         that. When this life is over then, news begin a new one."""
         while lock is not None:
-            self.work()
+            again = self.once or not self.backoff_left_s()
+            while again:
+                self.one_pass()
+                wait = self.state.backoff_left_s(time.time())
+                again = not (wait or self.is_over()) and self.finds_more()
             lock.release()
             wait = self.backoff_left_s()
             if wait and (self.once or time.monotonic() + wait >= self.ends):
                 return
             if not wait and not self.news():
                 return
-            time.sleep(wait)
-            lock = None if self.is_gone() else self.outbox.take_lock()
+            if wait:
+                time.sleep(wait)
+            if self.is_gone() or self.backoff_left_s():  # another has failed since
+                return
+            lock = self.outbox.take_lock()
             if lock and not wait and self.is_over():
                 start_sender({self.outbox.name(): lock}, self.settings.environ)
                 return
@@ -3154,18 +3149,20 @@ class Sender:
         now, accounts = time.time(), self.outbox.path("accounts")
         if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
             return
-        paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
-        paths.sort(key=age_s)
-        for path in paths[ACCOUNTS_MAX:]:
+        names = [name for name in os.listdir(accounts) if not name.startswith(".")]
+        paths = [os.path.join(accounts, name) for name in names]
+        for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
             remove(path)
-        for path in paths[:ACCOUNTS_MAX]:
+        for path in paths if self.settings.usage else ():
             if self.is_over():
                 return
-            if self.settings.usage and age_s(path) > DAY_S:
-                try:
+            try:
+                if age_s(path) > DAY_S:
                     report_lost(self.outbox, path, self.settings, self.ends)
-                except Exception as error:  # noqa: BLE001 - it must not hide others
-                    self.courier.log(f"lost session: {type(error).__name__}")
+            except (OSError, ValueError):
+                continue  # it, or its transcript, is damaged or gone
+            except Exception as error:  # noqa: BLE001 - it must not hide the others
+                self.courier.log(f"lost session: {type(error).__name__}")
         self.state.swept_at = now
         self.state.save()
 
@@ -3267,11 +3264,10 @@ def at_a_terminal() -> bool:
 def ask(question: str) -> bool:
     """Whether a person says yes; no answer is a no."""
     try:
-        answer = input(f"{question} [y/N] ")
+        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
     except EOFError:
         print()
         return False
-    return answer.strip().lower() in ("y", "yes")
 
 
 def counted(count: int, noun: str) -> str:
@@ -3294,6 +3290,21 @@ def mark(good: bool | None) -> str:
     return fancy if printable("✓✗·", "") else plain
 
 
+def shown(path: str) -> str:
+    """A path for a person, who knows home as ~."""
+    home = os.path.expanduser("~")
+    return "~" + path[len(home) :] if path.startswith(home + os.sep) else path
+
+
+def masked(url: str) -> str:
+    """A URL for a person, and whoever looks over a shoulder: its path is a secret."""
+    try:
+        split_url(url)
+    except ValueError:
+        return "..."
+    return origin(url) + "/..."
+
+
 # -- Commands: the settings files of Claude Code ---------------------------------------
 
 IMPORT = "import telemhq_ping as t; t.hook()"  # a module's bytecode is cached
@@ -3303,13 +3314,13 @@ FILE_MAX_BYTES = 16 << 20  # settings and scripts are smaller
 EVENTS = ("Stop", "StopFailure", "SessionEnd")  # what install registers
 TOOL_EVENTS = ("PostToolUse", "PostToolUseFailure")  # --tools: both for the same tools
 TOOLS = "Bash|Edit|MultiEdit|Write"  # those that change something, as TelemHQ's docs
-MANAGED_SETTINGS = {  # a company's, by sys.platform; Linux is the default
-    "": ("/etc/claude-code/managed-settings.json",),
-    "darwin": ("/Library/Application Support/ClaudeCode/managed-settings.json",),
-    "win32": (
-        "C:\\Program Files\\ClaudeCode\\managed-settings.json",
-        "C:\\ProgramData\\ClaudeCode\\managed-settings.json",  # older clients'
-    ),
+OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
+OLDEST_CLIENT_TEXT = "2.1.78"
+CLIENT_ANSWERS_S = 20.0  # `claude --version`, on a slow disk
+PLUGIN = "telemhq-ping@telemhq-ping"
+MANAGED_DIRS = {  # where a company's settings are, but for Linux
+    "darwin": "/Library/Application Support/ClaudeCode",
+    "win32": "C:\\Program Files\\ClaudeCode",
 }
 
 
@@ -3323,7 +3334,7 @@ def config_dir() -> str:
 
 def this_script() -> str:
     """Path of this very file."""
-    return os.path.realpath(__file__)
+    return os.path.realpath(THIS_FILE)
 
 
 def hooks_dir() -> str:
@@ -3336,69 +3347,62 @@ def installed_script() -> str:
     return os.path.join(hooks_dir(), SCRIPT)
 
 
-def settings_path(project: str | None) -> str:
-    """The settings file of the user, or of a project (a directory; OSError: none)."""
-    if not project:
-        return os.path.join(config_dir(), "settings.json")
-    os.listdir(project)
-    return os.path.join(os.path.abspath(project), ".claude", "settings.local.json")
-
-
 def project_settings(project: str) -> list[str]:
     """The settings files that a project may have."""
     names = ("settings.json", "settings.local.json")
     return [os.path.join(project, ".claude", name) for name in names]
 
 
-def shell_words(command: str) -> list[str]:
-    """The words and operators of a shell command; [] when they cannot be told apart."""
+def client_version() -> str:
+    """What `claude --version` says, such as 2.1.329; "" when no client was found."""
+    import re
+    import shutil
+    import subprocess
+
+    places = [os.path.expanduser(path) for path in ("~/.local/bin", "~/.claude/local")]
+    path = os.pathsep.join([os.environ.get("PATH", ""), *places])
+    asked = [shutil.which("claude", path=path) or "", "--version"]
+    null, limit = subprocess.DEVNULL, CLIENT_ANSWERS_S
+    try:
+        said = subprocess.check_output(asked, stdin=null, stderr=null, timeout=limit)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    match = re.search(rb"\d+\.\d+\.\d+", said)
+    return match.group().decode() if match else ""
+
+
+def is_too_old(version: str) -> bool:
+    """Whether this client (its version, "" unknown) knows no StopFailure."""
+    numbers = tuple(int(part) for part in version.split(".")) if version else ()
+    return bool(numbers) and numbers < OLDEST_CLIENT
+
+
+def hook_command(event: str) -> str:
+    """The command for settings: it imports the script, or else runs it (bytecode may be
+    cut off by a crash), with another Python where an upgrade removes this one: pyenv's
+    path names a release. It never ends with 2, which Claude Code takes for a veto."""
+    import re
     import shlex
 
-    lexer = shlex.shlex(command, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
-    lexer.commenters = ""
-    try:
-        return [] if "\n" in command else list(lexer)
-    except ValueError:  # a quote without its end
-        return []
+    paths = [sys.executable, hooks_dir(), installed_script()]
+    if sys.prefix != sys.base_prefix:  # a virtual environment comes and goes
+        paths[0] = os.path.realpath(sys.executable)
+    words = [shlex.quote(path.replace(os.sep, "/")) for path in paths]  # for Git Bash
+    python, directory, script = words
+    other = "python3" if re.search(r"\d+\.\d+\.\d+", python) else python
+    trap = IGNORE_TERM if event == "StopFailure" else ""
+    imported = f"{trap}cd {directory} && {python} -ESc '{IMPORT}'"
+    return f"{imported} || {other} -I -S {script} || true"
 
 
-def runs_script_only(words: list[str]) -> bool:
-    """Whether words are [PYTHON [-OPTION ...]] SCRIPT, and nothing else."""
-    paths = [word.replace("\\", "/") for word in words if not word.startswith("-")]
-    if not paths or paths[-1].split("/")[-1] != SCRIPT or words[-1].startswith("-"):
-        return False
-    if any(sign in word for word in words for sign in ("=", "`")):
-        return False
-    if len(paths) == 1:
-        return len(words) == 1
-    python = paths[0].split("/")[-1]
-    return len(paths) == 2 and not words[0].startswith("-") and python.startswith("py")
-
-
-def imports_script_only(words: list[str]) -> bool:
-    """Whether words are cd DIRECTORY && PYTHON -ESc IMPORT [|| PYTHON SCRIPT]."""
-    begins = words[:1] == ["cd"] and words[2:3] == ["&&"] and len(words) >= 6
-    if not begins or words[4:6] != ["-ESc", IMPORT]:
-        return False
-    rest = words[6:]
-    return not rest or (rest[0] == "||" and runs_script_only(rest[1:]))
-
-
-def names_script(command: str) -> bool:
-    """Whether a hook's command runs this script, as a file or by import. (Without re:
-    the hook of a plugin asks this, too.)"""
-
-    def in_a_word(neighbour: str) -> bool:
-        return neighbour.isalnum() or neighbour in ("_", "-", ".")
-
-    for spelled in (SCRIPT, "import telemhq_ping"):
-        before, found, after = command.partition(spelled)
-        while found:
-            if not in_a_word(before[-1:]) and not in_a_word(after[:1]):
-                return True
-            before, found, after = after.partition(spelled)
-    return False
+def is_step_of_ours(words: list[str]) -> bool:
+    """Whether words are one of the simple commands that ours are made of."""
+    if words[:1] == ["cd"] or words in (["trap", "", "TERM"], ["true"]):
+        return len(words) < 4
+    names = [word.replace("\\", "/").split("/")[-1] for word in words]
+    *python, script = [name for name in names if name[:1] != "-"] or [""]
+    by = [name[:2] for name in python]
+    return script in (SCRIPT, "IMPORT") and by in ([], ["py"])
 
 
 class RegisteredHook:
@@ -3412,23 +3416,25 @@ class RegisteredHook:
 
     def names_script(self) -> bool:
         """Whether its command runs the script, in whatever way."""
-        return names_script(self.command)
+        import re
+
+        spelled = rf"({re.escape(SCRIPT)}|import telemhq_ping)"
+        return bool(re.search(rf"(?<![\w.-]){spelled}(?![\w.-])", self.command))
 
     def is_ours(self) -> bool:
-        """Whether its command does nothing but run the script: in TelemHQ's form, or in
-        one that an install has written. Only such commands are ever changed."""
-        words = shell_words(self.command)
-        if words[:4] == ["trap", "", "TERM", ";"]:
-            words = words[4:]
-        if words[-2:] == ["||", "true"]:
-            words = words[:-2]
-        return runs_script_only(words) or imports_script_only(words)
+        """Whether its command does nothing but run the script: as install or the README
+        has it, or TelemHQ. Only such commands are ever changed."""
+        import re
+        import shlex
 
-    def meets(self, other: RegisteredHook) -> bool:
-        """Whether both run for some event of the same name."""
-        matchers = [hook.group.get("matcher") or "*" for hook in (self, other)]
-        same = "*" in matchers or matchers[0] == matchers[1]
-        return self.event == other.event and same
+        if self.command == hook_command(self.event):  # in a home called a;b, too
+            return True
+        steps = re.split(r" *(?:\|\||&&|;) *", self.command.replace(IMPORT, "IMPORT"))
+        try:
+            known = all(is_step_of_ours(shlex.split(step)) for step in steps)
+        except ValueError:  # a quote without its end
+            known = False
+        return self.names_script() and known
 
 
 def hooks_of(content: Fields) -> list[RegisteredHook]:
@@ -3441,41 +3447,76 @@ def hooks_of(content: Fields) -> list[RegisteredHook]:
     ]
 
 
-def need_form(content: object) -> None:
-    """Raise ValueError when settings are not of the form that Claude Code documents."""
-    if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
-    hooks = content.get("hooks", {})
-    if not isinstance(content.get("env", {}), dict) or not isinstance(hooks, dict):
-        raise ValueError('"env" and "hooks" must be objects')
-    for event, groups in hooks.items():
-        if not isinstance(groups, list):
-            raise ValueError(f'"{event}" in "hooks" must be a list')
-        for group in groups:
-            entries = group.get("hooks") if isinstance(group, dict) else None
-            if not isinstance(entries, list):
-                raise ValueError(f'"{event}" has an entry without a list of "hooks"')
-            if not all(isinstance(entry, dict) for entry in entries):
-                raise ValueError(f'"{event}" has a hook that is no object')
+def settings_in(text: str) -> Fields:
+    """The settings that a file's text holds; ValueError says why there are none. As
+    strict as Claude Code: it ignores the whole of a file with a comment in it."""
+    import json
+
+    content: Fields = json.loads(text.lstrip("\ufeff"))
+    try:
+        lists = list(content.get("hooks", {}).values())
+        lists += [group["hooks"] for groups in lists for group in groups]
+        objects = [content.get("env", {}), *(hook.entry for hook in hooks_of(content))]
+        known = {type(found) for found in lists} <= {list}
+    except (AttributeError, KeyError, TypeError):
+        known = False
+    if not known or {type(found) for found in objects} != {dict}:
+        raise ValueError("it has not the form that is documented")
+    return content
+
+
+def retold(text: str, at: int, new: Any, line: str) -> str:
+    """`new` as JSON; what it has in common with the value at `at` in `text` stays as it
+    is written there, and what is one line stays one. line: the break and indent."""
+    import json
+    import re
+
+    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
+    old, end = decode(text, at)
+    if old == new:
+        return text[at:end]
+    if type(old) is not type(new) or not isinstance(new, (dict, list)):
+        return json.dumps(new, ensure_ascii=False)
+    left = dict(new if isinstance(new, dict) else enumerate(new))
+    unit = (re.findall(r"\n([ \t]+)\S", text) or ["  "])[0]
+    told, n, spot, line = "", 0, at + 1, line + unit
+    value = next(gap.finditer(text, spot)).end()
+    while text[value] not in "]}":
+        key: Any = n
+        if text[at] == "{":
+            key, value = decode(text, value)
+            value = next(gap.finditer(text, value)).end()
+        if key in left:
+            told += text[spot:value] + retold(text, value, left.pop(key), line)
+        spot, n = decode(text, value)[1], n + 1
+        value = next(gap.finditer(text, spot)).end()
+    lines = n == 0 or text[at + 1].isspace()
+    for key, added in left.items():
+        said = json.dumps(added, ensure_ascii=False, indent=unit if lines else None)
+        name = f"{json.dumps(key)}: " if text[at] == "{" else ""
+        told += ("," + line if lines else ", ") + name + said.replace("\n", line)
+    tail = text[spot:end] if n else line[: -len(unit)] + text[end - 1]
+    return text[at] + re.sub(r"^\s*,", "", told) + tail
 
 
 class SettingsFile:
     """A settings file of Claude Code's.
 
     path: as it is named. real: what that is a link to, for dotfiles are often links.
-    raw: its bytes, None when there is no file. content: the JSON object in it.
-    problem: why it is no settings file, or "". twice: keys that stand there twice.
+    raw: its bytes, None when there is no file. text: the JSON in them. content: the
+    object in that. problem: why it is no settings file, or "".
     """
 
     def __init__(self, path: str) -> None:
         self.path, self.real = path, os.path.realpath(path)
         self.raw: bytes | None = None
         self.content: Fields = {}
-        self.problem = ""
-        self.twice: list[str] = []
+        self.text, self.problem = "{}\n", ""
         try:
             self.raw = read_file(self.real, FILE_MAX_BYTES)
-            self.content = self.decode(self.raw)
+            if self.raw.strip():
+                self.text = self.raw.decode("utf-8")
+            self.content = settings_in(self.text)
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -3483,84 +3524,30 @@ class SettingsFile:
         except (ValueError, RecursionError) as error:
             self.problem = str(error)
 
-    def decode(self, raw: bytes) -> Fields:
-        """The settings in a file's bytes; ValueError says why there are none. As strict
-        as Claude Code: it ignores the whole of a file with a comment in it."""
-        import json
-
-        def no_constant(name: str) -> None:
-            raise ValueError(f"{name} is no JSON")
-
-        def pairs(found: list[tuple[str, Any]]) -> Fields:
-            names = [name for name, _ in found]
-            self.twice += [name for name in dict(found) if names.count(name) > 1]
-            return dict(found)
-
-        text = raw.decode("utf-8-sig")
-        if not text.strip():
-            return {}
-        content: Fields = json.loads(
-            text, object_pairs_hook=pairs, parse_constant=no_constant
-        )
-        need_form(content)
-        return content
-
-    def encode(self, content: Fields) -> bytes:
-        """`content` as the file would hold it, in its own indent and line ends."""
-        import json
-        import re
-
-        raw = self.raw or b""
-        indents = re.findall(rb"\n([ \t]+)\"", raw)
-        indent = indents[0].decode() if indents else "  "
-        text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-        if b"\r\n" in raw:
-            text = text.replace("\n", "\r\n")
-        return text.encode("utf-8", "backslashreplace")  # half of a character: "\ud83d"
-
     def hooks(self) -> list[RegisteredHook]:
         """The hooks in it."""
         return hooks_of(self.content)
+
+    def names_script(self) -> bool:
+        """Whether any hook in it runs the script."""
+        return any(hook.names_script() for hook in self.hooks())
 
     def env(self) -> Fields:
         """Its env block."""
         env: Fields = self.content.get("env", {})
         return env
 
-    def events(self) -> list[str]:
-        """The events for which anything is registered in it."""
-        return [hook.event for hook in self.hooks()]
+    def retold(self, content: Fields) -> str:
+        """Its text, changed as little as can be to hold `content`."""
+        begin, end = self.text.index("{"), len(self.text.rstrip())
+        line = "\r\n" if "\r\n" in self.text else "\n"
+        new = retold(self.text, begin, content, line)
+        return self.text[:begin] + new + self.text[end:]
 
-    def names_script(self) -> bool:
-        """Whether any hook in it runs the script."""
-        return any(hook.names_script() for hook in self.hooks())
-
-    def need_editable(self) -> None:
-        """Raise Skipped when the file cannot be changed without harm."""
-        if self.problem:
-            left = f"{self.path} is left as it is, for it is no settings file"
-            raise Skipped(f"{left}: {self.problem}")
-        if self.twice:
-            again = f'"{self.twice[0]}" stands there twice; take one of them out'
-            raise Skipped(f"{self.path} is left as it is: {again}")
-        if self.raw is not None and not os.stat(self.real).st_mode & stat.S_IWUSR:
-            raise Skipped(f"{self.path} is left as it is: it is read-only")
-
-    def write(self, raw: bytes) -> None:
-        """Make the file hold these bytes; its mode stays."""
-        mode = 0o600
-        if self.raw is not None:
-            mode = stat.S_IMODE(os.stat(self.real).st_mode)
-        write_file(self.real, raw, make_directory=True)
-        os.chmod(self.real, mode)
-
-
-def has_plugin(content: Fields) -> bool:
-    """Whether settings (dict) enable this script as a plugin."""
-    plugins = content.get("enabledPlugins")
-    if not isinstance(plugins, dict):
-        return False
-    return any(on and name.startswith("telemhq-ping@") for name, on in plugins.items())
+    def write(self, text: str) -> None:
+        """Make the file hold this text; its mode stays."""
+        mode = 0o600 if self.raw is None else stat.S_IMODE(os.stat(self.real).st_mode)
+        save(self.real, text.encode("utf-8", "backslashreplace"), mode)
 
 
 class Surroundings:
@@ -3569,14 +3556,17 @@ class Surroundings:
     files: the settings files, in the order in which each goes before those above it.
     settings: from the environment and the files' env blocks. sources: of each variable
     the path of the file that sets it; where there is none, it is the shell.
+    managed_only: whether a company allows no hooks but its own.
     """
 
     def __init__(self) -> None:
-        paths = [
-            settings_path(None),
-            *project_settings(os.getcwd()),
-            *MANAGED_SETTINGS.get(sys.platform, MANAGED_SETTINGS[""]),
-        ]
+        import glob
+
+        company = MANAGED_DIRS.get(sys.platform, "/etc/claude-code")
+        managed = [os.path.join(company, "managed-settings.json")]
+        managed += sorted(glob.glob(os.path.join(company, "managed-settings.d/*.json")))
+        user = os.path.join(config_dir(), "settings.json")
+        paths = [user, *project_settings(os.getcwd()), *managed]
         self.files = [SettingsFile(path) for path in dict.fromkeys(paths)]
         self.sources: dict[str, str] = {}
         environ = dict(os.environ)
@@ -3584,13 +3574,17 @@ class Surroundings:
             for name, value in file.env().items():
                 environ[name] = str(value)
                 self.sources[name] = file.path
+        only = [file.content.get("allowManagedHooksOnly") for file in self.files]
+        self.managed_only = any(only[-len(managed) :])
         self.settings = Settings(environ)
 
     def plugin_in(self) -> str:
         """The settings file that enables this script as a plugin, or ""."""
         for file in self.files:
-            if has_plugin(file.content):
-                return file.path
+            plugins = file.content.get("enabledPlugins")
+            for name, on in plugins.items() if isinstance(plugins, dict) else ():
+                if on and name.startswith("telemhq-ping@"):
+                    return file.path
         return ""
 
     def theirs(self) -> list[SettingsFile]:
@@ -3600,25 +3594,66 @@ class Surroundings:
         return [file for file in self.files if file.path not in project]
 
 
-def is_plugin_alone(around: Surroundings) -> bool:
-    """Whether only the plugin, and so the client, knows where TelemHQ's pings go."""
-    settings = around.settings
-    wanted = TelemHQ.kind in settings.destinations and not settings.url
-    return wanted and bool(around.plugin_in())
-
-
 # -- Commands: flush -------------------------------------------------------------------
+
+MEANINGS = (  # of an answer, by what it begins with
+    (("HTTP 401", "HTTP 402", "HTTP 403"), "is the token in {token} right, and paid?"),
+    (("HTTP 404", "HTTP 405", "HTTP 410"), "is the URL in {url} right, is it there?"),
+    (("HTTP 408", "HTTP 409", "HTTP 425", "HTTP 429"), "it is busy; sent again later"),
+    (("HTTP 407", "proxy"), "HTTPS_PROXY may lack USER:PASSWORD@, NO_PROXY this host"),
+    (("SOCKS",), "name an HTTP proxy in HTTPS_PROXY"),
+    (("HTTP 3",), "it has moved; put its new address into {url}"),
+    (("HTTP 5", "no whole"), "it has a problem of its own; sent again later"),
+    (("HTTP",), "it refuses this ping; {dislike}"),
+    (("TLS: WRONG_VERSION", "TLS: HTTP"), "no TLS is spoken there; is https:// right?"),
+    (("TLS",), "SSL_CERT_FILE can name a company's certificates"),
+    (("this Python",), "run `install` with a whole Python"),
+    (("",), "is {url} right, is there a network?"),
+)
+
+
+def in_words(what: str, kind: str) -> str:
+    """An answer (`what` of an Answer) of a kind of tracker, and what it means."""
+    meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
+    tracker: Any = TRACKERS[kind]
+    token = tracker.secrets[0]
+    url = next((name for name in tracker.variables if name != token), token)
+    dislike = "it may not like a field, or the size"
+    if kind == OTLP.kind:
+        dislike = "it may take protobuf only, and no JSON"
+    meaning = meaning.replace("{token}", token).replace("{url}", url)
+    return what.replace("HTTP ", "") + ": " + meaning.replace("{dislike}", dislike)
 
 
 class Teller:
-    """Prints what a sender tells, and counts what was delivered."""
+    """Prints what a sender tells, in a user's words. delivered: how many pings. what:
+    the last answer."""
 
-    delivered = 0
+    delivered, what = 0, ""
 
     def __call__(self, text: str) -> None:
-        print(text, flush=True)
-        if text.endswith(DELIVERED):
-            self.delivered += 1
+        said, _, verdict = text.rpartition(", ")
+        self.delivered += verdict == DELIVERED
+        self.what = said.partition(": ")[2].rpartition(" in ")[0]
+        print(
+            f"{said}, kept" if verdict in (NOT_NOW, RETRY, HOLD) else text, flush=True
+        )
+
+
+def take_settings() -> None:
+    """Give a hook that a person runs in debug mode what Claude Code would give it, and
+    say where the URL is from."""
+    if not Settings(dict(os.environ)).debug or "CLAUDE_PROJECT_DIR" in os.environ:
+        return
+    try:
+        around = Surroundings()
+    except (Skipped, OSError):
+        return
+    source = around.sources.get(URL_NAME)
+    if source and URL_NAME not in os.environ:
+        print(f"TelemHQ hook: {URL_NAME} is from {shown(source)}", file=sys.stderr)
+    for name, value in around.settings.environ.items():
+        os.environ.setdefault(name, value)
 
 
 def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
@@ -3626,551 +3661,762 @@ def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
     lock = outbox.take_lock()
     while lock is None:
         if time.monotonic() >= ends:
-            raise Skipped("a sender is at work and has the pings; see sender.log")
+            raise Skipped(
+                f"a sender is at work in {shown(outbox.directory)}; try later"
+            )
         time.sleep(LOOK_S)
         lock = outbox.take_lock()
     return lock
 
 
-def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> int:
-    """Deliver what waits, in spite of a back-off; how many pings that were."""
+def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> Teller:
+    """Deliver what waits, in spite of a back-off; what was told."""
     tell, ends = Teller(), time.monotonic() + LIFE_S
-    lock = wait_for_lock(outbox, ends)
     sender = Sender(outbox, tracker, settings, ends, tell, status=1)
     while True:
-        empty(outbox, sender)
+        lock = wait_for_lock(outbox, ends)
+        sender.one_pass()
         lock.release()
         # A hook that found the lock busy counts on this look.
         if sender.backoff_left_s() or sender.is_over() or not sender.news():
-            return tell.delivered
-        lock = wait_for_lock(outbox, ends)
+            return tell
 
 
-def empty(outbox: Outbox, sender: Sender) -> None:
-    """Pass after pass, as long as each delivers something and no back-off stands."""
-    left, before = len(outbox.waiting()), 0
-    while left and left != before:
-        sender.one_pass()
-        left, before = len(outbox.waiting()), left
-        if sender.state.backoff_left_s(time.time()):
-            return
+def is_kept_by_client(around: Surroundings) -> bool:
+    """Whether only Claude Code knows TelemHQ's URL: it keeps a plugin's options."""
+    settings = around.settings
+    wanted = TelemHQ.kind in settings.destinations and not settings.url
+    return wanted and URL_NAME not in settings.environ and bool(around.plugin_in())
+
+
+def span(seconds: float) -> str:
+    """`40 s`, `3 min`, `5 h`, `2 days`."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{int(seconds / unit)} {name}"
+    return f"{int(max(seconds, 0))} s"
+
+
+def what_waits(outbox: Outbox) -> str:
+    """`2 pings of a, b wait, the oldest for 6 min`: whose they are, and how long."""
+    names, projects = outbox.waiting(), set()
+    for name in names:
+        try:
+            projects.add(str(outbox.record(name).ping.get("project")))
+        except (OSError, ValueError):
+            continue  # sent meanwhile, or no ping
+    if not names:
+        return "no pings wait"
+    pings = f"{counted(len(names), 'ping')} of {', '.join(sorted(projects)[:5])}"
+    age = span(time.time() - PingName(names[0]).ns / 1e9)
+    return f"{pings} wait{'s' if len(names) == 1 else ''}, the oldest for {age}"
+
+
+def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> None:
+    """Move what waits for former URLs of a tracker to the present one's, if a person
+    says so: it may be another project's."""
+    for former in outboxes(state_dir):
+        other = former.kind() == present.kind() and former.name() != present.name()
+        if not (other and former.waiting()):
+            continue
+        former.need_sound()
+        print(what_waits(former))
+        print(f"  from {former.name()} to {present.name()}, {origin(tracker.url)}")
+        if not yes and not (at_a_terminal() and ask("Move them?")):
+            raise Skipped("nothing was moved; `flush --adopt --yes` does not ask")
+        os.makedirs(present.path("outbox"), exist_ok=True)
+        locks = [wait_for_lock(one, time.monotonic()) for one in (former, present)]
+        for name in former.waiting():
+            adopt(former, present, name)
+        for lock in locks:
+            lock.release()
+
+
+def add_flush_arguments(parser: ArgumentParser) -> None:
+    """The options of flush."""
+    told = "first move here what waits for a former URL; it shows what, and asks"
+    parser.add_argument("--adopt", action="store_true", help=told)
+    parser.add_argument("--yes", action="store_true", help="move it without asking")
 
 
 def flush(options: Namespace) -> int:
     """deliver what waits now, in spite of a back-off"""
-    around = Surroundings()
+    around, delivered, left = Surroundings(), 0, 0
     settings = around.settings
-    if is_plugin_alone(around) and not find_trackers(settings, read_secret)[0]:
-        how = f"run `{URL_NAME}=... {SCRIPT} flush`, or start a session"
-        raise Skipped(f"the plugin's URL is known to Claude Code only; {how}")
-    delivered = left = 0
+    os.environ.update(settings.environ)  # urllib looks for proxies there
+    if is_kept_by_client(around) and settings.destinations == [TelemHQ.kind]:
+        how = f"run `{URL_NAME}=… {SCRIPT} flush`, or start a session"
+        raise Skipped(f"only Claude Code knows the plugin's URL; {how}")
     for tracker in destinations(settings, print):
         outbox = outbox_of(settings, tracker)
         outbox.need_sound()
         if options.adopt:
-            adopt_all(settings, outbox)
+            adopt_all(outbox, tracker, settings.state_dir or "", options.yes)
         if outbox.waiting():
-            delivered += flush_outbox(outbox, tracker, settings)
-        left += len(outbox.waiting())
+            tell = flush_outbox(outbox, tracker, settings)
+            delivered += tell.delivered
+            left += len(outbox.waiting())
+            if outbox.waiting() and tell.what:
+                print(f"{tracker.kind}: {in_words(tell.what, tracker.kind)}")
     print(f"{delivered} delivered, {left} left.")
     return 1 if left else 0
 
 
-def adopt_all(settings: Settings, present: Outbox) -> None:
-    """Move what waits for former URLs of a tracker to the present one's."""
-    kind = present.kind()
-    os.makedirs(present.path("outbox"), 0o700, exist_ok=True)
-    held = wait_for_lock(present, time.monotonic() + LIFE_S)
-    try:
-        for former in outboxes(settings.state_dir):
-            if former.directory != present.directory and former.kind() == kind:
-                former.need_sound()
-                lock = former.take_lock()
-                if lock is None:
-                    raise Skipped(f"a sender is at work in {former.directory}")
-                for name in former.waiting():
-                    adopt(former, present, name)
-                lock.release()
-    finally:
-        held.release()
+# -- Commands: what has left -----------------------------------------------------------
 
 
-# -- Commands: what install changes, shown and remembered ------------------------------
+def deliveries(outbox: Outbox) -> list[Fields]:
+    """The lines of sent.jsonl, the oldest first, each ping once: after a crash it may
+    stand there twice."""
+    import json
 
-
-class Mask:
-    """Hides secrets in text that a person reads, alike ones alike, so that a change of
-    one shows: `<hidden 1>`."""
-
-    SHOWN = ("TELEMHQ_PROJECT", "TELEMHQ_MACHINE", "TELEMHQ_STATE_DIR")
-
-    def __init__(self, *contents: Fields) -> None:
-        """contents: settings (dicts), whose env blocks may hold secrets."""
-        self.numbers: dict[str, int] = {}
-        self.names = {name for content in contents for name in content.get("env", {})}
-        self.names.difference_update(self.SHOWN)
-
-    def hidden(self, secret: str) -> str:
-        """What is shown instead of a secret."""
-        number = self.numbers.setdefault(secret, len(self.numbers) + 1)
-        return f"<hidden {number}>"
-
-    def url(self, url: str) -> str:
-        """A URL without what may be secret: scheme and host stay."""
-        import re
-
-        match = re.match(r"\w+://[\w.:\[\]-]+(?=[/?#]|$)", url)
-        shown = match.group() if match else ""
-        rest = url[len(shown) :]
-        return shown + ("/" + self.hidden(rest) if len(rest) > 1 else rest)
-
-    def value(self, text: str) -> str:
-        """A text of the settings, say a command: without URLs and set variables."""
-        import re
-
-        def url(match: re.Match[str]) -> str:
-            return self.url(match.group())
-
-        def assignment(match: re.Match[str]) -> str:
-            return match.group(1) + self.hidden(match.group(2))
-
-        secret = r"(\b[A-Z_]*(?:URL|KEY|TOKEN|SECRET|PASSWORD)=['\"]?)"
-        text = re.sub(r"\w+://[^\s'\"]+", url, text)
-        return re.sub(secret + r"(?!\w+://)([^\s'\";]+)", assignment, text)
-
-    def text(self, raw: bytes) -> str:
-        """The bytes of a settings file, for a person."""
-        import json
-        import re
-
-        key = ""
-
-        def shown(match: re.Match[str]) -> str:
-            nonlocal key
-            try:
-                said = str(json.loads(match.group(1)))
-            except ValueError:
-                return '"..."'
-            if match.group(2):  # a colon: it is a key
-                key = said
-                return match.group()
-            masked = self.value(said)
-            if masked == said and key in self.names:
-                masked = self.hidden(said)
-            key = ""
-            return match.group() if masked == said else json.dumps(masked)
-
-        text = raw.decode("utf-8", "replace")
-        return re.sub(r'("(?:[^"\\]|\\.)*")(\s*:)?', shown, text)
-
-
-def print_diff(path: str, before: bytes, after: bytes, mask: Mask) -> None:
-    """Print how the bytes of a settings file will change, secrets masked."""
-    import difflib
-
-    old, new = (mask.text(raw).splitlines() for raw in (before, after))
-    for line in difflib.unified_diff(old, new, path, path, lineterm=""):
-        print(line)
-
-
-def remove_if_empty(directory: str) -> None:
-    """Remove a directory with nothing in it; any other stays."""
-    try:
-        os.rmdir(directory)
-    except OSError:
-        pass
-
-
-class InstallRecord:
-    """What install did, so that uninstall undoes that and no more: installed.json.
-
-    script: SHA-256 of the script as it was put there, or "". kept: where the script is
-    that stood there before, or "". made: directories that were made. settings: of each
-    settings file (its real path) {"made": bool, "written": SHA-256 of what install made
-    of it, "backups": {path: SHA-256}, the oldest first}.
-    """
-
-    def __init__(self) -> None:
-        self.path = os.path.join(config_dir(), "telemhq", "installed.json")
-        problem = unsound(os.path.dirname(self.path))
-        if problem:  # somebody else could tell uninstall what to delete
-            raise Skipped(f"{os.path.dirname(self.path)} {problem}; mend or remove it")
+    found: dict[str, Fields] = {}
+    for name in ("sent.jsonl.1", "sent.jsonl"):
         try:
-            found = read_object(self.path, FILE_MAX_BYTES)
+            lines = read_file(outbox.path(name), 2 * SENT_MAX_BYTES).splitlines()
         except (OSError, ValueError):
-            found = {}
-        self.script = str(found.get("script", ""))
-        self.kept = str(found.get("kept", ""))
-        made, settings = found.get("made"), found.get("settings")
-        self.made = list(map(str, made)) if isinstance(made, list) else []
-        self.settings: dict[str, Fields] = {}
-        for name, entry in settings.items() if isinstance(settings, dict) else ():
-            if isinstance(entry, dict) and isinstance(entry.get("backups"), dict):
-                self.settings[name] = entry
+            continue
+        for line in lines:
+            try:
+                delivery = json.loads(line)
+                found.setdefault(str(delivery["ping"]["event_id"]), delivery)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a full disk
+    return list(found.values())
 
-    def save(self) -> None:
-        """Write it; the file goes when there is nothing to remember."""
-        if not (self.script or self.kept or self.settings):
-            remove(self.path)
-            return
-        found = {"script": self.script, "kept": self.kept}
-        content = encode_json({**found, "made": self.made, "settings": self.settings})
-        write_file(self.path, content.encode(), make_directory=True)
 
-    def will_make(self, path: str) -> None:
-        """Note which directories are missing above a file that will be written."""
-        directory = os.path.dirname(path)
-        while not os.path.isdir(directory):
-            if directory not in self.made:
-                self.made.append(directory)
-            directory = os.path.dirname(directory)
+# -- Commands: a hook with a tracker of our own, on loopback ---------------------------
 
-    def remove_directories(self) -> None:
-        """Remove those that install made and that are empty again."""
-        for directory in sorted(self.made, key=len, reverse=True):
-            remove_if_empty(directory)
-        self.made = [path for path in self.made if os.path.isdir(path)]
+ARRIVES_S = 30.0  # a ping that has not come by then is lost
+HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
 
-    def changes(self, file: SettingsFile, new: bytes) -> None:
-        """A settings file will hold `new`; what it holds is kept beside it."""
-        self.will_make(file.real)
-        entry = self.settings.setdefault(
-            file.real, {"made": file.raw is None, "written": "", "backups": {}}
+
+def receiver(arrived: Queue[tuple[float, Fields]]) -> HTTPServer:
+    """A tracker on loopback that says 200. arrived: gets (monotonic, ping)."""
+    import http.server
+    import json
+    import threading
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        """Takes pings."""
+
+        def do_POST(self) -> None:
+            """One ping."""
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            arrived.put((time.monotonic(), json.loads(body)))
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    serve = server.serve_forever
+    threading.Thread(target=serve, args=(LOOK_S / 10,), daemon=True).start()
+    return server
+
+
+def play(
+    command: list[str], event: Fields, environ: dict[str, str], directory: str
+) -> tuple[str, Fields, str]:
+    """Run a hook as Claude Code does, its state in a directory: (what it printed, the
+    ping that arrived or {}, times). One that hangs is ended."""
+    import queue
+    import subprocess
+
+    arrived: Queue[tuple[float, Fields]] = queue.Queue()
+    server, state_dir = receiver(arrived), os.path.join(directory, "state")
+    environ = {**environ, "TELEMHQ_STATE_DIR": state_dir}
+    environ["TELEMHQ_DESTINATIONS"] = TelemHQ.kind  # nobody else is to get samples
+    environ["CLAUDE_PROJECT_DIR"] = os.getcwd()
+    environ[URL_NAME] = f"http://127.0.0.1:{server.server_address[1]}/ping/sample"
+    begun, printed = time.monotonic(), os.path.join(directory, "printed")
+    with open(printed, "wb") as out:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=out,
+            stderr=out,
+            env=environ,
+            start_new_session=True,
         )
-        if file.raw is not None and not self.is_as_written(file):
-            backup = file.real + time.strftime(".%Y%m%d-%H%M%S.bak")
-            if not os.path.lexists(backup):
-                entry["backups"][backup] = sha256_hex(file.raw)
-                write_file(backup, file.raw)
-        entry["written"] = sha256_hex(new)
-
-    def is_as_written(self, file: SettingsFile) -> bool:
-        """Whether a settings file is still as install has made it."""
-        written = self.settings.get(file.real, {}).get("written")
-        return file.raw is not None and written == sha256_hex(file.raw)
-
-    def backups(self, file: SettingsFile) -> list[SettingsFile]:
-        """The backups that install made of a file and nobody changed, oldest first."""
-        found = []
-        entry = self.settings.get(file.real, {})
-        for path, digest in entry.get("backups", {}).items():
-            backup = SettingsFile(path)
-            if backup.raw is not None and sha256_hex(backup.raw) == digest:
-                found.append(backup)
-        return found
+    try:
+        process.communicate(encode_json(event).encode(), HOOK_MOST_S)
+        hook_ms = (time.monotonic() - begun) * 1000
+        made = os.path.isdir(state_dir)  # else nothing will arrive
+        at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
+        times = f"hook {hook_ms:.0f} ms, in all {(at - begun) * 1000:.0f} ms"
+    except subprocess.TimeoutExpired:
+        getattr(os, "killpg", os.kill)(process.pid, 9)
+        return "it does not end", {}, ""
+    except queue.Empty:
+        ping, times = {}, ""
+    server.shutdown()
+    end_senders(state_dir)
+    return read_file(printed, STATE_MAX_BYTES).decode("utf-8", "replace"), ping, times
 
 
-# -- Commands: install's plan ----------------------------------------------------------
+def end_senders(state_dir: str) -> None:
+    """Wait for senders: they end where the outbox is gone, and unlock before."""
+    import shutil
 
-OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
-OLDEST_CLIENT_TEXT = "2.1.78"
-CLIENT_ANSWERS_S = 20.0  # `claude --version`, on a slow disk
-CLIENT_PLACES = (
-    (".local", "bin"),
-    (".claude", "local"),
-)  # below home; often not in PATH
+    for outbox in outboxes(state_dir):
+        shutil.rmtree(outbox.path("outbox"), ignore_errors=True)
+        wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
+        time.sleep(LOOK_S)
+
+
+# -- Commands: doctor ------------------------------------------------------------------
+
+WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
+LAST_PINGS = 100  # of a destination are asked whether their usage was complete
+GIT_BASH = "C:\\Program Files\\Git\\bin\\bash.exe"  # it runs hooks on Windows
+ELSEWHERE = "mend that, or set TELEMHQ_STATE_DIR to a place of your own"
+
+
+def run_checks(around: Surroundings, send: bool, run_all: bool = False) -> bool:
+    """Print doctor's list; whether all is well. send: also send a real ping. run_all:
+    run also what may be a stranger's command."""
+    os.environ.update(around.settings.environ)  # urllib looks for proxies there
+    version, well = client_version(), True
+    looks = {
+        "settings": check_files(around, version),
+        "hooks": check_hooks(around, version, run_all),
+        "bytecode": check_bytecode(installed_script()),
+        "variables": check_variables(around),
+        "trackers": check_trackers(around),
+        "disk": check_disk(around),
+        "test": send_test(around.settings) if send else iter(()),
+    }
+    for name, checks in looks.items():
+        try:
+            for good, line in checks:
+                print(mark(good), line, flush=True)
+                well = well and good is not False
+        except (Skipped, OSError, ValueError) as error:
+            print(mark(False), f"no more of the {name}: {error}")
+            well = False
+    return well
+
+
+def check_files(
+    around: Surroundings, version: str
+) -> Iterator[tuple[bool | None, str]]:
+    """Whether Claude Code reads the settings, and runs the hooks in them."""
+    yield bool(version) or None, f"Claude Code {version or 'was not found'}"
+    if around.managed_only:
+        yield False, "allowManagedHooksOnly: hooks run in your company's settings only"
+    for file in around.files:
+        path, events = shown(file.path), [hook.event for hook in file.hooks()]
+        if file.problem:
+            yield False, f"Claude Code ignores the whole of {path}: {file.problem}"
+        if is_too_old(version) and "StopFailure" in events:
+            yield False, f"it ignores the whole of {path}: update it, or run `install`"
+        if file.content.get("disableAllHooks"):
+            yield False, f"{path} turns hooks off: take disableAllHooks out of it"
+
+
+def hooks_of_ours(around: Surroundings) -> list[tuple[RegisteredHook, str]]:
+    """[(hook that runs the script, its file)]; Claude Code runs the same one once."""
+    found: dict[tuple[str, str], tuple[RegisteredHook, str]] = {}
+    for file in around.files:
+        for hook in filter(RegisteredHook.names_script, file.hooks()):
+            found.setdefault((hook.event, hook.command), (hook, file.path))
+    return list(found.values())
+
+
+def check_hooks(
+    around: Surroundings, version: str, run_all: bool
+) -> Iterator[tuple[bool | None, str]]:
+    """Whether each event runs the script, and once; each such command is run."""
+    plugin, found = around.plugin_in(), hooks_of_ours(around)
+    for event in dict.fromkeys([*EVENTS, *(hook.event for hook, _ in found)]):
+        ours = [pair for pair in found if pair[0].event == event]
+        for hook, path in ours:
+            yield try_hook(hook, path, around, run_all)
+        by = [shown(path) for _, path in ours]
+        if plugin and event in EVENTS:
+            by.append(f"the plugin ({shown(plugin)})")
+        both = f"{event} by {' and '.join(by)}"
+        if not by and (event != "StopFailure" or not is_too_old(version)):
+            yield False, f"no hook for {event}: run `install`"
+        elif len(by) > 1 and any(URL_NAME in hook.command for hook, _ in ours):
+            yield None, f"{both}, to two URLs: each is told the whole"
+        elif len(by) > 1:
+            yield False, f"{both}: take one out, for each sends a ping"
+        elif not ours:
+            yield True, both
+
+
+def try_hook(
+    hook: RegisteredHook, path: str, around: Surroundings, run_all: bool
+) -> tuple[bool, str]:
+    """Run a hook's command; whether a ping of this version arrived."""
+    import tempfile
+
+    name = f"{hook.event} by {shown(path)}"
+    known = path in [file.path for file in around.theirs()]
+    known = known or hook.command == hook_command(hook.event)
+    if not run_all and ("TELEMHQ_" in hook.command or not known):
+        return False, f"{name} was not tried, for what it may do: `doctor --run-all`"
+    git_bash = os.environ.get("CLAUDE_CODE_GIT_BASH_PATH") or GIT_BASH
+    shell = "/bin/sh" if os.name == "posix" else git_bash
+    event = {"hook_event_name": hook.event, "session_id": "x", "cwd": os.getcwd()}
+    for debug in ("0", "1"):  # again when it failed without a word
+        environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": debug}
+        with tempfile.TemporaryDirectory() as place:
+            said, ping, times = play([shell, "-c", hook.command], event, environ, place)
+        if ping or said:
+            break
+    lines, remedy = said.strip().splitlines() or [""], "run `install`, or mend it"
+    if not ping:
+        why = lines[-1].rpartition("skipped: ")[2] or "nothing"
+        return False, f"{name} sends nothing and says `{why}`: {remedy}"
+    if said:  # which Claude Code shows to its user, or to the model
+        return False, f"{name} prints `{lines[0]}`: {remedy}"
+    if ping.get("hook_version") != __version__:
+        other = f"{name} is version {ping.get('hook_version')}"
+        return False, f"{other}: `install` makes it {__version__}"
+    return True, f"{name}: arrived at doctor's own receiver, {times}"
+
+
+def check_bytecode(script: str) -> Iterator[tuple[bool | None, str]]:
+    """Whether what Python has cached of the installed script is made of it."""
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import cache_from_source
+
+    cached, loader = cache_from_source(script), SourceFileLoader("", script)
+    if not (os.path.exists(cached) and os.path.exists(script)):
+        return
+    problem = unsound(os.path.dirname(cached))
+    try:
+        made = loader.source_to_code(loader.get_data(script), script)
+        if loader.get_code("") != made:
+            problem = "is not made of the script"
+    except (EOFError, ValueError, TypeError):
+        problem = "is damaged"
+    if problem:
+        yield False, f"{shown(cached)} {problem}: remove it, Python makes it anew"
+
+
+def check_variables(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
+    """Whether each variable is understood; where the URL is, what a ping will say."""
+    settings, documented = around.settings, f"{__doc__} {OTLP.variables}"
+    for problem in settings.ignored:
+        yield False, problem
+    for name in sorted(settings.environ):
+        test = name.startswith("TELEMHQ_TEST_")  # this project's own
+        if name.startswith("TELEMHQ_") and name not in documented and not test:
+            yield False, f"{name} is no variable of this script: see --help"
+    source = shown(around.sources.get(URL_NAME) or "the shell's environment")
+    if settings.url:
+        yield None, f"{URL_NAME} is from {source}"
+    elif URL_NAME in settings.environ:
+        yield None, f"switched off here: {URL_NAME} is empty in {source}"
+    elif is_kept_by_client(around):
+        yield None, "Claude Code keeps the plugin's URL; it is not tried here"
+    project = project_of({"cwd": os.getcwd()}, settings)
+    yield None, f"pings from this directory say project {project}"
+
+
+def check_trackers(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
+    """Whether the trackers are set up, and answer to what records nothing."""
+    settings = around.settings
+    trackers, problems = find_trackers(settings, read_secret)
+    unset = is_kept_by_client(around) or settings.environ.get(URL_NAME) == ""
+    for problem in problems:
+        if not (unset and URL_NAME in problem):
+            yield False, problem
+    for tracker in trackers:
+        name = f"{tracker.kind} at {origin(tracker.url)}"
+        what = refusal(tracker, settings.timeout_s)
+        if what:
+            yield False, f"{name}: {in_words(what, tracker.kind)}"
+        else:
+            yield True, f"{name} answers; only `doctor --send` proves the token"
+        if tracker.idle:
+            yield None, f"{tracker.kind} gets nothing here: {tracker.idle}"
+
+
+def refusal(tracker: Tracker, timeout_s: float) -> str:
+    """What a tracker answers, within a sender's deadline, to what records nothing; ""
+    when that is good."""
+    import threading
+
+    try:
+        question, opener = tracker.check(), make_opener(tracker.url)
+    except Skipped as why:
+        return str(why)
+    answers: list[Answer] = []
+
+    def ask_it() -> None:
+        answers.append(post(opener, question, timeout_s))
+
+    thread = threading.Thread(target=ask_it, daemon=True)
+    thread.start()
+    thread.join(DEADLINE * timeout_s)
+    answer = answers[0] if answers else Answer(RETRY, "no whole answer in time")
+    got = question.body is None and answer.what in ("HTTP 400", "HTTP 405", "HTTP 422")
+    return "" if got or answer.verdict == DELIVERED else answer.what
+
+
+def obstacle(outbox: Outbox) -> str:
+    """What keeps hooks from an outbox, "" when nothing does. It writes a file there, or
+    where the directory would be made, and locks it, as hooks do; nothing stays."""
+    import errno
+
+    path = outbox.path("outbox")
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    trial = os.path.join(path, ".doctor")
+    try:
+        outbox.need_sound()
+        write_file(trial, b" " * PING_MAX_BYTES)
+        if os.name == "posix":
+            import fcntl
+
+            with open(trial, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except Skipped as error:
+        return shown(str(error).partition(";")[0])
+    except OSError as error:
+        no_locks = error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
+        what = "has no locks, so that pings go twice" if no_locks else "is not writable"
+        return f"{shown(path)} {what} ({error.strerror})"
+    finally:
+        remove(trial)
+    return ""
+
+
+def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
+    """Whether hooks can write, how delivery goes, what waits for other URLs."""
+    settings, kept = around.settings, outboxes(around.settings.state_dir)
+    trackers = find_trackers(settings, read_secret)[0]
+    ours = [outbox_of(settings, tracker) for tracker in trackers]
+    if is_kept_by_client(around):
+        ours += [outbox for outbox in kept if outbox.kind() == TelemHQ.kind]
+    nowhere = Outbox(os.path.join(settings.state_dir or "", "none"))
+    problems = list(filter(None, map(obstacle, ours or [nowhere])))
+    for problem in problems:
+        yield False, f"{problem}: {ELSEWHERE}"
+    if not problems:
+        yield True, f"hooks can write to {shown(settings.state_dir or '')}"
+    for outbox in ours:
+        yield from check_delivery(outbox)
+    for outbox in kept:
+        known = outbox.name() in [other.name() for other in ours]
+        if not known and outbox.waiting():
+            yield None, f"for another URL {what_waits(outbox)} (`flush --adopt`)"
+
+
+def check_delivery(outbox: Outbox) -> Iterator[tuple[bool | None, str]]:
+    """How delivery from an outbox goes."""
+    kind, state, now = outbox.kind(), outbox.state(), time.time()
+    backoff_s = state.backoff_left_s(now)
+    old = [n for n in outbox.waiting()[:1] if now - PingName(n).ns / 1e9 > WAIT_OLD_S]
+    late = bool(backoff_s or old)
+    remedy = ": `flush` sends now" if late else ""
+    yield not late, f"{kind}: {what_waits(outbox)}{remedy}"
+    if backoff_s:
+        why = in_words(state.problem, kind)
+        yield False, f"{kind}: the next try is in {span(backoff_s)}, for {why}"
+    done = state.delivered_at
+    when = f"{span(now - done)} ago" if done else "none yet"
+    yield bool(done) or None, f"{kind}: last delivery: {when}"
+    for reason, count in sorted(state.losses.items()):
+        what = reason.rpartition("refused: ")[2]
+        why = in_words(what, kind) if what.startswith("HTTP") else reason
+        yield False, f"{kind}: {count} lost, {why}; `doctor --clear` when you saw it"
+    pings = [line["ping"] for line in deliveries(outbox)[-LAST_PINGS:]]
+    short = [ping for ping in pings if ping.get("usage_complete") is False]
+    if short:
+        text = f"{kind}: {len(short)} of the last {counted(len(pings), 'ping')} said"
+        yield None, f"{text} usage_complete: false, {why_incomplete(short)}"
+
+
+def why_incomplete(pings: list[Fields]) -> str:
+    """Why pings lack tokens, most likely."""
+    ends = [ping for ping in pings if ping.get("event") == "SessionEnd"]
+    if not any("total_tokens" in ping for ping in pings):
+        return "no transcript or account was read"
+    if 2 * len(ends) > len(pings):
+        return "this Claude Code tells no cost (-p)"
+    return "an answer came late, the next has it"
+
+
+def send_test(settings: Settings) -> Iterator[tuple[bool | None, str]]:
+    """Send a ping that is marked as a test, the way that every ping goes."""
+    event, ns = {"hook_event_name": "Test", "cwd": os.getcwd()}, time.time_ns()
+    ping = make_ping(event, settings, project_of(event, settings), ns, 0)
+    for tracker in destinations(settings, print):
+        kind, outbox = tracker.kind, outbox_of(settings, tracker)
+        if not tracker.wants(ping):
+            yield None, f"{kind} takes no test"
+            continue
+        name = enqueue(outbox, tracker, ns, ping, {})
+        tell = flush_outbox(outbox, tracker, settings)
+        if name in outbox.waiting():
+            yield False, f"{kind} did not take the test, {in_words(tell.what, kind)}"
+        elif os.path.exists(outbox.path("refused", name)):
+            yield False, f"{kind} refused the test: `doctor` says why"
+        else:
+            yield True, f"{kind} has taken the test {ping['event_id']}"
+
+
+def add_doctor_arguments(parser: ArgumentParser) -> None:
+    """The options of doctor."""
+    for name, told in (
+        ("--send", "send one real ping, with the event Test: that proves the token"),
+        ("--clear", "forget the losses that you have seen"),
+        ("--run-all", "also run what may be a stranger's command, say a project's"),
+    ):
+        parser.add_argument(name, action="store_true", help=told)
+
+
+def doctor(options: Namespace) -> int:
+    """check all that lies between an event and the tracker, and say what to do"""
+    around = Surroundings()
+    for outbox in outboxes(around.settings.state_dir) if options.clear else ():
+        lock = wait_for_lock(outbox, time.monotonic() + LIFE_S)
+        state = outbox.state()
+        state.losses = {}
+        state.save()
+        lock.release()
+    return 0 if run_checks(around, options.send, options.run_all) else 1
+
+
+# -- Commands: install -----------------------------------------------------------------
+
+BACKUP = ".telemhq-backup"  # added to the name of a file that install replaces
 TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins with it
 
 
-def client_version() -> str:
-    """What `claude --version` says, such as 2.1.329; "" when no client was found."""
-    import re
-    import shutil
-    import subprocess
-
-    home = os.path.expanduser("~")
-    places = [os.path.join(home, *names) for names in CLIENT_PLACES]
-    search = os.pathsep.join([os.environ.get("PATH", ""), *places])
-    client = shutil.which("claude", path=search)
-    if not client:
-        return ""
-    try:
-        said = subprocess.run(
-            [client, "--version"],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "DISABLE_AUTOUPDATER": "1"},
-            timeout=CLIENT_ANSWERS_S,
-            check=False,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    match = re.search(rb"\d+\.\d+\.\d+", said)
-    return match.group().decode() if match else ""
-
-
-def is_too_old(version: str) -> bool:
-    """Whether this client (its version, "" unknown) knows no StopFailure."""
-    numbers = tuple(int(part) for part in version.split(".")) if version else ()
-    return bool(numbers) and numbers < OLDEST_CLIENT
-
-
-def shell_quoted(path: str) -> str:
-    """A path as one word for a shell; on Windows that is Git Bash."""
-    import shlex
-
-    return shlex.quote(path.replace("\\", "/") if os.name == "nt" else path)
-
-
-def own_interpreter() -> str:
-    """The Python that runs this: not a virtual environment's, which comes and goes, but
-    the one behind it."""
-    if sys.prefix == sys.base_prefix:
-        return sys.executable
-    major, minor = sys.version_info[:2]
-    behind = os.path.join(sys.base_prefix, "bin", f"python{major}.{minor}")
-    if os.name == "nt":
-        behind = os.path.join(sys.base_prefix, "python.exe")
-    elif not os.path.exists(behind):  # PyPy has other names
-        behind = os.path.realpath(sys.executable)
-    return behind if os.path.exists(behind) else sys.executable
-
-
-def names_release(path: str) -> bool:
-    """Whether a path holds a full version, as pyenv's and Homebrew's do: an upgrade
-    removes it."""
-    import re
-
-    return re.search(r"\d+\.\d+\.\d+", path) is not None
-
-
-def interpreter() -> str:
-    """The Python to name in settings: this one, by a path that outlives its upgrade
-    where there is such a path."""
-    import shutil
-
-    own = own_interpreter()
-    if not names_release(own):
-        return own
-    major, minor = sys.version_info[:2]
-    places = [os.environ.get("PATH", ""), "/opt/homebrew/bin", "/usr/local/bin"]
-    for name in (f"python{major}.{minor}", "python3"):
-        found = shutil.which(name, path=os.pathsep.join(places))
-        stable = found and os.path.isabs(found) and not names_release(found)
-        if found and stable and os.path.realpath(found) == os.path.realpath(own):
-            return found
-    return own
-
-
-def hook_command(event: str) -> str:
-    """The command for settings. It imports the script from its own directory; when that
-    fails (bytecode that a crash has cut off, a Python that an upgrade has removed), it
-    runs it. It never ends with 2, which Claude Code takes for a veto."""
-    python = shell_quoted(interpreter())
-    other = "python3" if names_release(python) else python
-    directory, script = shell_quoted(hooks_dir()), shell_quoted(installed_script())
-    imported = f"cd {directory} && {python} -ESc '{IMPORT}'"
-    trap = IGNORE_TERM if event == "StopFailure" else ""
-    return f"{trap}{imported} || {other} -I -S {script} || true"
-
-
-def with_ours(
-    content: Fields, url: str | None, tools: bool, client: str = ""
-) -> Fields:
+def with_ours(content: Fields, url: object, tools: bool, client: str = "") -> Fields:
     """Settings with our hooks, and with the ping URL unless it is None. client: its
-    version; StopFailure is left out, or taken out, where it would do harm."""
+    version; StopFailure is left out where it would do harm."""
     import copy
 
-    content = copy.deepcopy(content)
+    content, events = copy.deepcopy(content), [*EVENTS, *(TOOL_EVENTS if tools else ())]
     if url is not None:
         content.setdefault("env", {})[URL_NAME] = url
     if is_too_old(client):
-        take_out(content, [hook for hook in hooks_of(content) if is_harmful(hook)])
+        events.remove("StopFailure")
     there = [hook.event for hook in hooks_of(content) if hook.names_script()]
-    for event in [*EVENTS, *TOOL_EVENTS] if tools else EVENTS:
-        if event in there or (event == "StopFailure" and is_too_old(client)):
-            continue
+    for event in [event for event in events if event not in there]:
         group: Fields = {"matcher": TOOLS} if event in TOOL_EVENTS else {}
         group["hooks"] = [{"type": "command", "command": SCRIPT}]
         content.setdefault("hooks", {}).setdefault(event, []).append(group)
     for hook in hooks_of(content):
         if hook.is_ours():
-            command = hook_command(hook.event)
-            hook.entry.update(command=command, timeout=HOOK_TIMEOUT_S)
+            ours = hook_command(hook.event)
+            hook.entry.update(command=ours, timeout=HOOK_TIMEOUT_S)
     return content
 
 
-def is_harmful(hook: RegisteredHook) -> bool:
-    """Whether it is ours, for an event that older clients than OLDEST_CLIENT stumble
-    on."""
-    return hook.event == "StopFailure" and hook.is_ours()
+def print_changes(before: str, after: str) -> None:
+    """Print the lines that go and those that come; of our URL no more than its host."""
+    import difflib
+    import re
+
+    def hidden(match: re.Match[str]) -> str:
+        return match.group(1) + masked(match.group(2))
+
+    old, new = ([s.rstrip(",") for s in t.splitlines()] for t in (before, after))
+    for line in difflib.unified_diff(old, new, n=0, lineterm=""):
+        if line[0] in "+-" and line.strip() not in ("+++", "---"):
+            print(" ", re.sub(rf'("{URL_NAME}"\s*:\s*")([^"]*)', hidden, line))
 
 
-def take_out(content: Fields, hooks: list[RegisteredHook]) -> None:
-    """Remove hooks from settings, and what that leaves empty."""
-    for hook in hooks:
-        hook.group["hooks"].remove(hook.entry)
-    groups_of = content.get("hooks", {})
-    for event in {hook.event for hook in hooks}:
-        groups_of[event] = [group for group in groups_of[event] if group["hooks"]]
-        if not groups_of[event]:
-            del groups_of[event]
-    if hooks and not groups_of:
-        del content["hooks"]
-
-
-def unfilled(url: str) -> str:
-    """Why a ping URL is a form that was not filled in, or ""."""
+def unusable(url: str, settings: Settings) -> str:
+    """Why pings cannot go to that URL, or "". A form that was not filled in is none."""
     if "<" in url or ">" in url:
         return "<token> stands for your tracker's own: copy its whole URL"
-    _, found, rest = url.partition("://")
-    path = rest.partition("/")[2].split("?")[0]
-    if found and path.strip("/") in ("", "ping"):
-        return f"{URL_NAME} has no token: copy the whole URL of your tracker"
-    return ""
+    try:
+        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
+    except Skipped as why:
+        return str(why)
+    path = url.partition("://")[2].partition("/")[2].split("?")[0]
+    missing = f"{URL_NAME} has no token: copy the whole URL of your tracker"
+    return missing if path.strip("/") in ("", "ping") else ""
 
 
-def ask_for_url() -> str | None:
+def ask_for_url(settings: Settings) -> str | None:
     """The ping URL that a person types, unseen; None when it is none."""
     import getpass
 
     print("The URL of your tracker looks like https://telemhq.com/ping/<token>.")
+    while True:
+        url = getpass.getpass("Ping URL (not shown; Enter to go on without): ").strip()
+        problem = url and unusable(url, settings)
+        if not problem:
+            return url or None
+        print(f"{problem}.")
+
+
+def settings_to_change(project: str | None) -> SettingsFile:
+    """The settings file of the user, or of a project (a directory; OSError: none);
+    Skipped when it cannot be changed without harm."""
+    path = os.path.join(config_dir(), "settings.json")
+    if project:
+        os.listdir(project)
+        path = project_settings(os.path.abspath(project))[1]
+    file = SettingsFile(path)
+    problem = file.problem and f"it is no settings file: {file.problem}"
+    if file.raw is not None and not os.stat(file.real).st_mode & stat.S_IWUSR:
+        problem = "it is read-only"
+    if problem:
+        raise Skipped(f"{shown(path)} is left as it is: {problem}")
+    return file
+
+
+def save(path: str, content: bytes, mode: int) -> None:
+    """Make a file hold `content`; Skipped names one that cannot be written."""
     try:
-        url = getpass.getpass("Ping URL (not shown; Enter to go on without): ")
-    except EOFError:
-        return None
-    return url.strip() or None
+        write_file(path, content, make_directory=True)
+        os.chmod(path, mode)
+    except OSError as error:  # a full disk has no path in it
+        raise Skipped(f"{shown(path)}: {error.strerror}") from error
 
 
-class ScriptFile:
-    """The script where install puts it. raw: what is there, None: nothing."""
+def remove_if_empty(*directories: str) -> None:
+    """Remove directories with nothing in them; any other stays."""
+    for directory in directories:
+        try:
+            os.rmdir(directory)
+        except OSError:
+            continue
+
+
+class Script:
+    """The script where install puts it. raw: what is there, b"": nothing. foreign:
+    whether that is another's. kept: where such a one is kept."""
 
     def __init__(self) -> None:
-        self.path = installed_script()
-        self.real = os.path.realpath(self.path)
-        self.raw: bytes | None = None
-        try:
-            self.raw = read_file(self.real, FILE_MAX_BYTES)
-        except FileNotFoundError:
-            pass
-
-    def is_ours(self) -> bool:
-        """Whether what is there is this script, in whatever version."""
-        return self.raw is not None and TITLE in self.raw[:1000]
-
-    def version(self) -> str:
-        """Its version, for a person."""
-        import re
-
-        match = re.search(rb'\n__version__ = "([\w.]+)"', self.raw or b"")
-        return match.group(1).decode() if match else "unknown"
-
-    def bytecode_dir(self) -> str:
-        """Where Python caches its bytecode."""
-        return os.path.join(os.path.dirname(self.path), "__pycache__")
-
-    def remove_bytecode(self) -> None:
-        """Remove what Pythons have cached of it."""
-        import glob
-
-        stem = os.path.splitext(SCRIPT)[0]
-        pattern = os.path.join(glob.escape(self.bytecode_dir()), stem + ".*.pyc")
-        for path in glob.glob(pattern):
-            remove(path)
+        self.path, self.raw = installed_script(), b""
+        self.kept = self.path + BACKUP
+        if os.path.exists(self.path):
+            self.raw = read_file(os.path.realpath(self.path), FILE_MAX_BYTES)
+        self.foreign = self.raw != b"" and TITLE not in self.raw[:1000]
 
     def write(self, source: bytes) -> None:
-        """Put `source` there. Python takes cached bytecode for that of any source of
-        the same size and second: a changed file gets another second. And under a umask
-        of 000 it would let everybody write it: so its directory is made here."""
+        """Put `source` there."""
+        if self.foreign:
+            os.replace(self.path, self.kept)
         if self.raw != source:
-            old = os.stat(self.real).st_mtime if os.path.exists(self.real) else 0.0
-            write_file(self.real, source, make_directory=True)
-            written = max(time.time(), old + 1)
-            os.utime(self.real, (written, written))
-        os.chmod(self.real, 0o700)
-        self.remove_bytecode()
-        if not os.path.isdir(self.bytecode_dir()):
-            os.mkdir(self.bytecode_dir())
-            os.chmod(self.bytecode_dir(), 0o755)
+            save(self.path, source, 0o700)
+
+    def remove(self) -> None:
+        """The inverse of write()."""
+        import glob
+
+        if os.path.lexists(self.kept):
+            os.replace(self.kept, self.path)
+        elif not self.foreign:
+            remove(self.path)
+        cache = os.path.join(hooks_dir(), "__pycache__")
+        for path in glob.glob(os.path.join(glob.escape(cache), SCRIPT[:-3] + ".*.pyc")):
+            remove(path)
+        remove_if_empty(cache, hooks_dir(), config_dir())
 
 
-class InstallPlan:
-    """What install will do. file: the settings file; new: the bytes that it will hold;
-    url: the ping URL to write, None to leave it; script: what stands in its place."""
+class Installation:
+    """What install is about to do. file: the settings file; text: what it will hold.
+    backup: where it is kept as it was, "": install has been here before."""
 
     def __init__(self, options: Namespace, url: str | None) -> None:
-        self.url = url
-        self.file = SettingsFile(settings_path(options.project))
-        self.file.need_editable()
-        self.client = client_version()
+        self.script, self.file = Script(), settings_to_change(options.project)
         self.source = read_file(this_script(), FILE_MAX_BYTES)
-        self.script = ScriptFile()
-        before = self.file.content
-        self.content = with_ours(before, url, options.tools, self.client)
-        self.new = self.file.raw or b""
-        if self.content != before:
-            self.new = self.file.encode(self.content)
+        self.client, file = client_version(), self.file
+        content = with_ours(file.content, url, options.tools, self.client)
+        self.text, self.changes = file.retold(content), content != file.content
+        again = any(hook.is_ours() and IMPORT in hook.command for hook in file.hooks())
+        keeps = self.changes and file.raw is not None and not again
+        self.backup = file.real + BACKUP if keeps else ""
+        self.done = self.script.raw == self.source and not self.changes
 
-    def is_done(self) -> bool:
-        """Whether all stands there already."""
-        return self.content == self.file.content and self.script.raw == self.source
-
-    def show(self) -> None:
-        """Print what will change."""
-        mask = Mask(self.file.content, self.content)
-        print_diff(self.file.path, self.file.raw or b"", self.new, mask)
-        if self.script.raw is not None and self.script.raw != self.source:
-            what = (
-                "a script that is not this one; it is kept, and uninstall puts it back"
-            )
-            if self.script.is_ours():
-                what = f"version {self.script.version()} of this script"
-            print(f"{self.script.path} is replaced: it is {what}.")
+    def show(self, plugin: str) -> None:
+        """Say what will change. plugin: the file that enables the plugin, or ""."""
+        script, file = shown(self.script.path), self.file
+        if self.script.foreign:
+            print(f"{script} will be replaced: it is another script. Until uninstall")
+            print(f"  puts it back it is kept as {shown(self.script.kept)}")
+        elif self.script.raw != self.source:
+            print(f"{script} will be this script, version {__version__}.")
+        if self.changes:
+            print(f"{shown(file.path)} will change:")
+            print_changes(file.text if file.raw else "", self.text)
+        if self.changes and os.path.islink(file.path):
+            print(f"It is a link: what changes is {shown(file.real)}")
+        if self.backup:
+            print(f"As it is now it is kept as {shown(self.backup)}")
+        open_to_all = file.raw is not None and os.stat(file.real).st_mode & 0o044
+        if open_to_all and os.name == "posix" and URL_NAME in self.text:
+            print("Others can read it, and the URL in it is a secret:")
+            print(f"  chmod 600 {shown(file.real)}")
         if is_too_old(self.client):
             old = f"Claude Code {self.client} ignores settings that name StopFailure"
             print(f"{old} ({OLDEST_CLIENT_TEXT} does not): it is left out.")
-        elif not self.client:
-            least = f"Claude Code {OLDEST_CLIENT_TEXT} or newer"
-            print(f"No claude command was found; this is for {least}.")
+        if plugin:
+            print(f"The plugin is enabled in {shown(plugin)}: with both, each event is")
+            print(f"  told twice. To remove it: claude plugin uninstall {PLUGIN}")
+        if self.done:
+            print("All is there already.")
 
     def carry_out(self) -> None:
-        """Change the files; first note how that is undone."""
-        record = InstallRecord()
-        record.will_make(self.script.real)
-        record.will_make(record.path)
-        if self.script.raw is not None and not self.script.is_ours():
-            record.kept = self.script.real + time.strftime(".%Y%m%d-%H%M%S.bak")
-        record.script = sha256_hex(self.source)
-        if self.content != self.file.content:
-            record.changes(self.file, self.new)
-        record.save()
-        if record.kept and not os.path.lexists(record.kept):
-            os.rename(self.script.real, record.kept)
-        if self.content != self.file.content:
-            self.file.write(self.new)
-        self.script.write(self.source)
+        """Write the files, settings last. When that fails, it is as if never begun."""
+        try:
+            self.script.write(self.source)
+            if self.backup:
+                save(self.backup, self.file.raw or b"", 0o600)
+            if self.changes:
+                self.file.write(self.text)
+        except BaseException:
+            if self.backup:
+                remove(self.backup)
+            if self.script.foreign or not self.script.raw:
+                self.script.remove()
+            raise
 
 
-def git_says(directory: str, *arguments: str) -> tuple[int, str]:
-    """(exit status, output) of git in a directory; 128 without git or a repository."""
-    import subprocess
+def install(options: Namespace) -> int:
+    """put the script into ~/.claude/hooks and register it in settings.json"""
+    around, asks = Surroundings(), at_a_terminal() and not options.yes
+    settings, url = around.settings, options.url
+    if not (asks or options.yes or options.dry_run):
+        raise Skipped("without a terminal install needs --yes, or --dry-run")
+    if url is not None and unusable(url, settings):
+        raise Skipped(unusable(url, settings))
+    unknown = url is None and not settings.url and TelemHQ.kind in settings.destinations
+    if unknown and asks and not options.dry_run:
+        url = ask_for_url(settings)
+    plan = Installation(options, url)
+    plan.show(around.plugin_in())
+    if options.dry_run:
+        print("Nothing was changed.")
+        return 0
+    if not plan.done:
+        if asks and not ask("Write this?"):
+            raise Skipped("nothing was changed")
+        plan.carry_out()
+        print("Installed. Sessions that run already must be started anew.")
+    around, send = Surroundings(), bool(options.send)
+    if asks and not send and find_trackers(around.settings, read_secret)[0]:
+        send = ask("Send one real test ping, too? Nothing else proves the token.")
+    return 0 if run_checks(around, send) else 1
 
-    try:
-        ended = subprocess.run(
-            ["git", "-C", directory, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-    except OSError:
-        return 128, ""
-    return ended.returncode, ended.stdout.decode("utf-8", "replace").strip()
 
-
-def tell_where_token_is(file: SettingsFile) -> None:
-    """Say where the token ended up, when somebody could see it there."""
-    if file.real != os.path.abspath(file.path):
-        print(f"{file.path} is a link: the URL, with its token, is in {file.real}.")
-    directory, name = os.path.split(file.real)
-    if git_says(directory, "check-ignore", "-q", name)[0] != 1:
-        return  # ignored, or no repository
-    exclude = git_says(directory, "rev-parse", "--git-path", "info/exclude")[1]
-    exclude = os.path.normpath(os.path.join(directory, exclude))
-    inside = git_says(directory, "rev-parse", "--show-prefix")[1] + name
-    print(f"Git does not ignore {file.real}, which holds the URL with its token:")
-    print(f"  echo {shell_quoted('/' + inside)} >> {shell_quoted(exclude)}")
+def add_install_arguments(parser: ArgumentParser) -> None:
+    """The options of install."""
+    for name, said in (
+        ("--tools", f"register tool activity, too: {TOOLS}"),
+        ("--dry-run", "show what would change, and change nothing"),
+        ("--send", "send one real ping at the end, with the event Test"),
+        ("--yes", "ask nothing"),
+    ):
+        parser.add_argument(name, action="store_true", help=said)
+    parser.add_argument("--url", help="the ping URL, to be kept in settings.json")
+    project = "in that project's settings.local.json, instead of yours"
+    parser.add_argument("--project", metavar="DIR", help=project)
 
 
 # -- Commands: uninstall ---------------------------------------------------------------
@@ -4182,166 +4428,130 @@ def without_ours(content: Fields, before: Fields) -> Fields:
     import copy
 
     content = copy.deepcopy(content)
-    env = content.get("env", {})
-    env.pop(URL_NAME, None)
-    if URL_NAME in before.get("env", {}):
+    env, hooks = content.get("env", {}), content.get("hooks", {})
+    if env.pop(URL_NAME, None) is not None and URL_NAME in before.get("env", {}):
         env[URL_NAME] = before["env"][URL_NAME]
-    if "env" in content and not env:
-        del content["env"]
     theirs = [hook for hook in hooks_of(before) if hook.is_ours()]
-    ours = []
-    for hook in hooks_of(content):
-        if not hook.is_ours():
-            continue
-        same = [other for other in theirs if other.event == hook.event]
-        if same:
-            hook.entry.clear()
-            hook.entry.update(same[0].entry)
-            theirs.remove(same[0])
+    for hook in [hook for hook in hooks_of(content) if hook.is_ours()]:
+        former = [other for other in theirs if other.event == hook.event]
+        hook.entry.clear()
+        if former:
+            hook.entry.update(former[0].entry)
+            theirs.remove(former[0])
         else:
-            ours.append(hook)
-    take_out(content, ours)
-    return content
+            hook.group["hooks"].remove(hook.entry)
+    for event in list(hooks):
+        hooks[event] = [group for group in hooks[event] if group["hooks"]]
+        if not hooks[event]:
+            del hooks[event]
+    return {k: v for k, v in content.items() if v != {} or k not in ("hooks", "env")}
 
 
-def restored(file: SettingsFile, record: InstallRecord) -> bytes | None:
-    """What a settings file must hold without install; None: there was none."""
-    backups = record.backups(file)
-    entry = record.settings.get(file.real, {})
-    if backups and record.is_as_written(file):
-        first = backups[0]
-        if record.kept or not any(hook.is_ours() for hook in first.hooks()):
-            return first.raw  # nobody else has changed it
-    before = backups[0].content if backups and record.kept else {}
-    after = without_ours(file.content, before)
-    for backup in backups:
-        theirs = not any(hook.is_ours() for hook in backup.hooks())
-        if theirs and without_ours(backup.content, before) == after:
-            return backup.raw
-    return file.encode(after) if after or not entry.get("made") else None
-
-
-def restore(file: SettingsFile, record: InstallRecord) -> bool:
-    """Take ours out of a settings file; whether there was anything. Our backups go, for
-    they may hold ping URLs."""
-    if not (URL_NAME in file.env() or any(hook.is_ours() for hook in file.hooks())):
-        return False
-    file.need_editable()
-    new, backups = restored(file, record), record.backups(file)
-    print_diff(file.path, file.raw or b"", new or b"", Mask(file.content))
-    if new is None:
-        os.unlink(file.real)
-    else:
-        file.write(new)
-    for backup in backups:
-        os.unlink(backup.path)
-    record.settings.pop(file.real, None)
-    return True
-
-
-def known_projects() -> list[str]:
-    """The directories in which Claude Code has run, from its own .claude.json."""
-    path = os.path.join(os.path.expanduser("~"), ".claude.json")
-    if os.environ.get("CLAUDE_CONFIG_DIR"):
-        path = os.path.join(config_dir(), ".claude.json")
-    try:
-        projects = read_object(path, 4 * FILE_MAX_BYTES).get("projects")
-    except (OSError, ValueError):
-        return []
-    return list(projects) if isinstance(projects, dict) else []
-
-
-def others_that_name_script(record: InstallRecord) -> list[str]:
-    """Paths of settings files that still name the script that install has put there."""
-    paths = [file.path for file in Surroundings().files] + list(record.settings)
-    for project in known_projects():
-        paths += project_settings(project)
-    named: dict[str, str] = {}
-    for path in paths:
-        file = SettingsFile(path)
-        theirs = record.kept and file.real not in record.settings
-        if file.names_script() and not theirs:  # but the one from before install
-            named.setdefault(file.real, path)
-    return list(named.values())
-
-
-def remove_script(record: InstallRecord) -> None:
-    """Remove the script and its bytecode; the one from before install comes back. (A
-    link to somebody's checkout: the link goes, not what it leads to.)"""
-    script = ScriptFile()
-    ours = script.is_ours() or sha256_hex(script.raw or b"") == record.script
-    if script.raw is not None and not ours:
-        print(f"{script.path} is not this script: it stays.")
-    elif os.path.isfile(record.kept):
-        os.replace(record.kept, script.real)
-        print(f"{script.path} is again the script from before install.")
-    elif script.raw is not None:
-        remove(script.path)
-    script.remove_bytecode()
-    remove_if_empty(script.bytecode_dir())
-    record.script = record.kept = ""
-
-
-def remove_state(state_dir: str | None) -> None:
-    """Remove all that is kept of each destination, after a sender at work is done."""
-    import shutil
-
-    for outbox in outboxes(state_dir):
-        wait_for_lock(outbox, time.monotonic() + LIFE_S).release()
-        shutil.rmtree(outbox.directory)
-
-
-def need_no_loss(kept: list[Outbox]) -> None:
-    """Skipped when pings wait that would be lost, and nobody says that they may be."""
+def state_in_words(kept: list[Outbox]) -> str:
+    """What goes with the state of destinations, for a person."""
     waiting = sum(len(outbox.waiting()) for outbox in kept)
-    if not waiting:
-        return
-    print(f"{counted(waiting, 'ping')} wait and would be lost; `flush` sends them.")
-    if not (at_a_terminal() and ask("Remove them?")):
-        raise Skipped("nothing was changed; with --yes they are removed")
+    sent = sum(len(deliveries(outbox)) for outbox in kept)
+    unsent = f"{counted(waiting, 'ping')} not sent yet"
+    unsent += " (`flush` sends)" if waiting else ""
+    return f"{unsent}, the record of {counted(sent, 'sent ping')} (--keep-state: stays)"
 
 
-def remove_rest(record: InstallRecord, state_dir: str | None, with_state: bool) -> None:
-    """Remove what no settings file needs any more: script, state, directories."""
-    remove_script(record)
-    if with_state:
-        remove_state(state_dir)
-    record.save()
-    if state_dir:
-        remove_if_empty(state_dir)
-    record.remove_directories()
+class Removal:
+    """What uninstall is about to do. file: the settings file. backup: of it, from
+    before install. still: other settings files that name the script, which stays then.
+    kept: destinations whose state goes. what: becomes of the settings, "": nothing."""
+
+    def __init__(self, options: Namespace, around: Surroundings) -> None:
+        self.script, self.file = Script(), settings_to_change(options.project)
+        if self.script.foreign:
+            where = shown(self.script.path)
+            raise Skipped(f"{where} is not this script; nothing was changed")
+        self.comes_back = os.path.lexists(self.script.kept)
+        self.state_dir, self.plugin = around.settings.state_dir, around.plugin_in()
+        others = [file for file in around.files if file.real != self.file.real]
+        self.still = [file.path for file in others if file.names_script()]
+        stays = options.keep_state or self.still or self.plugin
+        self.kept = [] if stays else outboxes(self.state_dir)
+        self.look_into_settings(self.file, SettingsFile(self.file.real + BACKUP))
+
+    def look_into_settings(self, file: SettingsFile, backup: SettingsFile) -> None:
+        """Find out what is to become of the settings file: the backup comes back when
+        the file is what install makes of it."""
+        ours = {hook.event for hook in file.hooks() if hook.is_ours()}
+        tools, url = bool(ours.intersection(TOOL_EVENTS)), file.env().get(URL_NAME)
+        was, now = (with_ours(each.content, url, tools) for each in (backup, file))
+        self.backup, self.exact = backup, backup.raw is not None and was == now
+        before = backup.content
+        if not self.comes_back:  # without a script theirs would be a veto
+            before = {"env": backup.env()}
+            self.exact &= not any(hook.is_ours() for hook in backup.hooks())
+        self.content = without_ours(file.content, before)
+        self.what = "our hooks and the ping URL" if ours or url else ""
+        if self.what and self.exact:
+            self.what = "it is again as it was before install"
+
+    def show(self) -> bool:
+        """Say what goes, and what stays; whether anything goes."""
+        goes = [f"{shown(self.file.path)}: {self.what}"] if self.what else []
+        if self.script.raw and not self.still:
+            back = ", and the one from before install comes back"
+            goes.append(shown(self.script.path) + (back if self.comes_back else ""))
+        if self.kept:
+            goes.append(f"{shown(self.state_dir or '')}: {state_in_words(self.kept)}")
+        print("\n  ".join(["This goes:", *goes]) if goes else "Nothing of it is here.")
+        for path in self.still:
+            print(f"{shown(path)} names the script, too: script and state stay.")
+        if self.plugin:
+            state = shown(self.state_dir or "")
+            print(
+                f"The plugin in {shown(self.plugin)} stays, with its state. To remove:"
+            )
+            print(f"  claude plugin uninstall {PLUGIN}; rm -r {state}")
+        return bool(goes)
+
+    def carry_out(self) -> None:
+        """First the settings, so that no command is there without its script."""
+        import shutil
+
+        if self.what and self.exact:
+            os.chmod(self.backup.path, stat.S_IMODE(os.stat(self.file.real).st_mode))
+            os.replace(self.backup.path, self.file.real)
+        elif self.what and (self.content or self.backup.raw is not None):
+            self.file.write(self.file.retold(self.content))
+        elif self.what:
+            os.unlink(self.file.real)
+        if self.what:  # it may hold a URL
+            remove(self.backup.path)
+        if not self.still:
+            self.script.remove()
+        for outbox in self.kept:
+            wait_for_lock(outbox, time.monotonic() + LIFE_S).release()
+            shutil.rmtree(outbox.directory)
+        project = os.path.dirname(self.file.path)
+        remove_if_empty(self.state_dir or "", project, config_dir())
 
 
 def uninstall(options: Namespace) -> int:
     """the inverse of install: settings as before, script and state removed"""
-    around, record, script = Surroundings(), InstallRecord(), ScriptFile()
-    kept, plugin = outboxes(around.settings.state_dir), around.plugin_in()
-    file = SettingsFile(settings_path(options.project))
-    file.need_editable()
-    if not options.yes:
-        need_no_loss(kept)
-    if script.raw is not None and not record.script and not script.is_ours():
-        raise Skipped(f"{script.path} is not this script; nothing was changed")
-    there = restore(file, record) or bool(record.script or kept) or script.is_ours()
-    record.remove_directories()
-    record.save()
-    still = others_that_name_script(record)
-    for path in still:
-        print(f"{path} still names the script: it stays, with its state.")
-        print("  `uninstall --project DIR` takes it out of a project's local settings.")
-    if not still:
-        remove_rest(record, around.settings.state_dir, with_state=not plugin)
-    if plugin:
-        print(f"The plugin is enabled in {plugin}; its state stays.")
-        print("  claude plugin uninstall telemhq-ping@telemhq-ping")
-    elif not still:
-        print("Removed." if there else "Nothing of it was installed here.")
+    removal = Removal(options, Surroundings())
+    if removal.show():
+        if not options.yes and not (at_a_terminal() and ask("Remove it?")):
+            raise Skipped("nothing was changed; with --yes it is removed")
+        removal.carry_out()
     return 0
 
 
-# -- Commands: a tracker of our own, on loopback ---------------------------------------
+def add_uninstall_arguments(parser: ArgumentParser) -> None:
+    """The options of uninstall."""
+    said = "leave what waits, and the record of what was sent"
+    parser.add_argument("--keep-state", action="store_true", help=said)
+    parser.add_argument("--yes", action="store_true", help="ask nothing")
+    project = "out of that project's settings.local.json, instead of yours"
+    parser.add_argument("--project", metavar="DIR", help=project)
 
-ARRIVES_S = 30.0  # a ping that has not come by then is lost
+
+# -- Commands: preview, demo -----------------------------------------------------------
+
 DEMO_MODEL = "claude-opus-5-5"
 SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
     "PostToolUseFailure": {
@@ -4350,1170 +4560,374 @@ SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
         "error": "Exit code 3\nno /home/you/acme/deploy.key",
         "duration_ms": 1250,
     },
-    "Stop": {
-        "last_assistant_message": "The password is hunter2.",
-        "stop_hook_active": False,
-    },
     "SessionEnd": {"reason": "prompt_input_exit"},
     "SessionStart": {"source": "startup", "model": DEMO_MODEL},
-    "PostToolUse": {
-        "tool_name": "Bash",
-        "tool_input": {"command": "cat notes"},
-        "tool_response": {"stdout": "hunter2"},
-        "duration_ms": 25,
-    },
-    "StopFailure": {
-        "error": "rate_limit",
-        "last_assistant_message": "API Error: 429",
-    },
+    "Stop": {"last_assistant_message": "The password is hunter2."},
+    "StopFailure": {"error": "rate_limit", "last_assistant_message": "API Error: 429"},
 }
+SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
+SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
+PLACEHOLDERS = {"HEADERS": "X-Token=sample"}  # by a variable's last word
+PLACEHOLDERS.update(
+    dict.fromkeys(("URL", "ENDPOINT", "SERVER"), "https://tracker.test")
+)
 
 
-def sample(name: str, transcript: str, cwd: str = "/home/you/acme") -> Fields:
+def sample(name: str, transcript: str) -> Fields:
     """A sample event."""
+    event: Fields = {"hook_event_name": name, "session_id": f"5e551011{'-0000' * 4}"}
     return {
-        "hook_event_name": name,
-        "session_id": "5e551011-0000-4000-8000-0000000000",
-        "cwd": cwd,
+        **event,
+        "cwd": "/home/you/acme",
         "transcript_path": transcript,
         **SAMPLES[name],
     }
 
 
-class Receiver:
-    """A tracker on loopback that says 200. arrived: a queue of (monotonic, ping)."""
-
-    def __init__(self) -> None:
-        import queue
-
-        self.arrived: Queue[tuple[float, Fields]] = queue.Queue()
-        self.server: HTTPServer | None = None
-        self.port = 0
-        self.start()
-        self.url = f"http://127.0.0.1:{self.port}/ping/sample"
-
-    def start(self) -> None:
-        """Listen, on the same port as before."""
-        import http.server
-        import json
-        import threading
-
-        arrived = self.arrived
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            """Takes pings."""
-
-            def do_POST(self) -> None:
-                """One ping."""
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                self.send_response(200)
-                self.end_headers()
-                arrived.put((time.monotonic(), json.loads(body)))
-
-            def log_message(self, *_: object) -> None:
-                """Nothing."""
-
-        self.server = http.server.HTTPServer(("127.0.0.1", self.port), Handler)
-        self.port = self.server.server_address[1]
-        serve = self.server.serve_forever
-        threading.Thread(target=serve, args=(LOOK_S / 10,), daemon=True).start()
-
-    def stop(self) -> None:
-        """Listen no more."""
-        if self.server is not None:
-            self.server.shutdown()
-            self.server.server_close()
-            self.server = None
-
-    def environ(self, directory: str) -> dict[str, str]:
-        """The variables for a hook that sends here, its state in `directory`."""
-        return {
-            "TELEMHQ_STATE_DIR": os.path.join(directory, "state"),
-            URL_NAME: self.url,
-            "TELEMHQ_DESTINATIONS": "telemhq",  # nobody else is to get samples
-        }
-
-
-def remove_tree(directory: str) -> None:
-    """Remove a directory; a sender that is still at work may put something there while
-    we do, and nothing once it is gone."""
-    import shutil
-
-    ends = time.monotonic() + ARRIVES_S
-    while os.path.isdir(directory) and time.monotonic() < ends:
-        shutil.rmtree(directory, ignore_errors=True)
-        time.sleep(LOOK_S / 10)
-
-
-def wait_for_end(state_dir: str) -> None:
-    """Wait until a sender has ended: it gives its lock back just before."""
-    for outbox in outboxes(state_dir):
-        wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
-    time.sleep(LOOK_S / 2)
-
-
-# -- Commands: doctor ------------------------------------------------------------------
-
-WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
-HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
-TRIAL_S = 10.0  # for its ping to arrive
-MEANINGS = (  # of an answer, by what it begins with
-    ("HTTP 402", "the tracker's account wants to be paid"),
-    ("HTTP 408", "it was slow; pings are kept and sent later"),
-    ("HTTP 40", "the token in {variable} is wrong or was revoked"),
-    ("HTTP 410", "the tracker was deleted"),
-    ("HTTP 42", "it has too much to do; pings are kept and sent later"),
-    ("HTTP 3", "it has moved; put its new address into {variable}"),
-    ("HTTP", "it has a problem of its own; pings are kept and sent later"),
-    (
-        "proxy: HTTP 407",
-        "the proxy wants a password: HTTPS_PROXY=http://USER:PASSWORD@…",
-    ),
-    ("proxy", "the proxy in HTTPS_PROXY refuses; NO_PROXY can name the tracker's host"),
-    ("TLS: WRONG_VERSION", "no TLS is spoken there: is https:// right, and the port?"),
-    ("TLS: HTTP_REQUEST", "no TLS is spoken there: is https:// right, and the port?"),
-    ("TLS", "the certificate is not trusted; SSL_CERT_FILE can name a company's own"),
-    ("this Python", "run `install` with a Python that has the module ssl"),
-    ("", "is {variable} right, is there a network, or a proxy for HTTPS_PROXY?"),
-)
-MACOS_CERTIFICATES = "run `Install Certificates.command` in your Python's folder"
-
-
-class Check:
-    """One line of doctor's. good: all is well; None: only told. text: what was looked
-    at and found. remedy: what to do when it is not well."""
-
-    def __init__(self, good: bool | None, text: str, remedy: str = "") -> None:
-        self.good, self.text, self.remedy = good, text, remedy
-
-    def line(self) -> str:
-        """For a person."""
-        told = f"{mark(self.good)} {self.text}"
-        return told if self.good is not False else f"{told}: {self.remedy}"
-
-
-def print_checks(checks: Iterable[Check]) -> bool:
-    """Print checks as they are made; whether all is well."""
-    well = True
-    for check in checks:
-        print(check.line(), flush=True)
-        well = well and check.good is not False
-    return well
-
-
-def doctor(options: Namespace) -> int:
-    """check all that lies between an event and the tracker, and say what to do"""
-    around = Surroundings()
-    if options.clear:
-        clear_losses(around.settings.state_dir)
-    well = print_checks(diagnosis(around, options.run_all))
-    if options.send:
-        well = print_checks([send_test(around.settings)]) and well
-    return 0 if well else 1
-
-
-def diagnosis(around: Surroundings, run_all: bool = False) -> Iterator[Check]:
-    """All checks, in the order of a ping's way. run_all: run every command, too."""
-    yield from check_settings(around)
-    version = client_version()
-    yield from check_client(around, version)
-    yield from check_events(around, version)
-    yield from check_commands(around, run_all)
-    yield from check_variables(around)
-    yield from check_trackers(around)
-    yield from check_disk(around)
-
-
-def check_settings(around: Surroundings) -> Iterator[Check]:
-    """Whether Claude Code reads the settings files at all."""
-    for file in around.files:
-        if file.problem:
-            ignored = f"Claude Code ignores the whole of {file.path}"
-            yield Check(False, ignored, f"mend it: {file.problem}")
-        for name in file.twice:
-            yield Check(None, f'"{name}" stands twice in {file.path}; the last counts')
-        if file.content.get("disableAllHooks"):
-            off = f"hooks are turned off by {file.path}"
-            yield Check(False, off, "take disableAllHooks out of it")
-
-
-def check_client(around: Surroundings, version: str) -> Iterator[Check]:
-    """Whether the client (its version, "" unknown) can read settings that name
-    StopFailure."""
-    if not version:
-        yield Check(None, "no claude command was found")
-        return
-    harmed = [file.path for file in around.files if "StopFailure" in file.events()]
-    if is_too_old(version) and harmed:
-        ignores = f"Claude Code {version} ignores the whole of {harmed[0]}"
-        why = f"it knows no StopFailure; update it to {OLDEST_CLIENT_TEXT} or newer"
-        yield Check(False, ignores, f"{why}, or run `install`")
-    else:
-        yield Check(True, f"Claude Code {version}")
-
-
-def check_events(around: Surroundings, version: str) -> Iterator[Check]:
-    """Whether each event that the client knows runs the script, and does so once."""
-    found: dict[str, list[tuple[RegisteredHook, str]]] = {}
-    for file in around.files:
-        for hook in file.hooks():
-            if hook.names_script():
-                found.setdefault(hook.event, []).append((hook, file.path))
-    plugin = around.plugin_in()
-    wanted = list(EVENTS)
-    if is_too_old(version):
-        wanted.remove("StopFailure")
-    for event in dict.fromkeys([*wanted, *found]):
-        places = found.get(event, [])
-        if not places and plugin:
-            yield Check(True, f"hook for {event}, by the plugin in {plugin}")
-        elif not places:
-            yield Check(False, f"no hook for {event}", "run `install`")
-        else:
-            yield Check(True, f"hook for {event}, in {places[0][1]}")
-            yield from check_twice(event, places, plugin)
-
-
-def check_twice(
-    event: str, places: list[tuple[RegisteredHook, str]], plugin: str
-) -> Iterator[Check]:
-    """Whether an event becomes two pings. Claude Code runs the same command once."""
-    (first, path), rest = places[0], places[1:]
-    for hook, other in rest:
-        if hook.command != first.command and hook.meets(first):
-            both = f"{path} and {other}" if path != other else path
-            twice = f"{event} is registered twice, in {both}"
-            yield Check(False, twice, "take one out, for each sends a ping")
-    if plugin and event in EVENTS:
-        text = f"{event} is registered by the plugin, too, which leaves it to {path}"
-        yield Check(None, text)
-
-
-def is_macos_stub(command: str) -> bool:
-    """Whether a command's Python is macOS's, which without the command line tools does
-    nothing but open a dialog."""
-    import shutil
-    import subprocess
-
-    if sys.platform != "darwin":
-        return False
-    pythons = [word for word in shell_words(command) if "python" in word]
-    if not any(shutil.which(word) == "/usr/bin/python3" for word in pythons):
-        return False
+def tracker_named(name: str, settings: Settings) -> Tracker:
+    """A tracker by its kind, as it is set up; before it is, with placeholders."""
+    if name not in TRACKERS:
+        raise Skipped(f"there is no tracker {name}; there are: {', '.join(TRACKERS)}")
+    make: Any = TRACKERS[name]
+    environ = dict(settings.environ)
     try:
-        quiet = subprocess.DEVNULL
-        asked = ["xcode-select", "-p"]
-        return subprocess.call(asked, stdout=quiet, stderr=quiet) != 0
-    except OSError:
-        return True
+        return TRACKERS[name](settings, read_secret)
+    except Skipped as why:
+        print(f"{why}; shown with placeholders.", file=sys.stderr)
+    for variable in make.variables:
+        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], "sample")
+    tracker: Tracker = make(Settings(environ), read_secret)
+    return tracker
 
 
-def sets_variable(command: str) -> bool:
-    """Whether a command sets a TELEMHQ_ variable: it might send elsewhere."""
-    import re
-
-    return re.search(r"\bTELEMHQ_\w+=", command) is not None
-
-
-def check_commands(around: Surroundings, run_all: bool) -> Iterator[Check]:
-    """Whether each command that names the script sends a ping: each is run."""
-    trusted = [file.path for file in around.theirs()]
-    seen = set()
-    for file in sorted(around.files, key=lambda file: file.path not in trusted):
-        for hook in file.hooks():
-            if not hook.names_script() or hook.command in seen:
-                continue
-            seen.add(hook.command)
-            ours = hook.command == hook_command(hook.event)
-            foreign = file.path not in trusted and not ours
-            shown = Mask(file.content).value(hook.command)
-            if foreign or sets_variable(hook.command):
-                question = f"Run this command of {file.path}?\n  {shown}\n"
-                if not (run_all or (at_a_terminal() and ask(question))):
-                    text = f"not tried, in {file.path}: {shown}"
-                    yield Check(False, text, "`doctor --run-all` tries it")
-                    continue
-            yield try_command(hook, file.path, around)
-
-
-def try_command(hook: RegisteredHook, path: str, around: Surroundings) -> Check:
-    """Run a command of settings; whether a ping of this version arrived."""
-    name = f"the command for {hook.event} in {path}"
-    if is_macos_stub(hook.command):
-        remedy = "run `xcode-select --install`, or `install` with another Python"
-        return Check(False, f"{name} opens a dialog at every event", remedy)
-    shell = find_shell()
-    if not shell:
-        return Check(None, f"{name} was not tried: there is no Git Bash")
-    environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "0"}
-    trial = Trial(shell, hook.command, environ)
-    if trial.ping is None:
-        if not trial.said:
-            environ["TELEMHQ_HOOK_DEBUG"] = "1"
-            trial.said = Trial(shell, hook.command, environ).said
-        cause = trial.cause() + "; run `install`, or mend the command"
-        return Check(False, f"nothing arrived from {name}", cause)
-    if trial.said:  # which Claude Code shows to its user, or to the model
-        prints = f"a ping arrived from {name}, but it prints `{trial.said[0]}`"
-        return Check(False, prints, trial.cause() + "; run `install`")
-    version = trial.ping.get("hook_version")
-    if version != __version__:
-        other = f"{name} is version {version or 'of another script'}"
-        return Check(False, other, f"run `install` to make it version {__version__}")
-    times = f"{trial.hook_ms} ms in the hook, there after {trial.arrived_ms} ms"
-    return Check(True, f"a ping arrived from {name}: {times}")
-
-
-def find_shell() -> str:
-    """The shell that runs Claude Code's hooks: on Windows, Git's bash; "": none."""
-    import shutil
-
-    if os.name != "nt":
-        return "/bin/sh"
-    places = [os.environ.get("CLAUDE_CODE_GIT_BASH_PATH", "")]
-    names = ("ProgramFiles", "ProgramFiles(x86)", "LocalAppData")
-    tops = [os.path.join(os.environ.get(name, ""), "Git") for name in names]
-    git = shutil.which("git")
-    if git:
-        tops.append(os.path.dirname(os.path.dirname(git)))
-    places += [os.path.join(top, "bin", "bash.exe") for top in tops]
-    return next((place for place in places if os.path.isfile(place)), "")
-
-
-class Trial:
-    """One run of a command as Claude Code does it, on a sample event, with a receiver
-    of our own, and the state in a directory that goes.
-
-    ping: what arrived, None: nothing. hook_ms, arrived_ms: after the start. said: lines
-    that it printed. status: its exit status. command: the command.
-    """
-
-    def __init__(self, shell: str, command: str, environ: dict[str, str]) -> None:
-        import queue
-        import tempfile
-
-        self.command, self.ping = command, None
-        directory, receiver = tempfile.mkdtemp("telemhq"), Receiver()
-        environ = {**environ, **receiver.environ(directory)}
-        environ.pop("CLAUDE_PLUGIN_ROOT", None)
-        try:
-            begun = time.monotonic()
-            self.run([shell, "-c", command], environ, directory)
-            self.hook_ms = round((time.monotonic() - begun) * 1000)
-            try:
-                at, self.ping = receiver.arrived.get(timeout=self.patience_s(directory))
-                self.arrived_ms = round((at - begun) * 1000)
-            except queue.Empty:
-                pass
-            wait_for_end(os.path.join(directory, "state"))
-        finally:
-            receiver.stop()
-            remove_tree(directory)
-
-    def run(self, command: list[str], environ: dict[str, str], directory: str) -> None:
-        """Run it, with a sample event on stdin; one that hangs is ended."""
-        import signal
-        import subprocess
-
-        event = sample("Stop", os.path.join(directory, "none.jsonl"), os.getcwd())
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=environ,
-            start_new_session=True,
-        )
-        try:
-            out = process.communicate(encode_json(event).encode(), HOOK_MOST_S)[0]
-        except subprocess.TimeoutExpired:
-            if os.name == "posix":
-                os.killpg(process.pid, signal.SIGKILL)
-            else:
-                process.kill()
-            out = b"it does not end"
-            process.wait()
-        self.said = out.decode("utf-8", "replace").strip().splitlines()
-        self.status = process.returncode
-
-    @staticmethod
-    def patience_s(directory: str) -> float:
-        """How long to wait for a ping: where none was made, none will come."""
-        made = os.path.isdir(os.path.join(directory, "state"))
-        return TRIAL_S if made else 0.5
-
-    def cause(self) -> str:
-        """Why nothing arrived, as far as can be told."""
-        text = "\n".join(self.said)
-        scripts = [word for word in shell_words(self.command) if word.endswith(SCRIPT)]
-        paths = [os.path.expandvars(os.path.expanduser(word)) for word in scripts]
-        gone = any(not os.path.exists(path) for path in paths)
-        if gone or "can't open file" in text or "No module named" in text:
-            return "the script is missing"
-        if "Permission denied" in text:
-            return "a file there may not be executed"
-        missing = [line for line in self.said if "not found" in line]
-        missing += [line for line in self.said if "No such file" in line]
-        if missing:
-            return f"the interpreter is missing: `{missing[0]}`"
-        if "SyntaxError" in text or "3.8" in text:
-            return "its Python is older than 3.8"
-        if text:
-            return f"it said `{text.rpartition('skipped: ')[2].splitlines()[-1]}`"
-        return f"it said nothing, and ended with {self.status}"
-
-
-def known_variables() -> list[str]:
-    """The variables that this file's docstring and its trackers name."""
-    import re
-
-    names: list[str] = re.findall(r"(?m)^    (TELEMHQ_\w+)", __doc__ or "")
-    for tracker in TRACKERS.values():
-        names += getattr(tracker, "variables", ())
-    return [name for name in names if name.startswith("TELEMHQ_")]
-
-
-def check_variables(around: Surroundings) -> Iterator[Check]:
-    """Whether each variable is understood; where the URL comes from, and what the
-    project would be called here."""
-    import difflib
-
-    settings, known = around.settings, known_variables()
-    for problem in settings.ignored:
-        yield Check(False, "settings", problem)
-    for name in sorted(settings.environ):
-        if not name.startswith("TELEMHQ_") or name in known:
-            continue
-        if name.startswith("TELEMHQ_TEST_"):  # this project's own tests
-            continue
-        ends = [other[len("TELEMHQ_") :] for other in known]
-        close = difflib.get_close_matches(name[len("TELEMHQ_") :], ends, 1, 0.5)
-        remedy = f"did you mean TELEMHQ_{close[0]}?" if close else "take it out"
-        yield Check(False, f"{name} is no variable of this script", remedy)
-    if settings.url:
-        source = around.sources.get(URL_NAME, "the environment of this shell")
-        yield Check(True, f"ping URL, from {source}")
-    project = project_of({"cwd": os.getcwd()}, settings)
-    yield Check(None, f"pings from this directory say project {project}")
-
-
-def in_words(what: str, variable: str = URL_NAME) -> str:
-    """What an answer means (`what` of an Answer), and what to do. variable: that which
-    holds the tracker's URL or token."""
-    said = "the tracker answered " + what[5:] if what.startswith("HTTP ") else what
-    meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
-    if "CERTIFICATE_VERIFY_FAILED" in what and sys.platform == "darwin":
-        meaning = f"{meaning}; or {MACOS_CERTIFICATES}"
-    return f"{said}: {meaning.replace('{variable}', variable)}"
-
-
-def check_trackers(around: Surroundings) -> Iterator[Check]:
-    """Whether the destinations are usable, and answer to what records nothing."""
-    settings = around.settings
-    trackers, problems = find_trackers(settings, read_secret)
-    if is_plugin_alone(around):
-        kept = "the plugin's URL is kept by Claude Code; it is not tried here"
-        yield Check(None, kept)
-        problems = [problem for problem in problems if URL_NAME not in problem]
-    for problem in problems:
-        told = unfilled(settings.url) if "<" in settings.url else problem
-        yield Check(False, "destination", told)
-    for tracker in trackers:
-        name = "tracker" if tracker.kind == TelemHQ.kind else tracker.kind
-        problem = unfilled(tracker.url) if tracker.kind == TelemHQ.kind else ""
-        if problem:
-            yield Check(False, "destination", problem)
-            continue
-        question, opener = tracker.check(), make_opener(tracker.url)
-        answer = post(opener, question, settings.timeout_s)
-        good = answer.verdict == DELIVERED
-        if question.body is None:  # a GET: any word of its own is good enough
-            good = good or answer.verdict == REFUSED or answer.what == "HTTP 405"
-        text = f"{name} at {origin(tracker.url)} answers"
-        yield Check(good, text, in_words(answer.what, tracker.secrets[0]))
-        if tracker.idle:
-            yield Check(None, f"{name} gets nothing from here: {tracker.idle}")
-
-
-def check_disk(around: Surroundings) -> Iterator[Check]:
-    """Whether all is well on disk: what waits, what failed, what was lost."""
-    settings, state_dir = around.settings, around.settings.state_dir or ""
-    if not state_dir:
-        yield Check(False, "state directory", "set TELEMHQ_STATE_DIR, or HOME")
-        return
-    kept, present = outboxes(state_dir), {}
-    for tracker in find_trackers(settings, read_secret)[0]:
-        outbox = outbox_of(settings, tracker)
-        present[outbox.directory] = outbox, tracker.secrets[0]
-    if is_plugin_alone(around):
-        ours = [outbox for outbox in kept if outbox.kind() == TelemHQ.kind]
-        present.update((outbox.directory, (outbox, URL_NAME)) for outbox in ours)
-    nowhere = Outbox(os.path.join(state_dir, "none")), URL_NAME
-    for outbox, _ in present.values() or [nowhere]:
-        try:
-            outbox.need_sound()
-        except Skipped as error:
-            yield Check(False, "state directory", str(error))
-            return
-    yield Check(True, "state directory " + state_dir)
-    for outbox, variable in present.values():
-        for check in check_delivery(outbox, variable):
-            if len(present) > 1:
-                check.text = f"{outbox.kind()}: {check.text}"
-            yield check
-    yield from check_formers([o for o in kept if o.directory not in present])
-
-
-def check_formers(formers: list[Outbox]) -> Iterator[Check]:
-    """Whether pings wait for what is no destination any more."""
-    for former in formers:
-        waiting, kind = len(former.waiting()), former.kind()
-        if waiting:
-            text = f"{counted(waiting, 'ping')} wait for a URL no longer configured"
-            text += "" if kind == TelemHQ.kind else f" ({kind})"
-            yield Check(False, text, "`flush --adopt` sends them to the present one")
-
-
-def check_delivery(outbox: Outbox, variable: str) -> Iterator[Check]:
-    """How delivery from an outbox goes."""
-    now, names, state = time.time(), outbox.waiting(), outbox.state()
-    backoff_s, pace_s = state.backoff_left_s(now), 0.0
-    text, fine = "no pings wait", True
-    if names:
-        age_s = now - PingName(names[0]).ns / 1e9
-        verb = "waits" if len(names) == 1 else "wait"
-        text = (
-            f"{counted(len(names), 'ping')} {verb}, the oldest for {duration_of(age_s)}"
-        )
-        fine = not backoff_s and age_s < WAIT_OLD_S
-    yield Check(fine, text, "`flush` sends them now")
-    if backoff_s:
-        why = "a pause after an outage"
-        if state.failures:
-            why = in_words(state.problem, variable)
-        yield Check(False, f"back-off: {duration_of(backoff_s)} more", why)
-    elif pace_s and names:
-        text = f"after an outage pings go bit by bit, the next in {duration_of(pace_s)}"
-        yield Check(None, text)
-    else:
-        yield Check(True, "back-off: none")
-    last = "none yet"
-    if state.delivered_at:
-        last = iso_time(int(state.delivered_at * 1e9))
-    yield Check(True, f"last delivery: {last}")
-    for reason, count in sorted(state.losses.items()):
-        seen = "`doctor --clear` when you have seen it"
-        if reason != "tokens":
-            seen = f"look into {outbox.path('refused')}, then {seen}"
-        yield Check(False, f"lost: {count}, {reason}", seen)
-
-
-def duration_of(seconds: float) -> str:
-    """`40 s`, `3 min`, `5 h`, `2 days`."""
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{int(seconds / unit)} {name}"
-    return f"{int(seconds)} s"
-
-
-def clear_losses(state_dir: str | None) -> None:
-    """Forget the losses that a person has seen."""
-    for outbox in outboxes(state_dir):
-        lock = wait_for_lock(outbox, time.monotonic() + LIFE_S)
-        state = outbox.state()
-        if state.losses:
-            state.losses = {}
-            state.save()
-        lock.release()
-
-
-def send_test(settings: Settings) -> Check:
-    """Send one ping that is marked as a test, the way that every ping goes."""
-    event, ns = {"hook_event_name": "Test", "cwd": os.getcwd()}, time.time_ns()
-    ping = make_ping(event, settings, project_of(event, settings), ns, 0)
-    text = f"a ping with the event Test, {ping['event_id']}"
-    for tracker in destinations(settings, print):
-        outbox = outbox_of(settings, tracker)
-        name = enqueue(outbox, tracker, ns, ping, {})
-        if name:
-            flush_outbox(outbox, tracker, settings)
-        if name in outbox.waiting():
-            return Check(False, text, f"it waits for {origin(tracker.url)}; see above")
-    return Check(True, f"{text}, is in your tracker")
-
-
-# -- Commands: install, which ends with what doctor says -------------------------------
-
-
-def install(options: Namespace) -> int:
-    """put the script into ~/.claude/hooks and register it in settings.json"""
-    settings, url = Surroundings().settings, options.url
-    if url is None and not settings.url and at_a_terminal() and not options.dry_run:
-        url = ask_for_url()
-    if url is not None:
-        if unfilled(url):
-            raise Skipped(unfilled(url))
-        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
-    plan = InstallPlan(options, url)
-    plan.show()
-    if not options.dry_run:
-        questions = at_a_terminal() and not options.yes and not plan.is_done()
-        if questions and not ask("Write this?"):
-            raise Skipped("nothing was changed")
-        plan.carry_out()
-        print(f"Installed: {plan.file.path} names {plan.script.path}.")
-        if url is not None:
-            tell_where_token_is(plan.file)
-    if not (url or settings.url):
-        print(f"Now export {URL_NAME}, or run install again with --url.")
-    elif at_a_terminal() and not options.dry_run:
-        print("Sessions that run already must be started anew. doctor says:")
-        print_checks(diagnosis(Surroundings()))
-    return 0
-
-
-# -- Commands: preview, demo -----------------------------------------------------------
-
-WIDTH = 88  # of the demo's lines
-DEMO_EVENTS = 3  # of SAMPLES are enough to see it; --all shows the rest
-STRUCK, PLAIN = "\x1b[9;2m", "\x1b[0m"  # ECMA-48
-
-
-SAMPLE_USED = {**dict.fromkeys(TOKENS, 0), "input_tokens": 12, "output_tokens": 950}
-SAMPLE_USED.update(cached_input_tokens=41200, cache_creation_input_tokens=2300)
-SAMPLE_USED.update(total_tokens=44462, tool_calls=3)
-SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
-
-
-def tracker_named(settings: Settings, name: str) -> Tracker:
-    """A destination, by its tracker's kind or its directory's name."""
-    trackers, problems = find_trackers(settings, read_secret)
-    for tracker in trackers:
-        if name in (tracker.kind, tracker.directory_name()):
-            return tracker
-    known = ", ".join(tracker.kind for tracker in trackers) or "none"
-    text = f"there is no destination {name}; TELEMHQ_DESTINATIONS names: {known}"
-    raise Skipped("; ".join([text, *problems]))
-
-
-def print_requests(ping: Fields, settings: Settings, name: str) -> None:
-    """Print what a destination gets of a ping; sample tokens, and no secrets."""
+def print_requests(ping: Fields, tracker: Tracker, usage: bool) -> None:
+    """Print what a tracker gets of a ping, with sample tokens, and no secrets."""
     import json
 
-    tracker, ns = tracker_named(settings, name), time.time_ns()
     beside: Fields = {"own": tracker.frozen(ping)}
-    if settings.usage and ping.get("event") in USAGE_EVENTS:
+    if usage and ping.get("event") in USAGE_EVENTS:
         counts = [SAMPLE_USED[name] for name in TOKENS[:5]]
-        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *counts]]
-        beside["totals"] = beside["since_end"] = SAMPLE_USED
+        beside["messages"] = [["msg_01", DEMO_MODEL, time.time_ns() // 10**6, *counts]]
+        beside["totals"] = beside["since_end"] = {**SAMPLE_USED, "tool_calls": 3}
         ping = gate({**ping, **SAMPLE_USED, "model": DEMO_MODEL})
+        print("The token counts are samples.", file=sys.stderr)
     beside = gate_beside(beside, tracker.needs)
     requests = tracker.requests(ping, beside) if tracker.wants(ping) else []
     for request in requests:
-        url = f"{origin(request.url)}/..." if tracker.url_is_secret else request.url
-        print(f"POST {url}")
+        print(f"POST {masked(request.url)}")
         for header, value in request.headers.items():
-            print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
+            print(f"{header}: {value if header in SHOWN_HEADERS else '…'}")
         print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
     if not requests:
         print(f"{tracker.kind} gets nothing of {ping.get('event')}. {tracker.idle}")
-    elif "total_tokens" in ping:
-        print("The token counts are samples.", file=sys.stderr)
+
+
+def add_preview_arguments(parser: ArgumentParser) -> None:
+    """The options of preview."""
+    told = "a sample; without it an event is read from stdin"
+    parser.add_argument("event", nargs="?", choices=sorted(SAMPLES), help=told)
+    told = "the requests that this tracker gets, instead of the ping"
+    parser.add_argument("--destination", metavar="TRACKER", help=told)
 
 
 def preview(options: Namespace) -> int:
     """print the ping that an event (stdin, or a sample) makes"""
     import json
 
+    settings = Surroundings().settings
     if options.event:
-        raw = encode_json(sample(options.event, "/x.jsonl")).encode()
+        event = sample(options.event, "/home/you/session.jsonl")
+        size = len(encode_json(event))
     else:
         if sys.stdin and sys.stdin.isatty():
             print("Paste an event (JSON), then Ctrl-D on a line of its own:")
-        raw = b"".join(iter(lambda: os.read(0, 1 << 16), b""))
-    event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
-    if not isinstance(event, dict):
-        raise Skipped("that is no event")
-    settings = Surroundings().settings
+        event, size = event_on_stdin()
     project = project_of(event, settings)
-    ping = make_ping(event, settings, project, time.time_ns(), len(raw))
+    ping = make_ping(event, settings, project, time.time_ns(), size)
     if options.destination:
-        print_requests(ping, settings, options.destination)
+        tracker = tracker_named(options.destination, settings)
+        print_requests(ping, tracker, settings.usage)
         return 0
     print(json.dumps(ping, indent=2))
-    if settings.usage:
-        note = "Tokens and cost are added later, from the transcript, by the sender."
-        print(note, file=sys.stderr)
+    if settings.usage and ping.get("event") in USAGE_EVENTS:
+        print("Tokens are added later, from the transcript.", file=sys.stderr)
     return 0
 
 
-def in_colour() -> bool:
-    """Whether output may be coloured (https://no-color.org)."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+def wrapped(text: str, begin: str = "", rest: str = "") -> str:
+    """A text as wide as the terminal, broken between words only. begin, rest: what its
+    lines begin with."""
+    import shutil
+    import textwrap
 
-
-class Demo:
-    """The script as it is installed, in a directory of its own, with a receiver."""
-
-    def __init__(self, directory: str) -> None:
-        self.receiver = Receiver()
-        self.hooks = os.path.join(directory, "hooks")
-        self.state_dir = os.path.join(directory, "state")
-        self.transcript = os.path.join(directory, "session.jsonl")
-        self.environ = {"HOME": directory, **self.receiver.environ(directory)}
-        if "SYSTEMROOT" in os.environ:  # without it Windows has no random numbers
-            self.environ["SYSTEMROOT"] = os.environ["SYSTEMROOT"]
-
-    def prepare(self) -> None:
-        """The script with its bytecode, and the transcript of a session."""
-        import py_compile
-
-        copied = os.path.join(self.hooks, SCRIPT)
-        source = read_file(this_script(), FILE_MAX_BYTES)
-        write_file(copied, source, make_directory=True)
-        py_compile.compile(copied)
-        write_file(self.transcript, b"")
-
-    def work(self) -> None:
-        """What a turn adds to the transcript: an answer, with its tokens."""
-        message = {
-            "id": "msg_" + os.urandom(8).hex(),
-            "model": DEMO_MODEL,
-            "stop_reason": "end_turn",
-            "usage": {
-                "input_tokens": 12,
-                "output_tokens": 950,
-                "cache_read_input_tokens": 41200,
-                "cache_creation_input_tokens": 2300,
-            },
-        }
-        now = iso_time(time.time_ns())
-        self.add_row({"type": "assistant", "timestamp": now, "message": message})
-
-    def end(self) -> None:
-        """What the client adds at a session's end: its own ledger."""
-        ledger = {
-            "inputTokens": 12,
-            "outputTokens": 950,
-            "cacheReadInputTokens": 41200,
-            "cacheCreationInputTokens": 2300,
-        }
-        models = {DEMO_MODEL: ledger}
-        self.add_row({"type": "cost-state", "totalCostUSD": 0.06, "modelUsage": models})
-
-    def add_row(self, row: Fields) -> None:
-        """Append a row to the transcript."""
-        with open(self.transcript, "a", encoding="utf-8") as file:
-            file.write(encode_json(row) + "\n")
-
-    def play(self, name: str) -> tuple[Fields, Fields, str]:
-        """Run the hook as Claude Code does: (event, ping, how long that took)."""
-        import queue
-        import subprocess
-
-        if name == "Stop":
-            self.work()
-        if name == "SessionEnd":
-            self.end()
-        event, begun = sample(name, self.transcript), time.monotonic()
-        subprocess.run(
-            [sys.executable, "-ESc", IMPORT],
-            input=encode_json(event).encode(),
-            env=self.environ,
-            cwd=self.hooks,
-            check=True,
-        )
-        took_ms = (time.monotonic() - begun) * 1000
-        try:
-            at, ping = self.receiver.arrived.get(timeout=ARRIVES_S)
-        except queue.Empty:
-            raise Skipped("a ping did not arrive") from None
-        after_ms = (at - begun) * 1000
-        times = f"{took_ms:.0f} ms in the hook, delivered after {after_ms:.0f} ms"
-        return event, ping, times
-
-    def show(self, name: str) -> None:
-        """Play an event; print what was handed over, what became of it, what left."""
-        import json
-        import textwrap
-
-        event, ping, times = self.play(name)
-        print(f"{name}: {times}")
-        for field, value in event.items():
-            if field != "hook_event_name":
-                print(f"  {field:24}{fate(field, value, ping)}")
-        body = json.dumps(ping)
-        lines = textwrap.wrap(
-            body, WIDTH - 9, break_long_words=False, break_on_hyphens=False
-        )
-        print("  left " + "\n       ".join(lines) + "\n")
-
-    def outage(self) -> None:
-        """The receiver goes away, and is back in a second: nothing is lost."""
-        import threading
-
-        self.receiver.stop()
-        threading.Timer(1, self.receiver.start).start()
-        times = self.play("StopFailure")[2]
-        print(f"The tracker was away for a second. StopFailure: {times}.")
+    width = min(88, shutil.get_terminal_size().columns)
+    wrapper = textwrap.TextWrapper(width, begin, rest, break_long_words=False)
+    wrapper.break_on_hyphens = False
+    return wrapper.fill(text)
 
 
 def fate(name: str, value: object, ping: Fields) -> str:
-    """What was handed over in a field of an event, and what became of it."""
+    """A field of an event, marked by what became of it."""
     import json
 
     text = json.dumps(value)
     if ping.get(name) == value:
         return text
-    room = WIDTH - 48
-    text = text if len(text) <= room else text[: room - 3] + "..."
-    struck = f"{STRUCK}{text}{PLAIN}" if in_colour() else f"~~{text}~~"
-    if name + "_hash" in ping:
-        return f"{struck} only its hash left"
-    if name + "_chars" in ping:
-        return f"{struck} only its length left"
-    return f"{struck} stayed home"
+    marks = {f"{name}_hash": " #", f"{name}_chars": " ="}
+    mark = "".join(marks[kind] for kind in marks if kind in ping)
+    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
+        return f"\x1b[9;2m{text}\x1b[0m{mark}"  # struck out and dim (ECMA-48)
+    return f"~~{text}~~{mark}"
 
 
-def demo(options: Namespace) -> int:
+def play_and_show(name: str, directory: str) -> None:
+    """Run the hook on a sample event; print its times, what was handed over, what
+    became of it, what left."""
+    import json
+
+    event = sample(name, os.path.join(directory, "session.jsonl"))
+    start = f"import sys; sys.path.insert(0, {directory!r}); {IMPORT}"
+    ours = [name for name in os.environ if name.startswith("TELEMHQ_")]
+    environ = {name: os.environ[name] for name in os.environ if name not in ours}
+    _, ping, times = play([sys.executable, "-ESc", start], event, environ, directory)
+    if not ping:
+        raise Skipped("a ping did not arrive")
+    print(f"{name}: {times}")
+    for field, value in event.items():
+        if field != "hook_event_name":
+            print(wrapped(f"{field}: {fate(field, value, ping)}", "  ", "    "))
+    print(wrapped(json.dumps(ping), "  left ", "    ") + "\n")
+
+
+def demo(_: Namespace) -> int:
     """show, on this machine only, what leaves of an event and what stays"""
+    import py_compile
     import tempfile
 
-    names = list(SAMPLES) if options.all else list(SAMPLES)[:DEMO_EVENTS]
-    directory = tempfile.mkdtemp("telemhq")
-    try:
-        scene = Demo(directory)
-        scene.prepare()
-        print(
-            "Claude Code hands an event to the hook; a tracker on this machine gets the"
-        )
-        print("ping. What is struck out was handed over, and did not leave.\n")
-        for name in names:
-            scene.show(name)
-        scene.outage()
-        wait_for_end(scene.state_dir)
-        scene.receiver.stop()
-    finally:
-        remove_tree(directory)
-    print(f"To install it: python3 {SCRIPT} install")
+    with tempfile.TemporaryDirectory() as directory:
+        script = os.path.join(directory, SCRIPT)
+        write_file(script, read_file(this_script(), STATE_MAX_BYTES))
+        py_compile.compile(script)
+        intro = "Claude Code hands an event to the hook; a tracker gets the ping."
+        print(wrapped(intro) + "\n")
+        play_and_show("PostToolUseFailure", directory)
+        usage = {"input_tokens": 12, "output_tokens": 950}
+        usage.update(cache_read_input_tokens=41200, cache_creation_input_tokens=2300)
+        message = {"id": "msg_01", "model": DEMO_MODEL, "stop_reason": "end_turn"}
+        row = {"type": "assistant", "message": {**message, "usage": usage}}
+        text = encode_json({**row, "timestamp": iso_time(time.time_ns())}) + "\n"
+        write_file(os.path.join(directory, "session.jsonl"), text.encode())
+        play_and_show("Stop", directory)
+    struck = "Struck out" if "\x1b" in fate("", "", {}) else "~~"
+    text = f"{struck}: it stayed here. Of # only a hash has left, of = only the length."
+    print(wrapped(text) + f"\n\nTo install it: python3 {SCRIPT} install")
     return 0
 
 
 # -- Commands: sent, report ------------------------------------------------------------
 
 GROUPS = ("day", "project", "model", "session")
-BAR_LEAST, KEY_MOST = 6, 30  # columns
-SUMS = ("tool_calls", "tool_failures", *TOKENS, "cost_usd")  # the pings' own names
-COLUMNS = (  # of the table: heading, name in a row; the last to go when it is narrow
-    ("turns", "turns"),
-    ("failed", "failed"),
-    ("tools", "tool_calls"),
-    ("input", "input_tokens"),
-    ("output", "output_tokens"),
-    ("cached", "cached_input_tokens"),
-    ("written", "cache_creation_input_tokens"),
-    ("tokens", "total_tokens"),
-    ("cost $", "cost_usd"),
-)
-NARROW = [COLUMNS[n] for n in (6, 5, 4, 3, 2, 1)]  # where there is no room, these go
-
-
-class Delivery:
-    """One line of sent.jsonl. at: ISO 8601, UTC. answer: the tracker's. ping: what it
-    told."""
-
-    def __init__(self, found: Fields) -> None:
-        """ValueError: it is none, or was cut off."""
-        self.at, self.answer = str(found.get("at")), str(found.get("answer"))
-        if not isinstance(found.get("ping"), dict):
-            raise ValueError("no ping")
-        self.ping: Fields = found["ping"]
-        self.others = found.get("bodies")
-
-    def bodies(self) -> list[str]:
-        """What was sent: the ping, or what another tracker gets of it."""
-        if isinstance(self.others, list):
-            return list(map(str, self.others))
-        return [encode_json(self.ping)]
+COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
+    "turns": "turns",
+    "failed_turns": "failed",
+    "tool_calls": "tools",
+    "tool_failures": "failed",
+    **dict(zip(TOKENS, "input output cached written thinking tokens".split())),
+    "cost_usd": "cost $",
+}
+NOTHING = "Nothing was delivered yet: `doctor` says why, `flush` sends what waits."
 
 
 def outboxes_named(name: str | None) -> list[Outbox]:
-    """The outboxes to tell of: by kind or directory's name, TelemHQ's by default."""
+    """All outboxes, or those of that kind or directory's name."""
     kept = outboxes(Surroundings().settings.state_dir)
-    wanted = name or TelemHQ.kind
-    found = [outbox for outbox in kept if wanted in (outbox.name(), outbox.kind())]
+    found = [outbox for outbox in kept if name in (None, outbox.name(), outbox.kind())]
     if name and not found:
         known = ", ".join(outbox.name() for outbox in kept)
         raise Skipped(f"there is no destination {name}; there are: {known or 'none'}")
     return found
 
 
-def deliveries(kept: list[Outbox]) -> list[Delivery]:
-    """What was delivered, the oldest first, each ping once: after a crash it may stand
-    there twice."""
-    import json
-
-    found: dict[str, Delivery] = {}
-    for outbox in kept:
-        for name in ("sent.jsonl.1", "sent.jsonl"):
-            try:
-                raw = read_file(outbox.path(name), 2 * SENT_MAX_BYTES)
-            except (OSError, ValueError):
-                continue
-            for line in raw.splitlines():
-                try:
-                    delivery = Delivery(json.loads(line))
-                    found.setdefault(str(delivery.ping["event_id"]), delivery)
-                except (ValueError, KeyError, AttributeError):
-                    continue  # cut off by a full disk
-    return sorted(found.values(), key=lambda delivery: delivery.at)
+def add_sent_arguments(parser: ArgumentParser) -> None:
+    """The options of sent."""
+    parser.add_argument("-n", type=int, default=20, help="how many (20)")
+    told = "only this one: a tracker, or its directory's name"
+    parser.add_argument("--destination", metavar="NAME", help=told)
 
 
 def sent(options: Namespace) -> int:
     """print the last pings that left, as they were sent, with time and answer"""
-    found = deliveries(outboxes_named(options.destination))
-    for delivery in found[-options.n :]:
-        for body in delivery.bodies():
-            print(delivery.at, delivery.answer, body)
-    if not found:
-        print("Nothing was delivered yet.", file=sys.stderr)
+    found = [
+        (outbox, deliveries(outbox)) for outbox in outboxes_named(options.destination)
+    ]
+    for outbox, lines in found:
+        for line in lines[-options.n :]:
+            for body in line.get("bodies") or [encode_json(line["ping"])]:
+                print(line.get("at"), outbox.kind(), line.get("answer"), body)
+    if not any(lines for _, lines in found):
+        print(NOTHING, file=sys.stderr)
     return 0
 
 
-def day_of(timestamp: object) -> str:
-    """The day here (not in UTC) of a ping's timestamp."""
-    seconds = seconds_of(timestamp)
-    if not seconds:
-        return "unknown"
-    return time.strftime("%Y-%m-%d", time.localtime(seconds))
+def day_of(ping: Fields) -> str:
+    """The day of a ping, here (not in UTC)."""
+    seconds = seconds_of(ping.get("timestamp"))
+    return time.strftime("%Y-%m-%d", time.localtime(seconds)) if seconds else "unknown"
 
 
 def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
     """[(row's name, what of the ping counts there)]; several with several models."""
-    models = ping.get("models")
     if by == "day":
-        return [(day_of(ping.get("timestamp")), ping)]
-    if by == "session":
-        return [(str(ping.get("session_id", "unknown")), ping)]
-    if by == "project" or not isinstance(models, dict):
-        return [(str(ping.get(by, "unknown")), ping)]
-    rest = {name: value for name, value in ping.items() if name not in TOKENS}
-    found = [(str(ping.get("model", "unknown")), rest)]
-    for model, counts in models.items():
-        if isinstance(counts, dict):
-            billed = [counts[name] for name in TOKENS[:4] if number(counts.get(name))]
-            found.append((model, {"total_tokens": sum(billed), **counts}))
+        return [(day_of(ping), ping)]
+    models = ping.get("models")
+    if by != "model" or not isinstance(models, dict):
+        name = "session_id" if by == "session" else by
+        return [(str(ping.get(name, "unknown")), ping)]
+    found = [
+        (name, counts)
+        for name, counts in models.items()
+        if counts_by_model({name: counts})
+    ]
+    for _, counts in found:
+        counts["total_tokens"] = sum(counts.get(kind, 0) for kind in TOKENS[:4])
     return found
 
 
-def rows_of(found: list[Delivery], by: str, since: str) -> list[Fields]:
-    """One row for each day, project, model or session, in order; `since`: a day."""
+def rows_of(pings: list[Fields], by: str) -> list[Fields]:
+    """One row for each day, project, model or session, in order. cost_usd: None where
+    no ping has told it yet."""
+    columns = list(COLUMNS)[4 if by == "model" else 0 :]  # a model has no turns
     rows: dict[str, Fields] = {}
-    for delivery in found:
-        if since and day_of(delivery.ping.get("timestamp")) < since:
-            continue
-        for key, part in shares(delivery.ping, by):
-            row = rows.setdefault(key, {by: key, "turns": 0, "failed": 0})
-            row["turns"] += part.get("event") in ("Stop", "StopFailure")
-            row["failed"] += part.get("status") == "failed"
-            for name in SUMS:
-                value = part.get(name, 0)
-                row[name] = row.get(name, 0) + (value if number(value) else 0)
-    for row in rows.values():
-        row["cost_usd"] = round(row["cost_usd"], 6)
+    for ping in pings:
+        turn = ping.get("event") in ("Stop", "StopFailure")
+        failed = turn and ping.get("status") == "failed"
+        counted = {**ping, "turns": int(turn), "failed_turns": int(failed)}
+        for key, part in shares(counted, by):
+            found = [name for name in columns if number(part.get(name))]
+            found = [name for name in found if part[name] or name == "cost_usd"]
+            if found:
+                empty = {by: key, **dict.fromkeys(columns, 0), "cost_usd": None}
+                row = rows.setdefault(key, empty)
+            for name in found:
+                row[name] = round((row[name] or 0) + part[name], 6)
     return [rows[key] for key in sorted(rows)]
 
 
-def short_number(value: float) -> str:
-    """`950`, `41.2k`, `3.5M`."""
-    for unit, name in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
-        if value >= 10 * unit or (value >= unit and unit > 10**3):
-            return f"{value / unit:.1f}{name}"
-    return f"{value:.0f}"
+def cell(row: Fields, name: str) -> str:
+    """A value of a row, for a person."""
+    if row[name] is None:
+        return printable("\u2013", "-")  # a dash: not known yet
+    return f"{row[name]:.2f}" if name == "cost_usd" else f"{row[name]:,}"
 
 
-class Table:
-    """A report for a terminal of that width. lines: the rows, and their sums. columns:
-    those that have room. exact: whether numbers are written in full."""
+def print_table(rows: list[Fields], by: str) -> None:
+    """Print rows and their sums. Where a terminal has no room the kinds of tokens are
+    left out, then names are cut off."""
+    import shutil
 
-    def __init__(self, rows: list[Fields], by: str, width: int) -> None:
-        total: Fields = {by: "in all"}
-        for _, name in COLUMNS:
-            total[name] = sum(row[name] for row in rows)
-        self.rows, self.by, self.width = rows, by, width
-        self.lines = [*rows, total]
-        self.columns, self.exact = list(COLUMNS), True
-        longest = max(len(str(row[by])) for row in self.lines)
-        self.key_width = min(KEY_MOST, longest)
-        self.exact = self.bar_width() >= BAR_LEAST
-        for column in NARROW:  # these go first
-            if self.bar_width() < BAR_LEAST:
-                self.columns.remove(column)
-        self.bar_columns = max(0, self.bar_width())
+    names = [name for name in rows[0] if name != by]
+    total: Fields = {by: "in all"}
+    for name in names:
+        known = [row[name] for row in rows if row[name] is not None]
+        total[name] = sum(known) if known else None
+    rows = [*rows, total]
+    keys = [by, *(clean(str(row[by])) for row in rows)]
+    longest = max(map(len, keys))
+    for left in (names, [name for name in names if name not in TOKENS[:5]]):
+        lines = [[COLUMNS[name] for name in left]]
+        lines += [[cell(row, name) for name in left] for row in rows]
+        widths = [1 + max(map(len, column)) for column in zip(*lines)]
+        room = shutil.get_terminal_size().columns - sum(widths)
+        if room >= longest:
+            break
+    room = min(longest, max(room, len("2026-01-01")))
+    for key, cells in zip(keys, lines):
+        name = key if len(key) <= room else key[: room - 1] + "~"
+        print(name.ljust(room) + "".join(map(str.rjust, cells, widths)))
 
-    def cell(self, row: Fields, name: str) -> str:
-        """A value of a row, for a person."""
-        if name == "cost_usd":
-            return f"{row[name]:.2f}"
-        return f"{row[name]:,}" if self.exact else short_number(row[name])
 
-    def column_width(self, heading: str, name: str) -> int:
-        """How wide a column is, with the gap before it."""
-        cells = [self.cell(row, name) for row in self.lines]
-        return 2 + max(len(heading), *map(len, cells))
-
-    def bar_width(self) -> int:
-        """What is left for the bars."""
-        columns = sum(self.column_width(*column) for column in self.columns)
-        return self.width - self.key_width - columns - 1
-
-    def key(self, row: Fields) -> str:
-        """What a row is called, as wide as the column."""
-        text = clean(str(row[self.by]))
-        if len(text) > self.key_width:
-            text = text[: self.key_width - 1] + "~"
-        return text.ljust(self.key_width)
-
-    def bar(self, row: Fields, most: float) -> str:
-        """A row's tokens, as a bar; `most` fill all there is."""
-        length = self.bar_columns * row["total_tokens"] / most if most else 0
-        return printable("█", "#") * round(length)
-
-    def print(self) -> None:
-        """Print the heading, the rows with their bars, and the sums."""
-        wide = {name: self.column_width(head, name) for head, name in self.columns}
-        heads = [head.rjust(wide[name]) for head, name in self.columns]
-        print(self.by.ljust(self.key_width) + "".join(heads))
-        most = max(row["total_tokens"] for row in self.rows)
-        for row in self.lines:
-            cells = [self.cell(row, name).rjust(wide[name]) for name in wide]
-            line = self.key(row) + "".join(cells)
-            if row is not self.lines[-1]:
-                line += " " + self.bar(row, most)
-            print(line.rstrip())
+def add_report_arguments(parser: ArgumentParser) -> None:
+    """The options of report."""
+    told = "one row for each (day)"
+    parser.add_argument("--by", choices=GROUPS, default="day", help=told)
+    told = "only the last N, today included"
+    parser.add_argument("--days", type=int, metavar="N", help=told)
+    told = "only this one: a tracker, or its directory's name"
+    parser.add_argument("--destination", metavar="NAME", help=told)
+    told = "a list of objects instead of tables"
+    parser.add_argument("--json", action="store_true", help=told)
 
 
 def report(options: Namespace) -> int:
     """add up what was delivered, by day, project, model or session"""
+    import datetime
     import json
-    import shutil
 
+    found, days = [], options.days or 10**5
+    since = str(datetime.date.today() - datetime.timedelta(days - 1))
     kept = outboxes_named(options.destination)
-    since = ""
-    if options.days:
-        noon = time.mktime((*time.localtime()[:3], 12, 0, 0, 0, 0, -1))
-        since = time.strftime(
-            "%Y-%m-%d", time.localtime(noon - 86400 * (options.days - 1))
-        )
-    rows = rows_of(deliveries(kept), options.by, since)
-    if options.json:
-        print(json.dumps(rows, indent=2))
-        return 0
-    if rows:
-        Table(rows, options.by, shutil.get_terminal_size().columns).print()
-    else:
-        print("Nothing was delivered in that time.")
-    waiting = sum(len(outbox.waiting()) for outbox in kept)
-    if waiting:
-        print(f"Not in it: {counted(waiting, 'ping')} still to be delivered.")
     for outbox in kept:
+        pings = [line["ping"] for line in deliveries(outbox)]
+        rows = rows_of([ping for ping in pings if day_of(ping) >= since], options.by)
+        found += [{"destination": outbox.name(), **row} for row in rows]
+        if options.json or not (rows or outbox.waiting()):
+            continue
+        if len(kept) > 1:
+            print(f"{outbox.name()}:")
+        if rows:
+            print_table(rows, options.by)
+        if outbox.waiting():
+            print(f"Not in it: {what_waits(outbox)}.")
         for reason, count in sorted(outbox.state().losses.items()):
-            print(f"Not in it: lost: {count}, {reason}.")
+            print(f"Not in it: {count} lost, {reason}.")
+    if options.json:
+        print(json.dumps(found, indent=2))
+    elif not found:
+        print(NOTHING if not options.days else "Nothing was delivered in that time.")
     return 0
 
 
 # -- Commands: the command line --------------------------------------------------------
 
 
-def at_least_one(text: str) -> int:
-    """A number of days or lines."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
-
-
-class CommandLine:
-    """The parser of the command line, command by command."""
-
-    def __init__(self) -> None:
-        import argparse
-
-        self.parser = argparse.ArgumentParser(
-            prog=SCRIPT,
-            usage=f"{SCRIPT} COMMAND [OPTION ...]",
-            description="Tell a TelemHQ tracker what Claude Code did, "
-            "never what was said.",
-            epilog=epilog(),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            add_help=False,  # it would stand before the commands
-        )
-        self.commands = self.parser.add_subparsers(
-            title="commands", metavar="COMMAND", prog=SCRIPT
-        )
-        version, told = f"telemhq_ping {__version__}", "print the version"
-        group = self.parser.add_argument_group("options")
-        said = "print this, or COMMAND's"
-        group.add_argument("-h", "--help", action="help", help=said)
-        group.add_argument("--version", action="version", version=version, help=told)
-
-    def add(self, run: Callable[[Namespace], int]) -> ArgumentParser:
-        """Add a command; its function is its name, its docstring its help."""
-        said = run.__doc__ or ""
-        command: ArgumentParser = self.commands.add_parser(
-            run.__name__, help=said, description=said[:1].upper() + said[1:] + "."
-        )
-        command.set_defaults(run=run)
-        return command
-
-    def switch(self, command: ArgumentParser, name: str, said: str) -> None:
-        """Add an option without a value."""
-        command.add_argument(name, action="store_true", help=said)
-
-
-def epilog() -> str:
-    """The variables and files, from this file's docstring."""
-    text = (__doc__ or "").partition("Variables\n")[2].partition("Exit status")[0]
-    return f"variables:\n{text}\nThe README has the rest." if text else ""
-
-
 def command_line() -> ArgumentParser:
     """All commands; of what is parsed, `run` is the command's function."""
-    line = CommandLine()
-    project = "in that project's settings.local.json, instead of yours"
-    line.switch(line.add(demo), "--all", "show every kind of event")
-    command = line.add(preview)
-    said = "a sample; without it an event is read from stdin"
-    command.add_argument("event", nargs="?", choices=sorted(SAMPLES), help=said)
-    said = "the requests that this tracker gets, instead of the ping"
-    command.add_argument("--destination", metavar="NAME", help=said)
-    command = line.add(install)
-    command.add_argument("--url", help="the ping URL, to be kept in settings.json")
-    line.switch(command, "--tools", f"register tool activity, too: {TOOLS}")
-    command.add_argument("--project", metavar="DIR", help=project)
-    line.switch(command, "--dry-run", "show what would change, and change nothing")
-    line.switch(command, "--yes", "ask nothing")
-    command = line.add(doctor)
-    line.switch(command, "--send", "send one real ping, with the event Test")
-    line.switch(command, "--clear", "forget the losses that you have seen")
-    line.switch(command, "--run-all", "run commands of the project's settings, too")
-    which = "its kind or directory; TelemHQ's by default"
-    command = line.add(sent)
-    command.add_argument("-n", type=at_least_one, default=20, help="how many (20)")
-    command.add_argument("--destination", metavar="NAME", help=which)
-    command = line.add(report)
-    said = "one row for each"
-    command.add_argument("--by", choices=GROUPS, default="day", help=said)
-    said = "only the last N, today included"
-    command.add_argument("--days", type=at_least_one, metavar="N", help=said)
-    command.add_argument("--destination", metavar="NAME", help=which)
-    line.switch(command, "--json", "a list of objects instead of a table")
-    said = "also what waits for a former URL"
-    line.switch(line.add(flush), "--adopt", said)
-    command = line.add(uninstall)
-    command.add_argument("--project", metavar="DIR", help=project)
-    line.switch(command, "--yes", "remove pings that wait, too")
-    return line.parser
+    import argparse
+
+    about = (__doc__ or "").partition("Variables\n")[2].partition("Exit status")[0]
+    line = argparse.ArgumentParser(
+        prog=SCRIPT,
+        usage=f"{SCRIPT} COMMAND [OPTION ...]",
+        description="Tell a TelemHQ tracker what Claude Code did, never what was said.",
+        epilog=f"variables:\n{about}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,  # it would stand before the commands
+    )
+    commands = line.add_subparsers(
+        title="commands", metavar="COMMAND", prog=SCRIPT, required=True
+    )
+    found: list[tuple[Callable[[Namespace], int], Any]] = [
+        (demo, None),
+        (preview, add_preview_arguments),
+        (install, add_install_arguments),
+        (doctor, add_doctor_arguments),
+        (sent, add_sent_arguments),
+        (report, add_report_arguments),
+        (flush, add_flush_arguments),
+        (uninstall, add_uninstall_arguments),
+    ]
+    for run, add_arguments in found:
+        said = (run.__doc__ or "").partition("\n")[0]
+        about = said[:1].upper() + said[1:] + "."
+        command = commands.add_parser(run.__name__, help=said, description=about)
+        command.set_defaults(run=run)
+        if add_arguments:
+            add_arguments(command)
+    options = line.add_argument_group("options")
+    options.add_argument("-h", "--help", action="help", help="print this, or COMMAND's")
+    version = f"telemhq_ping {__version__}"
+    options.add_argument("--version", action="version", version=version)
+    return line
 
 
 def main(arguments: list[str]) -> int:
@@ -5527,26 +4941,27 @@ def main(arguments: list[str]) -> int:
         reconfigure(errors="replace")  # a terminal that knows no such character
     try:
         options = command_line().parse_args(arguments or ["--help"])
-        if not hasattr(options, "run"):
-            options = command_line().parse_args(["--help"])
         status: int = options.run(options)
         return status
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        print(file=sys.stderr)
+        told, status = "interrupted", 130
     except ImportError as error:
-        lacks = f"this Python lacks the module {error.name}"
-        print(f"{SCRIPT}: {lacks}; take a whole one", file=sys.stderr)
-        return 1
+        told, status = f"this Python lacks the module {error.name}; take a whole one", 1
     except BrokenPipeError:  # head(1) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (Skipped, OSError, EOFError, ValueError) as error:
-        print(f"{SCRIPT}: {error}", file=sys.stderr)
-        return 1
+    except OSError as error:
+        where = f"{shown(str(error.filename))}: " if error.filename else ""
+        told, status = f"{where}{error.strerror or error}", 1
+    except (Skipped, EOFError, ValueError) as error:
+        told, status = str(error) or "there was no answer", 1
+    print(f"{SCRIPT}: {told}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
     if sys.argv[1:] or os.isatty(0):
         sys.exit(main(sys.argv[1:]))
+    take_settings()
     hook()

@@ -24,15 +24,13 @@ if TYPE_CHECKING:
     # relative path: mode, and a file's content or a link's target
     Tree = dict[str, tuple[int, bytes | str | None]]
 
-URL = "https://tracker.invalid/ping/" + TOKEN
+URL = "http://127.0.0.1:9/ping/" + TOKEN  # where nobody listens
 OTHER_HOOK = {"hooks": [{"type": "command", "command": "~/bin/notify 'done' | cat"}]}
 IMPORT = "import telemhq_ping as t; t.hook()"
 EVENTS = ["Stop", "StopFailure", "SessionEnd"]
 PYTHON = sys.executable  # that install names: of a virtual environment, its base
 if sys.prefix != sys.base_prefix:
-    PYTHON = os.path.join(
-        sys.base_prefix, "bin", "python{}.{}".format(*sys.version_info)
-    )
+    PYTHON = os.path.realpath(sys.executable)
 
 
 class Ended:
@@ -66,6 +64,16 @@ def run(
     assert TOKEN.encode() not in done.stdout + done.stderr
     assert b"Traceback" not in done.stderr
     return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def install(home: Home, *arguments: object, **env: Any) -> Ended:
+    """Install without a question."""
+    return run(home, "install", "--yes", *arguments, **env)
+
+
+def uninstall(home: Home, *arguments: object, **env: Any) -> Ended:
+    """Uninstall without a question."""
+    return run(home, "uninstall", "--yes", *arguments, **env)
 
 
 def settings_path(home: Home) -> pathlib.Path:

@@ -1,380 +1,420 @@
-"""Set-up leaves alone what is not ours, and says what it does."""
+"""install and uninstall, as a person runs them, each in a fresh HOME."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
+import resource
+import shlex
 import shutil
+import stat
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from person import (
     EVENTS,
+    IMPORT,
+    OTHER_HOOK,
     PYTHON,
     URL,
     Terminal,
     commands_in,
+    install,
     installed,
     on_a_terminal,
     read,
     run,
     settings_path,
     tree,
+    uninstall,
     write_settings,
 )
-from support import SCRIPT, SMALL_PATH, TOKEN, Home, Receiver, dead_url, event, place
+from support import (
+    ROOT,
+    SCRIPT,
+    SMALL_PATH,
+    TOKEN,
+    Home,
+    Receiver,
+    event,
+    place,
+    script_command,
+    wait_until,
+)
 
 if TYPE_CHECKING:
     import pathlib
 
-# -- Backups ---------------------------------------------------------------------
-
-THEIR_BACKUPS = ["settings.json.20260101-000000.bak", "settings.json.bak"]
+BACKUP = "~/.claude/settings.json.telemhq-backup"
 
 
-@pytest.mark.parametrize("content", [b"{}", b"no JSON", b'{"env": {"A": "1"}}'])
-def test_a_persons_own_backups_stay(home: Home, content: bytes) -> None:
-    """uninstall leaves a person's backups alone, whatever their name, also those that
-    are no JSON; only install's own go."""
-    path = write_settings(home, {"model": "opus"})
-    for name in THEIR_BACKUPS:
-        (path.parent / name).write_bytes(content)
-    before = tree(home.path)
-    run(home, "install", "--url", URL)
-    assert len(list(path.parent.glob("*.bak"))) == 3
-    assert run(home, "uninstall").code == 0
-    assert tree(home.path) == before
+def events_in(home: Home) -> list[str]:
+    """The events in the user's settings."""
+    return list(read(settings_path(home))["hooks"])
 
 
-def test_a_backup_that_was_changed_stays(home: Home) -> None:
-    """A backup of install's that a person has edited is theirs: it stays, and nothing
-    is restored from it."""
-    path = write_settings(home, {"model": "opus"})
-    run(home, "install", "--url", URL)
-    (backup,) = path.parent.glob("*.bak")
-    backup.write_text('{"model": "mine"}')
-    assert run(home, "uninstall").code == 0
-    assert backup.read_text() == '{"model": "mine"}'
-    assert read(path) == {"model": "opus"}
+# -- What install makes of a settings file ---------------------------------------
+
+USERS = {  # what a person's settings may hold: all of it stays
+    "größe": "日本語 \U0001f600 naïve",
+    "permissions": {"allow": ["Bash(ls:*)"], "deny": []},
+    "numbers": [1, 2.5, 1e-7, True, None, 12345678901234567890],
+    "env": {"OTHER": "x"},
+}
+TABS = '{\n\t"a": "é",\n\t"hooks": {\n\t\t"Stop": []\n\t}\n}\n'.encode()
+SHAPES = {
+    "empty": b"",
+    "blank": b" \n",
+    "an empty object": b"{}",
+    "present": json.dumps(USERS, indent=2, ensure_ascii=False).encode() + b"\n",
+    "present, escaped": json.dumps(USERS, indent=4).encode(),
+    "one line": json.dumps(USERS).encode(),
+    "compact": json.dumps(USERS, separators=(",", ":")).encode(),
+    "CRLF": json.dumps(USERS, indent=2).replace("\n", "\r\n").encode(),
+    "tabs": TABS,
+    "byte order mark": b"\xef\xbb\xbf" + TABS,
+    "half a character": b'{\n  "a": "\\ud83d",\n  "b": "\\u00e9"\n}\n',
+    "someone else's hook": json.dumps({"hooks": {"Stop": [OTHER_HOOK]}}).encode(),
+    "empty hooks": b'{"hooks": {}, "env": {}}',
+    "the URL by hand": json.dumps({"env": {"TELEMHQ_PING_URL": URL}}).encode(),
+    "a key twice": b'{"env": {"A": "1"},\n "env": {"B": "2"}, "model": "opus"}',
+}
 
 
-def test_the_record_of_others_is_not_trusted(home: Home) -> None:
-    """What install did is noted in installed.json; where others can write that, install
-    and uninstall refuse."""
-    run(home, "install", "--url", URL)
-    record = home.state / "installed.json"
-    assert record.stat().st_mode & 0o777 == 0o600
-    home.state.chmod(0o777)
-    before = tree(home.path)
-    for command in ("install", "uninstall"):
-        ended = run(home, command)
-        assert ended.code == 1
-        assert f"{home.state} can be written by others" in ended.err
-    assert tree(home.path) == before
+@pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
+def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
+    """All that a settings file holds stays, in its order, and so does its mode, and how
+    its lines end. A second run changes nothing. After a third one with another URL, and
+    uninstall, HOME is as it was, byte for byte and mode for mode."""
+    path = write_settings(home, raw)
+    path.chmod(0o640)
+    at_first = tree(home.path)
+    before = json.loads(raw.decode("utf-8-sig")) if raw.strip() else {}
+    assert "Installed." in install(home, "--url", URL).out
+    found, written = read(path), path.read_bytes()
+    assert [key for key in found if key in before] == list(before)
+    ours = {key: found[key] for key in ("env", "hooks")}
+    assert {**found, **before, **ours} == found
+    assert found["env"] == {**before.get("env", {}), "TELEMHQ_PING_URL": URL}
+    theirs = before.get("hooks", {}).get("Stop", [])
+    assert found["hooks"]["Stop"][: len(theirs)] == theirs
+    assert {e for e, _, c in commands_in(found) if SCRIPT.name in c} == set(EVENTS)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert (b"\r\n" in raw) == (b"\r\n" in written)
+    assert "All is there already." in install(home, "--url", URL).out
+    assert path.read_bytes() == written
+    install(home, "--url", URL + "X", "--tools")
+    assert uninstall(home).code == 0
+    assert tree(home.path) == at_first
 
 
-# -- A set-up by TelemHQ's documentation -----------------------------------------
-
-THEIR_COMMAND = "python3 ~/.claude/hooks/telemhq_ping.py"
-THEIR_HOOK = {"hooks": [{"type": "command", "command": THEIR_COMMAND}]}
-THEIR_SETTINGS = {"hooks": {"Stop": [THEIR_HOOK], "StopFailure": [THEIR_HOOK]}}
-THEIR_SCRIPT = "#!/usr/bin/env python3\nprint('the sample of the documentation')\n"
-
-
-@pytest.fixture
-def documented(home: Home) -> Home:
-    """A HOME with TelemHQ's own settings block and script."""
-    write_settings(home, THEIR_SETTINGS)
-    installed(home).parent.mkdir()
-    installed(home).write_text(THEIR_SCRIPT)
-    installed(home).chmod(0o755)
-    return home
+@pytest.mark.parametrize("unit", [2, None])
+def test_the_text_is_changed_as_little_as_can_be(home: Home, unit: int | None) -> None:
+    """What install adds is added to the text: a line of the user's stays that line,
+    with its spaces, and what is one line stays one."""
+    raw = '{"list":  ["a", "b"],\n\n  "env": {"A": "1"}, "model": "opus"\n}\n'
+    raw = raw.replace("{", "{\n  ", 1) if unit else raw.replace("\n", "")
+    path = write_settings(home, raw.encode())
+    install(home, "--url", URL)
+    text = path.read_text()
+    hooks = json.dumps(read(path)["hooks"], indent=unit).replace("\n", "\n  ")
+    hooks = f',\n  "hooks": {hooks}' if unit else f', "hooks": {hooks}'
+    url = f', "TELEMHQ_PING_URL": "{URL}"'
+    assert text.replace(url, "", 1).replace(hooks, "", 1) == raw
 
 
-@pytest.mark.parametrize("options", [["--dry-run"], []])
-def test_install_says_that_a_script_is_replaced(
-    documented: Home, options: list[str]
-) -> None:
-    """Where another script stands under our name, install says that it is replaced and
-    kept; --dry-run says so, too, and replaces nothing."""
-    before = tree(documented.path)
-    ended = run(documented, "install", *options)
-    assert ended.code == 0
-    replaced = f"{installed(documented)} is replaced: it is a script that is not this"
-    assert replaced in ended.out
-    assert "it is kept, and uninstall puts it back" in ended.out
-    if options:
-        assert tree(documented.path) == before
+MALFORMED = {
+    "a comment": b'{\n  // mine\n  "a": 1\n}\n',
+    "a trailing comma": b'{"a": 1,}',
+    "cut off": b'{"hooks": {"Stop": [',
+    "a list": b"[]",
+    "no UTF-8": b'{"a": "\xff"}',
+    "hooks is a list": b'{"hooks": []}',
+    "hooks is null": b'{"hooks": null}',
+    "Stop is an object": b'{"hooks": {"Stop": {}}}',
+    "env is a text": b'{"env": "x"}',
+    "deep": b"[" * 100000,
+    "read-only": b"{}",
+    "a directory": b"",
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_file_that_cannot_be_changed_is_left_alone(home: Home, what: str) -> None:
+    """What is no settings file, or read-only, is left alone, by install and uninstall:
+    exit 1, and its name is told."""
+    if what == "a directory":
+        settings_path(home).mkdir(parents=True)
     else:
-        (kept,) = installed(documented).parent.glob("*.bak")
-        assert kept.read_text() == THEIR_SCRIPT
+        path = write_settings(home, MALFORMED[what])
+        path.chmod(0o400 if what == "read-only" else 0o600)
+    before = tree(home.path)
+    for command in install, uninstall:
+        ended = command(home)
+        assert ended.code == 1
+        assert "~/.claude/settings.json is left as it is: it is" in ended.err
+        assert tree(home.path) == before
 
 
-def test_uninstall_brings_back_exactly_what_was_there(documented: Home) -> None:
-    """After install, its hooks' work and uninstall, TelemHQ's set-up is as it was, byte
-    for byte and mode for mode."""
-    before = tree(documented.path)
-    with Receiver() as receiver:
-        run(documented, "install", "--url", receiver.url)
-        command = commands_in(read(settings_path(documented)))[0][2]
-        subprocess.run(
-            ["/bin/sh", "-c", command],
-            input=json.dumps(event("Stop")).encode(),
-            env=documented.env(receiver.url),
-            check=True,
-        )
-        receiver.wait_for(1)
-        documented.quiet()
-    run(documented, "install", "--url", URL + "X", "--tools")
-    ended = run(documented, "uninstall")
-    assert ended.code == 0
-    assert "is again the script from before install" in ended.out
-    assert tree(documented.path) == before
+THEIRS = [
+    "~/bin/notify",
+    "python3 ~/.claude/hooks/my_telemhq_ping.py",
+    "python3 ~/.claude/hooks/telemhq_ping.pyc",
+    "python3 ~/.claude/hooks/telemhq_ping.py | tee log",
+    "~/bin/guard ~/.claude/hooks/telemhq_ping.py",
+    "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py",
+    "cd /tmp\npython3 ~/.claude/hooks/telemhq_ping.py",
+    "cd ~/.claude/hooks && python3 -c 'import telemhq_ping; telemhq_ping.hook()'",
+    f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}' | tee log",
+]
 
 
-def test_their_commands_come_back_among_later_changes(documented: Home) -> None:
-    """Where a person has changed the settings since, the commands from before install
-    come back in their places, and the changes stay."""
-    run(documented, "install", "--url", URL)
-    found = read(settings_path(documented))
-    found["model"] = "opus"
-    write_settings(documented, found)
-    run(documented, "uninstall")
-    expected = {**THEIR_SETTINGS, "model": "opus"}
-    assert read(settings_path(documented)) == expected
-    assert installed(documented).read_text() == THEIR_SCRIPT
+@pytest.mark.parametrize("command", THEIRS)
+def test_other_peoples_hooks_are_never_touched(home: Home, command: str) -> None:
+    """Neither install nor uninstall changes a hook that is not ours; where it runs the
+    script, none of ours is added: one ping, not two."""
+    hook = {"type": "command", "command": command, "timeout": 3, "extra": [1]}
+    theirs = {"Stop": [{"hooks": [hook]}], "PreToolUse": [{"hooks": [hook]}]}
+    write_settings(home, {"hooks": theirs})
+    install(home)
+    found = read(settings_path(home))["hooks"]
+    runs_it = re.search(r"[ /](import )?telemhq_ping(\.py)?\b(?!\.pyc)", command)
+    expected = theirs["Stop"] if runs_it else [*theirs["Stop"], found["Stop"][-1]]
+    assert found["Stop"] == expected
+    assert found["PreToolUse"] == theirs["PreToolUse"]
+    uninstall(home)
+    assert read(settings_path(home)) == {"hooks": theirs}
 
 
-def test_uninstall_without_install_leaves_their_script(documented: Home) -> None:
-    """Where install was never run, another script under our name is not ours to remove,
-    and neither are its hooks."""
-    before = tree(documented.path)
-    ended = run(documented, "uninstall")
-    assert ended.code == 1
-    assert f"{installed(documented)} is not this script" in ended.err
-    assert tree(documented.path) == before
+OURS = [
+    "python3 ~/.claude/hooks/telemhq_ping.py",
+    "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true",
+    "/usr/bin/python3.8 '/old place/telemhq_ping.py'",
+    '"/opt/my python/bin/python3" -I "$HOME/.claude/hooks/telemhq_ping.py" || true',
+    "~/.claude/hooks/telemhq_ping.py",
+    commands_in(read(ROOT / "settings.example.json"))[1][2],
+    (
+        f"trap '' TERM; cd '/old place' && /usr/bin/python3 -ESc '{IMPORT}' || "
+        "/usr/bin/python3 -I -S '/old place/telemhq_ping.py' || true"
+    ),
+    f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}'",
+]
 
 
-def test_uninstall_of_a_set_up_by_hand(home: Home) -> None:
-    """A set-up by the README's lines, without install: uninstall takes out script and
-    hooks, and leaves the files that install did not make."""
-    example = json.loads((SCRIPT.parent / "settings.example.json").read_text("utf-8"))
-    write_settings(home, {"model": "opus", **example})
+def check_command(home: Home, command: str) -> None:
+    """The command imports the installed script with an interpreter that is there; when
+    that fails, it runs it."""
+    words = shlex.split(command.replace("trap '' TERM; ", "", 1))
+    assert os.access(words[3], os.X_OK)
+    assert words[:3] == ["cd", str(installed(home).parent), "&&"]
+    assert words[4:7] == ["-ESc", IMPORT, "||"]
+    assert words[8:] == ["-I", "-S", str(installed(home)), "||", "true"]
+
+
+@pytest.mark.parametrize("command", OURS)
+def test_an_upgrade_replaces_only_our_commands(home: Home, command: str) -> None:
+    """An old command of ours is replaced where it stands, an old script, too; what
+    stands beside them stays."""
+    mine = {"type": "command", "command": command, "note": "kept"}
+    neighbour = {"type": "command", "command": "~/bin/notify"}
+    group = {"matcher": "*", "hooks": [neighbour, mine, neighbour]}
+    hooks = {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}
+    write_settings(home, {"hooks": hooks})
     installed(home).parent.mkdir()
-    shutil.copy(str(SCRIPT), str(installed(home)))
-    ended = run(home, "uninstall")
-    assert (ended.code, ended.out.splitlines()[-1]) == (0, "Removed.")
-    assert read(settings_path(home)) == {"model": "opus"}
-    assert not installed(home).exists()
-    write_settings(home, example)
-    run(home, "uninstall")
-    assert read(settings_path(home)) == {}
+    installed(home).write_bytes(SCRIPT.read_bytes().replace(b'"1.', b'"0.'))
+    assert "Installed." in install(home).out
+    found = read(settings_path(home))["hooks"]
+    assert list(found) == ["Stop", "PreCompact", "StopFailure", "SessionEnd"]
+    assert len(found["Stop"]) == 2
+    assert found["Stop"][0] == OTHER_HOOK
+    for name in "Stop", "PreCompact":
+        new = found[name][-1]
+        assert new["matcher"] == "*"
+        assert new["hooks"][0] == new["hooks"][2] == neighbour
+        assert new["hooks"][1].pop("note") == "kept"
+        check_command(home, new["hooks"][1]["command"])
+    assert installed(home).read_bytes() == SCRIPT.read_bytes()
+    uninstall(home)
+    left = {"matcher": "*", "hooks": [neighbour, neighbour]}
+    assert read(settings_path(home)) == {
+        "hooks": {"Stop": [OTHER_HOOK, left], "PreCompact": [left]}
+    }
 
 
-def test_a_link_to_a_checkout_is_no_file_of_ours(home: Home) -> None:
-    """Where the script in hooks/ is a link to a checkout, uninstall removes the link,
-    and leaves the checkout."""
-    checkout = home.path / "checkout.py"
-    shutil.copy(str(SCRIPT), str(checkout))
-    installed(home).parent.mkdir(parents=True)
-    installed(home).symlink_to(checkout)
-    run(home, "install", "--url", URL)
-    assert installed(home).is_symlink()
-    assert run(home, "uninstall").code == 0
-    assert not os.path.lexists(str(installed(home)))
-    assert checkout.read_bytes() == SCRIPT.read_bytes()
+@pytest.mark.fault(28)
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_install_into_an_empty_home(home: Home, umask: int) -> None:
+    """Without settings they are made. Whatever the umask, what install makes is for its
+    user only, and uninstall leaves nothing of it."""
+    before, mask = tree(home.path), os.umask(umask)
+    try:
+        install(home, "--url", URL)
+    finally:
+        os.umask(mask)
+    found = read(settings_path(home))
+    assert found["env"] == {"TELEMHQ_PING_URL": URL}
+    assert [(e, m) for e, m, _ in commands_in(found)] == [(e, None) for e in EVENTS]
+    for _, _, command in commands_in(found):
+        check_command(home, command)
+    for groups in found["hooks"].values():
+        assert groups[0]["hooks"][0]["timeout"] == 10
+        assert groups[0]["hooks"][0]["type"] == "command"
+    assert installed(home).read_bytes() == SCRIPT.read_bytes()
+    assert stat.S_IMODE(installed(home).stat().st_mode) == 0o700
+    modes = {name: mode for name, (mode, _) in tree(home.path).items()}
+    assert not [n for n, mode in modes.items() if n[:7] == ".claude" and mode & 0o077]
+    uninstall(home)
+    assert tree(home.path) == before
+
+
+@pytest.mark.fault(27)
+@pytest.mark.parametrize("linked", ["settings.json", "hooks", ""])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_links_into_dotfiles_stay(home: Home, linked: str, dangling: bool) -> None:
+    """A settings file, a directory of hooks or a ~/.claude that is a link stays one;
+    what it leads to is changed, and comes back."""
+    if dangling and linked != "settings.json":
+        pytest.skip("no such directory would be made")
+    real, link = home.path / "dotfiles" / "x", home.path / ".claude" / linked
+    link.parent.mkdir(exist_ok=True)
+    real.parent.mkdir()
+    if linked == "settings.json" and not dangling:
+        real.write_bytes(SHAPES["present"])
+    elif not dangling:
+        real.mkdir()
+        (real / "mine").write_text("x")
+    link.symlink_to(os.path.relpath(str(real), str(link.parent)))
+    before = tree(home.path)
+    ended = install(home, "--url", URL)
+    assert link.is_symlink()
+    assert events_in(home) == EVENTS
+    if linked == "settings.json":
+        assert "It is a link: what changes is ~/dotfiles/x" in ended.out
+    assert uninstall(home).code == 0
+    assert tree(home.path) == before
+
+
+@pytest.mark.parametrize("name", ["a b", "größe", "it's", 'say "hi"', "$HOME", "a;b&c"])
+def test_a_home_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
+    """Whatever a home is called, the installed commands send pings, doctor is content,
+    and uninstall leaves it as it was."""
+    home = Home(tmp_path / name)
+    before = tree(home.path)
+    with Receiver() as receiver:
+        ended = install(home, "--url", receiver.url)
+        assert ended.code == 0, ended.out + ended.err
+        found = read(settings_path(home))
+        done = subprocess.run(
+            ["/bin/sh", "-c", commands_in(found)[0][2]],
+            input=json.dumps(event("Stop")).encode(),
+            env={"HOME": str(home.path), "PATH": "/nonexistent", **found["env"]},
+            capture_output=True,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+        wait_until(lambda: [r for r in receiver.requests if r.method == "POST"])
+        home.quiet()
+    assert uninstall(home).code == 0
+    assert tree(home.path) == before
+
+
+# -- What install says, and asks -------------------------------------------------
+
+
+def test_install_needs_a_terminal_or_yes(home: Home) -> None:
+    """Where nobody can be asked install refuses: no word of a person, no change."""
+    before = tree(home.path)
+    ended = run(home, "install", "--url", URL)
+    assert (ended.code, ended.out) == (1, "")
+    assert "--yes, or --dry-run" in ended.err
+    assert tree(home.path) == before
+
+
+def test_dry_run_says_all_and_changes_nothing(home: Home) -> None:
+    """--dry-run names the script, the lines that change and no others (of the URL its
+    host alone), the backup, and that others can read the file; and changes nothing."""
+    path = write_settings(home, {"model": "opus", "env": {"A": "1", "KEY": "hidden"}})
+    path.chmod(0o644)
+    before = tree(home.path)
+    ended = run(home, "install", "--url", URL, "--tools", "--dry-run")
+    assert ended.code == 0
+    said = ended.out.splitlines()
+    assert said[0].startswith("~/.claude/hooks/telemhq_ping.py will be this script")
+    assert said[1] == "~/.claude/settings.json will change:"
+    assert said[2] == '  +    "TELEMHQ_PING_URL": "http://127.0.0.1:9/..."'
+    assert said[-4:] == [
+        f"As it is now it is kept as {BACKUP}",
+        "Others can read it, and the URL in it is a secret:",
+        "  chmod 600 ~/.claude/settings.json",
+        "Nothing was changed.",
+    ]
+    assert all(re.match(r"  \+ ", line) for line in said[2:-4])
+    assert "hidden" not in ended.out
+    assert tree(home.path) == before
+    install(home, "--url", URL, "--tools")
+    said = run(home, "install", "--url", URL, "--tools", "--dry-run").out.splitlines()
+    assert said[-2:] == ["All is there already.", "Nothing was changed."]
 
 
 @pytest.mark.parametrize(
-    "found", [b"{", b"[]", b'{"made": 1, "settings": {"x": 1, "y": {}}, "script": []}']
+    "old",
+    [
+        "https://old.invalid/ping/" + TOKEN,
+        f"https:\\/\\/old.invalid\\/ping\\/{TOKEN}",
+        f"https://user:{TOKEN}@old.invalid/ping/x",
+        TOKEN,
+    ],
 )
-def test_a_damaged_record_is_as_none(home: Home, found: bytes) -> None:
-    """Where installed.json is damaged, uninstall goes by what it recognises."""
-    write_settings(home, {"model": "opus"})
-    run(home, "install", "--url", URL)
-    (home.state / "installed.json").write_bytes(found)
-    assert run(home, "uninstall").code == 0
-    assert read(settings_path(home)) == {"model": "opus"}
-    assert not installed(home).exists()
+def test_a_change_of_the_url_shows_no_token(home: Home, old: str) -> None:
+    """Of the old URL, and of the new one, no more is shown than the host."""
+    raw = f'{{"env": {{"TELEMHQ_PING_URL" :"{old}",\n"Z": "2"}}}}'
+    write_settings(home, raw.encode())
+    ended = install(home, "--url", URL)  # `run` looks for the token
+    assert re.search(r"(?m)^  -.*TELEMHQ_PING_URL", ended.out)
+    assert re.search(r'(?m)^  \+.*TELEMHQ_PING_URL.*"http://127.0.0.1:9/', ended.out)
+    assert read(settings_path(home))["env"] == {"TELEMHQ_PING_URL": URL, "Z": "2"}
 
 
-# -- uninstall says what remains -------------------------------------------------
-
-
-def test_uninstall_where_nothing_was(home: Home) -> None:
-    """Where nothing was installed, uninstall says that, and changes nothing."""
-    before = tree(home.path)
-    ended = run(home, "uninstall")
-    assert (ended.code, ended.out) == (0, "Nothing of it was installed here.\n")
-    assert tree(home.path) == before
-
-
-def test_uninstall_beside_the_plugin(home: Home, receiver: Receiver) -> None:
-    """While the plugin is enabled, uninstall says where, and how to remove it, and
-    leaves the state to it."""
-    plugin = {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}}
-    write_settings(home, plugin)
-    run(home, "install", "--url", receiver.url)
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(1)
-    home.quiet()
-    ended = run(home, "uninstall")
-    assert f"The plugin is enabled in {settings_path(home)}" in ended.out
-    assert "claude plugin uninstall telemhq-ping@telemhq-ping" in ended.out
-    assert "Removed." not in ended.out
-    assert not installed(home).exists()
-    assert home.destination().exists()
-
-
-@pytest.mark.parametrize("known_by", ["record", "client"])
-def test_uninstall_names_other_projects(home: Home, known_by: str) -> None:
-    """Another project's settings that name the script are named: those that install has
-    written, and those of the projects that the client knows. The script stays."""
-    other = home.path / "other"
-    other.mkdir()
-    run(home, "install", "--url", URL)
-    run(home, "install", "--project", other)
-    if known_by == "client":
-        record = home.state / "installed.json"
-        found = read(record)
-        found["settings"] = {}
-        record.write_text(json.dumps(found))
-        projects: dict[str, Any] = {str(other): {}, "/gone": {}}
-        known = json.dumps({"projects": projects})
-        (home.path / ".claude.json").write_text(known)
-    ended = run(home, "uninstall")
-    path = other / ".claude" / "settings.local.json"
-    assert ended.code == 0
-    assert f"{path} still names the script: it stays" in ended.out
-    assert "uninstall --project DIR" in ended.out
-    assert "Removed." not in ended.out
-    assert installed(home).exists()
-    ended = run(home, "uninstall", "--project", other)
-    assert "Removed." in ended.out
-    assert not installed(home).exists()
-
-
-# -- Where the token ends up -----------------------------------------------------
-
-
-def git(directory: pathlib.Path, *arguments: str) -> None:
-    """Run git there."""
-    if not shutil.which("git"):
-        pytest.skip("no git")
-    subprocess.run(["git", "-C", str(directory), *arguments], check=True)
-
-
-def test_install_says_that_git_does_not_ignore_the_token(home: Home) -> None:
-    """--project in a repository writes the token into a file that git may not ignore:
-    install says so, and the line that it gives makes git ignore it."""
-    git(home.project, "init", "-q")
-    ended = run(home, "install", "--url", URL, "--project", home.project)
-    path = home.project / ".claude" / "settings.local.json"
-    assert f"Git does not ignore {path}" in ended.out
-    remedy = ended.out.splitlines()[-1].strip()
-    assert remedy.startswith("echo /.claude/settings.local.json >> ")
-    subprocess.run(["/bin/sh", "-c", remedy], check=True, cwd="/")
-    git(home.project, "check-ignore", "-q", str(path))
-    ended = run(home, "install", "--url", URL + "X", "--project", home.project)
-    assert "Git does not ignore" not in ended.out
-
-
-def test_install_says_nothing_of_git_without_a_token(home: Home) -> None:
-    """Where no URL is written, git is no matter."""
-    git(home.project, "init", "-q")
-    ended = run(home, "install", "--project", home.project)
-    assert "Git" not in ended.out
-
-
-def test_install_says_where_a_link_leads_the_token(home: Home) -> None:
-    """Settings that are a link into dotfiles: install says where the token is now, and
-    that git does not ignore it there."""
-    dotfiles = home.path / "dotfiles"
-    dotfiles.mkdir()
-    git(dotfiles, "init", "-q")
-    real = dotfiles / "claude.json"
-    real.write_text("{}")
-    settings_path(home).parent.mkdir()
-    settings_path(home).symlink_to(real)
-    ended = run(home, "install", "--url", URL)
-    assert (
-        f"{settings_path(home)} is a link: the URL, with its token, is in" in ended.out
-    )
-    assert str(real) in ended.out
-    assert f"Git does not ignore {real}" in ended.out
-
-
-# -- The diff --------------------------------------------------------------------
-
-
-def test_the_diff_shows_a_change_of_the_url_alone(home: Home) -> None:
-    """A new URL for the same host shows in the diff, though both are masked; the same
-    secret has the same mask."""
-    run(home, "install", "--url", URL)
-    ended = run(home, "install", "--url", URL + "X", "--dry-run")
-    changed = re.findall(r'(?m)^([+-]) +"TELEMHQ_PING_URL": "(.*)"', ended.out)
-    host = "https://tracker.invalid/"
-    assert changed == [("-", host + "<hidden 1>"), ("+", host + "<hidden 2>")]
-    assert "@@" not in run(home, "install", "--url", URL).out
-
-
-def test_the_diff_is_of_the_files_bytes(home: Home) -> None:
-    """The lines that the diff takes out are those of the file, and the lines that it
-    puts in those of the file to come."""
-    raw = (
-        '{\n  "permissions": {"allow": ["Bash(ls:*)", "Read"]},\n  "model":   "opus"}\n'
-    )
-    path = write_settings(home, raw.encode())
-    out = run(home, "install").out
-    assert '-  "permissions": {"allow": ["Bash(ls:*)", "Read"]},' in out
-    assert '-  "model":   "opus"}' in out
-    added = [line[1:] for line in out.splitlines() if re.match(r"\+(?!\+\+)", line)]
-    new = path.read_text("utf-8").splitlines()
-    assert [line for line in added if line not in new] == []
-
-
-def test_the_diff_masks_other_secrets(home: Home) -> None:
-    """Secrets of other tools, too, are masked in what the diff shows around."""
-    env = {"ANTHROPIC_API_KEY": "sk-" + TOKEN, "TELEMHQ_PROJECT": "acme"}
-    write_settings(home, {"env": env})
-    out = run(home, "install", "--url", URL).out  # `run` looks for the token
-    assert '"ANTHROPIC_API_KEY": "<hidden' in out
-    assert '"TELEMHQ_PROJECT": "acme"' in out
-
-
-@pytest.mark.parametrize("command", ["install", "uninstall"])
-def test_duplicate_keys_are_refused(home: Home, command: str) -> None:
-    """A file in which a key stands twice would lose one of them: it is left alone, and
-    the key is named."""
-    raw = b'{"env": {"A": "1"}, "model": "opus", "env": {"TELEMHQ_PING_URL": ""}}'
-    path = write_settings(home, raw)
-    ended = run(home, command)
-    assert ended.code == 1
-    assert f'{path} is left as it is: "env" stands there twice' in ended.err
-    assert path.read_bytes() == raw
-
-
-# -- At a terminal ---------------------------------------------------------------
-
-
-def test_install_asks_for_the_url(home: Home, receiver: Receiver) -> None:
-    """At a terminal install asks for the URL, without an echo; shows the diff, asks,
-    and ends with doctor's verdict."""
+def test_install_at_a_terminal(home: Home, receiver: Receiver) -> None:
+    """At a terminal install asks for the URL, without an echo, and again after a bad
+    one; says what it will change, and asks; offers a real ping, which alone proves the
+    token; and ends with doctor's checks, whose verdict is the exit status."""
     terminal = Terminal(home, "install")
-    terminal.answer("Ping URL (not shown", receiver.url + "\n")
+    terminal.answer("Ping URL (not shown", "telemhq.com/ping/x\n")
+    terminal.answer("it must start with https://", "https://telemhq.com/ping/\n")
+    terminal.answer("has no token", receiver.url + "\n")
     terminal.answer("Write this? [y/N]", "yes\n")
+    terminal.answer("Nothing else proves the token. [y/N]", "y\n")
     code, out = terminal.end()  # which looks for the token
-    assert code == 0
+    assert code == 0, out
     assert read(settings_path(home))["env"]["TELEMHQ_PING_URL"] == receiver.url
-    assert out.index("+++") < out.index("Write this?") < out.index("doctor says:")
-    said = out[out.index("doctor says:") :]
-    assert "✓ a ping arrived from the command for Stop" in said
-    assert "✓ tracker at http://127.0.0.1" in said
+    assert out.index('+  "env"') < out.index("Write this?") < out.index("Installed.")
+    assert out.index("Installed.") < out.index("✓ Stop by ~/.claude/settings.json")
+    posts = [request.ping for request in receiver.requests if request.body]
+    assert [ping["event"] for ping in posts] == ["Test"]
+
+
+@pytest.mark.parametrize("send", [True, False])
+def test_install_without_questions(home: Home, receiver: Receiver, send: bool) -> None:
+    """With --yes nothing is asked, at a terminal, too; --send sends one real ping."""
+    options = ["--url", receiver.url, "--yes", *(["--send"] if send else [])]
+    code, out = on_a_terminal(home, b"", "install", *options)
+    assert code == 0, out
+    assert "[y/N]" not in out
+    found = [request.method for request in receiver.requests]
+    assert found.count("POST") == send
+
+
+def test_a_tracker_that_is_away_is_doctors_verdict(home: Home) -> None:
+    """Where the tracker cannot be reached install has written all, and exits with 1."""
+    ended = install(home, "--url", URL)
+    assert ended.code == 1
+    assert "Connection refused" in ended.out
+    assert events_in(home) == EVENTS
 
 
 @pytest.mark.parametrize("typed", ["n\n", "\n", "\x04", "nonsense\n"])
@@ -389,193 +429,54 @@ def test_a_no_changes_nothing(home: Home, typed: str) -> None:
     assert tree(home.path) == before
 
 
-@pytest.mark.parametrize("typed", ["y\n", "yes\n", "Y\n", " YES \n"])
-def test_yes_is_yes(home: Home, typed: str) -> None:
-    """y and yes are a yes, in whatever case."""
-    terminal = Terminal(home, "install", "--url", dead_url())
-    terminal.answer("Write this? [y/N]", typed)
-    assert terminal.end()[0] == 0
-    assert installed(home).exists()
-
-
 def test_install_goes_on_without_a_url(home: Home) -> None:
-    """An empty answer is no URL: install goes on, and says what is missing."""
+    """An empty answer is no URL: install goes on, and doctor says what is missing."""
     terminal = Terminal(home, "install")
     terminal.answer("Ping URL (not shown", "\n")
     terminal.answer("Write this? [y/N]", "y\n")
     code, out = terminal.end()
-    assert code == 0
-    assert "export TELEMHQ_PING_URL" in out
+    assert code == 1
+    assert "TELEMHQ_PING_URL" in out[out.index("Installed.") :]
     assert "env" not in read(settings_path(home))
 
 
-def test_install_asks_nothing_with_yes(home: Home) -> None:
-    """With --yes, and where all is as it should be, nothing is asked."""
-    url = dead_url()
-    code, out = on_a_terminal(home, b"", "install", "--url", url, "--yes")
-    assert code == 0
-    assert "[y/N]" not in out
-    code, out = on_a_terminal(home, b"", "install", "--url", url)
-    assert code == 0
-    assert "[y/N]" not in out
+def test_other_trackers_alone_need_no_url(home: Home, receiver: Receiver) -> None:
+    """With other trackers only in TELEMHQ_DESTINATIONS no ping URL is asked for."""
+    terminal = Terminal(
+        home,
+        "install",
+        TELEMHQ_DESTINATIONS="otlp",
+        TELEMHQ_OTLP_ENDPOINT=receiver.url.rpartition("/ping")[0],
+    )
+    terminal.answer("Write this? [y/N]", "y\n")
+    terminal.answer("Nothing else proves the token. [y/N]", "n\n")
+    out = terminal.end()[1]
+    assert "Ping URL" not in out
+    assert "env" not in read(settings_path(home))
 
 
-def test_install_without_a_terminal_asks_nothing(home: Home) -> None:
-    """Without a terminal install goes on."""
-    ended = run(home, "install")
-    assert ended.code == 0
-    assert "[y/N]" not in ended.out
-    assert installed(home).exists()
-
-
+@pytest.mark.fault(31)
 @pytest.mark.parametrize(
     "url, words",
     [
+        ("", "TELEMHQ_PING_URL"),
+        ("telemhq.com/ping/" + TOKEN, "it must start with https://"),
+        ("http://telemhq.com/ping/" + TOKEN, "TELEMHQ_ALLOW_HTTP"),
+        ("https://u:p@telemhq.com/" + TOKEN, "user:password@"),
+        ("https://telemhq.com/ping/ " + TOKEN, "a space"),
         ("https://telemhq.com/ping/", "has no token"),
-        ("https://telemhq.com/ping", "has no token"),
         ("https://telemhq.com", "has no token"),
         ("https://telemhq.com/ping/?x=1", "has no token"),
         ("https://telemhq.com/ping/<token>", "<token> stands for your tracker's own"),
     ],
 )
-def test_a_url_that_was_not_filled_in_is_refused(
-    home: Home, url: str, words: str
-) -> None:
-    """A URL without its token, and the README's <token>, are refused by name."""
-    ended = run(home, "install", "--url", url)
+def test_a_bad_url_is_refused_with_a_reason(home: Home, url: str, words: str) -> None:
+    """A URL that no ping can go to, or that was not filled in, is refused by name."""
+    before = tree(home.path)
+    ended = install(home, "--url", url)
     assert ended.code == 1
     assert words in ended.err
-    assert not (home.path / ".claude").exists()
-
-
-# -- Clients before 2.1.78 -------------------------------------------------------
-
-
-def client(home: Home, version: str) -> str:
-    """A PATH with a claude command of that version on it."""
-    path = home.path / "bin" / "claude"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
-    path.chmod(0o755)
-    return f"{path.parent}:{SMALL_PATH}"
-
-
-def events_in(home: Home) -> list[str]:
-    """The events in the user's settings."""
-    return list(read(settings_path(home))["hooks"])
-
-
-@pytest.mark.parametrize("version", ["2.1.77", "1.0.128", "2.0.99"])
-def test_an_old_client_gets_no_stop_failure(home: Home, version: str) -> None:
-    """For a client before 2.1.78, which ignores a whole file that names StopFailure,
-    install leaves it out, takes an earlier one of ours out, and says so."""
-    run(home, "install")
-    assert events_in(home) == EVENTS
-    ended = run(home, "install", PATH=client(home, version))
-    assert ended.code == 0
-    assert events_in(home) == ["Stop", "SessionEnd"]
-    assert f"Claude Code {version} ignores settings that name StopFailure" in ended.out
-    assert run(home, "uninstall").code == 0
-    assert not settings_path(home).exists()
-
-
-@pytest.mark.parametrize("version", ["2.1.78", "2.1.329", "3.0.0"])
-def test_newer_clients_get_all_events(home: Home, version: str) -> None:
-    """From 2.1.78 on all events are registered, and nothing is said of it."""
-    ended = run(home, "install", PATH=client(home, version))
-    assert events_in(home) == EVENTS
-    assert "Claude Code" not in ended.out
-
-
-@pytest.mark.parametrize("said", ["", "error: no such option"])
-def test_without_a_client_install_goes_by_a_new_one(home: Home, said: str) -> None:
-    """Where no client is found, or none that tells its version, install goes by a new
-    one, and says so."""
-    path = client(home, said) if said else SMALL_PATH
-    ended = run(home, "install", PATH=path)
-    assert events_in(home) == EVENTS
-    assert "this is for Claude Code 2.1.78 or newer" in ended.out
-
-
-def test_a_client_outside_the_path_is_found(home: Home) -> None:
-    """Claude Code's own places below HOME are looked at, too."""
-    client(home, "2.1.50")
-    place_of = home.path / ".local" / "bin"
-    place_of.parent.mkdir()
-    (home.path / "bin").rename(place_of)
-    run(home, "install")
-    assert events_in(home) == ["Stop", "SessionEnd"]
-
-
-# -- The interpreter -------------------------------------------------------------
-
-
-def names_of(home: Home) -> tuple[str, str]:
-    """The Pythons in the installed command: that of the import, that of the script."""
-    found = re.findall(
-        r"(\S+) (?:-ESc|-I)", commands_in(read(settings_path(home)))[0][2]
-    )
-    return found[0], found[1]
-
-
-def test_a_stable_path_goes_before_a_versions_own(
-    home: Home, tmp_path: pathlib.Path
-) -> None:
-    """Where a path without a version leads to the same Python, as in Homebrew, install
-    names that: it survives an upgrade."""
-    version = tmp_path / "Cellar" / "3.11.4" / "bin"
-    stable = tmp_path / "bin"
-    version.mkdir(parents=True)
-    stable.mkdir()
-    name = os.path.basename(PYTHON)
-    (stable / name).symlink_to(PYTHON)
-    ended = run(home, "install", python=PYTHON, PATH=f"{stable}:{SMALL_PATH}")
-    assert ended.code == 0
-    if re.search(r"\d+\.\d+\.\d+", PYTHON):
-        assert names_of(home) == (str(stable / name), str(stable / name))
-    else:
-        assert names_of(home)[0] == PYTHON
-
-
-def test_another_python_steps_in_for_a_versions_own(
-    home: Home, receiver: Receiver
-) -> None:
-    """Where only a version's own path is there (pyenv), the script's run names python3:
-    when an upgrade has removed that version, pings still arrive."""
-    if not re.search(r"\d+\.\d+\.\d+", PYTHON):
-        pytest.skip("this Python's path names no version")
-    run(home, "install", "--url", receiver.url)
-    assert names_of(home) == (PYTHON, "python3")
-    command = commands_in(read(settings_path(home)))[0][2]
-    subprocess.run(
-        ["/bin/sh", "-c", command.replace(PYTHON, "/nonexistent/3.11.4/python3")],
-        input=json.dumps(event("Stop")).encode(),
-        env=home.env(receiver.url, PATH=f"{os.path.dirname(PYTHON)}:{SMALL_PATH}"),
-        stderr=subprocess.DEVNULL,
-        check=True,
-    )
-    assert receiver.wait_for(1)[0]["event"] == "Stop"
-    home.quiet()
-
-
-def test_no_virtual_environment_on_windows(
-    script: Any, tmp_path: pathlib.Path, monkeypatch: Any
-) -> None:
-    """On Windows, too, a virtual environment's python is not named, but the one behind
-    it; paths are as Git Bash takes them."""
-    (tmp_path / "python.exe").write_text("")
-    monkeypatch.setattr(sys, "base_prefix", str(tmp_path))
-    monkeypatch.setattr(sys, "prefix", str(tmp_path / "venv"))
-    monkeypatch.setattr(os, "name", "nt")
-    try:
-        assert script.own_interpreter() == str(tmp_path / "python.exe")
-        quoted = script.shell_quoted("C:\\Users\\me too\\.claude")
-    finally:
-        monkeypatch.undo()
-    assert quoted == "'C:/Users/me too/.claude'"
-
-
-# -- Ctrl-C ----------------------------------------------------------------------
+    assert tree(home.path) == before
 
 
 @pytest.mark.parametrize(
@@ -583,57 +484,326 @@ def test_no_virtual_environment_on_windows(
     [
         (["install"], "Ping URL (not shown"),
         (["install", "--url", URL], "Write this?"),
-        (["preview"], "Paste an event"),
-        (["demo"], "Stop:"),
+        (["uninstall"], "Remove it?"),
     ],
-    ids=["a URL", "a question", "stdin", "demo"],
 )
 def test_ctrl_c_ends_quietly(home: Home, arguments: list[str], prompt: str) -> None:
-    """Ctrl-C ends a command with one line, no traceback, and leaves nothing behind."""
-    temporary = home.path / "tmp"
-    temporary.mkdir()
+    """Ctrl-C ends a command with one line, no traceback, and leaves all as it was."""
+    if arguments == ["uninstall"]:
+        install(home, "--url", URL)
     before = tree(home.path)
-    terminal = Terminal(home, *arguments, TMPDIR=str(temporary))
+    terminal = Terminal(home, *arguments)
     terminal.answer(prompt, "\x03")
     code, out = terminal.end()
     assert code == 130
-    assert out.rstrip().splitlines()[-1] == "interrupted"
-    home.quiet()
+    assert out.rstrip().splitlines()[-1] == "telemhq_ping.py: interrupted"
     assert tree(home.path) == before
 
 
+# -- Faults ----------------------------------------------------------------------
+
+
+@pytest.mark.fault(26)
+@pytest.mark.parametrize("fails", ["script", "backup", "settings"])
+def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
+    """Where a file cannot be written, the message names it, and all is as it was."""
+    size = len(SCRIPT.read_bytes())
+    padding = "x" * (size + 2000)
+    write_settings(home, {"model": padding} if fails != "script" else {})
+    most = {"script": 5000, "backup": size + 1000, "settings": size + 2100}[fails]
+    before = tree(home.path)
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+    done = subprocess.run(
+        script_command("install", "--yes", "--url", URL),
+        env=home.env(),
+        cwd=str(home.project),
+        preexec_fn=limit,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+    name = {"script": "hooks/telemhq_ping.py", "backup": BACKUP[10:]}
+    where = "~/.claude/" + name.get(fails, "settings.json")
+    assert done.returncode == 1
+    assert f"{where}: File too large" in done.stderr.decode()
+    assert tree(home.path) == before
+
+
+@pytest.mark.parametrize("version", ["2.1.77", "1.0.128", "2.1.78", "3.0.0"])
+@pytest.mark.parametrize("place_of", ["bin", ".local/bin"])
+def test_an_old_client_gets_no_stop_failure(
+    home: Home, version: str, place_of: str
+) -> None:
+    """For a client before 2.1.78, which ignores a whole file that names StopFailure,
+    install leaves it out, and says so; the client is found outside the PATH, too."""
+    path = home.path / place_of / "claude"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
+    path.chmod(0o755)
+    ended = install(home, "--url", URL, PATH=f"{home.path / 'bin'}:{SMALL_PATH}")
+    old = version in ("2.1.77", "1.0.128")
+    assert events_in(home) == (["Stop", "SessionEnd"] if old else EVENTS)
+    said = f"Claude Code {version} ignores settings that name StopFailure"
+    assert (said in ended.out) == old
+    assert uninstall(home).code == 0
+    assert not settings_path(home).exists()
+
+
+def test_the_python_that_is_named_lasts(home: Home, tmp_path: pathlib.Path) -> None:
+    """Run by a virtual environment's Python, install names the one behind it; where
+    that one's path names a release (pyenv), the second command names python3."""
+    made = tmp_path / "venv"
+    make = [sys.executable, "-m", "venv", "--without-pip", str(made)]
+    subprocess.run(make, check=True)
+    install(home, python=str(made / "bin" / "python"))
+    shutil.rmtree(str(made))
+    command = commands_in(read(settings_path(home)))[0][2]
+    check_command(home, command)
+    named = re.findall(r"(\S+) (?:-ESc|-I)", command)
+    assert named[1] == ("python3" if re.search(r"\d\.\d+\.\d", PYTHON) else named[0])
+
+
+def test_the_example_is_what_install_writes(home: Home) -> None:
+    """settings.example.json registers the same events as install does, in the same form
+    of command."""
+    install(home)
+    written = json.dumps(read(settings_path(home)))
+    for path, short in (
+        (str(installed(home).parent), "~/.claude/hooks"),
+        (PYTHON, "python3"),
+    ):
+        written = written.replace(path, short)
+    assert json.loads(written) == read(ROOT / "settings.example.json")
+
+
+# -- uninstall -------------------------------------------------------------------
+
+THEIR_HOOK = {
+    "hooks": [{"type": "command", "command": "python3 ~/.claude/hooks/telemhq_ping.py"}]
+}
+THEIR_SETTINGS = {"hooks": {"Stop": [THEIR_HOOK], "StopFailure": [THEIR_HOOK]}}
+THEIR_SCRIPT = "#!/usr/bin/env python3\nprint('the sample of the documentation')\n"
+
+
+@pytest.fixture
+def documented(home: Home) -> Home:
+    """A HOME with TelemHQ's own settings block and script."""
+    write_settings(home, THEIR_SETTINGS)
+    installed(home).parent.mkdir()
+    installed(home).write_text(THEIR_SCRIPT)
+    installed(home).chmod(0o755)
+    return home
+
+
+def test_telemhqs_own_set_up_comes_back(documented: Home) -> None:
+    """install says that TelemHQ's script is replaced, and where it is kept. After
+    upgrades and uninstall that set-up is as it was, byte for byte and mode for mode."""
+    before = tree(documented.path)
+    ended = install(documented, "--url", URL)
+    kept = installed(documented).with_name("telemhq_ping.py.telemhq-backup")
+    assert "hooks/telemhq_ping.py will be replaced: it is another script" in ended.out
+    assert "~/.claude/hooks/" + kept.name in ended.out
+    assert kept.read_text() == THEIR_SCRIPT
+    install(documented, "--url", URL + "X", "--tools")
+    ended = uninstall(documented)
+    assert ended.code == 0
+    assert "telemhq_ping.py, and the one from before install comes back" in ended.out
+    assert tree(documented.path) == before
+
+
+def test_their_commands_come_back_among_later_changes(documented: Home) -> None:
+    """Where a person has changed the settings since, the commands from before install
+    come back in their places, and the changes stay."""
+    install(documented, "--url", URL)
+    found = read(settings_path(documented))
+    write_settings(documented, {**found, "model": "opus"})
+    uninstall(documented)
+    expected = {**THEIR_SETTINGS, "model": "opus"}
+    assert read(settings_path(documented)) == expected
+    assert installed(documented).read_text() == THEIR_SCRIPT
+
+
+def test_uninstall_without_install_leaves_their_script(documented: Home) -> None:
+    """Where another script stands under our name it is not ours to remove, and neither
+    are its hooks."""
+    before = tree(documented.path)
+    ended = uninstall(documented)
+    assert ended.code == 1
+    assert "~/.claude/hooks/telemhq_ping.py is not this script" in ended.err
+    assert tree(documented.path) == before
+
+
+def test_uninstall_leaves_no_command_without_its_script(home: Home) -> None:
+    """TelemHQ's block without its script would end with 2, a veto: it does not come
+    back; nor does a set-up by the README's lines stay."""
+    for block in THEIR_SETTINGS, read(ROOT / "settings.example.json"):
+        write_settings(home, {"model": "opus", **block})
+        install(home)
+        assert uninstall(home).code == 0
+        assert read(settings_path(home)) == {"model": "opus"}
+        assert not installed(home).exists()
+
+
+def test_a_link_to_a_checkout_is_no_file_of_ours(home: Home) -> None:
+    """Where the script in hooks/ is a link to a checkout, uninstall removes the link,
+    and leaves the checkout."""
+    checkout = home.path / "checkout.py"
+    shutil.copy(str(SCRIPT), str(checkout))
+    installed(home).parent.mkdir(parents=True)
+    installed(home).symlink_to(checkout)
+    install(home, "--url", URL)
+    assert installed(home).is_symlink()
+    assert uninstall(home).code == 0
+    assert not os.path.lexists(str(installed(home)))
+    assert checkout.read_bytes() == SCRIPT.read_bytes()
+
+
+def test_uninstall_takes_only_what_is_ours(home: Home) -> None:
+    """What a person has changed since the install stays changed, text and all; so do
+    files of theirs, other hooks' bytecode among them. No backup remains."""
+    theirs = '{"a": [1, 2],\n "hooks": {"Stop": [' + json.dumps(OTHER_HOOK) + "]}}"
+    path = write_settings(home, theirs.encode())
+    install(home, "--url", URL)
+    path.write_text(path.read_text().replace("[1, 2]", "[1,  3]"))
+    cache = installed(home).parent / "__pycache__"
+    files = [cache / "mine.cpython-39.pyc", home.state / "notes.txt"]
+    for file in (*files, cache / "telemhq_ping.cpython-39.pyc"):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("x")
+    assert uninstall(home).code == 0
+    assert path.read_text() == theirs.replace("[1, 2]", "[1,  3]")
+    assert all(file.exists() for file in files)
+    assert os.listdir(str(cache)) == ["mine.cpython-39.pyc"]
+    assert not installed(home).exists()
+    assert not path.with_name(path.name + ".telemhq-backup").exists()
+
+
+def sent_once(home: Home) -> None:
+    """One ping is delivered, for the record."""
+    with Receiver() as receiver:
+        home.hook(event("Stop"), receiver.url)
+        receiver.wait_for(1)
+        home.quiet()
+
+
+def test_uninstall_says_what_goes(home: Home) -> None:
+    """uninstall names what it would remove: hooks and URL, script, and the state with
+    how many pings wait and how many are on record. Nobody asked: nothing is changed.
+    --keep-state leaves the state."""
+    assert uninstall(home).out == "Nothing of it is here.\n"
+    sent_once(home)
+    install(home, "--url", URL)
+    place(home, URL, 2)
+    before = tree(home.path)
+    ended = run(home, "uninstall")
+    assert ended.code == 1
+    assert "with --yes it is removed" in ended.err
+    assert tree(home.path) == before
+    state = "2 pings not sent yet (`flush` sends), the record of 1 sent ping"
+    assert ended.out.splitlines() == [
+        "This goes:",
+        "  ~/.claude/settings.json: our hooks and the ping URL",
+        "  ~/.claude/hooks/telemhq_ping.py",
+        f"  ~/.claude/telemhq: {state} (--keep-state: stays)",
+    ]
+    ended = uninstall(home, "--keep-state")
+    assert (ended.code, "telemhq:" in ended.out) == (0, False)
+    assert sorted(os.listdir(str(home.state.parent))) == ["telemhq"]
+    assert len(home.waiting()) == 2
+    assert uninstall(home).code == 0
+    assert sorted(os.listdir(str(home.path))) == ["acme"]
+
+
+@pytest.mark.parametrize(
+    "typed, code", [(b"y\n", 0), (b"n\n", 1), (b"\n", 1), (b"\x04", 1)]
+)
+def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> None:
+    """On a terminal uninstall asks; only a yes removes anything."""
+    install(home, "--url", URL)
+    ended, out = on_a_terminal(home, typed, "uninstall")
+    assert out.index("This goes:") < out.index("Remove it? [y/N]")
+    assert ended == code
+    assert installed(home).exists() == settings_path(home).exists() == bool(code)
+
+
+def test_uninstall_beside_the_plugin(home: Home) -> None:
+    """While the plugin is enabled, install says that each event would be told twice;
+    uninstall leaves the state, and says how to remove both."""
+    plugin = {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}}
+    write_settings(home, plugin)
+    said = "The plugin is enabled in ~/.claude/settings.json: with both, each event is"
+    assert said in install(home, "--url", URL).out
+    sent_once(home)
+    ended = uninstall(home)
+    remedy = (
+        "claude plugin uninstall telemhq-ping@telemhq-ping; rm -r ~/.claude/telemhq"
+    )
+    assert remedy in ended.out
+    assert read(settings_path(home)) == plugin
+    assert not installed(home).exists()
+    assert home.destination().exists()
+
+
+@pytest.mark.fault(67)
 def test_uninstall_waits_for_a_sender(home: Home) -> None:
-    """While a sender is at work uninstall waits for it, and then removes the state."""
+    """While a request is on its way uninstall waits for it; then nothing is left."""
     answered: list[int] = []
 
     def slowly(_: Any) -> int:
-        import time
-
         time.sleep(1)
         answered.append(1)
         return 200
 
     with Receiver(answer=slowly) as receiver:
-        run(home, "install", "--url", receiver.url)
+        install(home, "--url", URL)
         home.hook(event("Stop"), receiver.url)
         receiver.wait_for(1)
-        assert run(home, "uninstall", "--yes").code == 0
+        assert uninstall(home).code == 0
         assert answered
     home.quiet()
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 
-def test_flush_sends_all_of_a_backlog(home: Home, receiver: Receiver) -> None:
-    """What is paced after an outage goes at once when a person flushes."""
-    place(home, receiver.url, 60, 100)
-    home.set_state(failures=3, set_at=0, not_before=0)
-    ended = run(home, "flush", url=receiver.url)
-    assert ended.code == 0
-    assert "60 delivered, 0 left." in ended.out
+# -- Projects and other places ---------------------------------------------------
 
 
-def test_the_installed_script_is_the_file(home: Home) -> None:
-    """The record names the script's hash, so that uninstall knows it again."""
-    run(home, "install")
-    digest = hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
-    assert read(home.state / "installed.json")["script"] == digest
+def test_a_projects_own_settings(home: Home) -> None:
+    """--project DIR writes DIR/.claude/settings.local.json; its uninstall is the
+    inverse, and leaves script and state to the user's settings where these name it."""
+    before = tree(home.path)
+    install(home, "--url", URL, "--project", ".")
+    path = home.project / ".claude" / "settings.local.json"
+    assert {e for e, _, _ in commands_in(read(path))} == set(EVENTS)
+    assert not settings_path(home).exists()
+    assert uninstall(home, "--project", home.project).code == 0
+    assert tree(home.path) == before
+    install(home, "--url", URL)
+    before = tree(home.path)
+    install(home, "--project", home.project)
+    assert "settings.local.json names the script, too" in uninstall(home).out
+    install(home, "--url", URL)
+    ended = uninstall(home, "--project", home.project)
+    assert "~/.claude/settings.json names the script, too" in ended.out
+    assert tree(home.path) == before
+    ended = install(home, "--project", home.path / "typo")
+    assert (ended.code, "~/typo: No such file" in ended.err) == (1, True)
+
+
+def test_claude_config_dir_is_honoured(home: Home, receiver: Receiver) -> None:
+    """With CLAUDE_CONFIG_DIR, settings and script are there, and ~/.claude is not made;
+    the installed copy runs the commands as well."""
+    config = home.path / "my config"
+    env: dict[str, Any] = {"CLAUDE_CONFIG_DIR": config}
+    assert install(home, "--url", receiver.url, "--tools", **env).code == 0
+    assert not (home.path / ".claude").exists()
+    found = commands_in(read(config / "settings.json"))
+    tools = "Bash|Edit|MultiEdit|Write"
+    expected = [("PostToolUse", tools), ("PostToolUseFailure", tools)]
+    assert [row[:2] for row in found] == [(name, None) for name in EVENTS] + expected
+    script = config / "hooks" / SCRIPT.name
+    ended = install(home, "--url", receiver.url, script=script, **env)
+    assert (ended.code, "All is there already." in ended.out) == (0, True)
+    assert uninstall(home, script=script, **env).code == 0
+    assert not config.exists()
