@@ -1161,11 +1161,8 @@ def write_file(path: str, content: bytes, make_directory: bool = False) -> None:
         os.makedirs(directory, 0o700, exist_ok=True)
         fd = os.open(unfinished, flags, 0o600)
     try:
-        try:
-            while content:
-                content = content[os.write(fd, content) :]
-        finally:
-            os.close(fd)
+        with open(fd, "wb") as file:
+            file.write(content)
         rename(unfinished, path)
     except BaseException:
         remove(unfinished)
@@ -1268,22 +1265,19 @@ class Lock:
                 return None
         return cls(fd)
 
-    def close(self) -> None:
-        """Leave it to the sender that was given it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def release(self) -> None:
-        """Give it back, also from a hook just ending that still shares it."""
+    def release(self, ours: bool = True) -> None:
+        """Give it back, also from a hook just ending that still shares it; not `ours`:
+        leave it to the sender that was given it."""
         try:
-            if self.fd >= 0 and os.name == "posix":
+            if ours and self.fd >= 0 and os.name == "posix":
                 import fcntl
 
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
         except OSError:
             pass  # a file system without locks
-        self.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Suspect:
@@ -1303,19 +1297,20 @@ class State:
     suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
     """
 
-    def __init__(self, path: str, found: Fields) -> None:
-        """Whatever was found, every attribute has a value that makes sense."""
+    failures = set_at = not_before = delivered_at = swept_at = problem_at = 0.0
+    verdict = problem = ""
 
-        def known(name: str) -> float:
-            return float(found[name]) if number(found.get(name)) else 0
-
-        self.path = path
-        self.failures = min(known("failures"), FAILURES_MAX)
-        self.set_at, self.not_before = known("set_at"), known("not_before")
-        self.delivered_at, self.swept_at = known("delivered_at"), known("swept_at")
-        self.verdict = str(found.get("verdict", ""))
-        self.problem = str(found.get("problem", ""))
-        self.problem_at = known("problem_at")
+    def __init__(self, path: str) -> None:
+        """Whatever the file holds, every attribute has a value that makes sense."""
+        try:
+            found = read_object(path, STATE_MAX_BYTES)
+        except (OSError, ValueError):
+            found = {}
+        for name, value in found.items():
+            default = getattr(State, name, None)
+            if number(value) if default == 0 else isinstance(default, type(value)):
+                setattr(self, name, value)
+        self.path, self.failures = path, min(self.failures, FAILURES_MAX)
         losses = object_in(found, "losses")
         self.losses = {k: int(n) for k, n in losses.items() if number(n)}
         self.suspects = {
@@ -1323,14 +1318,6 @@ class State:
             for name, pair in object_in(found, "suspects").items()
             if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair))
         }
-
-    @classmethod
-    def load(cls, path: str) -> State:
-        """What the file holds, or the state of one that never delivered."""
-        try:
-            return cls(path, read_object(path, STATE_MAX_BYTES))
-        except (OSError, ValueError):
-            return cls(path, {})
 
     def save(self) -> None:
         """Write the file; a disk that refuses must not stop delivery."""
@@ -1492,7 +1479,7 @@ class Outbox:
 
     def state(self) -> State:
         """What is remembered from pass to pass."""
-        return State.load(self.path("state.json"))
+        return State(self.path("state.json"))
 
     def take_lock(self) -> Lock | None:
         """The lock; None while someone else holds it."""
@@ -1583,7 +1570,7 @@ def start_sender(
         return Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
     finally:
         for lock in held.values():
-            lock.close()
+            lock.release(ours=False)
 
 
 def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
