@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from http.server import HTTPServer
     from queue import Queue
     from ssl import SSLContext
+    from subprocess import Popen
     from typing import Any, Callable, Dict, Iterator, NoReturn
     from urllib.request import OpenerDirector
 
@@ -251,6 +252,16 @@ def iso_time(ns: int) -> str:
     """Nanoseconds since 1970 as ISO 8601, UTC, with milliseconds."""
     day = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(ns // 10**9))
     return f"{day}.{ns // 10**6 % 1000:03d}Z"
+
+
+def seconds_of(stamp: object) -> float:
+    """Such a time, or a transcript's, in seconds since 1970; 0 when it is none."""
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 # -- Settings --------------------------------------------------------------------------
@@ -924,7 +935,9 @@ class OTLP(Tracker):
         name = f"claude_code.{ping.get('event')}"
         failed = ping.get("status") == "failed"
         record = {
-            "timeUnixNano": str(ns_of_iso(ping.get("timestamp"))),
+            "timeUnixNano": str(
+                round(seconds_of(ping.get("timestamp")) * 1000) * 10**6
+            ),
             "severityNumber": self.ERROR if failed else self.INFO,
             "eventName": name,
             "body": {"stringValue": name},
@@ -1085,17 +1098,6 @@ def with_all_input(counts: Fields) -> Fields:
     return {**counts, "all_input": sum(int(counts.get(name, 0)) for name in names)}
 
 
-def ns_of_iso(text: object) -> int:
-    """The inverse of iso_time(); 0 when it is no such time."""
-    from datetime import datetime
-
-    try:
-        when = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-    except ValueError:
-        return 0
-    return round(when.timestamp() * 1000) * 10**6
-
-
 TRACKERS: dict[str, Callable[[Settings, ReadSecret], Tracker]] = {
     found.kind: found for found in (TelemHQ, Wigtoken, Recorder, OTLP, ClaudeMetrics)
 }
@@ -1160,11 +1162,8 @@ def write_file(path: str, content: bytes, make_directory: bool = False) -> None:
         os.makedirs(directory, 0o700, exist_ok=True)
         fd = os.open(unfinished, flags, 0o600)
     try:
-        try:
-            while content:
-                content = content[os.write(fd, content) :]
-        finally:
-            os.close(fd)
+        with open(fd, "wb") as file:
+            file.write(content)
         rename(unfinished, path)
     except BaseException:
         remove(unfinished)
@@ -1267,22 +1266,19 @@ class Lock:
                 return None
         return cls(fd)
 
-    def close(self) -> None:
-        """Leave it to the sender that was given it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def release(self) -> None:
-        """Give it back, also from a hook just ending that still shares it."""
+    def release(self, ours: bool = True) -> None:
+        """Give it back, also from a hook just ending that still shares it; not `ours`:
+        leave it to the sender that was given it."""
         try:
-            if self.fd >= 0 and os.name == "posix":
+            if ours and self.fd >= 0 and os.name == "posix":
                 import fcntl
 
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
         except OSError:
             pass  # a file system without locks
-        self.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Suspect:
@@ -1302,19 +1298,20 @@ class State:
     suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
     """
 
-    def __init__(self, path: str, found: Fields) -> None:
-        """Whatever was found, every attribute has a value that makes sense."""
+    failures = set_at = not_before = delivered_at = swept_at = problem_at = 0.0
+    verdict = problem = ""
 
-        def known(name: str) -> float:
-            return float(found[name]) if number(found.get(name)) else 0
-
-        self.path = path
-        self.failures = min(known("failures"), FAILURES_MAX)
-        self.set_at, self.not_before = known("set_at"), known("not_before")
-        self.delivered_at, self.swept_at = known("delivered_at"), known("swept_at")
-        self.verdict = str(found.get("verdict", ""))
-        self.problem = str(found.get("problem", ""))
-        self.problem_at = known("problem_at")
+    def __init__(self, path: str) -> None:
+        """Whatever the file holds, every attribute has a value that makes sense."""
+        try:
+            found = read_object(path, STATE_MAX_BYTES)
+        except (OSError, ValueError):
+            found = {}
+        for name, value in found.items():
+            default = getattr(State, name, None)
+            if number(value) if default == 0 else isinstance(default, type(value)):
+                setattr(self, name, value)
+        self.path, self.failures = path, min(self.failures, FAILURES_MAX)
         losses = object_in(found, "losses")
         self.losses = {k: int(n) for k, n in losses.items() if number(n)}
         self.suspects = {
@@ -1322,14 +1319,6 @@ class State:
             for name, pair in object_in(found, "suspects").items()
             if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair))
         }
-
-    @classmethod
-    def load(cls, path: str) -> State:
-        """What the file holds, or the state of one that never delivered."""
-        try:
-            return cls(path, read_object(path, STATE_MAX_BYTES))
-        except (OSError, ValueError):
-            return cls(path, {})
 
     def save(self) -> None:
         """Write the file; a disk that refuses must not stop delivery."""
@@ -1491,7 +1480,7 @@ class Outbox:
 
     def state(self) -> State:
         """What is remembered from pass to pass."""
-        return State.load(self.path("state.json"))
+        return State(self.path("state.json"))
 
     def take_lock(self) -> Lock | None:
         """The lock; None while someone else holds it."""
@@ -1552,11 +1541,11 @@ def sender_command(*arguments: str) -> list[str]:
 
 def start_sender(
     held: dict[str, Lock], environ: dict[str, str], how: str = "detached"
-) -> None:
+) -> Popen[bytes] | None:
     """Start a sender that outlives us, and hand it the locks of these destinations
     (names of their directories). It serves the first, and starts a sender for each of
     the others: one start is all that Claude Code waits for. how: "once" makes one pass,
-    "debug" talks on our stderr besides.
+    "debug" talks on our stderr besides; only of these the process is given.
 
     A fresh interpreter, for urllib crashes in a forked process on macOS. In its own
     session and with no descriptor but the locks: Claude Code kills groups and families,
@@ -1569,30 +1558,25 @@ def start_sender(
         os.chdir("/")  # keep no project's directory busy
     fds = [lock.fd for lock in held.values() if lock.fd >= 0]
     served = [word for name, lock in held.items() for word in (str(lock.fd), name)]
-    command, quiet = sender_command(how, *served), (0, 1, 2)[: 3 - (how == "debug")]
+    command = sender_command(how, *served)
     try:
-        spawn(command, fds, environ, quiet)
-    except (AttributeError, NotImplementedError, OSError):
-        # Windows, PyPy, Termux: no posix_spawn. macOS before 10.15, old C libraries:
-        # no setsid=.
+        if how == "detached" and spawn(command, fds, environ):
+            return None
         from subprocess import DEVNULL, Popen
 
         apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
         if os.name == "nt":  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
             apart = {"creationflags": 0x8 | 0x200, "cwd": os.path.dirname(THIS_FILE)}
-        apart["stderr"] = DEVNULL if 2 in quiet else None
-        Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
+        apart["stderr"] = None if how == "debug" else DEVNULL
+        return Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
     finally:
         for lock in held.values():
-            lock.close()
+            lock.release(ours=False)
 
 
-def spawn(
-    command: list[str], fds: list[int], environ: dict[str, str], quiet: tuple[int, ...]
-) -> None:
-    """Start a process without the import of subprocess, 8 ms. fds: what it inherits.
-    quiet: what is /dev/null for it."""
-    spawn_it = os.posix_spawn
+def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
+    """Start a process without the import of subprocess, 8 ms; whether that works here.
+    fds: what it inherits."""
     try:
         inherited = [int(name) for name in os.listdir("/dev/fd")]
     except OSError:  # a container without /proc
@@ -1602,42 +1586,50 @@ def spawn(
             os.set_inheritable(fd, fd in (0, 1, 2, *fds))
         except OSError:
             continue  # not open, or the listing's own
-    null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in quiet]
     usual: Any = {"setsid": True, "setsigdef": [15]}  # SIGTERM: our shell may ignore it
-    spawn_it(command[0], command, environ, file_actions=null, **usual)
+    try:
+        quiet = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
+        os.posix_spawn(command[0], command, environ, file_actions=quiet, **usual)
+    except (AttributeError, NotImplementedError, OSError):
+        return False  # Windows, PyPy, Termux; setsid=: macOS 10.14, old C libraries
+    return True
 
 
-def start_senders(queued: dict[Outbox, str], settings: Settings) -> list[Outbox]:
-    """Have a sender started for each outbox where none runs and no back-off stands
-    (debug mode does not care); for which one was."""
-    held, started = {}, []
+def start_senders(queued: dict[Outbox, str], settings: Settings) -> None:
+    """Have a sender started for each outbox where none runs and no back-off stands."""
+    held = {}
     for outbox in queued:
-        if settings.debug or not outbox.state().backoff_left_s(time.time()):
+        if not outbox.state().backoff_left_s(time.time()):
             lock = outbox.take_lock()
             if lock is not None:  # busy: a sender runs, and will see the file
                 held[outbox.name()] = lock
-                started.append(outbox)
     if held:
-        waits = "debug" if settings.debug else "once"
-        how = waits if settings.foreground else "detached"
-        start_sender(held, settings.environ, how)
-    return started
+        start_sender(held, settings.environ)
 
 
-def wait_for_senders(
-    queued: dict[Outbox, str], started: list[Outbox], ends: float
+def deliver_in_foreground(
+    queued: dict[Outbox, str], settings: Settings, ends: float
 ) -> None:
-    """Wait until our senders have given their locks back; for another one only as long
-    as it has not sent our ping; until `ends` (monotonic) at most."""
-    for outbox, name in queued.items():
-        lock = None
-        while lock is None and time.monotonic() < ends:
-            if outbox not in started and not os.path.exists(outbox.file(name)):
-                break
-            time.sleep(LOOK_S / 10)
-            lock = outbox.take_lock()
-        if lock is not None:
-            lock.release()
+    """Have a sender make one pass over each outbox, and wait for its end; while another
+    has the lock, for that until it has sent our ping; until `ends` (monotonic) at most.
+    Where a back-off stands, not at all, but for debug mode's."""
+    senders: dict[Outbox, Any] = {}
+    how = "debug" if settings.debug else "once"
+    while queued and time.monotonic() < ends:
+        for outbox, name in list(queued.items()):
+            if outbox in senders:
+                over = senders[outbox].poll() is not None
+            else:
+                left_s = outbox.state().backoff_left_s(time.time())
+                waits = settings.debug or not left_s
+                over = not waits or not os.path.exists(outbox.file(name))
+                lock = None if over else outbox.take_lock()
+                if lock is not None:
+                    held = {outbox.name(): lock}
+                    senders[outbox] = start_sender(held, settings.environ, how)
+            if over:
+                del queued[outbox]
+        time.sleep(LOOK_S / 10)
 
 
 def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
@@ -1686,11 +1678,12 @@ def report_event(settings: Settings, tell: Tell) -> None:
             problems.append(str(why))
     if queued:
         tell(f"{ping['event']} {ping['event_id']} is in the outbox")
-    started = start_senders(queued, settings)
     if settings.foreground:
-        wait_for_senders(queued, started, ends)
+        deliver_in_foreground(dict(queued), settings, ends)
         if any(os.path.exists(outbox.file(name)) for outbox, name in queued.items()):
             tell("the ping waits in the outbox; a later hook delivers it")
+    else:
+        start_senders(queued, settings)
     if problems:
         raise Skipped("; ".join(problems))
 
@@ -1822,16 +1815,6 @@ def counts_in(found: Fields, column: int) -> list[int]:
 def plus(counts: list[int], more: list[int]) -> list[int]:
     """The sum, count by count."""
     return [a + b for a, b in zip(counts, more)]
-
-
-def seconds_of(stamp: object) -> float:
-    """A row's timestamp in seconds since 1970, 0 when it is none."""
-    from datetime import datetime
-
-    try:
-        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
-    except (ValueError, OverflowError):
-        return 0.0
 
 
 class Row:
@@ -2135,8 +2118,10 @@ class Account:
         found: set[str] = set()
         for name in os.listdir(directory) if os.path.isdir(directory) else ():
             path = os.path.join(directory, name)
+            if own in name:  # or what a killed sender left unfinished of it
+                continue
             try:
-                if name != own and key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
+                if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
             except (OSError, ValueError):
                 continue
@@ -2165,7 +2150,7 @@ class Reading:
         account, whole = self.account, True
         for name, path in account.files().items():
             try:
-                if not (name or account.was_read):
+                if account.since and not (name or account.was_read):
                     account.since = max(account.since, self.end_of_earlier_runs())
                 self.read_one(name, path)
             except TimeoutError:
@@ -2189,7 +2174,8 @@ class Reading:
                 ended, begun = True, 0.0
             elif ended:
                 begun = begun or row.at
-                if isinstance(row, AnswerRow):
+                # (After SIGINT, the one broken off stands behind the last ledger.)
+                if isinstance(row, AnswerRow) and row.stopped:
                     since, ended = begun, False
         return since
 
@@ -2265,8 +2251,9 @@ class Reading:
         elif new:
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
+            copied = row.copied and identifier(row.origin)
             account.in_history = not row.branched
-            account.parent = [str(row.origin), row.key] if row.copied else []
+            account.parent = [str(row.origin), row.key] if copied else []
             account.told, account.ledger = {}, []
 
     def gain(
@@ -2356,15 +2343,12 @@ class Charge:
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
         account, event_id = self.account, str(self.ping["event_id"])
-        transcript = str(self.local.get("transcript"))
-        if os.path.isfile(transcript) or not account.transcript:
-            account.transcript = transcript
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
-        account.own, account.last_at = self.record.beside.get("own", {}), self.at
         if self.local.get("usage") is False:
             account.since = max(account.since, self.at)
-        elif self.event in USAGE_EVENTS and event_id not in account.charged:
-            account.charged[event_id] = self.tell()
+        else:
+            self.meet()
+            if self.event in USAGE_EVENTS and event_id not in account.charged:
+                account.charged[event_id] = self.tell()
         self.saving = True
         account.save()
         if event_id not in account.charged:
@@ -2374,6 +2358,14 @@ class Charge:
         record = Record(gate({**self.ping, **fields}), {}, beside)
         self.outbox.rewrite(self.name, record)
         return record
+
+    def meet(self) -> None:
+        """Note what a SessionLost would tell, and where the transcript is."""
+        account, path = self.account, str(self.local["transcript"])
+        if os.path.isfile(path) or not account.transcript:
+            account.transcript = path
+        account.own, account.last_at = self.record.beside.get("own", {}), self.at
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
 
     def tell(self) -> list[Fields]:
         """[the usage fields, what stands beside] of all that was used since the last
@@ -2459,7 +2451,8 @@ class Charge:
         account, name = self.account, ""
         if self.event in ("SessionEnd", "SessionLost"):
             if account.parent and not account.baseline:
-                self.find_baseline(*account.parent)
+                account.baseline = self.parents_ledger(*account.parent)
+                account.parent = []
             lost = self.event == "SessionLost"
             return lost or not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
@@ -2472,21 +2465,27 @@ class Charge:
         found = account.transcripts.get(name)
         return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
 
-    def find_baseline(self, session: str, key: str) -> None:
-        """Of a fork: the ledger in its parent's file that stands behind the last answer
-        that was copied (its key), no other one between. session: the parent's."""
-        account, behind = self.account, False
-        account.parent = []
-        path = os.path.join(os.path.dirname(account.transcript), session + ".jsonl")
+    def parents_ledger(self, session: str, key: str) -> list[Any]:
+        """Of a fork: the last ledger in its parent's file before any answer that was
+        not copied, which is what the client goes on from (none there: it begins anew);
+        [] when nobody knows. key: of the last answer that was copied."""
+        directory, found, copied = (
+            os.path.dirname(self.account.transcript),
+            NO_LEDGER,
+            False,
+        )
+        path = os.path.join(directory, session + ".jsonl")
         try:
-            rows = Transcript().rows(path, self.reading.ends)
-            for row in rows if identifier(session) else ():
-                if isinstance(row, AnswerRow) and row.real and not row.sidechain:
-                    behind = row.key == key
-                elif isinstance(row, LedgerRow) and behind:
-                    account.baseline = row.ledger
+            for row in Transcript().rows(path, self.reading.ends):
+                if isinstance(row, LedgerRow):
+                    found = row.ledger
+                elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
+                    if copied and row.key != key:
+                        break
+                    copied = copied or row.key == key
         except (OSError, ValueError):
-            pass  # then nobody knows it
+            return []
+        return found if copied else []
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
@@ -2716,6 +2715,7 @@ def no_answer(cause: object, verdict: str) -> Answer:
 
 # -- Sender: empties one outbox --------------------------------------------------------
 
+NO_ANSWER = "no whole answer in time"
 BURSTS = (  # events of which another may follow within seconds
     "PreToolUse PostToolUse PostToolUseFailure PostToolBatch PermissionRequest "
     "PermissionDenied SubagentStart"
@@ -2742,28 +2742,16 @@ def add_line(path: str, line: str, most: int) -> None:
 
 
 class Courier:
-    """Delivers the pings of one outbox, one at a time; the outbox's lock must be held.
+    """Delivers a sender's pings, one at a time. tell: for a person. by_session: a
+    session's name -> names of its pings that are not charged yet. sending: the name of
+    the ping whose request is on its way; deadline: monotonic, of that request."""
 
-    ends: monotonic: no request begins after it. once: somebody waits: a request has
-    ONCE_LAST_S beyond the end. tell: for a person. overstays: called with the name of a
-    ping, and an answer, before its request is ended with the process (its exit status:
-    `status`). by_session: a session's name -> names of its pings, not charged yet.
-    """
-
-    def __init__(
-        self, outbox: Outbox, tracker: Tracker, settings: Settings, tell: Tell = silent
-    ) -> None:
-        self.outbox, self.tracker, self.settings = outbox, tracker, settings
-        self.tell = tell
-        self.ends = self.deadline = float("inf")  # the latter: of what is sent now
-        self.once, self.status, self.sending = False, 0, ""
+    def __init__(self, sender: Sender, tracker: Tracker, tell: Tell) -> None:
+        self.sender, self.outbox = sender, sender.outbox
+        self.tracker, self.tell = tracker, tell
         self.opener: OpenerDirector | None = None
         self.by_session: dict[str, list[str]] = {}
-        self.overstays: Callable[[str, Answer], object] = lambda *_: None
-
-    def is_over(self) -> bool:
-        """Whether no request may begin any more."""
-        return time.monotonic() >= self.ends
+        self.sending, self.deadline = "", float("inf")
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
@@ -2790,14 +2778,19 @@ class Courier:
         requests = self.tracker.requests(record.ping, record.beside)
         answer = None if requests else Answer(NOTHING, "nothing to send")
         for request in requests[record.accepted :]:
-            if answer and self.is_over():
+            if answer and self.sender.is_over():
                 return None
             answer = self.send(name, record.ping, request)
             if answer.verdict != DELIVERED:
                 return answer
             record.accepted += 1
-            if record.accepted < len(requests):
-                self.remember(name, record)
+            try:
+                if len(requests) > 1:
+                    self.outbox.rewrite(
+                        name, record
+                    )  # whoever comes next goes on there
+            except OSError:
+                pass  # a full disk: after a crash they are repeated
         if answer and requests:
             # Before its file goes: after a crash it may stand there twice, but never
             # not at all.
@@ -2805,19 +2798,12 @@ class Courier:
         remove(self.outbox.file(name))  # only now
         return answer
 
-    def remember(self, name: str, record: Record) -> None:
-        """Note how many requests were accepted: whoever comes next goes on there."""
-        try:
-            self.outbox.rewrite(name, record)
-        except OSError:
-            pass  # a full disk: after a crash they are repeated
-
     def send(self, name: str, ping: Fields, request: Request) -> Answer:
         """Send one request of a ping; it has a deadline of its own."""
-        timeout_s, begun = self.settings.timeout_s, time.monotonic()
+        timeout_s, begun = self.sender.settings.timeout_s, time.monotonic()
         limit = DEADLINE * timeout_s
-        if self.once:
-            limit = max(0.1, min(limit, self.ends + ONCE_LAST_S - begun))
+        if self.sender.once:
+            limit = max(0.1, min(limit, self.sender.ends + ONCE_LAST_S - begun))
         if not self.opener:
             import _thread
 
@@ -2847,10 +2833,13 @@ class Courier:
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
         try:
-            self.overstays(self.sending, Answer(RETRY, "no whole answer in time"))
-            self.tell("no whole answer in time; the ping waits")
+            answer, on_pass = Answer(RETRY, NO_ANSWER), self.sender.on_pass
+            if on_pass.weigh(self.sending, answer) and self.sending in on_pass.noted:
+                self.sender.fail(answer)
+            on_pass.state.save()
+            self.tell(f"{NO_ANSWER}; the ping waits")
         finally:
-            os._exit(self.status)
+            os._exit(self.sender.status)
 
     def charged(self, name: str) -> Record | None:
         """The ping to send, its usage charged, and before it that of its session's
@@ -2860,7 +2849,7 @@ class Courier:
             record = self.outbox.record(name)
             session = self.by_session[PingName(name).session] if record.local else []
             while session and session[0] < name:
-                if self.is_over():
+                if self.sender.is_over():
                     return None
                 older = session.pop(0)
                 try:
@@ -2875,7 +2864,7 @@ class Courier:
         """The ping with its usage in it; whatever a transcript holds, the ping goes."""
         try:
             if record.local:
-                return charge(self.outbox, name, record, self.ends)
+                return charge(self.outbox, name, record, self.sender.ends)
         except Exception as error:  # noqa: BLE001
             self.log(f"usage left out: {type(error).__name__}")
         return record
@@ -2917,10 +2906,10 @@ class Pass:
         names.sort(key=lambda name: (PingName(name).event in usage, name))
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
-            if PingName(name).event in usage:
-                self.count_loss(name, "outbox full")
-            else:
-                self.state.lost("outbox full")
+            self.count_loss(name, "outbox full")
+        if lost:
+            self.state.save()  # before they go: this life may end meanwhile
+        for name in lost:
             remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
         known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
@@ -2931,8 +2920,9 @@ class Pass:
         """Count a ping that will not be delivered, and the tokens charged to it."""
         self.state.lost(reason)
         try:
-            ping = self.outbox.record(name).ping
-            self.state.lost("tokens", int(ping["total_tokens"]))
+            if PingName(name).event in USAGE_EVENTS:
+                ping = self.outbox.record(name).ping
+                self.state.lost("tokens", int(ping["total_tokens"]))
         except (OSError, ValueError, KeyError):
             pass
 
@@ -2977,7 +2967,7 @@ class Pass:
             by_session.setdefault(PingName(name).session, []).append(name)
         goes_on = True
         for name in self.order():
-            if self.sender.courier.is_over() or not goes_on:
+            if self.sender.is_over() or not goes_on:
                 break
             if name not in self.done:
                 goes_on = self.attempt(name)
@@ -3047,9 +3037,9 @@ class Pass:
 class Sender:
     """A sender's life, from pass to pass.
 
-    ends: monotonic. once: somebody waits: no back-off is waited for. status: the exit
-    status when a request that overstays ends the process. known: names of pings that
-    are no news.
+    ends: monotonic: no request begins after it. once: somebody waits: for no back-off,
+    and for ONCE_LAST_S beyond the end at most. status: the exit status when a request
+    that overstays ends the process. known: names of pings that are no news.
     """
 
     def __init__(
@@ -3063,16 +3053,13 @@ class Sender:
         status: int = 0,
     ) -> None:
         self.outbox, self.settings, self.ends = outbox, settings, ends
-        self.state, self.once = outbox.state(), once
+        self.once, self.status, self.state = once, status, outbox.state()
         self.known: set[str] = set()
-        self.courier = Courier(outbox, tracker, settings, tell)
-        self.courier.ends, self.courier.once = ends, once
-        self.courier.status, self.courier.overstays = status, self.cut_off
-        self.on_pass = Pass(self)
+        self.courier, self.on_pass = Courier(self, tracker, tell), Pass(self)
 
     def is_over(self) -> bool:
         """Whether this life is."""
-        return self.courier.is_over()
+        return time.monotonic() >= self.ends
 
     def is_gone(self) -> bool:
         """Whether the outbox was removed: by uninstall, most likely."""
@@ -3100,12 +3087,6 @@ class Sender:
         state.save()
         self.courier.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
-    def cut_off(self, name: str, answer: Answer) -> None:
-        """The request of that ping overstayed, and ends the process."""
-        if self.on_pass.weigh(name, answer) and name in self.on_pass.noted:
-            self.fail(answer)
-        self.state.save()
-
     def one_pass(self) -> None:
         """Try all that waits and is due, until an answer says that now is no time."""
         self.state = self.outbox.state()
@@ -3114,34 +3095,28 @@ class Sender:
         # What there was no time for is news, to the next sender.
         self.known.update(self.on_pass.done if self.is_over() else self.on_pass.names)
 
-    def linger(self) -> None:
-        """After a tool's event stay a while with the lock in hand, for the next one:
-        the hooks meanwhile start no process. Ends when there is news or no use."""
+    def finds_more(self) -> bool:
+        """Whether there is news: after a tool's event, others of which come within
+        seconds, it is waited for with the lock in hand, so that hooks meanwhile start
+        no process. Else the daily sweep may find some."""
         until = min(time.monotonic() + LINGER_S, self.ends)
         if self.on_pass.last_event in BURSTS and not self.once:
             while time.monotonic() < until and not self.is_gone() and not self.news():
                 time.sleep(LOOK_S)
-
-    def work(self) -> None:
-        """Passes, one for each burst of pings, while no back-off stands; then the daily
-        sweep, which may find some more."""
-        again = True
-        while again:
-            self.one_pass()
-            if self.is_over() or self.state.backoff_left_s(time.time()):
-                return
-            self.linger()
-            if not self.news():
-                self.sweep()
-            again = self.news()
+        if not self.news():
+            self.sweep()
+        return self.news()
 
     def live(self, lock: Lock | None) -> None:
         """Pass after pass, to the end of this life. After each the lock is given back,
         and then the outbox listed once more: a hook that found the lock busy counts on
         that. When this life is over then, news begin a new one."""
         while lock is not None:
-            if self.once or not self.backoff_left_s():
-                self.work()
+            again = self.once or not self.backoff_left_s()
+            while again:
+                self.one_pass()
+                wait = self.state.backoff_left_s(time.time())
+                again = not (wait or self.is_over()) and self.finds_more()
             lock.release()
             wait = self.backoff_left_s()
             if wait and (self.once or time.monotonic() + wait >= self.ends):
@@ -3150,7 +3125,9 @@ class Sender:
                 return
             if wait:
                 time.sleep(wait)
-            lock = None if self.is_gone() else self.outbox.take_lock()
+            if self.is_gone() or self.backoff_left_s():  # another has failed since
+                return
+            lock = self.outbox.take_lock()
             if lock and not wait and self.is_over():
                 start_sender({self.outbox.name(): lock}, self.settings.environ)
                 return
@@ -3160,7 +3137,8 @@ class Sender:
         now, accounts = time.time(), self.outbox.path("accounts")
         if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
             return
-        paths = [os.path.join(accounts, name) for name in os.listdir(accounts)]
+        names = [name for name in os.listdir(accounts) if not name.startswith(".")]
+        paths = [os.path.join(accounts, name) for name in names]
         for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
             remove(path)
         for path in paths if self.settings.usage else ():
@@ -3509,6 +3487,15 @@ def retold(text: str, at: int, new: Any, line: str) -> str:
     return text[at] + re.sub(r"^\s*,", "", told) + tail
 
 
+def save(path: str, content: bytes, mode: int) -> None:
+    """Make a file hold `content`; Skipped names one that cannot be written."""
+    try:
+        write_file(path, content, make_directory=True)
+        os.chmod(path, mode)
+    except OSError as error:  # a full disk has no path in it
+        raise Skipped(f"{shown(path)}: {error.strerror}") from error
+
+
 class SettingsFile:
     """A settings file of Claude Code's.
 
@@ -3600,8 +3587,8 @@ class Surroundings:
     def theirs(self) -> list[SettingsFile]:
         """The files whose commands are their owner's: the user's and the managed ones.
         A project's may be a stranger's shell code."""
-        project = project_settings(os.getcwd())
-        return [file for file in self.files if file.path not in project]
+        user, project = self.files[0], project_settings(os.getcwd())
+        return [user, *(f for f in self.files[1:] if f.path not in project)]
 
 
 # -- Commands: flush -------------------------------------------------------------------
@@ -3755,7 +3742,7 @@ def flush(options: Namespace) -> int:
     settings = around.settings
     os.environ.update(settings.environ)  # urllib looks for proxies there
     if is_kept_by_client(around) and settings.destinations == [TelemHQ.kind]:
-        how = f"run `{URL_NAME}=… {SCRIPT} flush`, or start a session"
+        how = f"run `{URL_NAME}=URL {SCRIPT} flush`, or start a session"
         raise Skipped(f"only Claude Code knows the plugin's URL; {how}")
     for tracker in destinations(settings, print):
         outbox = outbox_of(settings, tracker)
@@ -3855,7 +3842,7 @@ def play(
         hook_ms = (time.monotonic() - begun) * 1000
         made = os.path.isdir(state_dir)  # else nothing will arrive
         at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
-        times = f"hook {hook_ms:.0f} ms, in all {(at - begun) * 1000:.0f} ms"
+        times = f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
     except subprocess.TimeoutExpired:
         getattr(os, "killpg", os.kill)(process.pid, 9)
         return "it does not end", {}, ""
@@ -4111,7 +4098,7 @@ def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
         yield False, f"{problem}: {ELSEWHERE}"
     if not problems:
         yield True, f"hooks can write to {shown(settings.state_dir or '')}"
-    for outbox in ours:
+    for outbox in ours if not os.path.isfile(settings.state_dir or "") else ():
         yield from check_delivery(outbox)
     for outbox in kept:
         known = outbox.name() in [other.name() for other in ours]
@@ -4148,7 +4135,7 @@ def why_incomplete(pings: list[Fields]) -> str:
     """Why pings lack tokens, most likely."""
     ends = [ping for ping in pings if ping.get("event") == "SessionEnd"]
     if not any("total_tokens" in ping for ping in pings):
-        return "no transcript or account was read"
+        return "no transcript could be read"
     if 2 * len(ends) > len(pings):
         return "this Claude Code tells no cost (-p)"
     return "an answer came late, the next has it"
@@ -4279,15 +4266,6 @@ def settings_to_change(project: str | None) -> SettingsFile:
     return file
 
 
-def save(path: str, content: bytes, mode: int) -> None:
-    """Make a file hold `content`; Skipped names one that cannot be written."""
-    try:
-        write_file(path, content, make_directory=True)
-        os.chmod(path, mode)
-    except OSError as error:  # a full disk has no path in it
-        raise Skipped(f"{shown(path)}: {error.strerror}") from error
-
-
 def remove_if_empty(*directories: str) -> None:
     """Remove directories with nothing in them; any other stays."""
     for directory in directories:
@@ -4344,8 +4322,8 @@ class Installation:
         self.backup = file.real + BACKUP if keeps else ""
         self.done = self.script.raw == self.source and not self.changes
 
-    def show(self, plugin: str) -> None:
-        """Say what will change. plugin: the file that enables the plugin, or ""."""
+    def show(self) -> None:
+        """Say what will change."""
         script, file = shown(self.script.path), self.file
         if self.script.foreign:
             print(f"{script} will be replaced: it is another script. Until uninstall")
@@ -4366,9 +4344,6 @@ class Installation:
         if is_too_old(self.client):
             old = f"Claude Code {self.client} ignores settings that name StopFailure"
             print(f"{old} ({OLDEST_CLIENT_TEXT} does not): it is left out.")
-        if plugin:
-            print(f"The plugin is enabled in {shown(plugin)}: with both, each event is")
-            print(f"  told twice. To remove it: claude plugin uninstall {PLUGIN}")
         if self.done:
             print("All is there already.")
 
@@ -4400,7 +4375,7 @@ def install(options: Namespace) -> int:
     if unknown and asks and not options.dry_run:
         url = ask_for_url(settings)
     plan = Installation(options, url)
-    plan.show(around.plugin_in())
+    plan.show()
     if options.dry_run:
         print("Nothing was changed.")
         return 0
@@ -4577,21 +4552,14 @@ SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
 }
 SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
 SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
-PLACEHOLDERS = {"HEADERS": "X-Token=sample"}  # by a variable's last word
-PLACEHOLDERS.update(
-    dict.fromkeys(("URL", "ENDPOINT", "SERVER"), "https://tracker.test")
-)
+SAMPLE_URL = "https://tracker.test"
+PLACEHOLDERS = {"URL": SAMPLE_URL, "ENDPOINT": SAMPLE_URL, "SERVER": SAMPLE_URL}
 
 
 def sample(name: str, transcript: str) -> Fields:
     """A sample event."""
-    event: Fields = {"hook_event_name": name, "session_id": f"5e551011{'-0000' * 4}"}
-    return {
-        **event,
-        "cwd": "/home/you/acme",
-        "transcript_path": transcript,
-        **SAMPLES[name],
-    }
+    event = {"hook_event_name": name, "session_id": "sample", "cwd": "/home/you/acme"}
+    return {**event, "transcript_path": transcript, **SAMPLES[name]}
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -4605,7 +4573,8 @@ def tracker_named(name: str, settings: Settings) -> Tracker:
     except Skipped as why:
         print(f"{why}; shown with placeholders.", file=sys.stderr)
     for variable in make.variables:
-        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], "sample")
+        sample = "" if variable.endswith("HEADERS") else "sample"
+        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], sample)
     tracker: Tracker = make(Settings(environ), read_secret)
     return tracker
 
@@ -4626,7 +4595,7 @@ def print_requests(ping: Fields, tracker: Tracker, usage: bool) -> None:
     for request in requests:
         print(f"POST {masked(request.url)}")
         for header, value in request.headers.items():
-            print(f"{header}: {value if header in SHOWN_HEADERS else '…'}")
+            print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
         print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
     if not requests:
         print(f"{tracker.kind} gets nothing of {ping.get('event')}. {tracker.idle}")
@@ -4771,7 +4740,7 @@ def sent(options: Namespace) -> int:
         (outbox, deliveries(outbox)) for outbox in outboxes_named(options.destination)
     ]
     for outbox, lines in found:
-        for line in lines[-options.n :]:
+        for line in lines[-max(1, options.n) :]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
                 print(line.get("at"), outbox.kind(), line.get("answer"), body)
     if not any(lines for _, lines in found):

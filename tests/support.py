@@ -405,12 +405,12 @@ def start(*_):
     raise RuntimeError("can't start new thread")
 _thread.start_new_thread = start
 """
-# A sender that would sleep through a back-off has ended.
+# A sender that would sleep through a back-off, or for the next event, has ended.
 ONE_LIFE = """
 import _thread
 main_thread, real_sleep = _thread.get_ident(), time.sleep
 def sleep(seconds):
-    if _thread.get_ident() == main_thread:
+    if _thread.get_ident() == main_thread and seconds > 0.09:
         os._exit(0)
     real_sleep(seconds)
 time.sleep = sleep
@@ -459,7 +459,8 @@ def run_sender(
     home: Home, url: str | None, patch: str = ONE_LIFE, **env: Any
 ) -> subprocess.CompletedProcess[bytes]:
     """Run a detached sender that takes the lock itself, till it first sleeps."""
-    return patched(home, patch, "detached", "-1", url=url, **env)
+    name = home.destination().name
+    return patched(home, patch, "detached", "-1", name, url=url, **env)
 
 
 def only_enqueue(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -17,35 +18,31 @@ from typing import Iterable
 
 import pytest
 
+from scenes import aside, at_step, id_of, ids, let_time_pass, put, waiting
 from support import (
-    ONE_LIFE,
     Home,
     Receiver,
-    Request,
     event,
     hook_command,
     patched,
-    place,
     run_sender,
-    wait_lock_free,
     wait_until,
 )
 
 pytest.importorskip("fcntl", reason="locks and signals of POSIX")
-
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 KILLED = -signal.SIGKILL
 
 
-def at(call: str, when: str, where: str = "", nth: int = 1, extra: str = "pass") -> str:
+def at(call: str, when: str, where: str, nth: int = 1, extra: str = "pass") -> str:
     """A patch that kills the process before or after its nth such call.
 
     where: what the call's path (or the flock's operation) must contain.
     """
     module = "fcntl" if call == "flock" else "os"
     return f"""
-import fcntl
 calls = []
-def point(*args, **kwargs):
+def point(*args, **_):
     what = str(args[1] if {call!r} in ("replace", "flock") else args[0])
     if {where!r} in what:
         calls.append(what)
@@ -63,12 +60,6 @@ def half(fd, content):
     die()
 os.write = half
 """
-LOCK, UNLOCK = str(2 | 4), "8"  # LOCK_EX | LOCK_NB, LOCK_UN: what flock is given
-
-
-def dots(home: Home) -> list[pathlib.Path]:
-    """Unfinished files in every outbox."""
-    return list(home.state.glob("*/outbox/.*"))
 
 
 def assert_all_delivered(
@@ -85,97 +76,23 @@ def assert_all_delivered(
     assert set(wanted) <= set(bodies)
     assert all(len(set(found)) == 1 for found in bodies.values())
     assert len(receiver.requests) - len(bodies) == repeats
-    assert not list(home.state.glob("*/refused/*"))
-    assert not home.state_json().get("losses")
+    assert (aside(home), home.state_json().get("losses", {})) == ([], {})
 
 
-# -- The hook -------------------------------------------------------------------------
+# -- The hook --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "patch",
-    [
-        at("open", "after", "/outbox/."),
-        HALF_WRITTEN,
-        at("replace", "before", "/outbox/"),
-    ],
-    ids=["opened", "half-written", "before the rename"],
-)
-def test_a_hook_killed_before_the_rename(
-    home: Home, receiver: Receiver, patch: str
-) -> None:
-    """Nothing is visible in the outbox; an hour later the leftover is swept."""
-    place(home, receiver.url)
-    run_sender(home, receiver.url)
-    killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
-    assert killed.returncode == KILLED
-    assert home.waiting() == []
-    (leftover,) = dots(home)
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(2)
-    home.quiet()
-    assert dots(home) == [leftover]
-    os.utime(str(leftover), (time.time() - 3700,) * 2)
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(3)
-    assert_all_delivered(home, receiver, [], 0)
-    assert dots(home) == []
-
-
-@pytest.mark.parametrize(
-    "patch",
-    [
-        at("replace", "after", "/outbox/"),
-        at("flock", "before", LOCK),
-        at("flock", "after", LOCK),
-        "os.posix_spawn = die",
-    ],
-    ids=["after the rename", "before the lock", "after the lock", "before the sender"],
-)
-def test_a_hook_killed_after_the_rename(
-    home: Home, receiver: Receiver, patch: str
-) -> None:
-    """The ping is on disk and the lock is free: the next hook's sender delivers it."""
-    killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
-    assert killed.returncode == KILLED
-    (waiting,) = home.waiting()
-    assert receiver.requests == []
-    wait_lock_free(str(home.destination() / "lock"), 5)
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(2)
-    assert_all_delivered(home, receiver, [waiting.name[21:53]], 0)
-
-
-def test_a_hook_killed_just_after_it_started_the_sender(
-    home: Home, receiver: Receiver
-) -> None:
-    """The sender has the lock and the ping by then: it needs the hook no more."""
-    patch = "wrap(os, 'posix_spawn', after=die)"
-    killed = patched(home, patch, url=receiver.url, sent=event("Stop"))
-    assert killed.returncode == KILLED
-    receiver.wait_for(1)
-    assert_all_delivered(home, receiver, [], 0)
-
-
-COUNTED = """
-seen = []
-def count(*_, **__):
-    seen.append(1)
-    if len(seen) == %d:
-        die()
-for name in ("open", "write", "replace", "unlink", "close", "listdir", "posix_spawn"):
-    wrap(os, name, before=count)
-wrap(fcntl, "flock", before=count)
-"""
-
-
+@pytest.mark.fault(1, 2, 42)
 def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> None:
-    """Wherever a hook is killed, its ping is whole in the outbox or not there."""
-    step, survived, whole = 0, False, set()
+    """Wherever a hook is killed, its ping is whole in the outbox or not there, and the
+    lock is free: the next hook delivers; an hour later what it left is swept."""
+    step, whole, survived = 0, set(), False
+    patches = [HALF_WRITTEN]
     while not survived:
         step += 1
         sent = event("Stop", prompt_id=f"step-{step}")
-        run = patched(home, COUNTED % step, url=receiver.url, sent=sent)
+        patch = patches.pop() if patches else at_step(step - 1, home.path / "steps")
+        run = patched(home, patch, url=receiver.url, sent=sent)
         assert run.returncode in (0, KILLED)
         survived = run.returncode == 0
         for path in home.waiting():
@@ -185,13 +102,20 @@ def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> N
     assert_all_delivered(home, receiver, whole, 0)
     prompts = [ping["prompt_id"] for ping in receiver.pings]
     assert f"step-{step}" in prompts
-    assert "step-1" not in prompts
+    assert not {"step-1", "step-2"} & set(prompts)
+    leftovers = list(home.state.glob("*/outbox/.*"))
+    assert leftovers
+    for path in leftovers:
+        os.utime(path, (time.time() - 3700,) * 2)
+    home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
+    assert list(home.state.glob("*/outbox/*")) == []
 
 
-# -- The sender -----------------------------------------------------------------------
+# -- The sender ------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+@needs_proc
+@pytest.mark.fault(3)
 def test_a_sender_killed_while_it_waits_for_the_answer(home: Home) -> None:
     """Killed after the request was sent: it is sent again, under the same event_id."""
     killed: list[int] = []
@@ -207,116 +131,80 @@ def test_a_sender_killed_while_it_waits_for_the_answer(home: Home) -> None:
         home.hook(event("Stop"), receiver.url)
         receiver.wait_for(1)
         home.quiet()
-        assert len(killed) == 1
-        (waiting,) = home.waiting()
+        wanted = waiting(home)
         home.hook(event("Stop"), receiver.url)
         receiver.wait_for(3)
-        assert_all_delivered(home, receiver, [waiting.name[21:53]], 1)
+        assert_all_delivered(home, receiver, wanted, 1)
 
 
-def test_a_sender_killed_after_the_2xx(home: Home, receiver: Receiver) -> None:
-    """Killed before the file is deleted: exactly one repeat, the same event_id."""
-    wanted = place(home, receiver.url, 3)
-    killed = run_sender(home, receiver.url, at("unlink", "before", "/outbox/", nth=2))
+@pytest.mark.fault(4)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_sender_killed_after_the_2xx(
+    home: Home, receiver: Receiver, when: str
+) -> None:
+    """Before the file is deleted: exactly one repeat, the same event_id; after that
+    none. What was sent stands in sent.jsonl."""
+    wanted = put(home, receiver.url, ["Stop"] * 3)
+    killed = run_sender(home, receiver.url, at("unlink", when, "/outbox/", nth=2))
     assert killed.returncode == KILLED
     assert len(receiver.requests) == 2
-    assert len(home.waiting()) == 2
+    lines = (home.destination() / "sent.jsonl").read_text().splitlines()
+    assert [json.loads(line)["ping"]["event_id"] for line in lines] == wanted[:2]
     run_sender(home, receiver.url)
-    assert_all_delivered(home, receiver, wanted, 1)
+    assert_all_delivered(home, receiver, wanted, int(when == "before"))
 
 
-def test_a_sender_killed_after_the_file_was_deleted(
-    home: Home, receiver: Receiver
-) -> None:
-    """What is delivered and deleted is never repeated, whatever state.json missed."""
-    wanted = place(home, receiver.url, 3)
-    killed = run_sender(home, receiver.url, at("unlink", "after", "/outbox/", nth=2))
-    assert killed.returncode == KILLED
-    run_sender(home, receiver.url)
-    assert_all_delivered(home, receiver, wanted, 0)
-
-
+@pytest.mark.fault(5)
 def test_a_sender_killed_between_unlock_and_the_second_look(
     home: Home, receiver: Receiver
 ) -> None:
     """A ping that came with the unlock is delivered by the next hook."""
-    place(home, receiver.url)
-    staged = home.path / "staged.json"
+    put(home, receiver.url, ["Stop"])
     (found,) = home.waiting()
+    staged = home.path / found.name.replace("-Stop-", "-Notification-")
     staged.write_bytes(found.read_bytes())
-    late = found.with_name(f"{time.time_ns():020d}-{'a' * 32}.json")
+    late = found.with_name(staged.name)
     extra = f"os.rename({str(staged)!r}, {str(late)!r})"
-    killed = run_sender(home, receiver.url, at("flock", "after", UNLOCK, extra=extra))
-    assert killed.returncode == KILLED
+    patch = at("flock", "after", "8", extra=extra)  # LOCK_UN
+    assert run_sender(home, receiver.url, patch).returncode == KILLED
     assert home.waiting() == [late]
     home.hook(event("Stop"), receiver.url)
     receiver.wait_for(3)
     wait_until(lambda: not home.waiting())
 
 
-@pytest.mark.parametrize("status", [400, 503])
-def test_a_sender_killed_while_it_sets_aside_or_backs_off(
-    home: Home, status: int
+@pytest.mark.parametrize("answer", [200, 422, 503])
+def test_a_sender_killed_at_any_of_its_steps(
+    home: Home, receiver: Receiver, answer: int
 ) -> None:
-    """Killed at any rename: the ping waits or is set aside, and state.json is whole."""
-    bad: list[str] = []
-
-    def answer(request: Request) -> int:
-        return status if request.ping["event_id"] in bad else 200
-
-    with Receiver(answer) as receiver:
-        for nth in (1, 2, 3):
-            event_id, _ = place(home, receiver.url, 2)
-            bad.append(event_id)
-            for when in ("before", "after"):
-                run_sender(home, receiver.url, ONE_LIFE + at("replace", when, nth=nth))
-                state = home.destination() / "state.json"
-                if state.exists():
-                    assert isinstance(json.loads(state.read_text()), dict)
-                    state.unlink()
-                names = [path.name for path in home.waiting()]
-                names += [path.name for path in home.state.glob("*/refused/*")]
-                assert [name for name in names if event_id in name]
-        bad.clear()
-        run_sender(home, receiver.url)
-    assert home.waiting() == []
-
-
-def sender_steps(home: Home, url: str) -> int:
-    """How many of the counted calls a sender makes with two pings waiting."""
-    path = home.path / "steps"
-    note = f"""
-real_exit = os._exit
-def leave(status):
-    with open({str(path)!r}, "w") as file:
-        file.write(str(len(seen)))
-    real_exit(status)
-os._exit = leave
-"""
+    """Wherever a sender is killed, while it delivers, sets a ping aside or backs off:
+    the next delivers all else, at most one ping twice, and state.json is whole."""
+    told, bad = home.path / "steps", [""]
+    receiver.answer = lambda r: answer if r.ping["event_id"] == bad[0] else 200
     for _ in range(2):  # the first has more to do: it makes files
-        place(home, url, 2)
-        run_sender(home, url, COUNTED % -1 + note)
-    return int(path.read_text())
+        bad[0] = put(home, receiver.url, ["Stop"] * 3)[answer == 422]
+        run_sender(home, receiver.url, at_step(0, told))
+        bad[0] = ""
+        run_sender(home, receiver.url)
+    steps = int(told.read_text())
+    assert steps > 10
+    for step in sorted(random.Random(answer).sample(range(1, steps + 1), 9)):
+        receiver.requests.clear()
+        wanted = put(home, receiver.url, ["Stop"] * 3)
+        bad[0] = wanted[answer == 422]
+        run = run_sender(home, receiver.url, at_step(step, told))
+        assert run.returncode in (0, KILLED)
+        assert {"failures"} <= set(home.state_json())
+        gone, bad[0] = aside(home), ""
+        let_time_pass(home)
+        run_sender(home, receiver.url)
+        assert home.waiting() == []
+        known = set(ids(receiver))
+        assert known | set(gone) >= set(wanted), step
+        assert len(receiver.requests) - len(known) <= 1 + (answer != 200), step
 
 
-def test_a_sender_killed_at_any_of_its_steps(home: Home) -> None:
-    """Wherever a sender is killed, the next delivers all, at most one ping twice."""
-    with Receiver() as receiver:
-        steps = sender_steps(home, receiver.url)
-        assert steps > 10
-        chosen = random.Random(20).sample(range(1, steps + 1), min(steps, 14))
-        for step in sorted(chosen):
-            receiver.requests.clear()
-            wanted = place(home, receiver.url, 2)
-            run = run_sender(home, receiver.url, COUNTED % step)
-            assert run.returncode == KILLED
-            run_sender(home, receiver.url)
-            repeats = len(receiver.requests) - len(set(wanted))
-            assert 0 <= repeats <= 1, step
-            assert_all_delivered(home, receiver, wanted, repeats)
-
-
-# -- At random ------------------------------------------------------------------------
+# -- At random -------------------------------------------------------------------------
 
 
 def kill_senders(home: Home, over: threading.Event, rng: random.Random) -> int:
@@ -324,18 +212,16 @@ def kill_senders(home: Home, over: threading.Event, rng: random.Random) -> int:
     killed = 0
     while not over.wait(rng.uniform(0.05, 0.4)):
         for pid in home.processes():
-            try:
-                with open(f"/proc/{pid}/cmdline", "rb") as file:
-                    if b"detached" not in file.read():
-                        continue
-                os.kill(pid, signal.SIGKILL)
-                killed += 1
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                words = pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"detached" in words:
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
     return killed
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+@needs_proc
+@pytest.mark.fault(6)
 def test_random_kills_over_five_hundred_events(home: Home) -> None:
     """500 hooks and senders under random SIGKILLs: every ping whose hook returned, or
     whose file was seen, is delivered; no body is torn; an event has one event_id."""
@@ -354,15 +240,11 @@ def test_random_kills_over_five_hundred_events(home: Home) -> None:
         def run(number: int) -> bool:
             """Run one hook, killed after its delay; whether it returned by itself."""
             hook = subprocess.Popen(
-                hook_command(),
-                stdin=subprocess.PIPE,
-                env=env,
-                cwd=str(home.project),
-                start_new_session=True,
+                hook_command(), stdin=subprocess.PIPE, env=env, start_new_session=True
             )
-            sent = json.dumps(event("Stop", prompt_id=f"storm-{number}")).encode()
             assert hook.stdin
-            hook.stdin.write(sent)
+            sent = event("Stop", prompt_id=f"storm-{number}")
+            hook.stdin.write(json.dumps(sent).encode())
             hook.stdin.close()
             delay = delays[number]
             if delay is not None:
@@ -375,7 +257,7 @@ def test_random_kills_over_five_hundred_events(home: Home) -> None:
             returned = list(pool.map(run, range(hooks)))
             over.set()
             assert killer.result() > 5
-        seen = {path.name[21:53] for path in home.waiting()}
+        seen = {id_of(path.name) for path in home.waiting()}
         home.hook(event("Stop", prompt_id="last"), receiver.url)
         wait_until(lambda: not home.waiting(), 40)
         home.quiet()
@@ -385,12 +267,10 @@ def test_random_kills_over_five_hundred_events(home: Home) -> None:
                 continue  # its sender was killed while sending: no server accepts it
             by_id[request.headers["Idempotency-Key"]].add(request.body)
             by_prompt[request.ping["prompt_id"]].add(request.ping["event_id"])
-    assert 50 < returned.count(False) < 250
+    assert returned.count(False) > 20
     kept = {f"storm-{number}" for number in range(hooks) if returned[number]}
-    assert kept - set(by_prompt) == set()
-    assert seen - set(by_id) == set()
-    assert "last" in by_prompt
+    assert kept | {"last"} <= set(by_prompt)
+    assert seen <= set(by_id)
     assert all(len(bodies) == 1 for bodies in by_id.values())
     assert all(len(event_ids) == 1 for event_ids in by_prompt.values())
-    assert not list(home.state.glob("*/refused/*"))
-    assert not home.state_json().get("losses")
+    assert (aside(home), home.state_json().get("losses", {})) == ([], {})

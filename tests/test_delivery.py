@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import email.utils
 import io
-import json
 import random
 import socket
-import struct
+import subprocess
 import time
 from types import ModuleType
 from typing import Any, Callable
 
 import pytest
 
+from scenes import NO_SENDER, ids, put
 from support import (
     FIXTURES,
     ONE_LIFE,
@@ -26,8 +26,10 @@ from support import (
     only_enqueue,
     patched,
     place,
+    pythons,
     read_request,
     run_sender,
+    sender_command,
     wait_until,
 )
 
@@ -35,16 +37,6 @@ DAY_S = 86400.0
 NOW = 1_800_000_000.0
 TLS = FIXTURES / "tls"
 CA: dict[str, Any] = {"SSL_CERT_FILE": TLS / "ca.pem"}
-# A name that must not be looked up: nothing but loopback may be reached from a test.
-NO_DNS = """
-import socket
-lookup = socket.getaddrinfo
-def only_loopback(host, *args, **kwargs):
-    if host not in ("127.0.0.1", "localhost"):
-        raise socket.gaierror(-2, "Name or service not known")
-    return lookup(host, *args, **kwargs)
-socket.getaddrinfo = only_loopback
-"""
 
 
 def expected_verdict(status: int) -> str:
@@ -58,12 +50,6 @@ def expected_verdict(status: int) -> str:
     return "delivered" if status < 300 else "refused"
 
 
-def problem(home: Home) -> str | None:
-    """The verdict that state.json tells of the last problem."""
-    found: dict[str, str] = home.state_json().get("problem") or {}
-    return found.get("verdict")
-
-
 def backoff(home: Home) -> float:
     """Seconds between the last failure and the next attempt, by state.json."""
     state = home.state_json()
@@ -73,110 +59,60 @@ def backoff(home: Home) -> float:
 def assert_kept(home: Home, verdict: str, count: int = 1) -> None:
     """Everything still waits, and a back-off of that verdict stands."""
     assert len(home.waiting()) == count
-    assert problem(home) == verdict
     state = home.state_json()
-    assert state["failures"] == 1
-    assert state["not_before"] > time.time() - 30
-    assert not state["losses"]
-    if verdict in ("hold", "refused"):
-        assert 450 <= backoff(home) <= 900
-    else:
-        assert 2 <= backoff(home) <= 4
+    assert state["verdict"] == verdict
+    assert (state["failures"], state["losses"]) == (1, {})
+    least, most = (450, 900) if verdict in ("hold", "refused") else (2, 4)
+    assert least <= backoff(home) <= most
 
 
-# -- Verdicts -------------------------------------------------------------------------
+# -- Verdicts --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("hundreds", [2, 3, 4, 5])
-def test_every_status_has_its_verdict(script: ModuleType, hundreds: int) -> None:
+@pytest.mark.fault(13)
+def test_every_status_has_its_verdict(script: ModuleType) -> None:
     """Each status from 200 to 599 has the verdict that DESIGN.md gives it."""
-    statuses = range(100 * hundreds, 100 * hundreds + 100)
-    found = {status: script.verdict_of(status) for status in statuses}
-    assert found == {status: expected_verdict(status) for status in statuses}
+    for status in range(200, 600):
+        assert script.verdict_of(status) == expected_verdict(status), status
 
 
-@pytest.mark.parametrize("status", [101, 199, 600, 999])
-def test_a_status_of_no_class_is_no_answer(script: ModuleType, status: int) -> None:
-    """A status outside of 200 to 599 is as no answer: the ping is tried again."""
-    assert script.verdict_of(status) == "retry"
+@pytest.mark.parametrize("status", [408, 425, 429, 409, 500, 599, 304, 401, 400, 422])
+def test_what_all_pings_are_answered(home: Home, status: int) -> None:
+    """Where nothing is delivered all is kept, nobody is charged, and a back-off stands:
+    after one request, if the tracker said "not now", else after three, the third of
+    them of the newest of another event."""
+    with Receiver(status) as receiver:
+        kinds = ["PostToolUse", "PostToolUse", "PostToolUse", "Stop", "PostToolUse"]
+        found = put(home, receiver.url, kinds)
+        run_sender(home, receiver.url)
+        verdict = expected_verdict(status)
+        asked = [found[0], found[1], found[3]][: 1 if verdict == "not now" else 3]
+        assert ids(receiver) == asked
+    assert_kept(home, verdict, 5)
+    assert not any(pair[0] for pair in home.state_json()["suspects"].values())
 
 
 @pytest.mark.parametrize("status", [204, 299])
 def test_a_2xx_delivers(home: Home, status: int) -> None:
-    """Any 2xx is an acceptance: the ping's file goes, nothing is counted as lost."""
+    """One POST of the ping as the hook made it, its event_id the Idempotency-Key; the
+    file goes, nothing is counted as lost."""
     with Receiver(status) as receiver:
-        (event_id,) = place(home, receiver.url)
-        run_sender(home, receiver.url)
-        assert [ping["event_id"] for ping in receiver.pings] == [event_id]
-    assert home.waiting() == []
-    assert not home.state_json()["failures"]
-    assert not home.state_json()["losses"]
-
-
-@pytest.mark.parametrize(
-    "status", [304, 401, 404, 451, 408, 429, 409, 500, 599, 400, 413, 499]
-)
-def test_a_status_that_may_not_be_the_pings_fault_keeps_it(
-    home: Home, status: int
-) -> None:
-    """Whatever is no success: without a witness the ping stays, a back-off stands."""
-    with Receiver(status) as receiver:
-        place(home, receiver.url)
-        run_sender(home, receiver.url)
-        assert len(receiver.requests) == 1
-    assert_kept(home, expected_verdict(status))
-
-
-@pytest.mark.parametrize("status", [400, 413, 499])
-def test_a_refused_ping_is_set_aside(home: Home, status: int) -> None:
-    """Where another ping is delivered, any other 4xx sets the ping aside and counts it,
-    without a back-off."""
-    with Receiver() as receiver:
-        event_id, _ = place(home, receiver.url, 2)
-        receiver.answer = lambda r: status if r.ping["event_id"] == event_id else 200
-        run_sender(home, receiver.url)
-        run_sender(home, receiver.url)
-        assert len(receiver.requests) == 2
-    assert home.waiting() == []
-    (aside,) = (home.destination() / "refused").iterdir()
-    assert event_id in aside.name
-    state = home.state_json()
-    (loss,) = state["losses"].items()
-    assert str(status) in loss[0]
-    assert loss[1] == 1
-    assert state["not_before"] <= time.time()
-
-
-def test_what_a_request_looks_like(home: Home, receiver: Receiver) -> None:
-    """A request is one POST of the ping, its event_id the Idempotency-Key."""
-    home.hook(event("Stop"), receiver.url)
-    (ping,) = receiver.wait_for(1)
-    (request,) = receiver.requests
+        home.hook(event("Stop"), receiver.url)
+        (ping,) = receiver.wait_for(1)
+        (request,) = receiver.requests
+        home.quiet()
     assert (request.method, request.path) == ("POST", "/ping/" + TOKEN)
     assert request.headers["Idempotency-Key"] == ping["event_id"]
     assert request.headers["Content-Type"] == "application/json"
-    assert request.headers["Host"] == f"127.0.0.1:{receiver.port}"
-    allowed = {
-        "host",
-        "content-type",
-        "content-length",
-        "idempotency-key",
-        "user-agent",
-        "connection",
-        "accept-encoding",
-    }
-    assert {name.lower() for name in request.headers} <= allowed
+    allowed = "host content-type content-length idempotency-key user-agent connection"
+    names = {name.lower() for name in request.headers}
+    assert names <= {*allowed.split(), "accept-encoding"}
+    assert home.waiting() == []
+    state = home.state_json()
+    assert (state["failures"], state["losses"]) == (0, {})
 
 
-def test_the_pings_file_is_sent_as_it_is(home: Home, receiver: Receiver) -> None:
-    """The body is the ping that the hook wrote into the outbox, no more and no less."""
-    path = only_enqueue(home, receiver.url, event("Stop", transcript_path=""))
-    ping = json.loads(path.read_text())["ping"]
-    run_sender(home, receiver.url)
-    assert receiver.pings == [ping]
-
-
-# -- Back-off -------------------------------------------------------------------------
+# -- Back-off --------------------------------------------------------------------------
 
 
 def date(at: float) -> str:
@@ -184,161 +120,106 @@ def date(at: float) -> str:
     return email.utils.formatdate(at, usegmt=True)
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        (None, 0),
-        ("", 0),
-        ("0", 0),
-        ("1", 1),
-        ("120", 120),
-        (" 120 ", 120),
-        ("86400", DAY_S),
-        ("86401", DAY_S),
-        ("1" + "0" * 20, DAY_S),
-        ("9" * 5000, DAY_S),
-        ("-5", 0),
-        ("1.5", 0),
-        ("1e3", 0),
-        ("0x10", 0),
-        ("\u0661\u0662\u0660", 0),  # Arabic digits: 120
-        ("\u00b2", 0),  # a digit to str.isdigit, not to int
-        ("soon", 0),
-        ("inf", 0),
-        ("nan", 0),
-        (date(NOW - 60), 0),
-        (date(NOW + 300), 300),
-        (date(NOW + 10 * DAY_S), DAY_S),
-        ("Fri, 31 Dec 9999 23:59:59 GMT", DAY_S),
-        ("Mon, 01 Jan 0001 00:00:00 GMT", 0),
-        ("Mon, 99 Foo 2026 99:99:99 GMT", 0),
-        ("Fri, 15 Jan 2027 08:05:00 GMT", 300),
-        ("Friday, 15-Jan-27 08:05:00 GMT", 300),  # RFC 850
-    ],
+NONE = (
+    "0|-5|1.5|1e3|0x10|soon|inf|nan|Mon, 99 Foo 2026 99:99:99 GMT|\u0661\u0662|\u00b2|"
 )
-def test_retry_after(script: ModuleType, text: str | None, expected: float) -> None:
-    """Retry-After is understood as seconds or date, and clamped to 24 h."""
-    assert script.retry_after_s(text, NOW) == pytest.approx(expected)
+RETRY_AFTER = {
+    **dict.fromkeys(NONE.split("|"), 0),
+    date(NOW - 60): 0,
+    "1": 1,
+    " 120 ": 120,
+    "86401": DAY_S,
+    "1" + "0" * 20: DAY_S,
+    "9" * 5000: DAY_S,
+    date(NOW + 300): 300,
+    "Friday, 15-Jan-27 08:05:00 GMT": 300,  # RFC 850
+    time.asctime(time.gmtime(NOW + 300)): 300,  # names no zone: GMT all the same
+    date(NOW + 10 * DAY_S): DAY_S,
+    "Fri, 31 Dec 9999 23:59:59 GMT": DAY_S,
+}
 
 
+@pytest.mark.fault(15)
 @pytest.mark.skipif(not hasattr(time, "tzset"), reason="zones of POSIX")
-@pytest.mark.parametrize("zone", ["UTC", "Asia/Tokyo", "America/Los_Angeles"])
-def test_retry_after_dates_are_gmt(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, zone: str
-) -> None:
-    """A date is GMT wherever the machine is, also in the form that names no zone."""
-    monkeypatch.setenv("TZ", zone)
+def test_retry_after(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retry-After is understood as seconds or date, wherever the machine is, and
+    clamped to 24 h."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
-    try:
-        for text in (date(NOW + 300), time.asctime(time.gmtime(NOW + 300))):
-            assert script.retry_after_s(text, NOW) == pytest.approx(300), text
-    finally:
-        monkeypatch.undo()
-        time.tzset()
+    found = {text: script.retry_after_s(text, NOW) for text in RETRY_AFTER}
+    monkeypatch.undo()
+    time.tzset()
+    assert found == pytest.approx(RETRY_AFTER)
 
 
-@pytest.mark.parametrize(
-    "failures, most",
-    [(1, 4), (2, 8), (3, 16), (8, 512), (9, 900), (64, 900), (10**6, 900)],
-)
-def test_backoff_after_a_retry(script: ModuleType, failures: int, most: int) -> None:
-    """After the n-th failure in a row: between 2 s and 2*2^n s, 900 s at most."""
+BACKOFFS = [
+    ("retry", 1, 2, 4),
+    ("retry", 3, 2, 16),
+    ("not now", 8, 2, 512),
+    ("retry", 10**6, 2, 900),
+    ("hold", 1, 450, 900),
+    ("refused", 2, 900, 1800),
+    ("hold", 10**6, 10800, 21600),
+]
+
+
+@pytest.mark.fault(15)
+def test_backoff(script: ModuleType) -> None:
+    """After the n-th failure in a row uniform between 2 s and 2*2^n s, 900 s at most;
+    a hold waits 15 min, doubling to 6 h, jittered down to half. Never before a
+    Retry-After is over, nor a day later; a fleet comes back over half of its time."""
     random.seed(7)
-    waits = [script.backoff_s("retry", failures, None, NOW) for _ in range(2000)]
-    assert 2 <= min(waits) < 2 + most / 50
-    assert most * 0.98 < max(waits) <= most
-    assert sum(waits) / len(waits) == pytest.approx((2 + most) / 2, rel=0.05)
+    for verdict, failures, least, most in BACKOFFS:
+        waits = [script.backoff_s(verdict, failures) for _ in range(2000)]
+        width = (most - least) / 50
+        assert least <= min(waits) <= least + width
+        assert most - width <= max(waits) <= most
+        assert sum(waits) / 2000 == pytest.approx((least + most) / 2, rel=0.05)
+    for asked in (1, 120, 7000, 80000, DAY_S):
+        waits = [script.backoff_s("not now", 1, asked) for _ in range(2000)]
+        most = min(int(1.5 * asked), int(DAY_S))
+        assert asked <= min(waits)
+        assert max(4, most) * 0.98 <= max(waits) <= max(4, most)
 
 
-@pytest.mark.parametrize(
-    "failures, most",
-    [(1, 900), (2, 1800), (3, 3600), (5, 14400), (6, 21600), (10**6, 21600)],
-)
-@pytest.mark.parametrize("verdict", ["hold", "refused"])
-def test_backoff_after_a_hold(
-    script: ModuleType, verdict: str, failures: int, most: int
+@pytest.mark.fault(23)
+def test_how_long_a_backoff_holds(script: ModuleType) -> None:
+    """A back-off holds while set_at <= now < not_before, and never beyond a day: the
+    clock may have been set back since, or have stood ahead for a moment."""
+    for set_at, not_before, left in (
+        (-NOW, -NOW, 0),
+        (-10, 50, 50),
+        (0, 50, 50),
+        (-10, 0, 0),
+        (1, 50, 0),
+        (2 * DAY_S, 3 * DAY_S, 0),
+        (-10, 1000 * DAY_S, DAY_S - 10),
+        (-2 * DAY_S, 1000 * DAY_S, 0),
+    ):
+        found = {"set_at": NOW + set_at, "not_before": NOW + not_before}
+        assert script.State("", found).backoff_left_s(NOW) == pytest.approx(left)
+
+
+@pytest.mark.fault(15)
+@pytest.mark.parametrize("status, asked", [(422, "120"), (429, "120"), (503, "9" * 9)])
+def test_whatever_comes_with_a_retry_after_is_obeyed(
+    home: Home, status: int, asked: str
 ) -> None:
-    """A hold waits 15 min, doubling to 6 h, jittered down to half."""
-    random.seed(7)
-    waits = [script.backoff_s(verdict, failures, None, NOW) for _ in range(2000)]
-    assert most * 0.5 <= min(waits) < most * 0.51
-    assert most * 0.99 < max(waits) <= most
-
-
-@pytest.mark.parametrize("verdict", ["retry", "not now", "hold"])
-@pytest.mark.parametrize("asked", [1, 120, 7000, 80000])
-def test_backoff_honours_retry_after(
-    script: ModuleType, verdict: str, asked: int
-) -> None:
-    """No attempt comes before what Retry-After asks for, and not two at one moment."""
-    waits = [script.backoff_s(verdict, 1, str(asked), NOW) for _ in range(200)]
-    assert asked <= min(waits)
-    assert max(waits) <= max(asked * 1.1 + 1, 900 if verdict == "hold" else 4)
-    if asked > 900:
-        assert len(set(waits)) > 100
-
-
-def test_no_server_silences_us_for_more_than_a_day(script: ModuleType) -> None:
-    """Whatever Retry-After says, the wait is 24 h at most."""
-    for text in ("86399", "86400", "1" + "0" * 20, date(NOW + 90 * DAY_S)):
-        for _ in range(50):
-            assert script.backoff_s("retry", 10**6, text, NOW) <= DAY_S
-
-
-@pytest.mark.parametrize(
-    "set_at, not_before, expected",
-    [
-        (0, 0, 0),
-        (NOW - 10, NOW + 50, 50),
-        (NOW, NOW + 50, 50),
-        (NOW - 10, NOW, 0),
-        (NOW - 10, NOW - 5, 0),
-        (NOW + 1, NOW + 50, 0),  # the clock was set back since
-        (NOW + 2 * DAY_S, NOW + 3 * DAY_S, 0),
-        (NOW - 10, NOW + 1000 * DAY_S, DAY_S - 10),  # it stood ahead for a moment
-        (NOW - 2 * DAY_S, NOW + 1000 * DAY_S, 0),
-    ],
-)
-def test_how_long_a_backoff_holds(
-    script: ModuleType, set_at: float, not_before: float, expected: float
-) -> None:
-    """A back-off holds while set_at <= now < not_before, and never beyond a day."""
-    state = script.State("", {"set_at": set_at, "not_before": not_before})
-    assert state.backoff_left_s(NOW) == pytest.approx(expected)
-
-
-def test_retry_after_reaches_the_backoff(home: Home) -> None:
-    """A 429's Retry-After decides when the next attempt may come."""
-    with Receiver(lambda _: (429, {"Retry-After": "120"}, b"")) as receiver:
-        place(home, receiver.url)
+    """It is the tracker's own word: the pass ends, and the next attempt comes later."""
+    with Receiver(lambda _: (status, {"Retry-After": asked}, b"")) as receiver:
+        place(home, receiver.url, 3)
         run_sender(home, receiver.url)
-    assert 120 <= backoff(home) <= 133
+        assert len(receiver.requests) == 1
+    assert home.state_json()["verdict"] == "not now"
+    least = min(float(asked), DAY_S)
+    assert least * 0.999 <= backoff(home) <= min(least * 1.5, DAY_S) + 1
+    assert len(home.waiting()) == 3
 
 
-def test_a_retry_after_of_a_thousand_years(home: Home) -> None:
-    """A server that asks for 10^20 s gets a day."""
-    with Receiver(lambda _: (503, {"Retry-After": "1" + "0" * 20}, b"")) as receiver:
-        place(home, receiver.url)
-        run_sender(home, receiver.url)
-    assert 80000 <= backoff(home) <= DAY_S
+# -- No answer -------------------------------------------------------------------------
 
 
-# -- No answer ------------------------------------------------------------------------
-
-
-def reset(connection: socket.socket) -> None:
-    """Take the request, then reset the connection."""
-    read_request(connection)
-    linger = struct.pack("ii", 1, 0)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-
-
-def close(connection: socket.socket) -> None:
-    """Take the request, then close the connection without an answer."""
-    read_request(connection)
-
-
-def say(answer: bytes) -> Callable[[socket.socket], object]:
+def say(answer: bytes) -> Callable[[socket.socket], None]:
     """Take the request, then say these bytes and close."""
 
     def talk(connection: socket.socket) -> None:
@@ -348,72 +229,79 @@ def say(answer: bytes) -> Callable[[socket.socket], object]:
     return talk
 
 
+@pytest.mark.fault(16)
 def test_a_dead_server(home: Home) -> None:
-    """Connection refused: one attempt a pass, the ping is kept, a back-off stands."""
-    url, traced = dead_url(), home.path / "traced"
-    note = f"""
-import socket
-def note(*_, **__):
-    with open({str(traced)!r}, "a") as file:
-        file.write("connect\\n")
-wrap(socket, "create_connection", before=note)
-"""
+    """Connection refused: all is kept, nobody is suspected, a back-off stands."""
+    url = dead_url()
     place(home, url, 3)
-    run_sender(home, url, ONE_LIFE + note)
+    run_sender(home, url)
     assert_kept(home, "not now", 3)
-    assert traced.read_text() == "connect\n"
+    assert home.state_json()["suspects"] == {}
 
 
-@pytest.mark.parametrize(
-    "talk",
-    [
-        reset,
-        close,
-        say(b"HTTP/1.1 "),
-        say(b"SSH-2.0-OpenSSH_9.6\r\n"),
-        say(b"\0" * 9000),
-        say(b"HTTP/1.1 2000 OK\r\n\r\n"),
-        say(b"HTTP/1.1 -20 OK\r\n\r\n"),
-        say(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 101 + b"\r\n"),
-        say(b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000 + b"\r\n\r\n"),
-        say(b"HTTP/1.1 101 Switching Protocols\r\n\r\n"),
-        say(b"HTTP/1.1 600 Beyond\r\n\r\n"),
-    ],
-    ids=[
-        "reset",
-        "closed",
-        "half",
-        "SSH",
-        "NULs",
-        "2000",
-        "-20",
-        "headers",
-        "line",
-        "101",
-        "600",
-    ],
-)
-def test_no_answer_of_http(home: Home, talk: Callable[..., object]) -> None:
+NONSENSE = {
+    "closed": b"",
+    "half": b"HTTP/1.1 ",
+    "SSH": b"SSH-2.0-OpenSSH_9.6\r\n",
+    "NULs": b"\0" * 9000,
+    "-20": b"HTTP/1.1 -20 OK\r\n\r\n",
+    "101": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
+    "600": b"HTTP/1.1 600 Beyond\r\n\r\n",
+    "headers": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 101 + b"\r\n",
+}
+
+
+@pytest.mark.fault(16)
+@pytest.mark.parametrize("answer", NONSENSE.values(), ids=NONSENSE)
+def test_no_answer_of_http(home: Home, answer: bytes) -> None:
     """A server that does not answer in HTTP: one attempt, the ping is kept."""
-    with Wire(talk) as wire:
+    with Wire(say(answer)) as wire:
         place(home, wire.url)
         run_sender(home, wire.url)
         assert wire.connections == 1
     assert_kept(home, "retry")
 
 
-def test_a_silent_server(home: Home) -> None:
-    """A server that never answers costs one attempt of TELEMHQ_TIMEOUT seconds."""
+@pytest.mark.fault(16)
+@pytest.mark.parametrize("scheme, verdict", [("http", "retry"), ("https", "not now")])
+def test_a_silent_server(home: Home, scheme: str, verdict: str) -> None:
+    """One that never answers costs TELEMHQ_TIMEOUT seconds (a second at least); in the
+    handshake of TLS that is no connection, and no person's turn to mend something."""
     with Wire(lambda _: wire.over.wait(30)) as wire:
-        place(home, wire.url)
+        url = wire.url.replace("http:", scheme + ":")
+        place(home, url)
         begun = time.monotonic()
-        run_sender(home, wire.url, TELEMHQ_TIMEOUT=1)
+        run_sender(home, url, TELEMHQ_TIMEOUT="0.001")
         assert 1 <= time.monotonic() - begun < 10
         assert wire.connections == 1
-    assert_kept(home, "retry")
+    assert_kept(home, verdict)
+    assert home.state_json()["problem"] == "timed out"
 
 
-# -- Deadlines ------------------------------------------------------------------------
+INTERIM = b"HTTP/1.1 102 A\r\n\r\nHTTP/1.1 100 B\r\n\r\nHTTP/1.1 103 C\r\nX: y\r\n\r\n"
+
+
+@pytest.mark.fault(56)
+@pytest.mark.parametrize("python", pythons())
+@pytest.mark.parametrize("status", [b"200", b"503"])
+def test_interim_answers_are_no_answer(home: Home, python: str, status: bytes) -> None:
+    """What follows a 1xx is the answer; it takes one request. (http.client, whose
+    insides this needs, is the same in all Pythons.)"""
+    answer = b"HTTP/1.1 " + status + b" X\r\nContent-Length: 0\r\n\r\n"
+    with Wire(say(INTERIM + answer)) as wire:
+        place(home, wire.url)
+        words = sender_command("detached", "-1", home.destination().name, python=python)
+        env = home.env(wire.url, TELEMHQ_TIMEOUT=1)
+        sender = subprocess.Popen(words, env=env)
+        wait_until(home.state_json)
+        assert wire.connections == 1
+        sender.kill()  # it may sleep through a back-off
+        sender.wait()
+    assert len(home.waiting()) == (status == b"503")
+    assert home.state_json()["problem"] == ("HTTP 503" if home.waiting() else "")
+
+
+# -- Deadlines -------------------------------------------------------------------------
 
 
 def drip_headers(connection: socket.socket) -> None:
@@ -425,14 +313,6 @@ def drip_headers(connection: socket.socket) -> None:
         time.sleep(0.1)
 
 
-def drip_status(connection: socket.socket) -> None:
-    """The same from the first byte on."""
-    read_request(connection)
-    for byte in b"HTTP/1.1 200" + b" " * 10000:
-        connection.sendall(bytes([byte]))
-        time.sleep(0.2)
-
-
 def continue_for_ever(connection: socket.socket) -> None:
     """A flood of interim answers."""
     read_request(connection)
@@ -440,11 +320,12 @@ def continue_for_ever(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n" * 50)
 
 
-@pytest.mark.parametrize("talk", [drip_headers, drip_status, continue_for_ever])
+@pytest.mark.fault(17)
+@pytest.mark.parametrize("talk", [drip_headers, continue_for_ever])
 def test_an_answer_that_never_ends_is_cut_off(
-    home: Home, talk: Callable[..., object]
+    home: Home, talk: Callable[[socket.socket], None]
 ) -> None:
-    """A request ends by 1.5 times the timeout; the failure counts, the ping is kept."""
+    """A request ends by 3 times the timeout; the failure counts, the ping is kept."""
     ended = []
 
     def timed(connection: socket.socket) -> None:
@@ -459,19 +340,8 @@ def test_an_answer_that_never_ends_is_cut_off(
         run_sender(home, wire.url, TELEMHQ_TIMEOUT=1)
         assert wire.connections == 1
         wait_until(lambda: ended)
-    if talk is not continue_for_ever:  # that some http.clients end by themselves
-        assert ended[0] > 1
-    assert ended[0] < 4
+    assert ended[0] < 8
     assert_kept(home, "retry")
-
-
-def drip_body(connection: socket.socket) -> None:
-    """Accept, then an answer's body without an end, a byte at a time."""
-    read_request(connection)
-    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n")
-    while True:
-        connection.sendall(b"y")
-        time.sleep(0.1)
 
 
 def endless_body(connection: socket.socket) -> None:
@@ -482,9 +352,10 @@ def endless_body(connection: socket.socket) -> None:
         connection.sendall(b"y" * 65536)
 
 
-@pytest.mark.parametrize("talk", [drip_body, endless_body])
-def test_a_body_is_not_read(home: Home, talk: Callable[..., object]) -> None:
-    """Status and headers decide: a 2xx with an endless body delivers at once."""
+@pytest.mark.fault(17)
+def test_a_body_is_not_read(home: Home) -> None:
+    """Status and headers decide: a 2xx with an endless body delivers at once, and of
+    each answer a buffer is read."""
     counted = home.path / "read"
     count = f"""
 import socket
@@ -496,102 +367,110 @@ class Counted(socket.SocketIO):
         return n
 socket.SocketIO = Counted
 """
-    with Wire(talk) as wire:
+    with Wire(endless_body) as wire:
         place(home, wire.url, 2)
-        begun = time.monotonic()
         run_sender(home, wire.url, ONE_LIFE + count)
-        assert time.monotonic() - begun < 8
         assert wire.connections == 2
     assert home.waiting() == []
-    # One buffer of each answer; how large that is, is the interpreter's choice.
+    # How large a buffer is, is the interpreter's choice.
     read = sum(map(int, counted.read_text().split()))
     assert 0 < read <= 2 * max(4096, io.DEFAULT_BUFFER_SIZE)
 
 
-def test_a_resolver_that_hangs(home: Home) -> None:
+@pytest.mark.fault(18)
+def test_a_resolver_that_hangs(home: Home, receiver: Receiver) -> None:
     """The watchdog counts a failure, ends the sender; the next hook does not wait."""
-    with Receiver() as receiver:
-        place(home, receiver.url)
-        hang = """
-import socket
-hang = time.sleep
-socket.getaddrinfo = lambda *a, **k: hang(60)
-"""
-        begun = time.monotonic()
-        run_sender(home, receiver.url, hang + ONE_LIFE, TELEMHQ_TIMEOUT=1)
-        assert 1.4 < time.monotonic() - begun < 10
-        assert_kept(home, "retry")
-        kept = home.state_json()
-        home.set_state(**dict(kept, not_before=kept["set_at"] + 600))
-        home.hook(event("Stop"), receiver.url)
-        assert home.processes() == []
-        assert receiver.requests == []
+    place(home, receiver.url)
+    hang = "import socket\nhang = time.sleep\n"
+    hang += "socket.getaddrinfo = lambda *a, **k: hang(60)\n"
+    begun = time.monotonic()
+    run_sender(home, receiver.url, hang + ONE_LIFE, TELEMHQ_TIMEOUT=1)
+    assert 2 < time.monotonic() - begun < 15
+    assert_kept(home, "retry")
+    kept = home.state_json()
+    home.set_state(**dict(kept, not_before=kept["set_at"] + 600))
+    home.hook(event("Stop"), receiver.url)
+    assert (home.processes(), receiver.requests) == ([], [])
     assert len(home.waiting()) == 2
-    assert home.state_json()["failures"] == 1
 
 
-def test_the_timeout_is_clamped(home: Home) -> None:
-    """A TELEMHQ_TIMEOUT of nearly nothing is a second: a slow answer still counts."""
-
-    def slow(_: object) -> int:
-        time.sleep(0.6)
-        return 200
-
-    with Receiver(slow) as receiver:
-        place(home, receiver.url)
-        run_sender(home, receiver.url, TELEMHQ_TIMEOUT="0.001")
+@pytest.mark.fault(82)
+def test_a_name_with_dead_addresses(home: Home, receiver: Receiver) -> None:
+    """Two IPv6 addresses where nobody answers stand before the good one: each costs a
+    timeout, then the ping is delivered."""
+    url = receiver.url.replace("127.0.0.1", "tracker.invalid")
+    env: dict[str, Any] = {"TELEMHQ_ALLOW_HTTP": 1, "TELEMHQ_TIMEOUT": 1}
+    only_enqueue(home, url, **env)
+    dead = """
+import socket
+real_connect, hang = socket.socket.connect, time.sleep
+def getaddrinfo(host, port, *_, **__):
+    assert host == "tracker.invalid"
+    dead = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("100::1", port, 0, 0))
+    good = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+    return [dead, dead, good]
+class Socket(socket.socket):
+    def __init__(self, family=-1, *rest, **named):
+        self.dead = family == socket.AF_INET6
+        super().__init__(socket.AF_INET, *rest, **named)
+    def connect(self, address):
+        if self.dead:
+            hang(self.gettimeout())
+            raise socket.timeout("timed out")
+        super().connect(address)
+socket.getaddrinfo, socket.socket = getaddrinfo, Socket
+"""
+    run_sender(home, url, dead + ONE_LIFE, **env)
+    assert len(receiver.requests) == 1
     assert home.waiting() == []
 
 
-# -- Redirects, schemes ---------------------------------------------------------------
+# -- Redirects, http -------------------------------------------------------------------
 
 
+@pytest.mark.fault(14)
 @pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
+@pytest.mark.parametrize("location", ["", "/ping/other", "file:///etc/passwd"])
 def test_a_redirect_is_not_followed(
-    home: Home, receiver: Receiver, status: int
+    home: Home, receiver: Receiver, status: int, location: str
 ) -> None:
     """Wherever a 3xx points, nothing goes there; the ping is held."""
-    with Receiver(lambda _: (status, {"Location": receiver.url}, b"")) as first:
+    location = location or receiver.url
+    with Receiver(lambda _: (status, {"Location": location}, b"")) as first:
         place(home, first.url)
         run_sender(home, first.url)
-        assert len(first.requests) == 1
+        assert [request.method for request in first.requests] == ["POST"]
     assert receiver.requests == []
     assert_kept(home, "hold")
 
 
-@pytest.mark.parametrize("location", ["/ping/other", "file:///etc/passwd", ""])
-def test_a_redirect_to_anything_else_is_not_followed(home: Home, location: str) -> None:
-    """Neither the same server nor another scheme is a place to follow to."""
-    with Receiver(lambda _: (302, {"Location": location}, b"")) as receiver:
-        place(home, receiver.url)
-        run_sender(home, receiver.url)
-        assert [request.method for request in receiver.requests] == ["POST"]
-    assert_kept(home, "hold")
+# A name that must not be looked up: nothing but loopback may be reached from a test.
+NO_DNS = """
+import socket
+lookup = socket.getaddrinfo
+def only_loopback(host, *args, **kwargs):
+    if host not in ("127.0.0.1", "localhost"):
+        raise socket.gaierror(-2, "Name or service not known")
+    return lookup(host, *args, **kwargs)
+socket.getaddrinfo = only_loopback
+"""
+ELSEWHERE = "http://tracker.invalid/ping/" + TOKEN
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST"])
-def test_http_to_loopback(home: Home, receiver: Receiver, host: str) -> None:
-    """http:// to this very machine needs no permission."""
-    url = receiver.url.replace("127.0.0.1", host)
-    place(home, url)
-    run_sender(home, url)
-    assert len(receiver.requests) == 1
-
-
-@pytest.mark.parametrize("allowed", ["", "0", "1"])
+@pytest.mark.parametrize("allowed", ["0", "1"])
 def test_http_to_another_machine(home: Home, receiver: Receiver, allowed: str) -> None:
-    """http:// to another machine makes a ping only under TELEMHQ_ALLOW_HTTP=1."""
-    there = "http://tracker.invalid/ping/" + TOKEN
+    """http:// makes a ping only under TELEMHQ_ALLOW_HTTP=1; it goes by the proxy that
+    the environment names."""
     env: dict[str, Any] = {"TELEMHQ_ALLOW_HTTP": allowed, "http_proxy": receiver.url}
-    no_sender = "os.posix_spawn = lambda *a, **k: 0"
-    patched(home, no_sender, url=there, sent=event("Stop"), **env)
-    assert len(home.waiting()) == (allowed == "1")
-    run_sender(home, there, ONE_LIFE + NO_DNS, **env)
-    assert len(receiver.requests) == (allowed == "1")
+    patched(home, NO_SENDER, url=ELSEWHERE, sent=event("Stop"), **env)
+    assert len(home.waiting()) == int(allowed)
+    if allowed == "1":
+        run_sender(home, ELSEWHERE, ONE_LIFE + NO_DNS, **env)
+    assert [request.path for request in receiver.requests] == [ELSEWHERE] * int(allowed)
     assert home.waiting() == []
 
 
-# -- TLS ------------------------------------------------------------------------------
+# -- TLS -------------------------------------------------------------------------------
 
 
 def served(name: str) -> Receiver:
@@ -599,40 +478,65 @@ def served(name: str) -> Receiver:
     return Receiver(tls=(str(TLS / (name + ".pem")), str(TLS / (name + ".key"))))
 
 
-def test_tls_delivers(home: Home) -> None:
-    """https to a server whose certificate is trusted and names it delivers."""
-    with served("loopback") as receiver:
-        home.hook(event("Stop"), receiver.url, **CA)
-        receiver.wait_for(1)
-        home.quiet()
-    assert home.waiting() == []
+STRICT = """
+import ssl
+def strict(*args, **named):
+    context = lenient(*args, **named)
+    context.verify_flags |= ssl.VERIFY_X509_STRICT
+    return context
+lenient, ssl.create_default_context = ssl.create_default_context, strict
+"""
 
 
+@pytest.mark.fault(87)
 @pytest.mark.parametrize(
     "name, env",
     [
-        ("self-signed", {}),
+        ("loopback", CA),
+        ("loopback", {"NODE_EXTRA_CA_CERTS": TLS / "ca.pem"}),
+        ("loose", {"NODE_EXTRA_CA_CERTS": TLS / "loose-ca.pem"}),
+        ("loose", {"SSL_CERT_FILE": TLS / "loose-ca.pem"}),
+    ],
+    ids=["trusted", "Node's", "Node's, loose", "loose"],
+)
+def test_tls_delivers(home: Home, name: str, env: dict[str, Any]) -> None:
+    """A certificate that a known CA has signed: the system's, or the one with which
+    Claude Code works there; whatever Python 3.13's strict flag says of that."""
+    with served(name) as receiver:
+        place(home, receiver.url)
+        run_sender(home, receiver.url, STRICT + ONE_LIFE, **env)
+        assert len(receiver.requests) == 1
+
+
+@pytest.mark.fault(19)
+@pytest.mark.parametrize(
+    "name, env",
+    [
         ("self-signed", CA),
         ("loopback", {}),
+        ("loopback", {"NODE_EXTRA_CA_CERTS": "/nowhere.pem"}),
         ("wrong-host", CA),
-        ("self-signed", {"PYTHONHTTPSVERIFY": "0"}),
+        ("self-signed", {"NODE_TLS_REJECT_UNAUTHORIZED": "0"}),
     ],
-    ids=["self-signed", "self-signed, CA", "unknown CA", "wrong host", "verify off"],
+    ids=["self-signed", "unknown CA", "no extra CA", "wrong host", "verify off"],
 )
 def test_tls_that_is_not_verified_is_held(
     home: Home, name: str, env: dict[str, Any]
 ) -> None:
     """A certificate that does not prove who is there: held, and not a byte sent."""
     with served(name) as receiver:
-        place(home, receiver.url, 2)
+        place(home, receiver.url, 3)
         run_sender(home, receiver.url, **env)
         assert receiver.requests == []
-    assert_kept(home, "hold", 2)
-    assert home.state_json()["problem"]["what"].startswith("TLS")
+    assert_kept(home, "hold", 3)
+    assert home.state_json()["problem"].startswith("TLS")
 
 
-def test_https_never_falls_back_to_the_clear(home: Home) -> None:
-    """Where no TLS answers, nothing of the ping or the token is on the wire."""
+@pytest.mark.fault(19)
+@pytest.mark.parametrize("patch", ["", 'sys.modules["ssl"] = None\n'])
+def test_https_never_falls_back_to_the_clear(home: Home, patch: str) -> None:
+    """Where no TLS answers, or this Python has none, nothing of the ping or the token
+    is on the wire; it is held."""
     said = []
 
     def talk(connection: socket.socket) -> None:
@@ -643,82 +547,33 @@ def test_https_never_falls_back_to_the_clear(home: Home) -> None:
     with Wire(talk) as wire:
         url = wire.url.replace("http:", "https:")
         (event_id,) = place(home, url)
-        run_sender(home, url)
-    assert wire.connections == 1
-    assert said[0][:1] == b"\x16"  # a TLS handshake
+        run_sender(home, url, patch + ONE_LIFE)
+    assert b"".join(said)[:1] == (b"" if patch else b"\x16")  # a TLS handshake
     assert TOKEN.encode() not in b"".join(said)
     assert event_id.encode() not in b"".join(said)
     assert_kept(home, "hold")
 
 
-def test_a_python_without_tls_holds(home: Home) -> None:
-    """A Python that was built without TLS cannot send: held, never in the clear."""
-    with served("loopback") as receiver:
-        place(home, receiver.url)
-        run_sender(home, receiver.url, 'sys.modules["ssl"] = None\n' + ONE_LIFE, **CA)
-        assert receiver.requests == []
-    assert_kept(home, "hold")
+# -- Proxies ---------------------------------------------------------------------------
 
 
-# -- Proxies --------------------------------------------------------------------------
-
-PROXY_VARIABLES = [
-    "HTTP_PROXY",
-    "http_proxy",
-    "HTTPS_PROXY",
-    "https_proxy",
-    "ALL_PROXY",
-    "all_proxy",
-]
-ELSEWHERE = "http://tracker.invalid/ping/" + TOKEN
-
-
-@pytest.mark.parametrize(
-    "scheme, host",
-    [("http", "127.0.0.1"), ("http", "localhost"), ("https", "localhost")],
-)
+@pytest.mark.fault(30)
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "LOCALHOST"])
 def test_no_proxy_for_loopback(home: Home, scheme: str, host: str) -> None:
     """Whatever the environment says, a proxy never sees what goes to loopback."""
+    names = [f"{kind}_proxy" for kind in ("http", "https", "all")]
+    names += [name.upper() for name in names]
     with Receiver(502) as proxy, served("loopback") as tls, Receiver() as plain:
         receiver = tls if scheme == "https" else plain
         url = receiver.url.replace("127.0.0.1", host)
         place(home, url)
-        env: dict[str, Any] = dict.fromkeys(PROXY_VARIABLES, proxy.url)
-        run_sender(home, url, **env, **CA)
+        run_sender(home, url, **dict.fromkeys(names, proxy.url), **CA)
         assert len(receiver.requests) == 1
         assert proxy.requests == []
 
 
-def test_the_environments_proxy_is_honoured(home: Home) -> None:
-    """Elsewhere the ping goes by the proxy that the environment names."""
-    with Receiver() as proxy:
-        env = {"TELEMHQ_ALLOW_HTTP": "1", "http_proxy": proxy.url}
-        path = only_enqueue(home, ELSEWHERE, **env)
-        run_sender(home, ELSEWHERE, ONE_LIFE + NO_DNS, **env)
-        (request,) = proxy.requests
-    assert request.path == ELSEWHERE
-    assert request.ping["event_id"] in path.name
-    assert home.waiting() == []
-
-
-def test_a_proxy_is_passed_by_where_no_proxy_says_so(home: Home) -> None:
-    """NO_PROXY is honoured too."""
-    here = NO_DNS.replace('"localhost"', '"tracker.invalid"')
-    here = here.replace("lookup(host", 'lookup("127.0.0.1"')
-    with Receiver() as proxy, Receiver() as receiver:
-        url = receiver.url.replace("127.0.0.1", "tracker.invalid")
-        env = {"TELEMHQ_ALLOW_HTTP": "1", "http_proxy": proxy.url}
-        env["no_proxy"] = "tracker.invalid"
-        only_enqueue(home, url, **env)
-        run_sender(home, url, ONE_LIFE + here, **env)
-        assert len(receiver.requests) == 1
-        assert proxy.requests == []
-
-
-@pytest.mark.parametrize(
-    "status, verdict",
-    [(400, "hold"), (403, "hold"), (407, "hold"), (429, "not now"), (502, "not now")],
-)
+@pytest.mark.parametrize("status, verdict", [(407, "hold"), (502, "not now")])
 def test_a_proxy_that_opens_no_tunnel(home: Home, status: int, verdict: str) -> None:
     """A proxy's own answer to CONNECT is never the ping's fault: it is kept."""
     url = ELSEWHERE.replace("http:", "https:")
@@ -732,11 +587,10 @@ def test_a_proxy_that_opens_no_tunnel(home: Home, status: int, verdict: str) -> 
     assert_kept(home, verdict)
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1080", "nonsense", "http://"])
-def test_a_proxy_that_cannot_be_used(home: Home, proxy: str) -> None:
-    """A proxy of an unknown kind: the ping is kept, and a back-off stands."""
-    env = {"TELEMHQ_ALLOW_HTTP": "1", "http_proxy": proxy}
-    only_enqueue(home, ELSEWHERE, **env)
-    run_sender(home, ELSEWHERE, ONE_LIFE + NO_DNS, **env)
-    assert len(home.waiting()) == 1
-    assert home.state_json()["not_before"] > time.time()
+@pytest.mark.fault(88)
+def test_a_socks_proxy_is_not_supported(home: Home) -> None:
+    """A person must mend that: held."""
+    url, env = ELSEWHERE.replace("http:", "https:"), {"HTTPS_PROXY": "socks5h://a:9"}
+    only_enqueue(home, url, **env)
+    run_sender(home, url, ONE_LIFE + NO_DNS, **env)
+    assert_kept(home, "hold")

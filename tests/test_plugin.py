@@ -14,7 +14,7 @@ import pytest
 
 import claude_code
 from claude_code import Seen, World, client, need, text, tool
-from support import ROOT, SCRIPT, TOKEN, script_command
+from support import ROOT, SCRIPT, TOKEN
 
 PLUGIN = "telemhq-ping@telemhq-ping"
 SAY: dict[str, list[Any]] = {
@@ -26,15 +26,12 @@ SAY: dict[str, list[Any]] = {
 }
 
 
-def without_url(world: World) -> None:
-    """Take the ping URL out of the client's environment."""
+def told(world: World, *command: str) -> tuple[int, str]:
+    """Exit status and output of a command in the client's environment, without a ping
+    URL; a GET of doctor's is no ping."""
     world.url = None
-
-
-def run_client(world: World, *arguments: str) -> str:
-    """Run a command of the client's; its output."""
     ended = subprocess.run(
-        [client(), *arguments],
+        command,
         env=world.env(),
         cwd=str(world.home.project),
         stdin=subprocess.DEVNULL,
@@ -42,55 +39,34 @@ def run_client(world: World, *arguments: str) -> str:
         stderr=subprocess.STDOUT,
         timeout=150,
     )
-    said = ended.stdout.decode("utf-8", "replace")
-    assert ended.returncode == 0, said
-    return said
+    requests = world.receiver.requests
+    requests[:] = [request for request in requests if request.method == "POST"]
+    return ended.returncode, ended.stdout.decode("utf-8", "replace")
 
 
-def run_ours(world: World, *arguments: str) -> tuple[int, str]:
-    """Run one of our commands; its output."""
-    ended = subprocess.run(
-        script_command(*arguments),
-        env=world.env(),
-        cwd=str(world.home.project),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=100,
-    )
-    return ended.returncode, ended.stdout.decode("utf-8")
-
-
-def doctor(world: World) -> tuple[int, str]:
-    """doctor's status and output; its GET is no ping."""
-    told = run_ours(world, "doctor")
-    assert world.receiver.requests.pop().method == "GET"
-    return told
-
-
-def checkout(world: World) -> pathlib.Path:
-    """A checkout: the files that the repository keeps for a plugin."""
-    found = world.home.path / "checkout"
-    shutil.copytree(str(ROOT / ".claude-plugin"), str(found / ".claude-plugin"))
-    shutil.copy(str(SCRIPT), str(found))
-    return found
+def ours(home: pathlib.Path) -> list[str]:
+    """The paths below a home with something of ours in the name, and settings files."""
+    found = [str(path.relative_to(home)) for path in home.rglob("*")]
+    words = ("telemhq", "hooks", "settings", "__pycache__")
+    return sorted(path for path in found if any(word in path for word in words))
 
 
 # -- Set up by `install` ---------------------------------------------------------
 
 
 def play_installed(world: World) -> dict[str, Any]:
-    """`install --url URL --tools`, a session, `doctor`, `uninstall`."""
-    without_url(world)
+    """`install`, a session, `doctor`, `report`, `uninstall`."""
     world.messages.script = SAY
-    asked = "install", "--url", world.receiver.url, "--tools"
-    told: dict[str, Any] = {"install": run_ours(world, *asked)}
+    by = "python3", str(SCRIPT)
+    (world.home.path / ".claude" / "hooks").rmdir()
+    found: dict[str, Any] = {"before": ours(world.home.path)}
+    asked = "install", "--url", world.receiver.url, "--tools", "--yes"
+    found["install"] = told(world, *by, *asked)
     world.claude("WORK")
     world.settle()
-    told["doctor"] = doctor(world)
-    told["uninstall"] = run_ours(world, "uninstall")
-    told["left"] = os.path.exists(str(world.home.path / ".claude" / "settings.json"))
-    return told
+    for command in (["doctor"], ["report"], ["uninstall", "--yes"]):
+        found[command[0]] = told(world, *by, *command)
+    return {**found, "after": ours(world.home.path)}
 
 
 @pytest.fixture(scope="module")
@@ -101,107 +77,112 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Seen:
 
 def test_what_install_writes_works(installed: Seen) -> None:
     """With the settings that `install` writes, the real client's session sends its
-    pings, tool activity included; the URL comes from the settings' env block."""
-    assert installed.told["install"][0] == 0
+    pings, tool activity included; the URL comes from the settings' env block. No hook
+    of ours shows in a transcript as an error or with output."""
     assert [ping["event"] for ping in installed.pings] == [
         "PostToolUse",
         "PostToolUseFailure",
         "Stop",
         "SessionEnd",
     ]
-
-
-def test_the_client_notices_nothing_of_the_installed_hooks(installed: Seen) -> None:
-    """No hook of ours shows in a transcript as an error or with output."""
     assert installed.noticed() == []
 
 
-def test_doctor_is_content_after_a_session(installed: Seen) -> None:
-    """After the session doctor finds nothing wrong, and prints no secret."""
-    code, said = installed.told["doctor"]
+@pytest.mark.parametrize("command", ["install", "doctor", "report", "uninstall"])
+def test_every_command_is_content(installed: Seen, command: str) -> None:
+    """install, doctor, report and uninstall find nothing wrong, and print no secret."""
+    code, said = installed.told[command]
     assert code == 0, said
     assert TOKEN not in said
+    assert "Traceback" not in said
 
 
-def test_uninstall_after_a_session(installed: Seen) -> None:
-    """After the session uninstall removes settings and script."""
-    assert installed.told["uninstall"][0] == 0
-    assert installed.told["left"] is False
+def test_nothing_of_ours_is_left(installed: Seen) -> None:
+    """After a session and uninstall a fresh HOME is as it was, but for the client's own
+    files."""
+    assert installed.told["before"] == installed.told["after"]
 
 
 # -- As a plugin -----------------------------------------------------------------
 
 
-def play_plugin(world: World, settings_too: bool) -> dict[str, Any]:
-    """The plugin, installed from a checkout; a session; a settings file beside it."""
-    without_url(world)
+def play_plugin(world: World) -> dict[str, Any]:
+    """The plugin, installed from a checkout; a session; its own copy's commands; its
+    removal."""
     world.messages.script = SAY
-    run_client(world, "plugin", "marketplace", "add", str(checkout(world)))
-    run_client(
-        world, "plugin", "install", PLUGIN, "--config", "ping_url=" + world.receiver.url
-    )
-    told = {"first": world.claude("WORK")["session_id"]}
+    checkout = world.home.path / "checkout"
+    shutil.copytree(str(ROOT / ".claude-plugin"), str(checkout / ".claude-plugin"))
+    shutil.copy(str(SCRIPT), str(checkout))
+    found: dict[str, Any] = {}
+    url = "ping_url=" + world.receiver.url
+    for asked in (
+        ["marketplace", "add", str(checkout)],
+        ["install", PLUGIN, "--config", url],
+    ):
+        code, said = told(world, client(), "plugin", *asked)
+        assert code == 0, said
+    world.claude("WORK")
     world.settle()
-    if settings_too:
-        run_ours(world, "install", "--url", world.receiver.url)
-        told["second"] = world.claude("WORK")["session_id"]
-        world.settle()
-        told["doctor"] = doctor(world)
-    return told
+    copy = "python3 ~/.claude/plugins/cache/telemhq-ping/*/*/telemhq_ping.py "
+    for command in ("doctor", "sent", "uninstall --yes"):
+        found[command] = told(world, "/bin/sh", "-c", copy + command)
+    found["settings"] = (world.home.path / ".claude/settings.json").read_text("utf-8")
+    found["state"] = {
+        path.name: path.read_bytes().decode("latin-1")
+        for path in world.home.state.rglob("*")
+        if path.is_file()
+    }
+    found["removed"] = told(world, client(), "plugin", "uninstall", PLUGIN)
+    found["after"] = ours(world.home.path)
+    remedy = found["uninstall --yes"][1].rpartition("; ")[2]
+    found["rest"] = told(world, "/bin/sh", "-c", remedy)
+    found["state after"] = world.home.state.exists()
+    return found
 
 
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What became of a session with the plugin, and of one with settings beside it."""
-    path = tmp_path_factory.mktemp("plugin")
-    return claude_code.run(play_plugin, path, settings_too=True)
-
-
-def of(plugin: Seen, which: str) -> list[dict[str, Any]]:
-    """The pings of one of the two sessions."""
-    return [p for p in plugin.pings if p["session_id"] == plugin.told[which]]
+    """What became of a session with the plugin."""
+    return claude_code.run(play_plugin, tmp_path_factory.mktemp("plugin"))
 
 
 def test_the_plugin_sends_pings(plugin: Seen) -> None:
     """Installed from a checkout, with the URL as its option, the plugin sends a ping
-    for each of its events; nothing else needs to be set up."""
-    pings = of(plugin, "first")
-    assert [ping["event"] for ping in pings] == ["Stop", "SessionEnd"]
-    assert pings[0]["total_tokens"] > 0
+    for each of its events; nothing else needs to be set up, nothing shows."""
+    assert [ping["event"] for ping in plugin.pings] == ["Stop", "SessionEnd"]
+    assert plugin.pings[0]["total_tokens"] > 0
     assert plugin.requests[0]["path"] == "/ping/" + TOKEN
-
-
-def test_with_settings_beside_the_plugin_each_event_is_one_ping(plugin: Seen) -> None:
-    """Where a settings file names the script as well, there is one ping per event."""
-    pings = of(plugin, "second")
-    assert [ping["event"] for ping in pings] == ["Stop", "SessionEnd"]
-
-
-def test_the_client_notices_nothing_of_the_plugin(plugin: Seen) -> None:
-    """No hook of the plugin shows in a transcript as an error or with output."""
     assert plugin.noticed() == []
 
 
 def test_the_url_is_in_no_command_and_no_transcript(plugin: Seen) -> None:
-    """The URL's token is kept as a secret: in no command, no transcript, no settings
-    but the env block that `install --url` was told to write."""
+    """The URL's token is kept as a secret: in no transcript, no settings, no state."""
     rows = json.dumps(list(plugin.rows()))
     assert "telemhq_ping.py" in rows  # a Stop's commands are in the transcript
-    assert TOKEN not in rows
-    for found in plugin.state().values():
-        assert TOKEN not in found
-    config = plugin.home / ".claude"
-    cached = list((config / "plugins").rglob("*.json"))
-    assert cached
-    assert not [path for path in cached if TOKEN in path.read_text("utf-8")]
-    hooks = json.loads((config / "settings.json").read_text("utf-8"))["hooks"]
-    assert TOKEN not in json.dumps(hooks)
+    assert TOKEN not in rows + plugin.told["settings"]
+    assert plugin.told["state"]
+    assert TOKEN not in str(plugin.told["state"])
 
 
-def test_doctor_knows_the_plugin(plugin: Seen) -> None:
-    """With settings beside the plugin doctor is content."""
-    code, said = plugin.told["doctor"]
-    assert code == 0, said
+def test_the_plugins_own_copy_runs_the_commands(plugin: Seen) -> None:
+    """The README's line runs the plugin's own copy, whatever its version: doctor is
+    content without knowing the URL, sent shows what left, and uninstall says how the
+    plugin goes, and its state."""
+    for command in ("doctor", "sent", "uninstall --yes"):
+        code, said = plugin.told[command]
+        assert code == 0, said
+        assert TOKEN not in said
+    assert '"SessionEnd"' in plugin.told["sent"][1]
+    words = f"claude plugin uninstall {PLUGIN}; rm -r ~/.claude/telemhq"
+    assert words in plugin.told["uninstall --yes"][1]
+
+
+def test_the_plugins_state_is_left_to_its_user(plugin: Seen) -> None:
+    """`claude plugin uninstall` leaves the state; the line that uninstall prints
+    removes it."""
+    assert plugin.told["removed"][0] == plugin.told["rest"][0] == 0
+    assert ".claude/telemhq" in plugin.told["after"]
+    assert plugin.told["state after"] is False
 
 
 # -- The plugin's files ----------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import stat
@@ -61,94 +60,64 @@ def events_in(home: Home) -> list[str]:
 # -- What install makes of a settings file ---------------------------------------
 
 USERS = {  # what a person's settings may hold: all of it stays
-    "model": "opus",
     "größe": "日本語 \U0001f600 naïve",
     "permissions": {"allow": ["Bash(ls:*)"], "deny": []},
     "numbers": [1, 2.5, 1e-7, True, None, 12345678901234567890],
     "env": {"OTHER": "x"},
 }
-TABS = '{\n\t"a": "é",\n\t"hooks": {\n\t\t"Stop": []\n\t}\n}\n'.encode()
-CRLF = b'{\r\n    "a": 1,\r\n    "b": {\r\n        "c": []\r\n    }\r\n}\r\n'
+BOTH = {"hooks": {"Stop": [OTHER_HOOK]}, "env": {"TELEMHQ_PING_URL": URL}}
 SHAPES = {
-    "empty": b"",
-    "blank": b" \n",
+    "empty": b" \n",
     "an empty object": b"{}",
-    "present": json.dumps(USERS, indent=2, ensure_ascii=False).encode() + b"\n",
-    "present, escaped": json.dumps(USERS, indent=4).encode(),
-    "one line": json.dumps(USERS).encode(),
-    "compact": json.dumps(USERS, separators=(",", ":")).encode(),
-    "CRLF": CRLF,
-    "tabs": TABS,
-    "byte order mark": b"\xef\xbb\xbf" + TABS,
-    "half a character": b'{\n  "a": "\\ud83d",\n  "b": "\\u00e9"\n}\n',
-    "someone else's hook": json.dumps({"hooks": {"Stop": [OTHER_HOOK]}}).encode(),
-    "empty hooks": b'{"hooks": {}, "env": {}}',
-    "the URL by hand": json.dumps({"env": {"TELEMHQ_PING_URL": URL}}).encode(),
-    "a key twice": b'{"env": {"A": "1"},\n "env": {"B": "2"}, "model": "opus"}',
+    "lines": json.dumps(USERS, indent=2, ensure_ascii=False).encode() + b"\n",
+    "escaped, CRLF": json.dumps(USERS, indent=4).replace("\n", "\r\n").encode(),
+    "one line": json.dumps(USERS, separators=(",", ":")).encode(),
+    "tabs, byte order mark, half a character": (
+        '\ufeff{\n\t"a": "é\\ud83d",\n\t"hooks": {\n\t\t"Stop": []\n\t}\n}\n'.encode()
+    ),
+    "someone else's hook, the URL by hand": json.dumps(BOTH).encode(),
+    "empty hooks, a key twice": b'{"hooks": {}, "env": {"A": "1"},\n "env": {}}',
 }
 
 
 @pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
 def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
-    """All that a settings file holds stays, and so does its mode. A second run changes
-    nothing. After a third one with another URL, and uninstall, HOME is as it was, byte
-    for byte and mode for mode."""
+    """All that a settings file holds stays, in its order, and so does its mode, and how
+    its lines end. After another install with another URL, and uninstall, HOME is as it
+    was, byte for byte and mode for mode."""
     path = write_settings(home, raw)
     path.chmod(0o640)
-    path.parent.chmod(0o755)
     at_first = tree(home.path)
     before = json.loads(raw.decode("utf-8-sig")) if raw.strip() else {}
     assert "Installed." in install(home, "--url", URL).out
-    found = read(path)
+    found, written = read(path), path.read_bytes()
     assert [key for key in found if key in before] == list(before)
-    for key, value in before.items():
-        if key not in ("hooks", "env"):
-            assert json.dumps(found[key]) == json.dumps(value)
+    ours = {key: found[key] for key in ("env", "hooks")}
+    assert {**found, **before, **ours} == found
     assert found["env"] == {**before.get("env", {}), "TELEMHQ_PING_URL": URL}
     theirs = before.get("hooks", {}).get("Stop", [])
     assert found["hooks"]["Stop"][: len(theirs)] == theirs
     assert {e for e, _, c in commands_in(found) if SCRIPT.name in c} == set(EVENTS)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
-    after, times = tree(home.path), path.stat().st_mtime_ns
-    assert "All is there already." in install(home, "--url", URL).out
-    after.pop(".claude/hooks/__pycache__", None)
-    assert {**tree(home.path), **after} == tree(home.path)
-    assert times == path.stat().st_mtime_ns
+    assert (b"\r\n" in raw) == (b"\r\n" in written)
     install(home, "--url", URL + "X", "--tools")
     assert uninstall(home).code == 0
     assert tree(home.path) == at_first
 
 
-@pytest.mark.parametrize(
-    "raw, expected",
-    [
-        (
-            '{\n  "list":  ["a", "b"],\n\n  "env": {"A": "1"}, "model": "opus"\n}\n',
-            '{\n  "list":  ["a", "b"],\n\n  "env": {"A": "1", URL}, "model": "opus",'
-            + "\n  HOOKS\n}\n",
-        ),
-        ('{"model": "opus"}', '{"model": "opus", "env": {URL}, HOOKS}'),
-        (CRLF.decode(), CRLF.decode()[:-5] + ",\r\n    ENV,\r\n    HOOKS\r\n}\r\n"),
-    ],
-    ids=["lines and one line", "one line", "CRLF"],
-)
-def test_the_text_is_changed_as_little_as_can_be(
-    home: Home, raw: str, expected: str
-) -> None:
+@pytest.mark.parametrize("unit", [2, None])
+def test_the_text_is_changed_as_little_as_can_be(home: Home, unit: int | None) -> None:
     """What install adds is added to the text: a line of the user's stays that line,
-    with its spaces, what is one line stays one, and ends of lines stay what they are."""
+    with its spaces, and what is one line stays one."""
+    raw = '{"list":  ["a", "b"],\n\n  "env": {"A": "1"}, "model": "opus"\n}\n'
+    raw = raw.replace("{", "{\n  ", 1) if unit else raw.replace("\n", "")
     path = write_settings(home, raw.encode())
     install(home, "--url", URL)
-    text = path.read_bytes().decode()
-    one_line, newline = "\n" not in raw, "\r\n" if "\r\n" in raw else "\n"
-    unit = "    " if newline == "\r\n" else "  "
-    hooks = json.dumps(read(path)["hooks"], indent=None if one_line else unit)
-    url = f'"TELEMHQ_PING_URL": "{URL}"'
-    expected = expected.replace(
-        "HOOKS", '"hooks": ' + hooks.replace("\n", newline + unit)
-    )
-    env = f'"env": {{{newline}{unit * 2}{url}{newline}{unit}}}'
-    assert text == expected.replace("URL", url).replace("ENV", env)
+    text = path.read_text()
+    hooks = json.dumps(read(path)["hooks"], indent=unit).replace("\n", "\n  ")
+    hooks = f',\n  "hooks": {hooks}' if unit else f', "hooks": {hooks}'
+    url = f', "TELEMHQ_PING_URL": "{URL}"'
+    assert text.replace(url, "", 1).replace(hooks, "", 1) == raw
 
 
 MALFORMED = {
@@ -189,31 +158,13 @@ THEIRS = [
     "python3 ~/.claude/hooks/my_telemhq_ping.py",
     "python3 ~/.claude/hooks/telemhq_ping.pyc",
     "python3 ~/.claude/hooks/telemhq_ping.py | tee log",
+    "python3 ~/.claude/hooks/telemhq_ping.py 'x",
     "~/bin/guard ~/.claude/hooks/telemhq_ping.py",
     "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py",
     "cd /tmp\npython3 ~/.claude/hooks/telemhq_ping.py",
     "cd ~/.claude/hooks && python3 -c 'import telemhq_ping; telemhq_ping.hook()'",
     f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}' | tee log",
 ]
-
-
-@pytest.mark.parametrize("command", THEIRS)
-def test_other_peoples_hooks_are_never_touched(home: Home, command: str) -> None:
-    """Neither install nor uninstall changes a hook that is not ours; where it runs the
-    script, none of ours is added: one ping, not two."""
-    hook = {"type": "command", "command": command, "timeout": 3, "extra": [1]}
-    theirs = {"Stop": [{"hooks": [hook]}], "PreToolUse": [{"hooks": [hook]}]}
-    write_settings(home, {"hooks": theirs})
-    install(home)
-    found = read(settings_path(home))["hooks"]
-    runs_it = re.search(r"[ /](import )?telemhq_ping(\.py)?\b(?!\.pyc)", command)
-    expected = theirs["Stop"] if runs_it else [*theirs["Stop"], found["Stop"][-1]]
-    assert found["Stop"] == expected
-    assert found["PreToolUse"] == theirs["PreToolUse"]
-    uninstall(home)
-    assert read(settings_path(home)) == {"hooks": theirs}
-
-
 OURS = [
     "python3 ~/.claude/hooks/telemhq_ping.py",
     "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true",
@@ -229,6 +180,15 @@ OURS = [
 ]
 
 
+@pytest.mark.parametrize("command", [*THEIRS, *OURS])
+def test_which_commands_are_ours(script: Any, command: str) -> None:
+    """A command is ours when it does nothing but run the script, in TelemHQ's form, or
+    one that an install or the README has. One that runs it otherwise is known, too."""
+    hook = script.RegisteredHook("Stop", {}, {"command": command})
+    assert hook.is_ours() == (command in OURS)
+    assert hook.names_script() == (command not in THEIRS[:3])
+
+
 def check_command(home: Home, command: str) -> None:
     """The command imports the installed script with an interpreter that is there; when
     that fails, it runs it."""
@@ -239,42 +199,37 @@ def check_command(home: Home, command: str) -> None:
     assert words[8:] == ["-I", "-S", str(installed(home)), "||", "true"]
 
 
-@pytest.mark.parametrize("command", OURS)
-def test_an_upgrade_replaces_only_our_commands(home: Home, command: str) -> None:
-    """An old command of ours is replaced where it stands, an old script, too; what
-    stands beside them stays."""
-    mine = {"type": "command", "command": command, "note": "kept"}
-    neighbour = {"type": "command", "command": "~/bin/notify"}
-    group = {"matcher": "*", "hooks": [neighbour, mine, neighbour]}
-    hooks = {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}
-    write_settings(home, {"hooks": hooks})
+def test_an_upgrade_replaces_only_our_commands(home: Home) -> None:
+    """Old commands of ours are replaced where they stand, an old script, too; what is
+    beside them is never touched. Where a person's own command runs the script none of
+    ours is added: one ping, not two."""
+    theirs = [{"type": "command", "command": c, "timeout": 3} for c in THEIRS]
+    mine = [{"command": command, "note": "kept"} for command in OURS]
+    group = {"matcher": "*", "hooks": [*mine, *theirs]}
+    write_settings(
+        home, {"hooks": {"Stop": [group], "SessionEnd": [{"hooks": theirs}]}}
+    )
     installed(home).parent.mkdir()
     installed(home).write_bytes(SCRIPT.read_bytes().replace(b'"1.', b'"0.'))
     assert "Installed." in install(home).out
     found = read(settings_path(home))["hooks"]
-    assert list(found) == ["Stop", "PreCompact", "StopFailure", "SessionEnd"]
-    assert len(found["Stop"]) == 2
-    assert found["Stop"][0] == OTHER_HOOK
-    for name in "Stop", "PreCompact":
-        new = found[name][-1]
-        assert new["matcher"] == "*"
-        assert new["hooks"][0] == new["hooks"][2] == neighbour
-        assert new["hooks"][1].pop("note") == "kept"
-        check_command(home, new["hooks"][1]["command"])
+    assert list(found) == ["Stop", "SessionEnd", "StopFailure"]
+    assert found["SessionEnd"] == [{"hooks": theirs}]
+    assert found["Stop"][0]["hooks"][len(OURS) :] == theirs
+    for new in found["Stop"][0]["hooks"][: len(OURS)]:
+        assert new["note"] == "kept"
+        check_command(home, new["command"])
     assert installed(home).read_bytes() == SCRIPT.read_bytes()
     uninstall(home)
-    left = {"matcher": "*", "hooks": [neighbour, neighbour]}
-    assert read(settings_path(home)) == {
-        "hooks": {"Stop": [OTHER_HOOK, left], "PreCompact": [left]}
-    }
+    left = {"Stop": [{**group, "hooks": theirs}], "SessionEnd": [{"hooks": theirs}]}
+    assert read(settings_path(home)) == {"hooks": left}
 
 
 @pytest.mark.fault(28)
-@pytest.mark.parametrize("umask", [0o000, 0o077])
-def test_install_into_an_empty_home(home: Home, umask: int) -> None:
+def test_install_into_an_empty_home(home: Home) -> None:
     """Without settings they are made. Whatever the umask, what install makes is for its
     user only, and uninstall leaves nothing of it."""
-    before, mask = tree(home.path), os.umask(umask)
+    before, mask = tree(home.path), os.umask(0)
     try:
         install(home, "--url", URL)
     finally:
@@ -296,18 +251,17 @@ def test_install_into_an_empty_home(home: Home, umask: int) -> None:
 
 
 @pytest.mark.fault(27)
-@pytest.mark.parametrize("linked", ["settings.json", "hooks", ""])
-@pytest.mark.parametrize("dangling", [False, True])
-def test_links_into_dotfiles_stay(home: Home, linked: str, dangling: bool) -> None:
+@pytest.mark.parametrize("linked", ["settings.json", "hooks", "", "dangling"])
+def test_links_into_dotfiles_stay(home: Home, linked: str) -> None:
     """A settings file, a directory of hooks or a ~/.claude that is a link stays one;
     what it leads to is changed, and comes back."""
-    if dangling and linked != "settings.json":
-        pytest.skip("no such directory would be made")
+    dangling = linked == "dangling"
+    linked = "settings.json" if dangling else linked
     real, link = home.path / "dotfiles" / "x", home.path / ".claude" / linked
     link.parent.mkdir(exist_ok=True)
     real.parent.mkdir()
     if linked == "settings.json" and not dangling:
-        real.write_bytes(SHAPES["present"])
+        real.write_bytes(SHAPES["lines"])
     elif not dangling:
         real.mkdir()
         (real / "mine").write_text("x")
@@ -322,7 +276,7 @@ def test_links_into_dotfiles_stay(home: Home, linked: str, dangling: bool) -> No
     assert tree(home.path) == before
 
 
-@pytest.mark.parametrize("name", ["a b", "größe", "it's", 'say "hi"', "$HOME", "a;b&c"])
+@pytest.mark.parametrize("name", ["it's größe", 'say "$HOME"', "a;b &c"])
 def test_a_home_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
     """Whatever a home is called, the installed commands send pings, doctor is content,
     and uninstall leaves it as it was."""
@@ -383,26 +337,22 @@ def test_dry_run_says_all_and_changes_nothing(home: Home) -> None:
     assert said[-2:] == ["All is there already.", "Nothing was changed."]
 
 
-OLD_URLS = [
-    f'"https://old.invalid/ping/{TOKEN}"',
-    f'"https:\\/\\/old.invalid\\/ping\\/{TOKEN}"',
-    f'"https://old.invalid?token={TOKEN}"',
-    f'"https://user:{TOKEN}@old.invalid/ping/x"',
-    f'"old.invalid/ping/{TOKEN}"',
-    f'"{TOKEN}"',
-]
-
-
-@pytest.mark.parametrize("old", OLD_URLS)
+@pytest.mark.parametrize(
+    "old",
+    [
+        "https://old.invalid/ping/" + TOKEN,
+        f"https:\\/\\/old.invalid\\/ping\\/{TOKEN}",
+        f"https://user:{TOKEN}@old.invalid/ping/x",
+        TOKEN,
+    ],
+)
 def test_a_change_of_the_url_shows_no_token(home: Home, old: str) -> None:
     """Of the old URL, and of the new one, no more is shown than the host."""
-    write_settings(
-        home, f'{{"env": {{"TELEMHQ_PING_URL" :{old},\n"Z": "2"}}}}'.encode()
-    )
-    ended = install(home, "--url", URL)  # `run` looks for the token
+    raw = f'{{"env": {{"TELEMHQ_PING_URL" :"{old}",\n"Z": "2"}}}}'
+    write_settings(home, raw.encode())
+    ended = run(home, "install", "--url", URL, "--dry-run")  # it looks for the token
     assert re.search(r"(?m)^  -.*TELEMHQ_PING_URL", ended.out)
     assert re.search(r'(?m)^  \+.*TELEMHQ_PING_URL.*"http://127.0.0.1:9/', ended.out)
-    assert read(settings_path(home))["env"] == {"TELEMHQ_PING_URL": URL, "Z": "2"}
 
 
 def test_install_at_a_terminal(home: Home, receiver: Receiver) -> None:
@@ -443,7 +393,7 @@ def test_a_tracker_that_is_away_is_doctors_verdict(home: Home) -> None:
     assert events_in(home) == EVENTS
 
 
-@pytest.mark.parametrize("typed", ["n\n", "\n", "\x04", "nonsense\n"])
+@pytest.mark.parametrize("typed", ["n\n", "\n", "\x04"])
 def test_a_no_changes_nothing(home: Home, typed: str) -> None:
     """Whatever is no yes leaves everything as it was: exit 1."""
     before = tree(home.path)
@@ -540,6 +490,8 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     before = tree(home.path)
 
     def limit() -> None:
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     done = subprocess.run(
@@ -557,8 +509,10 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     assert tree(home.path) == before
 
 
-@pytest.mark.parametrize("version", ["2.1.77", "1.0.128", "2.1.78", "3.0.0"])
-@pytest.mark.parametrize("place_of", ["bin", ".local/bin"])
+@pytest.mark.parametrize(
+    "version, place_of",
+    [("2.1.77", "bin"), ("1.0.128", ".local/bin"), ("2.1.78", "bin")],
+)
 def test_an_old_client_gets_no_stop_failure(
     home: Home, version: str, place_of: str
 ) -> None:
@@ -569,7 +523,7 @@ def test_an_old_client_gets_no_stop_failure(
     path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
     path.chmod(0o755)
     ended = install(home, "--url", URL, PATH=f"{home.path / 'bin'}:{SMALL_PATH}")
-    old = version in ("2.1.77", "1.0.128")
+    old = version != "2.1.78"
     assert events_in(home) == (["Stop", "SessionEnd"] if old else EVENTS)
     said = f"Claude Code {version} ignores settings that name StopFailure"
     assert (said in ended.out) == old
@@ -577,78 +531,18 @@ def test_an_old_client_gets_no_stop_failure(
     assert not settings_path(home).exists()
 
 
-def test_the_command_avoids_a_virtual_environment(
-    home: Home, tmp_path: pathlib.Path
-) -> None:
-    """Run by a virtual environment's Python, install names the Python behind it."""
+def test_the_python_that_is_named_lasts(home: Home, tmp_path: pathlib.Path) -> None:
+    """Run by a virtual environment's Python, install names the one behind it; where
+    that one's path names a release (pyenv), the second command names python3."""
     made = tmp_path / "venv"
     make = [sys.executable, "-m", "venv", "--without-pip", str(made)]
     subprocess.run(make, check=True)
     install(home, python=str(made / "bin" / "python"))
-    command = commands_in(read(settings_path(home)))[0][2]
-    assert str(made) not in command
     shutil.rmtree(str(made))
-    check_command(home, command)
-
-
-def test_another_python_steps_in_for_one_that_went(
-    home: Home, receiver: Receiver
-) -> None:
-    """Where a Python's path names its release (pyenv), the second command names
-    python3: when an upgrade has removed that release, pings still arrive."""
-    if not re.search(r"\d+\.\d+\.\d+", PYTHON):
-        pytest.skip("this Python's path names no release")
-    install(home)
     command = commands_in(read(settings_path(home)))[0][2]
-    assert re.findall(r"(\S+) (?:-ESc|-I)", command) == [PYTHON, "python3"]
-    subprocess.run(
-        ["/bin/sh", "-c", command.replace(PYTHON, "/nonexistent/3.11.4/python3")],
-        input=json.dumps(event("Stop")).encode(),
-        env=home.env(receiver.url, PATH=f"{os.path.dirname(PYTHON)}:{SMALL_PATH}"),
-        stderr=subprocess.DEVNULL,
-        check=True,
-    )
-    assert receiver.wait_for(1)[0]["event"] == "Stop"
-    home.quiet()
-
-
-@pytest.mark.fault(40, 75)
-@pytest.mark.parametrize("shell", ["/bin/sh", "/bin/bash"])
-@pytest.mark.parametrize("fault", ["", "cd", "python", "import", "script"])
-def test_the_examples_command_in_a_shell(
-    home: Home, receiver: Receiver, shell: str, fault: str
-) -> None:
-    """The example's command delivers one ping; also when its import fails, for then it
-    runs the script. Where nothing can run it ends with 0, and a telemhq_ping.py of the
-    project's is never imported."""
-    example = commands_in(read(ROOT / "settings.example.json"))
-    (home.project / "telemhq_ping.py").write_text("import os; os.mkdir('IMPORTED')")
-    hooks = home.path / ".claude" / "hooks"
-    if fault != "cd":
-        hooks.mkdir(parents=True)
-        shutil.copy(str(SCRIPT), str(hooks))
-    if fault == "script":
-        (hooks / SCRIPT.name).unlink()
-    if fault == "import":  # bytecode that a full disk has cut off
-        subprocess.run([sys.executable, "-m", "py_compile", hooks / SCRIPT.name])
-        (cached,) = (hooks / "__pycache__").iterdir()
-        cached.write_bytes(cached.read_bytes()[:50])
-    path = "/nonexistent" if fault == "python" else os.path.dirname(sys.executable)
-    done = subprocess.run(
-        [shell, "-c", example[1][2]],
-        input=json.dumps(event("Stop")).encode(),
-        env=home.env(receiver.url, PATH=path),
-        cwd=str(home.project),
-        capture_output=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stdout) == (0, b"")
-    if fault in ("", "import"):
-        assert (b"EOFError" in done.stderr) == bool(fault)
-        receiver.wait_for(1)
-    home.quiet()
-    assert len(receiver.requests) == (fault in ("", "import"))
-    assert not (home.project / "IMPORTED").exists()
+    check_command(home, command)
+    named = re.findall(r"(\S+) (?:-ESc|-I)", command)
+    assert named[1] == ("python3" if re.search(r"\d\.\d+\.\d", PYTHON) else named[0])
 
 
 def test_the_example_is_what_install_writes(home: Home) -> None:
@@ -787,12 +681,12 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     assert ended.code == 1
     assert "with --yes it is removed" in ended.err
     assert tree(home.path) == before
+    state = "2 pings not sent yet (`flush` sends), the record of 1 sent ping"
     assert ended.out.splitlines() == [
         "This goes:",
         "  ~/.claude/settings.json: our hooks and the ping URL",
         "  ~/.claude/hooks/telemhq_ping.py",
-        "  ~/.claude/telemhq: 2 pings not sent yet (`flush` sends), the record of 1 sent"
-        " ping (--keep-state: stays)",
+        f"  ~/.claude/telemhq: {state} (--keep-state: stays)",
     ]
     ended = uninstall(home, "--keep-state")
     assert (ended.code, "telemhq:" in ended.out) == (0, False)
@@ -802,9 +696,7 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 
-@pytest.mark.parametrize(
-    "typed, code", [(b"y\n", 0), (b"n\n", 1), (b"\n", 1), (b"\x04", 1)]
-)
+@pytest.mark.parametrize("typed, code", [(b"y\n", 0), (b"\n", 1)])
 def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> None:
     """On a terminal uninstall asks; only a yes removes anything."""
     install(home, "--url", URL)
@@ -815,12 +707,11 @@ def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> No
 
 
 def test_uninstall_beside_the_plugin(home: Home) -> None:
-    """While the plugin is enabled, install says that each event would be told twice;
-    uninstall leaves the state, and says how to remove both."""
+    """While the plugin is enabled, uninstall leaves the state, and says how to remove
+    both."""
     plugin = {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}}
     write_settings(home, plugin)
-    said = "The plugin is enabled in ~/.claude/settings.json: with both, each event is"
-    assert said in install(home, "--url", URL).out
+    install(home, "--url", URL)
     sent_once(home)
     ended = uninstall(home)
     remedy = (
@@ -833,10 +724,8 @@ def test_uninstall_beside_the_plugin(home: Home) -> None:
 
 
 @pytest.mark.fault(67)
-@pytest.mark.parametrize("away", [False, True])
-def test_what_was_removed_stays_removed(home: Home, away: bool) -> None:
-    """While a request is on its way uninstall waits for it; a sender that sleeps
-    through a back-off does not bring the state back."""
+def test_uninstall_waits_for_a_sender(home: Home) -> None:
+    """While a request is on its way uninstall waits for it; then nothing is left."""
     answered: list[int] = []
 
     def slowly(_: Any) -> int:
@@ -844,15 +733,13 @@ def test_what_was_removed_stays_removed(home: Home, away: bool) -> None:
         answered.append(1)
         return 200
 
-    with Receiver(answer=503 if away else slowly) as receiver:
+    with Receiver(answer=slowly) as receiver:
         install(home, "--url", URL)
         home.hook(event("Stop"), receiver.url)
         receiver.wait_for(1)
-        if away:
-            wait_until(lambda: home.state_json().get("failures"))
         assert uninstall(home).code == 0
-        assert bool(answered) != away
-        home.end()
+        assert answered
+    home.quiet()
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 

@@ -1,0 +1,685 @@
+"""What of a transcript counts: each answer of the API, once, by its fullest row."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import pathlib
+import random
+import shutil
+import sys
+from typing import TYPE_CHECKING, Any, Callable, Iterator
+
+import pytest
+
+from support import FIXTURES
+from transcripts import (
+    HAIKU,
+    MULTIPLES,
+    OPUS,
+    Session,
+    cost_of,
+    interrupted,
+    ledger,
+    message,
+    prompt,
+    result,
+    session,
+    size_of,
+    sizes,
+    summed,
+    turn,
+    usage_of,
+    used,
+)
+
+if TYPE_CHECKING:
+    from support import Request
+
+__all__ = ["session"]  # fixtures
+
+fault = pytest.mark.fault
+
+
+# -- Real transcripts, cut everywhere --------------------------------------------------
+
+
+def replay(session: Session, name: str) -> Iterator[tuple[float, Any, Any, str]]:
+    """A real transcript as this session's, in order of time: when, which file, the row
+    and the event that Claude Code fires behind it."""
+    folder = FIXTURES / "transcripts" / name
+    old = json.loads((folder / "expected.json").read_text("utf-8"))["session_id"]
+    found: list[tuple[float, Any, Any, str]] = []
+    for path in sorted(folder.rglob("*.jsonl")):
+        below = path.relative_to(folder).as_posix().replace(old, session.id)
+        to, at = session.path.parent / below, 0.0
+        for line in path.read_bytes().splitlines():
+            row = dict(json.loads(line), sessionId=session.id)
+            if "timestamp" in row:
+                stamp = row["timestamp"].replace("Z", "+00:00")
+                at = datetime.datetime.fromisoformat(stamp).timestamp()
+            fired = {"cost-state": "SessionEnd-other"}.get(row["type"], "")
+            if row.get("isApiErrorMessage"):
+                fired = "StopFailure"
+            elif (row.get("message") or {}).get("stop_reason") == "end_turn":
+                fired = "Stop" if to == session.path else "SubagentStop"
+            found.append((at, to, row, fired))
+    first = min(step[0] for step in found)
+    for at, to, row, fired in sorted(found, key=lambda step: step[0]):
+        if "timestamp" in row:
+            row["timestamp"] = at - first
+        yield at - first, to, row, fired
+
+
+TRANSCRIPTS = sorted(path.name for path in (FIXTURES / "transcripts").iterdir())
+REGISTERED = ("SessionEnd", "Stop StopFailure SessionEnd", "all", "after every row")
+
+
+@pytest.mark.parametrize("registered", REGISTERED)
+@pytest.mark.parametrize("name", TRANSCRIPTS)
+def test_sums_are_the_clients_own(session: Session, name: str, registered: str) -> None:
+    """However much of a transcript is there when a ping is charged, and whatever events
+    are registered: the sums over all pings are the client's ledger, cost included."""
+    chance, failures = random.Random(f"{name} {registered}"), 0
+    calls: set[str] = set()
+    if registered == "all":
+        session.hook("SessionStart-startup", 0)
+    for at, path, row, fired in replay(session, name):
+        text = session.text([row])
+        cut = chance.randrange(len(text))  # in mid-line, in mid-character
+        session.add(text[:cut], to=path)
+        if registered == "all" and chance.random() < 0.2:
+            session.charge("Stop", at)
+        session.add(text[cut:], to=path)
+        if registered == "after every row":
+            session.charge("Stop", at)
+        if registered[0] == "a" or fired.partition("-")[0] in registered.split():
+            session.hook(fired or "Notification", at + 0.005)
+        if chance.random() < 0.3:
+            session.send()
+        content = (row.get("message") or {}).get("content")
+        for block in content if isinstance(content, list) else ():
+            calls.update({block["id"]} if block["type"] == "tool_use" else ())
+            failures += block.get("is_error") is True
+    session.send()
+    folder = FIXTURES / "transcripts" / name
+    known = json.loads((folder / "expected.json").read_text("utf-8"))
+    total = known["unique_messages_total"]
+    api = ("input_tokens", "output_tokens", "cache_read_input_tokens")
+    counts = [total.get(n, 0) for n in (*api, "cache_creation_input_tokens")]
+    pings = session.receiver.pings
+    names = ("input_tokens", "output_tokens", "cached_input_tokens")
+    assert summed(pings, *names, "cache_creation_input_tokens") == counts
+    assert summed(pings, "total_tokens") == [sum(counts)]
+    assert summed(pings, "tool_calls", "tool_failures") == [len(calls), failures]
+    (cost,) = summed(pings, "cost_usd")
+    assert cost == pytest.approx(known["client_cost_usd"], abs=1e-9)
+
+
+# -- One row per answer ----------------------------------------------------------------
+
+
+def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    """A row without its message's id, or without its own fields."""
+    said = {k: v for k, v in row["message"].items() if k not in names}
+    found = {k: v for k, v in row.items() if k not in names}
+    return {**found, "message": said}
+
+
+NAMELESS = without(message(1, 1), "id", "requestId")
+ANSWERS = {
+    "a row for each block": [message(1, 1, "a"), message(2, 1, "a"), message(3, 2)],
+    "a router's one id": [
+        message(1, 1, "a", requestId="req_1"),
+        *[message(2, 2, "a", requestId="req_2")] * 2,
+    ],
+    "no message.id": [
+        *[without(message(1, 1, "a"), "id")] * 2,
+        without(message(2, 2, "b"), "id"),
+    ],
+    "no requestId": [
+        *[without(message(1, 1, "a"), "requestId")] * 2,
+        without(message(2, 2, "b"), "requestId"),
+    ],
+    "neither": [NAMELESS, NAMELESS, without(message(2, 2), "id", "requestId")],
+    "0/0, later whole": [message(1, 0, "a"), message(2, 3, "a"), message(3, 0, "a")],
+    "growing": [message(1, 1, "a"), message(2, 2, "a"), message(3, 3, "a")],
+}
+between = pytest.mark.parametrize("between", [False, True], ids=["one ping", "each"])
+
+
+@fault(76, 78)
+@between
+@pytest.mark.parametrize("case", ANSWERS)
+def test_answer_counts_once(session: Session, case: str, between: bool) -> None:
+    """An answer is known by message.id and requestId, else by what there is of them,
+    else by its row's uuid; it counts once, also when a ping came between its rows."""
+    session.add(prompt(0))
+    for row in ANSWERS[case]:
+        session.add(row)
+        if between:
+            session.charge("Stop", 4)
+    session.charge("Stop", 5)
+    assert sum(size_of(ping) for ping in session.receiver.pings) == 3
+
+
+@fault(78)
+@between
+@pytest.mark.parametrize(
+    "outputs", [(1, 1, 300), (300, 1, 1), (1, 300, 2), (1, None, 20)], ids=repr
+)
+def test_row_with_the_most_output_counts(
+    session: Session, outputs: tuple[Any, ...], between: bool
+) -> None:
+    """Rows of an answer may hold partial outputs: the most counts, each gain once."""
+    session.add(prompt(0))
+    for i, n in enumerate(outputs):
+        session.add(message(i, 0, "a", usage=usage_of(1, output_tokens=n)))
+        if between:
+            session.charge("Stop", 4)
+    session.charge("Stop", 5)
+    most = max(n or 0 for n in outputs)
+    wanted = {**used(1), "output_tokens": most, "total_tokens": 1 + 5 + 7 + most}
+    assert summed(session.receiver.pings, *MULTIPLES) == list(wanted.values())
+
+
+@fault(78)
+@between
+def test_later_row_counts_at_a_tie(session: Session, between: bool) -> None:
+    """Some routers begin an answer with 0/1 and know its input only at the end."""
+    session.add(prompt(0))
+    for i, n in enumerate((0, 8000)):
+        counts = {"input_tokens": n, "output_tokens": 1}
+        session.add(message(i, 0, "a", usage=counts))
+        if between:
+            session.charge("Stop", 4)
+    session.charge("Stop", 5)
+    found = summed(session.receiver.pings, "input_tokens", "output_tokens")
+    assert found == [8000, 1]
+
+
+@fault(77)
+def test_advisors_calls_count_under_their_own_model(session: Session) -> None:
+    """`usage.iterations` names calls of another model inside an answer, which its
+    counts lack. (A compaction's are in no ledger either.)"""
+    parts = [
+        {"type": "message", **usage_of(1)},
+        {"type": "advisor_message", "model": HAIKU, **usage_of(2)},
+        {"type": "compaction", **usage_of(1024)},
+    ]
+    rows = [message(i, 0, "a", usage=usage_of(1, iterations=parts)) for i in (1, 2)]
+    ping = session.charge("Stop", 3, prompt(0), *rows)
+    assert ping["models"] == {OPUS: used(1), HAIKU: used(2)}
+    assert (ping["model"], size_of(ping)) == (OPUS, 3)
+    ping = session.charge("SessionEnd-other", 4, ledger({OPUS: 1, HAIKU: 2}))
+    assert (size_of(ping), ping["cost_usd"]) == (0, cost_of({OPUS: 1, HAIKU: 2}))
+
+
+NO_ANSWERS: list[Any] = [  # each between two answers
+    message(1, 1024, model="<synthetic>"),
+    message(1, 1024, isApiErrorMessage=True),
+    dict(message(1, 1024), type="system"),
+    message(1, 0, usage={"input_tokens": -1, "output_tokens": "3"}),
+    message(1, 0, usage={"input_tokens": True, "output_tokens": None}),
+    message(1, 0, usage={"input_tokens": [1], "output_tokens": {"a": 1}}),
+    message(1, 0, usage={"input_tokens": 2**60, "output_tokens": 10**40}),
+    message(1, 0, usage=[1, 2, 3]),
+    message(1, 0, usage=usage_of(0, iterations=[7, {"type": "advisor_message"}])),
+    dict(message(1, 1), message="usage"),
+    dict(message(1, 1), message=None),
+    dict(message(1, 1), message=["usage"]),
+    b'["usage","promptId"]\n"usage"\nnull\n\n\r\n',
+    {"type": "cost-state"},
+    {"type": "cost-state", "totalCostUSD": "1", "modelUsage": {OPUS: {}}},
+    {"type": "cost-state", "totalCostUSD": 1, "modelUsage": [1]},
+    b'{"type":"assistant","message":{"id":"a","usage":NaN}}\n',
+    b'{"type":"assistant","message":{"id":"a","usage":{"a":-Infinity}}}\n',
+    b'{"type":"assistant","usage":{"input_tokens":1}\n{"usage":\n"usage"}\n',
+    b'{"type":"assistant","usage":"\\ud83\n"usage\\x"\n{"usage":,}\n{"usage":tru}\n',
+    b'{"type":"assistant","usage":\xff\xfe}\n',
+    b"\0" * 1000 + b'"usage"\n',
+    b'{"usage":' + b"[" * 100000 + b"]" * 100000 + b"}\n",
+    b'{"type":"assistant","usage":' + b"9" * 20000 + b"}\n",
+]
+
+
+def test_what_is_no_answer_counts_nothing(session: Session) -> None:
+    """The client's own words, its reports of API errors, and whatever else a transcript
+    may hold, count nothing and cost no other row its count."""
+    session.add(prompt(0))
+    for i, row in enumerate(NO_ANSWERS):
+        session.add(row, message(2, 1 << i))
+    ping = session.charge("Stop", 5)
+    assert size_of(ping) == (1 << len(NO_ANSWERS)) - 1
+    assert (ping["model"], ping.get("usage_complete", True)) == (OPUS, True)
+
+
+@pytest.mark.parametrize("stamp", [None, "", "yesterday", "17", ["2026"]], ids=repr)
+def test_row_without_a_usable_time(session: Session, stamp: Any) -> None:
+    """It costs no other row its count; one without any counts where it stands."""
+    row = message(0, 2, timestamp=stamp)
+    if stamp is None:
+        del row["timestamp"]
+    session.hook("SessionStart-startup", -1)
+    ping = session.charge("SessionEnd-other", 12, *turn(0, 1), row, *turn(10, 4))
+    assert size_of(ping) in ([7] if stamp is None else [5, 7])
+
+
+def test_half_written_line_waits_for_its_end(session: Session) -> None:
+    """A line is read when it is whole, never before, and never twice."""
+    session.add(prompt(0))
+    whole = session.text([message(1, 1)]).replace(b"CANARY", "漢".encode())
+    cut, found = whole.rindex("漢".encode()) + 1, []
+    for i, piece in enumerate((b"", whole[:cut], whole[cut:-1], whole[-1:], b"")):
+        found.append(size_of(session.charge("Stop", 2 + i, piece)))
+    assert found == [0, 0, 0, 1, 0]
+
+
+# -- An agent's files ------------------------------------------------------------------
+
+
+def test_agents_have_transcripts_of_their_own(session: Session) -> None:
+    """Each agent's file below the session's is charged, at any depth, from where its
+    last read ended; other files there are not transcripts."""
+    deep = session.agent("a2").parent / "workflow" / "7" / "agent-deep.jsonl"
+    session.add(message(2, 4), to=session.agent())
+    session.add(message(2, 8), to=deep)
+    session.add(message(2, 1024), to=deep.parent / "journal.jsonl")
+    session.add(message(2, 2048), to=deep.parent / "agent-deep.meta.json")
+    session.add(message(2, 4096), to=session.path.with_suffix("") / "agent-x.jsonl")
+    assert size_of(session.charge("Stop", 4, *turn(0, 1), message(3, 2))) == 15
+    session.add(message(20, 16), to=session.agent())
+    session.add(message(20, 32), to=deep)
+    session.add(message(20, 64), to=session.agent("a3"))
+    assert size_of(session.charge("Stop", 21)) == 112
+
+
+@fault(43)
+@between
+def test_copies_of_the_parents_rows_count_once(session: Session, between: bool) -> None:
+    """Agents' files may begin with copies of their parent's rows, under the same ids:
+    tokens, tool calls and failures count once over all of the session's files."""
+    call = message(1, 1, "c", "tool_use", tools=["Bash"])
+    parent = [prompt(0), call, result(2, "toolu_c_0", error=True)]
+    parent += [message(3, 2, "b", "tool_use"), *[message(3, 0) for _ in range(300)]]
+    session.add(*parent, message(8, 4))
+    session.hook("SessionStart-startup", -1)
+    if between:
+        session.charge("Stop", 9)
+    for name in ("a1", "b1"):
+        session.add(*parent, message(5, 8, "shared"), to=session.agent(name))
+    session.add(message(6, 16), to=session.agent("b1"))
+    session.charge("Stop", 10)
+    pings = session.receiver.pings
+    assert summed(pings, "tool_calls", "tool_failures") == [1, 1]
+    assert sum(size_of(ping) or 0 for ping in pings) == 31
+
+
+@fault(44)
+def test_64000_messages_of_250_agents(session: Session) -> None:
+    """Such a session is exact, its account bounded and readable, and what comes later
+    is charged once, copies or not."""
+    session.hook("SessionStart-startup", -1)
+    session.add(prompt(0))
+    text = session.text([message(1, 1, "KEY", "tool_use")])
+    for agent in range(250):
+        rows = [text.replace(b"KEY", b"%d_%d" % (agent, i)) for i in range(256)]
+        session.add(*rows, to=session.agent(f"{agent:03d}"))
+    for at in (2, 2.1, 2.2, 2.3):  # a slow machine does not read it all for the first
+        session.hook("Stop", at)
+    assert sum(size_of(ping) or 0 for ping in session.send()) == 64000
+    (account,) = session.accounts()
+    assert account.stat().st_size < 5 << 20
+    copied = [session.agent(name).read_bytes() for name in ("007", "249")]
+    session.add(*copied, message(3, 1), to=session.agent("copies"))
+    assert size_of(session.charge("Stop", 4)) == 1
+
+
+# -- Transcripts that are no transcripts, or not the same ------------------------------
+
+
+def make_long_line(path: pathlib.Path) -> None:
+    """A line of 50 MB that looks as if it counted."""
+    with open(path, "ab") as file:
+        file.write(b'{"type":"assistant","usage":"')
+        file.write(b"CANARY " * (50 << 17) + b'"}\n')
+
+
+def make_big(size: int) -> Callable[[pathlib.Path], object]:
+    """A file of so many bytes without a line's end."""
+
+    def make(path: pathlib.Path) -> None:
+        path.touch()
+        os.truncate(path, size)
+
+    return make
+
+
+BROKEN: dict[str, Callable[[pathlib.Path], object]] = {
+    "missing": lambda _: None,
+    "empty": pathlib.Path.touch,
+    "a directory": pathlib.Path.mkdir,
+    "a FIFO": os.mkfifo,
+    "1 GB": make_big(1 << 30),
+    "120 MB": make_big(120 << 20),
+    "a long line": make_long_line,
+    "not UTF-8": lambda path: path.write_bytes(bytes(range(256)) * 1000),
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@fault(36)
+@pytest.mark.parametrize("of_agent", [False, True], ids=["own", "an agent's"])
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_transcript_costs_its_ping_the_usage_only(
+    session: Session, case: str, of_agent: bool
+) -> None:
+    """The ping goes, in time, in bounded memory, and what can be read counts; where
+    nothing can, it says so and has no counts."""
+    path = session.agent() if of_agent else session.path
+    if of_agent:
+        session.add(*turn(0, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    BROKEN[case](path)
+    if case == "a long line":
+        session.add(message(1, 2), to=path)
+    ping = session.charge("Stop", 3)
+    wanted = of_agent + 2 * (case == "a long line")
+    assert (size_of(ping) or 0) == wanted
+    if not wanted:
+        assert ping["usage_complete"] is False
+    if sys.implementation.name == "cpython" and sys.platform == "linux":
+        assert session.peak_kb < 110 << 10
+
+
+def test_long_line_is_passed_over_in_any_two_reads(session: Session) -> None:
+    """Nothing inside it counts, and all behind it does."""
+    inner = b'"usage":{"input_tokens":1},'
+    start = b'{"type":"assistant",' + inner * (40 << 20 >> 5)
+    assert size_of(session.charge("Stop", 2, *turn(0, 1), start)) == 1
+    assert size_of(session.charge("Stop", 12, inner + b'"x":1}\n', *turn(10, 2))) == 2
+
+
+OLD = [prompt(3), message(4, 2, "2", "tool_use"), message(5, 4, "4")]
+NEW = [*OLD, message(11, 8, "8")]
+
+
+def replaced(session: Session, path: pathlib.Path, how: str) -> int:
+    """Change a transcript that was read; the size of what is new in it."""
+    raw, other = path.read_bytes(), path.with_suffix(".new")
+    if how == "the same rows, another inode, more":
+        session.add(raw, NEW[-1], to=other)
+        os.replace(other, path)
+        return 8
+    if how == "other rows, another inode":
+        session.add(message(11, 16), to=other)
+        os.replace(other, path)
+        return 16
+    os.truncate(path, raw.rindex(b"\n", 0, -1) + 1 if how == "shortened" else 0)
+    if how == "shortened":
+        session.add(NEW[-1], to=path)
+        return 8
+    session.add(*[message(11, 1) for _ in range(32)], *NEW, to=path)  # regrown
+    return 32 + 8
+
+
+REPLACED = ("the same rows, another inode, more", "other rows, another inode")
+
+
+@fault(37)
+@pytest.mark.parametrize("of_agent", [False, True], ids=["own", "an agent's"])
+@pytest.mark.parametrize("how", [*REPLACED, "shortened", "regrown"])
+def test_replaced_transcript_is_read_again(
+    session: Session, how: str, of_agent: bool
+) -> None:
+    """Each answer counts once, none is missing that the file has, and a ledger row
+    there has its say."""
+    path = session.agent() if of_agent else session.path
+    session.hook("SessionStart-startup", -1)
+    session.add(*turn(0, 1))
+    session.add(*OLD, to=path)
+    assert size_of(session.charge("Stop", 6)) == 7
+    new = replaced(session, path, how)
+    assert size_of(session.charge("Stop", 12)) == new
+    ends = [*turn(20, 64), ledger({OPUS: 7 + new + 64, HAIKU: 128})]
+    ping = session.charge("SessionEnd-other", 30, *ends)
+    assert (size_of(ping), ping["cost_usd"]) == (
+        64 + 128,
+        cost_of({OPUS: 7 + new + 64, HAIKU: 128}),
+    )
+
+
+@fault(37)
+def test_replaced_with_its_ledger(session: Session) -> None:
+    """The client may write a file anew just before it ends the session."""
+    session.hook("SessionStart-startup", -1)
+    session.charge("Stop", 2, *turn(0, 1))
+    other = session.path.with_suffix(".new")
+    session.add(session.path.read_bytes(), *turn(10, 2), ledger({OPUS: 3}), to=other)
+    os.replace(other, session.path)
+    ping = session.charge("SessionEnd-other", 12)
+    assert (size_of(ping), ping["cost_usd"]) == (2, cost_of({OPUS: 3}))
+
+
+MOVES: dict[str, Callable[[Any, Any], object]] = {
+    "renamed": os.rename,
+    "copied": shutil.copytree,
+}
+
+
+@fault(37, 46)
+@pytest.mark.parametrize("how", MOVES)
+def test_transcripts_that_move(session: Session, how: str) -> None:
+    """A project's directory that moves takes its transcripts along, agents' too: each
+    event's path holds, unless there is nothing; nothing counts twice."""
+    session.add(message(1, 2), to=session.agent())
+    assert size_of(session.charge("Stop", 3, *turn(0, 1))) == 3
+    moved = session.path.parent.with_name("-moved")
+    MOVES[how](session.path.parent, moved)
+    session.path = moved / session.path.name
+    session.add(message(11, 8), to=session.agent())
+    assert size_of(session.charge("Stop", 12, *turn(10, 4))) == 12
+    nowhere = str(session.path.with_name("not there.jsonl"))
+    session.hook("PostToolUse-Bash", 13, transcript_path=nowhere)
+    ping = session.charge("SessionEnd-other", 30, *turn(20, 16), ledger({OPUS: 31}))
+    assert (size_of(ping), ping["cost_usd"]) == (16, cost_of({OPUS: 31}))
+
+
+@fault(46)
+def test_events_path_that_is_not_there_changes_nothing(session: Session) -> None:
+    """A Stop that names one is charged from the path that can be read."""
+    session.charge("Stop", 2, *turn(0, 1))
+    nowhere = str(session.path.with_name("not there.jsonl"))
+    ping = session.charge("Stop", 12, *turn(10, 2), transcript_path=nowhere)
+    assert size_of(ping) == 2
+
+
+INODES = """
+def huge(real):
+    def wrapped(*args, **kwargs):
+        found = real(*args, **kwargs)
+        return os.stat_result((found[0], found[1] + (1 << 64) - (1 << 40), *found[2:]))
+    return wrapped
+os.stat, os.fstat, os.lstat = huge(os.stat), huge(os.fstat), huge(os.lstat)
+"""
+
+
+@fault(73)
+def test_inode_numbers_beyond_20_digits(session: Session) -> None:
+    """A file system that numbers its files so high does not make them look replaced."""
+    for i in range(2):
+        session.add(*turn(10 * i, 1 + i))
+        session.hook("Stop", 10 * i + 2)
+        assert sizes(session.send(patch=INODES)) == [("Stop", 1 + i)]
+
+
+# -- What a ping tells beside its counts -----------------------------------------------
+
+
+def test_models_are_told_apart_when_there_are_several(session: Session) -> None:
+    """`models` has the counts of each; `model` is that of the last answer in the main
+    chain, whatever agents use."""
+    session.add(message(2, 4, model="claude-sonnet-5@eu"), to=session.agent())
+    rows = [prompt(0), message(1, 1, model=HAIKU), message(2, 2)]
+    first = session.charge("Stop", 3, *rows)
+    parts = {HAIKU: used(1), OPUS: used(2), "claude-sonnet-5@eu": used(4)}
+    assert (first["models"], first["model"], size_of(first)) == (parts, OPUS, 7)
+    second = session.charge("Stop", 12, *turn(10, 16, model=HAIKU))
+    assert (second["model"], "models" in second) == (HAIKU, False)
+
+
+UNSPEAKABLE = {
+    "router": "anthropic/claude-opus-4.5",
+    "ARN": "arn:aws:bedrock:us-east-1:123:inference-profile/us.anthropic.claude",
+    "spaces": "CANARY a model",
+    "empty": "",
+    "long": "x" * 200,
+    "null": None,
+    "list": ["CANARY"],
+}
+
+
+@fault(49)
+@pytest.mark.parametrize("case", UNSPEAKABLE)
+def test_tokens_of_unspeakable_models_count_as_other(
+    session: Session, case: str
+) -> None:
+    """A model's name that is no identifier stays home; its tokens are under `other`,
+    in the ledger too."""
+    name = UNSPEAKABLE[case]
+    session.hook("SessionStart-startup", -1)
+    rows = [prompt(0), message(1, 1, model=name), message(2, 2)]
+    first = session.charge("Stop", 3, *rows)
+    assert first["models"] == {"other": used(1), OPUS: used(2)}
+    sizes = {name if isinstance(name, str) else "x/y": 5, "a/b": 1, OPUS: 2}
+    last = session.charge("SessionEnd-other", 10, ledger(sizes))
+    assert (size_of(last), last["cost_usd"]) == (5, cost_of({OPUS: 2}))
+    assert set(last["models"]) <= {"other", OPUS}
+    raw = b"".join(request.body for request in session.receiver.requests)
+    assert b"CANARY" not in raw
+    assert b"arn:" not in raw
+
+
+def test_tools_are_counted(session: Session) -> None:
+    """Each call counts once, under its name when that is an identifier; a failure is a
+    result that says so; agents' too. The 20 most used are named."""
+    tools = ["Bash", "Bash", "Read", "mcp__acme__look-up", "CANARY a name", "../x"]
+    row = message(1, 1, "m", "tool_use", tools=tools)
+    results = [result(2, f"toolu_m_{i}", error=i % 2 == 0) for i in range(6)]
+    grep = message(2, 2, "g", tools=["Grep"])
+    session.add(grep, result(2, "toolu_g_0", True), to=session.agent())
+    first = session.charge("Stop", 3, prompt(0), row, row, *results, results[0])
+    assert (first["tool_calls"], first["tool_failures"]) == (7, 4)
+    assert first["tools"] == {"Bash": 2, "Read": 1, "mcp__acme__look-up": 1, "Grep": 1}
+    calls = {f"Tool{i:02d}": 1 + (i * 7) % 30 for i in range(30)}
+    names = [name for name, n in calls.items() for _ in range(n)]
+    second = session.charge("Stop", 12, prompt(10), message(11, 1, tools=names))
+    most = sorted(calls, key=lambda name: calls[name])[-20:]
+    assert second["tools"] == {name: calls[name] for name in most}
+    assert second["tool_calls"] == sum(calls.values())
+
+
+@fault(53)
+def test_stop_tells_how_long_the_turn_took(session: Session) -> None:
+    """`duration_ms` runs from the prompt's row to the Stop: not from a tool's result,
+    nor from a row that the client put in; where another hook blocked a Stop once, from
+    that. The continuation's rows are on the second Stop, however soon they come."""
+    session.hook("SessionStart-startup", -1)
+    session.add(*turn(0, 1), prompt(10.5), message(11, 2, stop="tool_use"))
+    session.add(result(15), prompt(16, isMeta=True), prompt(18, isCompactSummary=True))
+    session.add(message(19, 4), prompt(19.5, isSidechain=True))
+    session.add(prompt(20.25, isMeta=True), message(20.5, 8), *turn(40, 16))
+    session.hook("Stop", 1.25)
+    session.hook("Stop", 20.125)
+    session.hook("Stop", 24.125, stop_hook_active=True)
+    session.hook("Stop", 42)
+    session.hook("SessionEnd-other", 50)
+    found = session.send()[1:]
+    assert [size_of(ping) for ping in found] == [1, 6, 8, 16, 0]
+    durations = [ping.get("duration_ms") for ping in found]
+    assert durations == [1250, 9625, 4000, 2000, None]
+
+
+def test_interrupts_are_counted(session: Session) -> None:
+    """`interrupts` is the number of the main chain's since the last such ping."""
+    session.add(*turn(0, 1), interrupted(2), prompt(3), interrupted(4), *turn(5, 2))
+    session.add(interrupted(4), to=session.agent())
+    found = [session.charge("Stop", 8), session.charge("Stop", 12, *turn(10, 4))]
+    found.append(session.charge("SessionEnd-other", 22, prompt(20), interrupted(21)))
+    assert [ping.get("interrupts", 0) for ping in found] == [2, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "branch, told",
+    [
+        ("feature/ABC-12_x.y", "feature/ABC-12_x.y"),
+        ("CANARY a branch", None),
+        ("/etc/passwd", None),
+        ("x" * 129, None),
+        (["main"], None),
+    ],
+)
+def test_branch_is_told_only_when_asked_for(
+    session: Session, branch: Any, told: str | None
+) -> None:
+    """TELEMHQ_GIT=1 adds the newest row's branch, when it is shaped like one."""
+    session.add(*turn(0, 1, gitBranch="older"))
+    assert "git_branch" not in session.charge("Stop", 2)
+    rows = turn(10, 2, gitBranch=branch)
+    ping = session.charge("Stop", 12, *rows, TELEMHQ_GIT=1)
+    assert ping.get("git_branch") == told
+
+
+# -- What stays on the machine ---------------------------------------------------------
+
+WORDS = "CANARY of a transcript, with words /and/paths"
+
+
+def in_place_of(name: str, value: Any = WORDS) -> dict[str, Any]:
+    """An assistant row whose message has something else where `name` should be."""
+    row = message(1, 1, tools=["Bash"])
+    row["message"][name] = value
+    return row
+
+
+HOSTILE = [
+    message(1, 1, gitBranch=WORDS),
+    message(1, 1, tools=[WORDS, "Bash"]),
+    in_place_of("content", [{"type": "tool_use", "id": [WORDS], "name": {"a": WORDS}}]),
+    in_place_of("content", [{"type": "tool_use", "id": WORDS}]),
+    *[in_place_of(name) for name in ("id", "content", "model", "stop_reason", "usage")],
+    in_place_of("usage", {WORDS: 1, "a": WORDS}),
+    prompt(1, promptId=WORDS, gitBranch=WORDS, cwd=WORDS, version=WORDS),
+    dict(result(1, WORDS, error=True), toolUseResult=WORDS),
+    message(1, 1, timestamp=WORDS),
+    dict(message(1, 1), type=WORDS),
+    message(1, 1, requestId=WORDS, uuid=WORDS, slug=WORDS, requestSessionId=WORDS),
+    interrupted(1),
+    ledger({OPUS: 2, WORDS: 2}),
+]
+
+
+@pytest.mark.parametrize("name", ["hostile", *TRANSCRIPTS])
+def test_no_text_of_a_transcript_is_sent_or_kept(session: Session, name: str) -> None:
+    """Not of the real ones, and not where a text stands in place of a name: in no ping
+    and, at no time, in any file."""
+    told: list[bytes] = []
+
+    def look(request: Request) -> int:
+        files = [path for path in session.home.state.rglob("*") if path.is_file()]
+        told.extend([request.body, *[path.read_bytes() for path in files]])
+        return 200
+
+    session.receiver.answer = look
+    if name == "hostile":
+        session.add(*HOSTILE)
+        session.add(*HOSTILE, to=session.agent())
+    else:
+        for _, path, row, _ in replay(session, name):
+            session.add(row, to=path)
+    for event in ("SessionStart-startup", "Stop", "SessionEnd-other", "Stop"):
+        session.charge(event, 20, TELEMHQ_GIT=1)
+    assert len(told) > 8
+    found = [raw.partition(b"CANARY")[::2] for raw in told]
+    assert [(a[-60:], b[:60]) for a, b in found if b] == []
