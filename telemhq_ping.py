@@ -3736,7 +3736,10 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
         os.makedirs(present.path("outbox"), exist_ok=True)
         locks = [wait_for_lock(one, time.monotonic()) for one in (former, present)]
         for name in former.waiting():
-            adopt(former, present, name)
+            try:
+                adopt(former, present, name)
+            except (OSError, ValueError) as error:
+                print(f"  {name} stays there: {error}")
         for lock in locks:
             lock.release()
 
@@ -3853,7 +3856,7 @@ def play(
         process.communicate(encode_json(event).encode(), HOOK_MOST_S)
         hook_ms = (time.monotonic() - begun) * 1000
         made = os.path.isdir(state_dir)  # else nothing will arrive
-        at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
+        at, ping = arrived.get(timeout=ARRIVES_S if made else 10 * LOOK_S)
         times = f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
     except subprocess.TimeoutExpired:
         getattr(os, "killpg", os.kill)(process.pid, 9)

@@ -339,8 +339,14 @@ def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None
     to which and whose host; asks; then moves and sends them. --yes asks nothing."""
     place(home, dead_url(), 1)
     other = home.waiting()[0].parent.parent
-    other.rename(other.with_name("otlp-0123456789ab"))  # stays where it is
-    sent = place(home, dead_url(), 2, 400) + place(home, receiver.url, 1)
+    other = other.rename(other.with_name("otlp-0123456789ab"))  # stays where it is
+    (kept,) = home.waiting()
+    sent = place(home, dead_url(), 2, 400)
+    damaged = home.waiting()[0].with_name(
+        f"{time.time_ns():020d}-Stop--{'0' * 32}.json"
+    )
+    damaged.write_text("{")  # hinders no other
+    sent += place(home, receiver.url, 1)
     former, *_, present = [path.parent.parent.name for path in home.waiting()]
     if how == "asked":
         terminal = Terminal(home, "flush", "--adopt", TELEMHQ_PING_URL=receiver.url)
@@ -350,11 +356,12 @@ def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None
         ended = run(home, "flush", "--adopt", "--yes", url=receiver.url)
         code, out = ended.code, ended.out
     assert code == 0
-    assert "2 pings of api wait, the oldest for 6 min\n" in out
+    assert "3 pings of api wait, the oldest for 6 min\n" in out
     host = f"http://127.0.0.1:{receiver.port}"
     assert f"\n  from {former} to {present}, {host}\n" in out
     assert [ping["event_id"] for ping in receiver.pings] == sent
-    assert [path.parent.parent.name[:4] for path in home.waiting()] == ["otlp"]
+    assert [path for path in home.waiting() if path != damaged] == [kept]
+    assert f"{damaged.name} stays there: " in out
     assert "3 delivered, 0 left." in out
 
 
