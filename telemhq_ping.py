@@ -4648,15 +4648,20 @@ def preview(options: Namespace) -> int:
     return 0
 
 
+def columns() -> int:
+    """How wide the terminal is."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 def wrapped(text: str, begin: str = "", rest: str = "") -> str:
     """A text as wide as the terminal, broken between words only. begin, rest: what its
     lines begin with."""
-    import shutil
     import textwrap
 
-    width = min(88, shutil.get_terminal_size().columns)
-    wrapper = textwrap.TextWrapper(width, begin, rest, break_long_words=False)
-    wrapper.break_on_hyphens = False
+    wrapper = textwrap.TextWrapper(min(88, columns()), begin, rest)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
     return wrapper.fill(text)
 
 
@@ -4664,9 +4669,11 @@ def fate(name: str, value: object, ping: Fields) -> str:
     """A field of an event, marked by what became of it."""
     import json
 
-    text = json.dumps(value)
+    text, room = json.dumps(value), columns() - 12
     if ping.get(name) == value:
         return text
+    if len(text) > room:  # a long TMPDIR
+        text = f"{text[: room // 2 - 3]}...{text[-room // 2 :]}"
     marks = {f"{name}_hash": " #", f"{name}_chars": " ="}
     mark = "".join(marks[kind] for kind in marks if kind in ping)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
@@ -4817,8 +4824,6 @@ def cell(row: Fields, name: str) -> str:
 def print_table(rows: list[Fields], by: str) -> None:
     """Print rows and their sums. Where a terminal has no room the kinds of tokens are
     left out, then names are cut off."""
-    import shutil
-
     names = [name for name in rows[0] if name != by]
     total: Fields = {by: "in all"}
     for name in names:
@@ -4831,7 +4836,7 @@ def print_table(rows: list[Fields], by: str) -> None:
         lines = [[COLUMNS[name] for name in left]]
         lines += [[cell(row, name) for name in left] for row in rows]
         widths = [1 + max(map(len, column)) for column in zip(*lines)]
-        room = shutil.get_terminal_size().columns - sum(widths)
+        room = columns() - sum(widths)
         if room >= longest:
             break
     room = min(longest, max(room, len("2026-01-01")))
