@@ -504,7 +504,10 @@ def test_an_old_client_gets_no_stop_failure(
     home: Home, version: str, place_of: str
 ) -> None:
     """For a client before 2.1.78, which ignores a whole file that names StopFailure,
-    install leaves it out, and says so; the client is found outside the PATH, too."""
+    install leaves it out, takes an earlier one of ours out, and says so. The client is
+    found outside the PATH, too."""
+    install(home, "--url", URL)
+    assert events_in(home) == EVENTS
     path = home.path / place_of / "claude"
     path.parent.mkdir(parents=True)
     path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
