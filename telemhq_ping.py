@@ -4870,7 +4870,8 @@ def report(options: Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
     elif not found:
-        print(NOTHING if not options.days else "Nothing was delivered in that time.")
+        some = any(map(deliveries, kept))
+        print("No turn, tool or token was delivered then." if some else NOTHING)
     return 0
 
 
