@@ -3723,7 +3723,10 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
         os.makedirs(present.path("outbox"), exist_ok=True)
         locks = [wait_for_lock(one, time.monotonic()) for one in (former, present)]
         for name in former.waiting():
-            adopt(former, present, name)
+            try:
+                adopt(former, present, name)
+            except (OSError, ValueError) as error:
+                print(f"  {name} stays there: {error}")
         for lock in locks:
             lock.release()
 
@@ -3840,7 +3843,7 @@ def play(
         process.communicate(encode_json(event).encode(), HOOK_MOST_S)
         hook_ms = (time.monotonic() - begun) * 1000
         made = os.path.isdir(state_dir)  # else nothing will arrive
-        at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
+        at, ping = arrived.get(timeout=ARRIVES_S if made else 10 * LOOK_S)
         times = f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
     except subprocess.TimeoutExpired:
         getattr(os, "killpg", os.kill)(process.pid, 9)
@@ -4633,15 +4636,20 @@ def preview(options: Namespace) -> int:
     return 0
 
 
+def columns() -> int:
+    """How wide the terminal is."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 def wrapped(text: str, begin: str = "", rest: str = "") -> str:
     """A text as wide as the terminal, broken between words only. begin, rest: what its
     lines begin with."""
-    import shutil
     import textwrap
 
-    width = min(88, shutil.get_terminal_size().columns)
-    wrapper = textwrap.TextWrapper(width, begin, rest, break_long_words=False)
-    wrapper.break_on_hyphens = False
+    wrapper = textwrap.TextWrapper(min(88, columns()), begin, rest)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
     return wrapper.fill(text)
 
 
@@ -4649,9 +4657,11 @@ def fate(name: str, value: object, ping: Fields) -> str:
     """A field of an event, marked by what became of it."""
     import json
 
-    text = json.dumps(value)
+    text, room = json.dumps(value), columns() - 12
     if ping.get(name) == value:
         return text
+    if len(text) > room:  # a long TMPDIR
+        text = f"{text[: room // 2 - 3]}...{text[-room // 2 :]}"
     marks = {f"{name}_hash": " #", f"{name}_chars": " ="}
     mark = "".join(marks[kind] for kind in marks if kind in ping)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
@@ -4802,8 +4812,6 @@ def cell(row: Fields, name: str) -> str:
 def print_table(rows: list[Fields], by: str) -> None:
     """Print rows and their sums. Where a terminal has no room the kinds of tokens are
     left out, then names are cut off."""
-    import shutil
-
     names = [name for name in rows[0] if name != by]
     total: Fields = {by: "in all"}
     for name in names:
@@ -4816,7 +4824,7 @@ def print_table(rows: list[Fields], by: str) -> None:
         lines = [[COLUMNS[name] for name in left]]
         lines += [[cell(row, name) for name in left] for row in rows]
         widths = [1 + max(map(len, column)) for column in zip(*lines)]
-        room = shutil.get_terminal_size().columns - sum(widths)
+        room = columns() - sum(widths)
         if room >= longest:
             break
     room = min(longest, max(room, len("2026-01-01")))
@@ -4862,7 +4870,8 @@ def report(options: Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
     elif not found:
-        print(NOTHING if not options.days else "Nothing was delivered in that time.")
+        some = any(map(deliveries, kept))
+        print("No turn, tool or token was delivered then." if some else NOTHING)
     return 0
 
 
