@@ -2469,11 +2469,8 @@ class Charge:
         """Of a fork: the last ledger in its parent's file before any answer that was
         not copied, which is what the client goes on from (none there: it begins anew);
         [] when nobody knows. key: of the last answer that was copied."""
-        directory, found, copied = (
-            os.path.dirname(self.account.transcript),
-            NO_LEDGER,
-            False,
-        )
+        found, copied = NO_LEDGER, False
+        directory = os.path.dirname(self.account.transcript)
         path = os.path.join(directory, session + ".jsonl")
         try:
             for row in Transcript().rows(path, self.reading.ends):
