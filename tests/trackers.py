@@ -1,18 +1,23 @@
 """Receivers that hold their clients to each tracker's contract, and what they counted.
 
 They answer as the real ones do; what a real one would silently do wrong with (a row
-without an id, a time in seconds) they keep in `faults`.
+without an id, a time in seconds) they keep in `faults`. Behind each rule stands where
+it comes from. Run: seen by running the real thing, or a copy of its code. Read: in its
+public sources, documentation or specification. Unknown: assumed; the server is not
+public, and who has an account may find it otherwise.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
+import pathlib
 import re
 import uuid
+from types import ModuleType
 from typing import Any, Callable, Mapping
 
-from support import Receiver, Request, wait_until
+from support import Home, Receiver, Request, event, wait_until
 
 COUNTS = ("input", "output", "cached", "creation")
 
@@ -25,26 +30,18 @@ def is_iso(text: object) -> bool:
 
 
 class Strict(Receiver):
-    """A tracker of one kind. `answer` (as a Receiver's) goes before its own rules when
-    it is set to anything but 200.
-
-    faults: what no client may do. accepted: the bodies that were answered with 2xx.
-    """
+    """A tracker of one kind. disturb: what it answers instead, when that is anything.
+    faults: what no client may do. accepted: the bodies that were answered with 2xx."""
 
     kind = ""
     secret = "SECRET_0123456789"
-    base = ""  # of the URL that its variable has
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.accepted: list[tuple[str, Any]] = []
         self.disturb: Callable[[Request], Any] | None = None
         super().__init__(self.serve)
-
-    @property
-    def place(self) -> str:
-        """Scheme, host, port."""
-        return f"http://127.0.0.1:{self.port}"
+        self.place = f"http://127.0.0.1:{self.port}"
 
     def env(self) -> dict[str, str]:
         """The variables that make it a destination."""
@@ -56,30 +53,39 @@ class Strict(Receiver):
         return self.judge(request) if found is None else found
 
     def judge(self, request: Request) -> Any:
-        """The contract."""
+        """What all of them have in common."""
         if request.method != "POST":
-            return 405, {}, b""
+            return 405, {}, b""  # wigtoken, rotel: run; the others: unknown
         given = request.headers.get("Authorization")
         if given != f"Bearer {self.secret}":
-            return 401, {}, b"{}"
+            return 401, {}, b"{}"  # wigtoken: run; the others: read
         if request.headers.get("Content-Type") != "application/json":
-            self.faults.append("content type")
-            return 415, {}, b"{}"
-        status, said = self.take(request.path, json.loads(request.body))
+            self.faults.append("content type")  # rotel: run (415); the others: read
+        body = json.loads(request.body)
+        status, said = self.take(request.path, body)
         if 200 <= status < 300:
-            self.accepted.append((request.path, json.loads(request.body)))
+            self.accepted.append((request.path, body))
         return status, {}, json.dumps(said).encode()
 
     def take(self, path: str, body: Any) -> tuple[int, Any]:
         """(status, what is said) to a body."""
         raise NotImplementedError
 
-    def totals(self) -> dict[str, int]:
-        """The tokens that it would show."""
+    def need(self, good: object, what: str) -> None:
+        """Note what no client may do."""
+        if not good:
+            self.faults.append(what)
+
+    def sums(self) -> tuple[int, int, int, int]:
+        """The tokens that it would show: input, output, cached, creation."""
         raise NotImplementedError
 
+    def totals(self) -> dict[str, int]:
+        """The same by name."""
+        return dict(zip(COUNTS, self.sums()))
+
     def everything(self) -> bytes:
-        """All bytes that it ever got, but for its own secret."""
+        """All bytes that it ever got."""
         return b"\n".join(
             request.path.encode() + str(request.headers).encode() + request.body
             for request in list(self.requests)
@@ -94,10 +100,10 @@ class Strict(Receiver):
 
 
 class Wigtoken(Strict):
-    """wigtoken: rows by id, the first wins; at most 1,000; a bucket of 100 requests."""
+    """wigtoken, server 0.3."""
 
     kind = "wigtoken"
-    secret = "wts_SECRET_0123456789"
+    secret = "wts_SECRET_0123456789"  # read: real ones begin so
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
@@ -112,46 +118,43 @@ class Wigtoken(Strict):
         }
 
     def take(self, path: str, body: Any) -> tuple[int, Any]:
-        if path != "/api/ingest/messages":
+        if path != "/api/ingest/messages":  # run
             return 404, {}
         machine = body.get("machine")
-        if not isinstance(machine, str) or not re.fullmatch(r"[\w.\-]{1,100}", machine):
+        if not re.fullmatch(r"[\w.\-]{1,100}", str(machine or "")):  # run: required
             return 400, {"error": "machine"}
-        if len(body["messages"]) > 1000:
+        if len(body["messages"]) > 1000:  # run
             return 413, {"error": "too many"}
         applied = 0
         for row in body["messages"]:
             key = row.get("message_id")
-            if not key or not is_iso(row.get("ts")) or not row.get("model"):
-                self.faults.append(f"row: {row}")
-                continue
-            if key in self.rows:
+            self.need(key, "a row without an id")  # run: skipped silently
+            self.need(is_iso(row.get("ts")), "ts")  # run: seconds land in 1970
+            self.need(row.get("model"), "model")  # read
+            if key in self.rows:  # run: unique over the server, and the first wins
                 self.duplicates += 1
-                continue
-            self.rows[key] = dict(row, machine=machine)
-            applied += 1
+            elif key:
+                self.rows[key] = dict(row, machine=machine)
+                applied += 1
         said = {"ok": True, "received": len(body["messages"]), "applied": applied}
-        return 200, dict(said, duplicates=len(body["messages"]) - applied)
+        return 200, {**said, "duplicates": len(body["messages"]) - applied}  # run
 
-    def totals(self) -> dict[str, int]:
-        names = (
-            "input_tokens",
-            "output_tokens",
-            "cache_read_input_tokens",
-            "cache_creation_input_tokens",
+    def sums(self) -> tuple[int, int, int, int]:
+        def total(name: str) -> int:  # run: each of the four stands for itself
+            return sum(row[f"{name}_tokens"] for row in list(self.rows.values()))
+
+        return (
+            *(total("input"), total("output")),
+            *(total("cache_read_input"), total("cache_creation_input")),
         )
-        rows = list(self.rows.values())
-        return {
-            count: sum(row[name] for row in rows) for count, name in zip(COUNTS, names)
-        }
 
 
 class Recorder(Strict):
-    """Recorder: one value a request, no idempotency: each is one more point."""
+    """Recorder: its recipe, its CLI and its SDK; the server is not public."""
 
     kind = "recorder"
-    secret = "pat_SECRET_0123456789"
-    NAMES = ("Input", "Output", "CacheRead", "CacheCreate")
+    secret = "pat_SECRET_0123456789"  # unknown: what a token looks like
+    NAMES = ("Input", "Output", "CacheRead", "CacheCreate")  # read: the recipe's four
 
     def __init__(self) -> None:
         self.points: list[dict[str, Any]] = []
@@ -165,34 +168,33 @@ class Recorder(Strict):
         }
 
     def take(self, path: str, body: Any) -> tuple[int, Any]:
-        if path != "/api/v1/records":
+        if path != "/api/v1/records":  # read
             return 404, {"error": {"code": "not_found", "message": ""}}
-        good = (
-            isinstance(body["value"], int)
-            and body["data_type"] == "integer"
-            and body["chart_type"] == "line"
-            and body["unit"] == "tokens"
-            and is_iso(body["recorded_at"])
-            and body["name"].rsplit("/", 1)[1] in self.NAMES
-            and len(body["name"].rsplit("/", 1)[0]) > 0
-            and re.search(r"\b[0-9a-f]{32}\b", body["comment"])
-        )
-        if not good:
-            self.faults.append(f"record: {body}")
-            return 422, {"error": {"code": "invalid", "message": ""}}
-        self.points.append(body)
-        return 201, {"id": len(self.points)}
+        prefix, _, name = body["name"].rpartition("/")
+        self.need(isinstance(body["value"], int), "value")  # read: by its data_type
+        self.need(body["data_type"] == "integer", "data_type")  # read
+        self.need(body["chart_type"] == "line", "chart_type")  # read
+        self.need(body["unit"] == "tokens", "unit")  # read
+        self.need(prefix and name in self.NAMES, "name")  # read
+        self.need(is_iso(body["recorded_at"]), "recorded_at")  # read: compared as text
+        # Ours: a doubled point can be told by it.
+        self.need(re.search(r"\b[0-9a-f]{32}\b", body["comment"]), "comment")
+        self.points.append(body)  # unknown: idempotency; so each is one more point
+        return 201, {"id": len(self.points)}  # unknown: 200 or 201
 
-    def totals(self) -> dict[str, int]:
-        found = dict.fromkeys(COUNTS, 0)
+    def sums(self) -> tuple[int, int, int, int]:
+        found = dict.fromkeys(self.NAMES, 0)
         for point in list(self.points):
-            name = point["name"].rsplit("/", 1)[1]
-            found[COUNTS[self.NAMES.index(name)]] += point["value"]
-        return found
+            found[point["name"].rpartition("/")[2]] += point["value"]
+        return (
+            *(found["Input"], found["Output"]),
+            *(found["CacheRead"], found["CacheCreate"]),
+        )
 
 
 class Collector(Strict):
-    """An OpenTelemetry collector: protobuf's JSON mapping, to the letter."""
+    """An OpenTelemetry collector: protobuf's JSON mapping, to the letter. (A real one
+    is in test_rotel.py.)"""
 
     kind = "otlp"
     reject = False  # answer with a partial success
@@ -207,63 +209,72 @@ class Collector(Strict):
             "TELEMHQ_OTLP_HEADERS": f"Authorization=Bearer {self.secret},x-scope=me",
         }
 
-    def value(self, value: dict[str, Any]) -> Any:
+    def value(self, name: str, value: dict[str, Any]) -> Any:
         """What an AnyValue holds; a fault when it is none."""
         ((kind, inner),) = value.items()
         good = {
-            "stringValue": isinstance(inner, str),
-            "boolValue": isinstance(inner, bool),
-            "intValue": isinstance(inner, str) and re.fullmatch(r"-?\d{1,19}", inner),
-            "doubleValue": isinstance(inner, float),
+            "stringValue": isinstance(inner, str),  # read, run
+            "boolValue": isinstance(inner, bool),  # read, run
+            "intValue": re.fullmatch(r"-?\d{1,19}", str(inner)) and inner == str(inner),
+            "doubleValue": isinstance(inner, float),  # read: a number, never null
         }
-        if not good.get(kind):
-            self.faults.append(f"value: {value}")
+        self.need(good.get(kind), f"{name}: {value}")
+        # Ours: a back end that has seen a double takes no integer under that name.
+        self.need((kind == "doubleValue") == name.endswith("cost_usd"), name)
+        self.need((kind == "intValue") or not name.endswith("_tokens"), name)
         return int(inner) if kind == "intValue" else inner
 
     def attributes(self, found: list[dict[str, Any]]) -> dict[str, Any]:
-        """Attributes by name; their names must be unique."""
-        named = {pair["key"]: self.value(pair["value"]) for pair in found}
-        if len(named) != len(found):
-            self.faults.append("an attribute twice")
+        """Attributes by name; their names must be unique (read)."""
+        named = {pair["key"]: self.value(pair["key"], pair["value"]) for pair in found}
+        self.need(len(named) == len(found), "an attribute twice")
         return named
 
     def take(self, path: str, body: Any) -> tuple[int, Any]:
-        if path != "/v1/logs":
+        if path != "/v1/logs":  # read, run
             return 404, {}
-        for resource in body["resourceLogs"]:
+        if self.reject and body["resourceLogs"]:  # read: a 200 that rejects
+            partial = {"rejectedLogRecords": "1", "errorMessage": "no"}
+            return 200, {"partialSuccess": partial}
+        for resource in body["resourceLogs"]:  # read, run: lowerCamelCase
             service = self.attributes(resource["resource"]["attributes"])
             for scope in resource["scopeLogs"]:
                 for record in scope["logRecords"]:
-                    if not re.fullmatch(r"\d{19}", record["timeUnixNano"]):
-                        self.faults.append("time")
-                    if record["severityNumber"] not in (9, 17):
-                        self.faults.append("severity")
-                    if self.reject:
-                        partial = {"rejectedLogRecords": "1", "errorMessage": "no"}
-                        return 200, {"partialSuccess": partial}
-                    found = self.attributes(record["attributes"])
-                    found.update(service, event=record["eventName"])
-                    found["severity"] = record["severityNumber"]
-                    self.records.append(found)
-        return 200, {}
+                    self.records.append({**self.record(record), **service})
+        return 200, {}  # read, run
 
-    def totals(self) -> dict[str, int]:
+    def record(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record's attributes, and what else it says."""
+        name = record["eventName"]  # read: young, so the name stands in two more places
+        found = self.attributes(record["attributes"])
+        self.need(record["body"] == {"stringValue": name}, "body")  # read
+        self.need(found.pop("event.name") == name, "event.name")  # read
+        self.need(re.fullmatch(r"\d{19}", record["timeUnixNano"]), "time")  # read, run
+        self.need(record["severityNumber"] in (9, 17), "severity")  # read: INFO, ERROR
+        return {**found, "event": name, "severity": record["severityNumber"]}
+
+    def sums(self) -> tuple[int, int, int, int]:
         def total(name: str) -> int:
             key = f"gen_ai.usage.{name}"
             return sum(record.get(key, 0) for record in list(self.records))
 
         cached = total("cache_read.input_tokens")
         creation = total("cache_creation.input_tokens")
-        given = total("input_tokens") - cached - creation, total("output_tokens")
-        return dict(zip(COUNTS, (*given, cached, creation)))
+        # read: by the GenAI conventions input_tokens has the cached ones in it
+        given = total("input_tokens") - cached - creation
+        return given, total("output_tokens"), cached, creation
 
 
 class ClaudeMetrics(Strict):
-    """Claude Metrics: Laravel, which answers what it does not accept with a 302 unless
-    JSON was asked for; events are known by their UUID, sessions by their id."""
+    """Claude Metrics: bodies as its plugin 0.4.0 sends them (run: its hooks, captured);
+    the server, a Laravel application, is not public."""
 
     kind = "claude-metrics"
-    PATHS = ("execution", "tool", "system", "session")
+    NEEDED = {  # noqa: RUF012 - run: what the plugin never leaves out
+        "execution": ("response_text", "status"),
+        "tool": ("tool_name", "success"),
+        "system": ("kind", "payload"),
+    }
 
     def __init__(self) -> None:
         self.events: dict[str, dict[str, Any]] = {}
@@ -277,56 +288,49 @@ class ClaudeMetrics(Strict):
         }
 
     def judge(self, request: Request) -> Any:
-        if request.headers.get("Accept") != "application/json":
-            return 302, {"Location": self.place}, b""
+        # read: else Laravel answers what it does not accept with a redirect
+        self.need(request.headers.get("Accept") == "application/json", "accept")
         return super().judge(request)
 
     def take(self, path: str, body: Any) -> tuple[int, Any]:
-        kind = path.rsplit("/", 1)[1]
-        if path != f"/api/v1/events/{kind}" or kind not in self.PATHS:
+        kind = path.rpartition("/")[2]
+        if path != f"/api/v1/events/{kind}":  # run
             return 404, {}
-        if not isinstance(body.get("client_meta"), dict) or not body.get("session_id"):
-            self.faults.append(f"common: {body}")
-            return 422, {}
-        if "account_email" in body or "prompt_text" in body:
-            self.faults.append("a person's own")
-        if kind == "session":
+        self.need(isinstance(body.get("client_meta"), dict), "client_meta")  # run
+        self.need(body.get("session_id"), "session_id")  # run
+        # Ours: never a person's own. (unknown: whether account_email is required)
+        self.need(not {"account_email", "prompt_text"} & set(body), "a person's own")
+        if kind == "session":  # unknown: an upsert by session_id, presumably
             self.sessions.setdefault(body["session_id"], {}).update(body)
             return 202, {}
-        try:
-            key = str(uuid.UUID(body["event_id"]))
-        except ValueError:
-            return 422, {}
-        if key != body["event_id"]:
-            return 422, {}
-        if key in self.events:
+        key = str(uuid.UUID(body["event_id"]))  # run: UUID form
+        self.need(key == body["event_id"], "event_id")
+        if key in self.events:  # read: a success
             return 202, {"duplicate": True}
-        needed = {
-            "execution": ("response_text", "status"),
-            "tool": ("tool_name", "success"),
-            "system": ("kind", "payload"),
-        }
-        if any(name not in body for name in needed[kind]):
-            self.faults.append(f"{kind}: {body}")
-            return 422, {}
-        if body.get("response_text") is not None:
-            self.faults.append("a response")
+        self.need(set(self.NEEDED[kind]) <= set(body), f"{kind}: {body}")
+        self.need(body.get("response_text") is None, "a response")  # run: null happens
         self.events[key] = dict(body, path=kind)
-        return 202, {}
+        return 202, {}  # read
 
-    def totals(self) -> dict[str, int]:
+    def sums(self) -> tuple[int, int, int, int]:
         rows = [row for row in list(self.events.values()) if row["path"] == "execution"]
 
         def total(name: str) -> int:
             return sum(row.get(name, 0) for row in rows)
 
         cached, creation = total("cache_read_tokens"), total("cache_creation_tokens")
-        given = total("tokens_in") - cached - creation, total("tokens_out")
-        return dict(zip(COUNTS, (*given, cached, creation)))
+        # run: the plugin's tokens_in is all that went in, cached or not
+        return (
+            total("tokens_in") - cached - creation,
+            total("tokens_out"),
+            cached,
+            creation,
+        )
 
 
 class TelemHQ(Strict):
-    """TelemHQ: a ping a request; what comes again is known by its event_id."""
+    """TelemHQ (read: its documentation): a ping a request, the token in the path; what
+    comes again is known by its event_id."""
 
     kind = "telemhq"
 
@@ -340,25 +344,79 @@ class TelemHQ(Strict):
     def judge(self, request: Request) -> Any:
         if request.method != "POST":
             return 200, {}, b"how to"
-        if request.headers.get("Idempotency-Key") != request.ping["event_id"]:
-            self.faults.append("key")
+        key = request.headers.get("Idempotency-Key")
+        self.need(key == request.ping["event_id"], "key")
         self.by_id.setdefault(request.ping["event_id"], request.ping)
         self.accepted.append((request.path, request.ping))
         return 200, {}, b""
 
-    def totals(self) -> dict[str, int]:
-        names = (
-            "input_tokens",
-            "output_tokens",
-            "cached_input_tokens",
-            "cache_creation_input_tokens",
+    def sums(self) -> tuple[int, int, int, int]:
+        def total(name: str) -> int:
+            pings = list(self.by_id.values())
+            return sum(ping.get(f"{name}_tokens", 0) for ping in pings)
+
+        return (
+            *(total("input"), total("output")),
+            *(total("cached_input"), total("cache_creation_input")),
         )
-        pings = list(self.by_id.values())
-        return {
-            count: sum(ping.get(name, 0) for ping in pings)
-            for count, name in zip(COUNTS, names)
-        }
 
 
 ALL = (TelemHQ, Wigtoken, Recorder, Collector, ClaudeMetrics)
-OTHERS = ALL[1:]
+KEPT = ("rows", "points", "records", "events", "sessions", "by_id")
+
+
+class Fleet:
+    """Receivers of some kinds, and a HOME that sends to them."""
+
+    def __init__(self, home: Home, script: ModuleType, *kinds: str) -> None:
+        self.home = home
+        self.places: dict[str, Any] = {
+            cls.kind: cls() for cls in ALL if cls.kind in kinds or not kinds
+        }
+        self.environ: dict[str, Any] = {"TELEMHQ_DESTINATIONS": ",".join(self.places)}
+        for place in self.places.values():
+            self.environ.update(place.env())
+        settings = script.Settings({**self.environ})
+        found, _ = script.find_trackers(settings, script.read_secret)
+        self.names = {tracker.kind: tracker.directory_name() for tracker in found}
+
+    def base(self, kind: str) -> pathlib.Path:
+        """A destination's directory."""
+        return self.home.state / str(self.names[kind])
+
+    def waiting(self, kind: str) -> list[pathlib.Path]:
+        """The pings that wait for a tracker, oldest first."""
+        return sorted(self.base(kind).glob("outbox/[0-9]*.json"))
+
+    def hook(self, name: str, told: bytes = b"", **changes: Any) -> None:
+        """Run a hook on a real event; capitals: variables. told: what it must say."""
+        env = {key: changes.pop(key) for key in list(changes) if key.isupper()}
+        done = self.home.hook(event(name, **changes), **{**self.environ, **env})
+        assert (done.returncode, done.stdout) == (0, b"")
+        assert told in done.stderr
+        assert bool(told) == bool(done.stderr)
+
+    def outage(self, name: str, **changes: Any) -> None:
+        """A hook while every tracker answers 503; then they are well again, and no
+        back-off stands."""
+        for place in self.places.values():
+            place.disturb = lambda _: 503
+        self.hook(name, TELEMHQ_FOREGROUND=1, **changes)
+        self.home.end()
+        for kind, place in self.places.items():
+            place.disturb = None
+            place.requests.clear()
+            (self.base(kind) / "state.json").unlink(missing_ok=True)
+
+    def check(self, *counts: int) -> None:
+        """Each shows these counts; none was told what it may not be told."""
+        expected = dict(zip(COUNTS, counts))
+        shown = {kind: place.totals() for kind, place in self.places.items()}
+        assert shown == dict.fromkeys(self.places, expected)
+        assert [place.faults for place in self.places.values() if place.faults] == []
+        assert self.home.waiting() == []
+
+    def close(self) -> None:
+        """End the receivers."""
+        for place in self.places.values():
+            place.close()
