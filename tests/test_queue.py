@@ -89,8 +89,8 @@ SHEET = {
     "a hundred 422": Row(
         at(422, *range(100)), aside=100, failures=100, wait_s=10, pings=140
     ),
-    "a lone 500, then a good one": Row(
-        at(500, 0), charged=1, failures=9, wait_s=70, pings=0, later=lone(1, 180)
+    "a lone 500, then good ones": Row(
+        at(500, 0), 0, 1, 12, 725, pings=0, later=lone(1, 180, 900)
     ),
     "two lone 500, then good ones": Row(
         at(500, 0, 1), 0, 2, 30, 905, pings=0, later=lone(1, 180, 600, 1500)
@@ -119,11 +119,7 @@ SHEET = {
         every(600, 25 * HOUR_S),
     ),
     "503, then a ping a second": Row(
-        until(503, 180),
-        failures=60,
-        wait_s=260,
-        over_s=180,
-        later=every(1, 600, (TOOL,)),
+        until(503, 90), 0, 0, 40, 260, 90, later=every(1, 420, (TOOL,))
     ),
     # The tracker says when.
     "429 on one, at first": Row(
