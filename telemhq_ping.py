@@ -254,6 +254,16 @@ def iso_time(ns: int) -> str:
     return f"{day}.{ns // 10**6 % 1000:03d}Z"
 
 
+def seconds_of(stamp: object) -> float:
+    """Such a time, or a transcript's, in seconds since 1970; 0 when it is none."""
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
 # -- Settings --------------------------------------------------------------------------
 
 PLUGIN_URL = "CLAUDE_PLUGIN_OPTION_PING_URL"  # what the plugin's user was asked for
@@ -925,7 +935,9 @@ class OTLP(Tracker):
         name = f"claude_code.{ping.get('event')}"
         failed = ping.get("status") == "failed"
         record = {
-            "timeUnixNano": str(ns_of_iso(ping.get("timestamp"))),
+            "timeUnixNano": str(
+                round(seconds_of(ping.get("timestamp")) * 1000) * 10**6
+            ),
             "severityNumber": self.ERROR if failed else self.INFO,
             "eventName": name,
             "body": {"stringValue": name},
@@ -1084,17 +1096,6 @@ def with_all_input(counts: Fields) -> Fields:
         return counts
     names = ("input_tokens", "cached_input_tokens", "cache_creation_input_tokens")
     return {**counts, "all_input": sum(int(counts.get(name, 0)) for name in names)}
-
-
-def ns_of_iso(text: object) -> int:
-    """The inverse of iso_time(); 0 when it is no such time."""
-    from datetime import datetime
-
-    try:
-        when = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-    except ValueError:
-        return 0
-    return round(when.timestamp() * 1000) * 10**6
 
 
 TRACKERS: dict[str, Callable[[Settings, ReadSecret], Tracker]] = {
@@ -1814,16 +1815,6 @@ def counts_in(found: Fields, column: int) -> list[int]:
 def plus(counts: list[int], more: list[int]) -> list[int]:
     """The sum, count by count."""
     return [a + b for a, b in zip(counts, more)]
-
-
-def seconds_of(stamp: object) -> float:
-    """A row's timestamp in seconds since 1970, 0 when it is none."""
-    from datetime import datetime
-
-    try:
-        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
-    except (ValueError, OverflowError):
-        return 0.0
 
 
 class Row:
