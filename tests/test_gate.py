@@ -72,36 +72,30 @@ def test_every_real_event_arrives_as_exactly_this_ping(
     assert len(ids) == len(sent)
 
 
-@pytest.mark.parametrize("name", sorted(PINGS))
-def test_a_field_that_is_null_or_absent_is_left_out(
-    script: ModuleType, name: str
-) -> None:
+def test_a_field_that_is_null_or_absent_is_left_out(script: ModuleType) -> None:
     """No ping ever holds a null, whichever field of the event is one."""
-    found = event(name)
-    assert set(ping_of(script, found)) == {*PINGS[name], *ALWAYS}
-    for key in found:
-        assert None not in ping_of(script, {**found, key: None}).values()
-    assert set(ping_of(script, dict.fromkeys(found))) <= {*ALWAYS, "error"}
+    for name in PINGS:
+        found = event(name)
+        assert set(ping_of(script, found)) == {*PINGS[name], *ALWAYS}
+        for key in found:
+            assert None not in ping_of(script, {**found, key: None}).values()
+        assert set(ping_of(script, dict.fromkeys(found))) <= {*ALWAYS, "error"}
 
 
 @pytest.mark.fault(84)
 @pytest.mark.parametrize(
-    "changes, ours",
+    "ours, changes",
     [
-        ({}, True),
-        ({"hook_event_name": "QuantumLeap"}, True),
-        ({"cursor_version": "2.1.0"}, False),
-        ({"cursor_version": None}, False),
-        ({"hook_event_name": "stop"}, False),
-        ({"hook_event_name": "beforeSubmitPrompt"}, False),
-        ({"hook_event_name": ""}, False),
-        ({"hook_event_name": None}, False),
-        ({"hook_event_name": ["Stop"]}, False),
-        ({"hook_event_name": "\u00c9vent"}, False),
+        *((True, {}), (True, {"hook_event_name": "QuantumLeap"})),
+        *((False, {"cursor_version": version}) for version in ("2.1.0", None)),
+        *(
+            (False, {"hook_event_name": n})
+            for n in ("stop", "beforeX", "", None, ["S"])
+        ),
     ],
 )
 def test_an_event_of_another_client_is_none(
-    home: Home, receiver: Receiver, changes: dict[str, Any], ours: bool
+    home: Home, receiver: Receiver, ours: bool, changes: dict[str, Any]
 ) -> None:
     """Cursor runs the hooks of ~/.claude/settings.json, with events of its own: nothing
     is told of them, and debug mode says why."""
@@ -127,39 +121,31 @@ IDENTIFIERS = (
 )
 
 
-@pytest.mark.parametrize("field", IDENTIFIERS)
-def test_a_text_leaves_only_in_the_shape_of_an_identifier(
-    script: ModuleType, field: str
-) -> None:
+def test_a_text_leaves_only_in_the_shape_of_an_identifier(script: ModuleType) -> None:
     """ASCII letters, digits and _ . : -, 1 to 128: anything else is left out, whole."""
-    name = "SessionEnd-other" if field == "reason" else "Stop"
-    leaves = "event" if field == "hook_event_name" else field
-    for value in (*GOOD, *BAD):
-        ping = ping_of(script, event(name, **{field: value}))
-        assert ping.get(leaves) == (value if value in GOOD else None)
-
-
-MODELS: tuple[tuple[object, str | None], ...] = (
-    ("claude-opus-5-5[1m]", "claude-opus-5-5[1m]"),
-    ("claude-sonnet-4@20250514", "claude-sonnet-4@20250514"),
-    ("eu.anthropic.x-v1:0", "eu.anthropic.x-v1:0"),
-    ("arn:aws:bedrock:eu-west-1:123456789012:inference-profile/x", "other"),
-    ("anthropic/claude-opus-5", "other"),
-    ("my model", "other"),
-    ("[1m]", "other"),
-    ("", None),
-    (["opus"], None),
-)
+    for field in IDENTIFIERS:
+        name = "SessionEnd-other" if field == "reason" else "Stop"
+        leaves = "event" if field == "hook_event_name" else field
+        for value in (*GOOD, *BAD):
+            ping = ping_of(script, event(name, **{field: value}))
+            assert ping.get(leaves) == (value if value in GOOD else None), field
 
 
 @pytest.mark.fault(49)
-@pytest.mark.parametrize("name, shown", MODELS)
-def test_a_model_that_is_no_identifier_is_other(
-    script: ModuleType, name: object, shown: str | None
-) -> None:
+def test_a_model_that_is_no_identifier_is_other(script: ModuleType) -> None:
     """A router's vendor, an ARN with an account's number in it stay home. That there
     was a model is told all the same."""
-    assert ping_of(script, event("Stop", model=name)).get("model") == shown
+    for name in ("claude-opus-5-5[1m]", "claude-sonnet-4@20250514", "eu.x-v1:0"):
+        assert ping_of(script, event("Stop", model=name))["model"] == name
+    for name in (
+        "arn:aws:x:1:123456789012:y/z",
+        "anthropic/claude",
+        "my model",
+        "[1m]",
+    ):
+        assert ping_of(script, event("Stop", model=name))["model"] == "other"
+    for nothing in ("", ["opus"], None):
+        assert "model" not in ping_of(script, event("Stop", model=nothing))
 
 
 HUGE = 10**400
@@ -352,18 +338,13 @@ def test_a_path_leaves_as_twelve_hex_of_its_hash(
         ("/w/acme/src", "/w/acme", "Shop", "Shop"),
         ("/w/acme/src/deep", "/w/acme", None, "acme"),
         ("/w/acme/", "/w/acme/", None, "acme"),
-        ("/w/acme/src/../lib", "/w/acme", None, "acme"),
         ("/w/acme/../other", "/w/acme", None, "other"),
         ("/w/acme-old", "/w/acme", None, "acme-old"),
-        ("/elsewhere/tool", "/w/acme", None, "tool"),
         ("/w/acme", "", "", "acme"),
-        ("/", None, None, "unknown"),
-        (None, None, None, "unknown"),
-        (["/w/acme"], None, None, "unknown"),
+        *((cwd, None, None, "unknown") for cwd in ("/", "", None, ["/w/acme"])),
         ("/w/My Shop (neu) é", None, None, "My Shop (neu) é"),
-        ("/w/a\tb\x1b[31m\r\n\x7f\x9bc", None, None, "ab[31mc"),
+        ("/w/a\tb\x1b[31m\r\n\x7f\x9bc\udcff\ud800", None, None, "ab[31mc"),
         ("/w/a\0b", None, None, "ab"),
-        ("/w/a\udcffb\ud800", None, None, "ab"),
         ("/w/" + "x" * 200, None, None, "x" * 128),
         ("/w/" + "x/" * 9000, "/w", None, "x"),
         ("/w/acme", None, "two words/and more", "two words/and more"),
@@ -509,50 +490,33 @@ def strange(dice: random.Random, key: str, depth: int = 0) -> Any:
     kind = dice.randrange(8 if depth < 3 else 6)
     if kind < 3:
         return canary(dice, key)
-    if kind == 3:
+    if kind < 5:
         numbers = (float("nan"), float("inf"), -5, -0.5, 1e308, 10**4000, 2**53, 0, 7)
-        return dice.choice(numbers)
-    if kind == 4:
-        return dice.choice((True, False, None, "", [], {}))
+        return dice.choice((*numbers, True, False, None, "", [], {}))
     if kind == 5:
         return ["CANARY_" + "y" * 10] * dice.randrange(1, 2000)
     if kind == 6:
-        return [strange(dice, "", depth + 1) for _ in range(dice.randrange(4))]
-    names = dice.sample([*sorted(SHAPED), "prompt", "x"], 3)
+        return [strange(dice, "", depth + 1) for _ in range(3)]
     # Only of `effort` an inner value may leave, and only `level`.
-    inner = {name: strange(dice, name, depth + 1) for name in names}
-    inner[f"CANARY_KEY_{dice.randrange(99)}"] = strange(dice, "", depth + 1)
-    return inner
-
-
-def with_canaries(dice: random.Random, value: Any, key: str) -> Any:
-    """`value` with a canary in place of every string in it."""
-    if isinstance(value, dict):
-        return {k: with_canaries(dice, v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [with_canaries(dice, v, "") for v in value]
-    return canary(dice, key) if isinstance(value, str) else value
+    names = dice.sample([*sorted(SHAPED), "prompt", "x", "CANARY_KEY"], 4)
+    return {name: strange(dice, name, depth + 1) for name in names}
 
 
 def mutated(dice: random.Random) -> dict[str, Any]:
-    """A real event, some of it replaced, with canaries where strings were."""
+    """A real event, with canaries where texts were, and some of it stranger."""
     found = event(dice.choice(sorted(PINGS)))
     name = found["hook_event_name"]
-    for key in list(found):
+    for key in [*found, *dice.sample([*CONTENT, "error", "reason", "model"], 3)]:
         roll = dice.random()
         if roll < 0.3:
             found[key] = strange(dice, key)
-        elif roll < 0.9:
-            found[key] = with_canaries(dice, found[key], key)
+        elif roll < 0.9 and isinstance(found.get(key), str):
+            found[key] = canary(dice, key)
         elif roll < 0.95:
-            del found[key]
-    for _ in range(dice.randrange(4)):
-        key = dice.choice((*CONTENT, "error", "reason", "model"))
-        found[key] = strange(dice, key)
-    found["hook_event_name"] = name
+            found.pop(key, None)
     if isinstance(found.get("cwd"), str) and "CANARY" in found["cwd"]:
         found["cwd"] = canary(dice, "cwd")
-    return found
+    return {**found, "hook_event_name": name}
 
 
 def check_ping(script: ModuleType, text: str) -> None:
@@ -570,14 +534,13 @@ def check_ping(script: ModuleType, text: str) -> None:
         assert not isinstance(value, str) or len(value) <= 128
 
 
-@pytest.mark.parametrize("key", CONTENT)
 def test_content_stays_home_even_when_it_looks_like_an_identifier(
-    script: ModuleType, key: str
+    script: ModuleType,
 ) -> None:
     """A one-word prompt or title has the shape of an identifier: it does not leave."""
     for name in PINGS:
         for value in ("CANARY", {"level": "CANARY"}, ["CANARY"]):
-            ping = ping_of(script, event(name, **{key: value}))
+            ping = ping_of(script, event(name, **dict.fromkeys(CONTENT, value)))
             assert "CANARY" not in script.encode_json(ping)
 
 
@@ -592,16 +555,13 @@ def test_no_mutated_event_gets_a_canary_through(script: ModuleType, seed: int) -
         check_ping(script, script.encode_json(ping))
 
 
-LEAKS = {"project": "a CANARY", "session_id": "a/b", "prompt": "x", "event": "x" * 129}
-
-
-@pytest.mark.parametrize("name", LEAKS)
-def test_the_fuzz_can_find_a_leak(script: ModuleType, name: str) -> None:
+def test_the_fuzz_can_find_a_leak(script: ModuleType) -> None:
     """The check itself is not blind: each kind of leak, put in by hand, is seen."""
     good = ping_of(script, event("Stop"))
     check_ping(script, script.encode_json(good))
-    with pytest.raises((AssertionError, KeyError)):
-        check_ping(script, script.encode_json({**good, name: LEAKS[name]}))
+    for name, leak in (("project", "a CANARY"), ("session_id", "a/b"), ("prompt", "x")):
+        with pytest.raises((AssertionError, KeyError)):
+            check_ping(script, script.encode_json({**good, name: leak}))
 
 
 # -- Bodies ----------------------------------------------------------------------------
