@@ -148,61 +148,44 @@ def test_a_model_that_is_no_identifier_is_other(script: ModuleType) -> None:
         assert "model" not in ping_of(script, event("Stop", model=nothing))
 
 
-HUGE = 10**400
-NUMBERS = (
-    *((n, n) for n in (0, 1, 25, 1.5, 2**50)),
-    *(
-        (n, None)
-        for n in (-1, float("nan"), float("inf"), HUGE, 2**53, True, "25", [1])
-    ),
-)
-FLAGS: tuple[tuple[Any, Any], ...] = (
-    *((True, True), (False, False), (0, None), (1, None), ("true", None), ([], None)),
-)
-ERRORS: tuple[tuple[Any, Any], ...] = (
-    *(("rate_limit", "error"), ({"a": 1}, "error"), (3, "error")),
-    *((None, None), ("", None), (False, None), ({}, None), ([], None)),
-)
-TABLE: tuple[tuple[str, dict[str, Any], str, object], ...] = (
-    # a real event, changes, the field that may leave, what leaves
-    *(("Stop", {"duration_ms": n}, "duration_ms", told) for n, told in NUMBERS),
-    *(("Stop", {"is_interrupt": b}, "is_interrupt", told) for b, told in FLAGS),
-    ("Stop", {"prompt": "héllo"}, "prompt_chars", 5),
-    ("Stop", {"prompt": ["CANARY"]}, "prompt_chars", None),
-    ("Stop", {"background_tasks": [{"a": "CANARY"}] * 3}, "background_tasks", 3),
-    ("Stop", {"background_tasks": "CANARY"}, "background_tasks", None),
-    ("Stop", {"reason": "secretword"}, "reason", None),  # elsewhere it is a text
-    ("Stop", {"cwd": ""}, "cwd_hash", None),
-    ("Stop", {"transcript_path": ["/x"]}, "transcript_path_hash", None),
-    ("StopFailure", {"error": "rate_limit"}, "error", "rate_limit"),
-    ("StopFailure", {"error": "x" * 40}, "error", "x" * 40),
-    *(
-        ("StopFailure", {"error": text}, "error", None)
-        for text in ("Rate_limit", "rate limit", "x" * 41, "/etc/passwd", "é", "", 429)
-    ),
-    ("PostToolUseFailure-Bash", {"error": "Exit code 127\nCANARY"}, "exit_code", 127),
-    ("PostToolUseFailure-Bash", {"error": "Exit code 0"}, "exit_code", 0),
-    *(
-        ("PostToolUseFailure-Bash", {"error": text}, "exit_code", None)
-        for text in ("Exit code ", "Exit code \u0663", "The Exit code 3", None, ["x"])
-    ),
-    ("PostToolUseFailure-Bash", {"error": "CANARY"}, "error", "tool_error"),
-    ("PostToolUseFailure-Bash", {"error": "CANARY"}, "error_chars", 6),
-    ("PostToolUseFailure-Bash", {"error": {"a": 1}}, "error", "tool_error"),
-    *(("Stop", {"error": e}, "error", told) for e, told in ERRORS),
+FAILED = "PostToolUseFailure-Bash"
+TABLE: tuple[tuple[str, str, str, tuple[Any, ...], object], ...] = (
+    # a real event, its field, the ping's, values of the former, what becomes of them
+    *(("Stop", "duration_ms", "duration_ms", (n,), n) for n in (0, 25, 1.5, 2**50)),
+    ("Stop", "duration_ms", "duration_ms", (-1, 10**400, 2**53, True, "25", [1]), None),
+    ("Stop", "duration_ms", "duration_ms", (float("nan"), float("inf")), None),
+    *(("Stop", "is_interrupt", "is_interrupt", (b,), b) for b in (True, False)),
+    ("Stop", "is_interrupt", "is_interrupt", (0, 1, "true", []), None),
+    ("Stop", "prompt", "prompt_chars", ("héllo",), 5),
+    ("Stop", "prompt", "prompt_chars", (["CANARY"], 5), None),
+    ("Stop", "background_tasks", "background_tasks", ([{"a": "CANARY"}] * 3,), 3),
+    ("Stop", "background_tasks", "background_tasks", ("CANARY", 7), None),
+    ("Stop", "reason", "reason", ("secretword",), None),  # elsewhere it is a text
+    ("Stop", "cwd", "cwd_hash", ("", None, ["/x"]), None),
+    ("StopFailure", "error", "error", ("rate_limit",), "rate_limit"),
+    ("StopFailure", "error", "error", ("Rate_limit", "rate limit", "x" * 41), None),
+    ("StopFailure", "error", "error", ("/etc/passwd", "é", "", 429), None),
+    (FAILED, "error", "exit_code", ("Exit code 127\nCANARY", "Exit code 127"), 127),
+    (FAILED, "error", "exit_code", ("Exit code ", "The Exit code 3", ["x"]), None),
+    (FAILED, "error", "exit_code", ("Exit code \u0663", None), None),
+    (FAILED, "error", "error", ("CANARY", {"a": 1}, None), "tool_error"),
+    (FAILED, "error", "error_chars", ("CANARY",), 6),
+    ("Stop", "error", "error", ("rate_limit", {"a": 1}, 3), "error"),
+    ("Stop", "error", "error", (None, "", False, {}, []), None),
 )
 
 
-@pytest.mark.parametrize("name, changes, field, told", TABLE)
+@pytest.mark.parametrize("name, field, leaves, values, told", TABLE)
 def test_a_value_leaves_in_its_shape_or_not_at_all(
-    script: ModuleType, name: str, changes: dict[str, Any], field: str, told: object
+    script: ModuleType, name: str, field: str, leaves: str, values: Any, told: object
 ) -> None:
     """Numbers, flags, codes, lengths; a failed tool's text holds output and paths."""
-    ping = ping_of(script, event(name, **changes))
-    assert ping.get(field) == told
-    assert type(ping.get(field)) is type(told)
-    failed = "Failure" in name or field == "error" == told
-    assert ping["status"] == ("failed" if failed else "success")
+    for value in values:
+        ping = ping_of(script, event(name, **{field: value}))
+        assert ping.get(leaves) == told
+        assert type(ping.get(leaves)) is type(told)
+        failed = "Failure" in name or told == "error"
+        assert ping["status"] == ("failed" if failed else "success")
 
 
 def test_what_a_future_event_brings_stays_home(script: ModuleType) -> None:
@@ -220,74 +203,50 @@ def test_what_a_future_event_brings_stays_home(script: ModuleType) -> None:
     assert "secret" not in script.encode_json(ping)
 
 
-GATED: tuple[tuple[str, object, bool], ...] = (
-    ("prompt", "x", False),
-    ("cwd", "/x", False),
-    ("project", "My shop/é", True),
-    ("project", "a\nb", False),
-    ("project", "a" * 129, False),
-    ("git_branch", "feat/x-1", True),
-    ("git_branch", "a b", False),
-    ("cwd_hash", "0123456789ab", True),
-    ("cwd_hash", "0123456789abc", False),
-    ("lines_added", 12, True),
-    ("lines_removed", -1, False),
-    ("cost_usd", 0.25, True),
-    ("tools", {"Bash": 2}, True),
-    ("tools", {"/bin/sh": 2}, False),
-    ("tools", {f"t{n}": n for n in range(21)}, False),
-    ("models", {"opus": {"input_tokens": 3, "cost_usd": 0.5}}, True),
-    ("models", {"haiku": {"cost_usd": 0.5}}, True),
-    ("models", {"vendor/opus": {"cost_usd": 0.5}}, False),
-    ("models", {"opus": {"cost_usd": "CANARY"}}, False),
-    ("models", {"opus": {"prompt": 3}}, False),
-    ("models", {"opus": 3}, False),
-)
-
-
-@pytest.mark.parametrize("name, value, leaves", GATED)
-def test_the_gate_decides_alone(
-    script: ModuleType, name: str, value: object, leaves: bool
-) -> None:
+def test_the_gate_decides_alone(script: ModuleType) -> None:
     """The allow-list knows a field and its only shape; nothing else passes it."""
-    assert script.gate({name: value}) == ({name: value} if leaves else {})
-
-
-def test_no_field_of_the_gate_takes_an_overlong_text(script: ModuleType) -> None:
-    """Whatever may one day go wrong before the gate: 128 characters are the most."""
-    for name in script.GATE:
-        for value in ("a" * 129, "a" * 100000, None, object(), {"/a": 1}, ["x"]):
-            assert script.gate({name: value}) == {}, name
+    for name, good, bad in (
+        ("prompt", None, "x"),
+        ("project", "My shop/é", "a\nb"),
+        ("git_branch", "feat/x-1", "a b"),
+        ("cwd_hash", "0123456789ab", "0123456789abc"),
+        ("lines_added", 12, "12"),
+        ("lines_removed", 0, -1),
+        ("cost_usd", 0.25, True),
+        ("tools", {"Bash": 2}, {"/bin/sh": 2}),
+        ("tools", {f"t{n}": n for n in range(20)}, {f"t{n}": n for n in range(21)}),
+        ("models", {"opus": {"input_tokens": 3, "cost_usd": 0.5}}, {"opus": 3}),
+        ("models", {"haiku": {"cost_usd": 0.5}}, {"opus": {"cost_usd": "CANARY"}}),
+        ("models", {}, {"vendor/opus": {"cost_usd": 0.5}}),
+        ("models", {}, {"opus": {"prompt": 3}}),
+    ):
+        assert script.gate({name: good}) == ({} if good is None else {name: good})
+        assert script.gate({name: bad}) == {}, (name, bad)
+    for name in script.GATE:  # whatever may one day go wrong before it
+        for wrong in ("a" * 129, "a" * 100000, None, object(), {"/a": 1}, ["x"]):
+            assert script.gate({name: wrong}) == {}, name
 
 
 # -- Names of tools and agents ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "field, name, shown",
-    [
+def test_without_tool_names_only_the_clients_own_are_told(script: ModuleType) -> None:
+    """TELEMHQ_TOOL_NAMES=0, or what is not understood: names of MCP servers, of their
+    tools and of a user's own agents stay home."""
+    for field, name, shown in (
         ("tool_name", "mcp__pg-prod-acme__drop_customer", "mcp"),
         ("tool_name", "mcp__a b__c/d", "mcp"),
-        ("tool_name", "Bash", "Bash"),
         ("tool_name", "ListMcpResourcesTool", "ListMcpResourcesTool"),
         ("tool_name", ["mcp__a__b"], None),
         ("agent_type", "general-purpose", "general-purpose"),
-        ("agent_type", "claude-code-guide", "claude-code-guide"),
         ("agent_type", "acme-payroll-fixer", "custom"),
         ("agent_type", "the agent of Jane", "custom"),
         ("agent_type", "", None),
-        ("agent_type", {"name": "Explore"}, None),
-    ],
-)
-def test_without_tool_names_only_the_clients_own_are_told(
-    script: ModuleType, field: str, name: object, shown: str | None
-) -> None:
-    """TELEMHQ_TOOL_NAMES=0, or what is not understood: names of MCP servers, of their
-    tools and of a user's own agents stay home."""
-    found = event("PostToolUse-Bash", **{field: name})
-    for value in ("0", "nonsense"):
-        ping = ping_of(script, found, TELEMHQ_TOOL_NAMES=value)
-        assert ping.get(field) == shown
+    ):
+        found = event("PostToolUse-Bash", **{field: name})
+        for value in ("0", "nonsense"):
+            ping = ping_of(script, found, TELEMHQ_TOOL_NAMES=value)
+            assert ping.get(field) == shown
 
 
 @pytest.mark.parametrize("value", ["", "0"])
@@ -332,9 +291,17 @@ def test_a_path_leaves_as_twelve_hex_of_its_hash(
 # -- Project ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "cwd, project_dir, name, expected",
-    [
+def project(script: ModuleType, cwd: object, top: object, name: object = None) -> str:
+    """The project of a cwd, in a session that began in `top`."""
+    environ = {"CLAUDE_PROJECT_DIR": top, "TELEMHQ_PROJECT": name}
+    given = {key: str(value) for key, value in environ.items() if value is not None}
+    found = {"cwd": str(cwd) if isinstance(cwd, pathlib.Path) else cwd}
+    return str(script.project_of(found, script.Settings(given)))
+
+
+def test_the_projects_name(script: ModuleType) -> None:
+    """TELEMHQ_PROJECT, else the project directory around the cwd, else the cwd."""
+    for cwd, top, name, expected in (
         ("/w/acme/src", "/w/acme", "Shop", "Shop"),
         ("/w/acme/src/deep", "/w/acme", None, "acme"),
         ("/w/acme/", "/w/acme/", None, "acme"),
@@ -350,25 +317,8 @@ def test_a_path_leaves_as_twelve_hex_of_its_hash(
         ("/w/acme", None, "two words/and more", "two words/and more"),
         ("/w/acme", None, "\x1b\x07 ", "acme"),
         ("C:\\Users\\jane\\acme", None, None, "acme"),
-    ],
-)
-def test_the_projects_name(
-    script: ModuleType,
-    cwd: object,
-    project_dir: str | None,
-    name: str | None,
-    expected: str,
-) -> None:
-    """TELEMHQ_PROJECT, else the project directory around the cwd, else the cwd."""
-    environ = {"CLAUDE_PROJECT_DIR": project_dir, "TELEMHQ_PROJECT": name}
-    given = {key: value for key, value in environ.items() if value is not None}
-    assert script.project_of({"cwd": cwd}, script.Settings(given)) == expected
-
-
-def project(script: ModuleType, cwd: pathlib.Path, top: pathlib.Path | None) -> str:
-    """The project of a cwd, in a session that began in `top`."""
-    environ = {"CLAUDE_PROJECT_DIR": str(top)} if top else {}
-    return str(script.project_of({"cwd": str(cwd)}, script.Settings(environ)))
+    ):
+        assert project(script, cwd, top, name) == expected
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need a privilege there")
@@ -428,31 +378,26 @@ def test_a_git_worktree_is_its_main_repositorys_project(
         assert project(script, top / cwd, top / began if began else None) == expected
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (b"gitdir: ../shop/.git/worktrees/tree", "shop"),
-        (b"gitdir: ../shop/.git/modules/tree\n", "tree"),
-        (b"gitdir: ../a\x1bb/.git/worktrees/tree\n", "ab"),
-        (b"gitdir: \0/x/.git/worktrees/tree\n", "x"),
-        (b"gitdir:\n", "tree"),
-        (b"\0\0\0", "tree"),
-        (b"\xff" * 100000, "tree"),
-        (None, "tree"),  # a FIFO that nobody ever writes to
-    ],
-)
 def test_a_strange_git_file_is_no_error(
-    script: ModuleType, tmp_path: pathlib.Path, content: bytes | None, expected: str
+    script: ModuleType, tmp_path: pathlib.Path
 ) -> None:
     """Whatever `.git` holds, or is, the project has a name without control characters,
     at once."""
     path = tmp_path / "tree" / ".git"
     path.parent.mkdir()
-    if content is not None:
+    for content, expected in (
+        (b"gitdir: ../shop/.git/worktrees/tree", "shop"),
+        (b"gitdir: ../shop/.git/modules/tree\n", "tree"),
+        (b"gitdir: ../a\x1bb/.git/worktrees/tree\n", "ab"),
+        (b"gitdir: \0/x/.git/worktrees/tree\n", "x"),
+        *((raw, "tree") for raw in (b"gitdir:\n", b"\0\0\0", b"\xff" * 100000)),
+    ):
         path.write_bytes(content)
-    elif hasattr(os, "mkfifo"):
-        os.mkfifo(path)
-    assert project(script, path.parent, None) == expected
+        assert project(script, path.parent, None) == expected
+    path.unlink()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(path)  # that nobody ever writes to
+    assert project(script, path.parent, None) == "tree"
 
 
 # -- Fuzz ------------------------------------------------------------------------------
