@@ -254,6 +254,16 @@ def iso_time(ns: int) -> str:
     return f"{day}.{ns // 10**6 % 1000:03d}Z"
 
 
+def seconds_of(stamp: object) -> float:
+    """Such a time, or a transcript's, in seconds since 1970; 0 when it is none."""
+    from datetime import datetime
+
+    try:
+        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
 # -- Settings --------------------------------------------------------------------------
 
 PLUGIN_URL = "CLAUDE_PLUGIN_OPTION_PING_URL"  # what the plugin's user was asked for
@@ -925,7 +935,9 @@ class OTLP(Tracker):
         name = f"claude_code.{ping.get('event')}"
         failed = ping.get("status") == "failed"
         record = {
-            "timeUnixNano": str(ns_of_iso(ping.get("timestamp"))),
+            "timeUnixNano": str(
+                round(seconds_of(ping.get("timestamp")) * 1000) * 10**6
+            ),
             "severityNumber": self.ERROR if failed else self.INFO,
             "eventName": name,
             "body": {"stringValue": name},
@@ -1086,17 +1098,6 @@ def with_all_input(counts: Fields) -> Fields:
     return {**counts, "all_input": sum(int(counts.get(name, 0)) for name in names)}
 
 
-def ns_of_iso(text: object) -> int:
-    """The inverse of iso_time(); 0 when it is no such time."""
-    from datetime import datetime
-
-    try:
-        when = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-    except ValueError:
-        return 0
-    return round(when.timestamp() * 1000) * 10**6
-
-
 TRACKERS: dict[str, Callable[[Settings, ReadSecret], Tracker]] = {
     found.kind: found for found in (TelemHQ, Wigtoken, Recorder, OTLP, ClaudeMetrics)
 }
@@ -1161,11 +1162,8 @@ def write_file(path: str, content: bytes, make_directory: bool = False) -> None:
         os.makedirs(directory, 0o700, exist_ok=True)
         fd = os.open(unfinished, flags, 0o600)
     try:
-        try:
-            while content:
-                content = content[os.write(fd, content) :]
-        finally:
-            os.close(fd)
+        with open(fd, "wb") as file:
+            file.write(content)
         rename(unfinished, path)
     except BaseException:
         remove(unfinished)
@@ -1268,22 +1266,19 @@ class Lock:
                 return None
         return cls(fd)
 
-    def close(self) -> None:
-        """Leave it to the sender that was given it."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-    def release(self) -> None:
-        """Give it back, also from a hook just ending that still shares it."""
+    def release(self, ours: bool = True) -> None:
+        """Give it back, also from a hook just ending that still shares it; not `ours`:
+        leave it to the sender that was given it."""
         try:
-            if self.fd >= 0 and os.name == "posix":
+            if ours and self.fd >= 0 and os.name == "posix":
                 import fcntl
 
                 fcntl.flock(self.fd, fcntl.LOCK_UN)
         except OSError:
             pass  # a file system without locks
-        self.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 class Suspect:
@@ -1303,19 +1298,20 @@ class State:
     suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
     """
 
-    def __init__(self, path: str, found: Fields) -> None:
-        """Whatever was found, every attribute has a value that makes sense."""
+    failures = set_at = not_before = delivered_at = swept_at = problem_at = 0.0
+    verdict = problem = ""
 
-        def known(name: str) -> float:
-            return float(found[name]) if number(found.get(name)) else 0
-
-        self.path = path
-        self.failures = min(known("failures"), FAILURES_MAX)
-        self.set_at, self.not_before = known("set_at"), known("not_before")
-        self.delivered_at, self.swept_at = known("delivered_at"), known("swept_at")
-        self.verdict = str(found.get("verdict", ""))
-        self.problem = str(found.get("problem", ""))
-        self.problem_at = known("problem_at")
+    def __init__(self, path: str) -> None:
+        """Whatever the file holds, every attribute has a value that makes sense."""
+        try:
+            found = read_object(path, STATE_MAX_BYTES)
+        except (OSError, ValueError):
+            found = {}
+        for name, value in found.items():
+            default = getattr(State, name, None)
+            if number(value) if default == 0 else isinstance(default, type(value)):
+                setattr(self, name, value)
+        self.path, self.failures = path, min(self.failures, FAILURES_MAX)
         losses = object_in(found, "losses")
         self.losses = {k: int(n) for k, n in losses.items() if number(n)}
         self.suspects = {
@@ -1323,14 +1319,6 @@ class State:
             for name, pair in object_in(found, "suspects").items()
             if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair))
         }
-
-    @classmethod
-    def load(cls, path: str) -> State:
-        """What the file holds, or the state of one that never delivered."""
-        try:
-            return cls(path, read_object(path, STATE_MAX_BYTES))
-        except (OSError, ValueError):
-            return cls(path, {})
 
     def save(self) -> None:
         """Write the file; a disk that refuses must not stop delivery."""
@@ -1492,7 +1480,7 @@ class Outbox:
 
     def state(self) -> State:
         """What is remembered from pass to pass."""
-        return State.load(self.path("state.json"))
+        return State(self.path("state.json"))
 
     def take_lock(self) -> Lock | None:
         """The lock; None while someone else holds it."""
@@ -1583,7 +1571,7 @@ def start_sender(
         return Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
     finally:
         for lock in held.values():
-            lock.close()
+            lock.release(ours=False)
 
 
 def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
@@ -1827,16 +1815,6 @@ def counts_in(found: Fields, column: int) -> list[int]:
 def plus(counts: list[int], more: list[int]) -> list[int]:
     """The sum, count by count."""
     return [a + b for a, b in zip(counts, more)]
-
-
-def seconds_of(stamp: object) -> float:
-    """A row's timestamp in seconds since 1970, 0 when it is none."""
-    from datetime import datetime
-
-    try:
-        return datetime.fromisoformat(str(stamp).replace("Z", "+00:00")).timestamp()
-    except (ValueError, OverflowError):
-        return 0.0
 
 
 class Row:
@@ -2488,19 +2466,26 @@ class Charge:
         return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
 
     def parents_ledger(self, session: str, key: str) -> list[Any]:
-        """Of a fork: the ledger in its parent's file that stands behind the last answer
-        that was copied (its key), no other one between; [] when there is none."""
-        directory, found, behind = os.path.dirname(self.account.transcript), [], False
+        """Of a fork: the last ledger in its parent's file before any answer that was
+        not copied, which is what the client goes on from (none there: it begins anew);
+        [] when nobody knows. key: of the last answer that was copied."""
+        directory, found, copied = (
+            os.path.dirname(self.account.transcript),
+            NO_LEDGER,
+            False,
+        )
         path = os.path.join(directory, session + ".jsonl")
         try:
             for row in Transcript().rows(path, self.reading.ends):
-                if isinstance(row, AnswerRow) and row.real and not row.sidechain:
-                    behind = row.key == key
-                elif isinstance(row, LedgerRow) and behind:
+                if isinstance(row, LedgerRow):
                     found = row.ledger
+                elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
+                    if copied and row.key != key:
+                        break
+                    copied = copied or row.key == key
         except (OSError, ValueError):
-            pass
-        return found
+            return []
+        return found if copied else []
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
@@ -2922,6 +2907,9 @@ class Pass:
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
         for name in lost:
             self.count_loss(name, "outbox full")
+        if lost:
+            self.state.save()  # before they go: this life may end meanwhile
+        for name in lost:
             remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
         known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
@@ -3499,6 +3487,15 @@ def retold(text: str, at: int, new: Any, line: str) -> str:
     return text[at] + re.sub(r"^\s*,", "", told) + tail
 
 
+def save(path: str, content: bytes, mode: int) -> None:
+    """Make a file hold `content`; Skipped names one that cannot be written."""
+    try:
+        write_file(path, content, make_directory=True)
+        os.chmod(path, mode)
+    except OSError as error:  # a full disk has no path in it
+        raise Skipped(f"{shown(path)}: {error.strerror}") from error
+
+
 class SettingsFile:
     """A settings file of Claude Code's.
 
@@ -3590,8 +3587,8 @@ class Surroundings:
     def theirs(self) -> list[SettingsFile]:
         """The files whose commands are their owner's: the user's and the managed ones.
         A project's may be a stranger's shell code."""
-        project = project_settings(os.getcwd())
-        return [file for file in self.files if file.path not in project]
+        user, project = self.files[0], project_settings(os.getcwd())
+        return [user, *(f for f in self.files[1:] if f.path not in project)]
 
 
 # -- Commands: flush -------------------------------------------------------------------
@@ -3745,7 +3742,7 @@ def flush(options: Namespace) -> int:
     settings = around.settings
     os.environ.update(settings.environ)  # urllib looks for proxies there
     if is_kept_by_client(around) and settings.destinations == [TelemHQ.kind]:
-        how = f"run `{URL_NAME}=… {SCRIPT} flush`, or start a session"
+        how = f"run `{URL_NAME}=URL {SCRIPT} flush`, or start a session"
         raise Skipped(f"only Claude Code knows the plugin's URL; {how}")
     for tracker in destinations(settings, print):
         outbox = outbox_of(settings, tracker)
@@ -3845,7 +3842,7 @@ def play(
         hook_ms = (time.monotonic() - begun) * 1000
         made = os.path.isdir(state_dir)  # else nothing will arrive
         at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
-        times = f"hook {hook_ms:.0f} ms, in all {(at - begun) * 1000:.0f} ms"
+        times = f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
     except subprocess.TimeoutExpired:
         getattr(os, "killpg", os.kill)(process.pid, 9)
         return "it does not end", {}, ""
@@ -4101,7 +4098,7 @@ def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
         yield False, f"{problem}: {ELSEWHERE}"
     if not problems:
         yield True, f"hooks can write to {shown(settings.state_dir or '')}"
-    for outbox in ours:
+    for outbox in ours if not os.path.isfile(settings.state_dir or "") else ():
         yield from check_delivery(outbox)
     for outbox in kept:
         known = outbox.name() in [other.name() for other in ours]
@@ -4138,7 +4135,7 @@ def why_incomplete(pings: list[Fields]) -> str:
     """Why pings lack tokens, most likely."""
     ends = [ping for ping in pings if ping.get("event") == "SessionEnd"]
     if not any("total_tokens" in ping for ping in pings):
-        return "no transcript or account was read"
+        return "no transcript could be read"
     if 2 * len(ends) > len(pings):
         return "this Claude Code tells no cost (-p)"
     return "an answer came late, the next has it"
@@ -4269,15 +4266,6 @@ def settings_to_change(project: str | None) -> SettingsFile:
     return file
 
 
-def save(path: str, content: bytes, mode: int) -> None:
-    """Make a file hold `content`; Skipped names one that cannot be written."""
-    try:
-        write_file(path, content, make_directory=True)
-        os.chmod(path, mode)
-    except OSError as error:  # a full disk has no path in it
-        raise Skipped(f"{shown(path)}: {error.strerror}") from error
-
-
 def remove_if_empty(*directories: str) -> None:
     """Remove directories with nothing in them; any other stays."""
     for directory in directories:
@@ -4334,8 +4322,8 @@ class Installation:
         self.backup = file.real + BACKUP if keeps else ""
         self.done = self.script.raw == self.source and not self.changes
 
-    def show(self, plugin: str) -> None:
-        """Say what will change. plugin: the file that enables the plugin, or ""."""
+    def show(self) -> None:
+        """Say what will change."""
         script, file = shown(self.script.path), self.file
         if self.script.foreign:
             print(f"{script} will be replaced: it is another script. Until uninstall")
@@ -4356,9 +4344,6 @@ class Installation:
         if is_too_old(self.client):
             old = f"Claude Code {self.client} ignores settings that name StopFailure"
             print(f"{old} ({OLDEST_CLIENT_TEXT} does not): it is left out.")
-        if plugin:
-            print(f"The plugin is enabled in {shown(plugin)}: with both, each event is")
-            print(f"  told twice. To remove it: claude plugin uninstall {PLUGIN}")
         if self.done:
             print("All is there already.")
 
@@ -4390,7 +4375,7 @@ def install(options: Namespace) -> int:
     if unknown and asks and not options.dry_run:
         url = ask_for_url(settings)
     plan = Installation(options, url)
-    plan.show(around.plugin_in())
+    plan.show()
     if options.dry_run:
         print("Nothing was changed.")
         return 0
@@ -4567,21 +4552,14 @@ SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
 }
 SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
 SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
-PLACEHOLDERS = {"HEADERS": "X-Token=sample"}  # by a variable's last word
-PLACEHOLDERS.update(
-    dict.fromkeys(("URL", "ENDPOINT", "SERVER"), "https://tracker.test")
-)
+SAMPLE_URL = "https://tracker.test"
+PLACEHOLDERS = {"URL": SAMPLE_URL, "ENDPOINT": SAMPLE_URL, "SERVER": SAMPLE_URL}
 
 
 def sample(name: str, transcript: str) -> Fields:
     """A sample event."""
-    event: Fields = {"hook_event_name": name, "session_id": f"5e551011{'-0000' * 4}"}
-    return {
-        **event,
-        "cwd": "/home/you/acme",
-        "transcript_path": transcript,
-        **SAMPLES[name],
-    }
+    event = {"hook_event_name": name, "session_id": "sample", "cwd": "/home/you/acme"}
+    return {**event, "transcript_path": transcript, **SAMPLES[name]}
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -4595,7 +4573,8 @@ def tracker_named(name: str, settings: Settings) -> Tracker:
     except Skipped as why:
         print(f"{why}; shown with placeholders.", file=sys.stderr)
     for variable in make.variables:
-        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], "sample")
+        sample = "" if variable.endswith("HEADERS") else "sample"
+        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], sample)
     tracker: Tracker = make(Settings(environ), read_secret)
     return tracker
 
@@ -4616,7 +4595,7 @@ def print_requests(ping: Fields, tracker: Tracker, usage: bool) -> None:
     for request in requests:
         print(f"POST {masked(request.url)}")
         for header, value in request.headers.items():
-            print(f"{header}: {value if header in SHOWN_HEADERS else '…'}")
+            print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
         print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
     if not requests:
         print(f"{tracker.kind} gets nothing of {ping.get('event')}. {tracker.idle}")
@@ -4761,7 +4740,7 @@ def sent(options: Namespace) -> int:
         (outbox, deliveries(outbox)) for outbox in outboxes_named(options.destination)
     ]
     for outbox, lines in found:
-        for line in lines[-options.n :]:
+        for line in lines[-max(1, options.n) :]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
                 print(line.get("at"), outbox.kind(), line.get("answer"), body)
     if not any(lines for _, lines in found):

@@ -324,6 +324,19 @@ class World:
         projects = self.home.path / ".claude" / "projects"
         return next(projects.glob(f"*/{session_id}.jsonl"))
 
+    def install_example(self, *events: str) -> None:
+        """The example's events, and these."""
+        self.install(json.loads(EXAMPLE.read_text("utf-8")), hooks(*events))
+
+    def ledger(self, session_id: str) -> dict[str, Any]:
+        """What the client itself says of a session, in the end: its last ledger."""
+        found = {"session_id": session_id, "modelUsage": {}, "totalCostUSD": 0}
+        for line in self.transcript(session_id).read_bytes().splitlines():
+            row = json.loads(line)
+            found = row if row.get("type") == "cost-state" else found
+        names = ("modelUsage", "totalCostUSD", "totalLinesAdded", "totalLinesRemoved")
+        return {"session_id": session_id, **{name: found.get(name) for name in names}}
+
     def settle(self) -> None:
         """Wait until every ping has been delivered, and the sender has ended."""
         wait_until(lambda: not self.home.waiting(), 30)
@@ -414,8 +427,8 @@ class Terminal:
             "projects": {project: {"hasTrustDialogAccepted": True}},
         }
         path = self.world.home.path / ".claude.json"
-        if not path.exists():
-            path.write_text(json.dumps(kept))
+        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**known, **kept}))
 
     def ask(self, *command: str) -> str:
         """A command of tmux; gives what it says."""
@@ -529,10 +542,17 @@ def billed(seen: Seen, name: str) -> dict[str, int]:
     return {count: sum(e[names[0]] for e in bill) for count, names in COUNTS.items()}
 
 
-def ledger(seen: Seen, name: str) -> dict[str, int]:
-    """The counts of a session in the client's own result."""
-    usage = seen.told[name]["modelUsage"].values()
-    return {count: sum(u[n[1]] for u in usage) for count, n in COUNTS.items()}
+def ledger(seen: Seen, name: str) -> tuple[dict[str, int], float]:
+    """A session's counts and cost by the client's own ledger, less what its `before`
+    (a parent, an earlier run) had."""
+    told = seen.told[name]
+    counts, cost = dict.fromkeys(COUNTS, 0), told["totalCostUSD"]
+    for sign, ledger in (1, told), (-1, told.get("before")):
+        for usage in ledger["modelUsage"].values() if ledger else ():
+            for count, names in COUNTS.items():
+                counts[count] += sign * usage[names[1]]
+        cost -= ledger["totalCostUSD"] if ledger and sign < 0 else 0
+    return counts, cost
 
 
 # -- The namespace ---------------------------------------------------------------

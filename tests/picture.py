@@ -2,13 +2,11 @@
 
     python3 tests/picture.py .github/demo.svg demo
 
-runs `telemhq_ping.py demo` at a terminal of 88 columns and draws its colours, as a
-reader with a light or a dark page sees them. Linux or macOS.
+It runs `telemhq_ping.py demo` at a terminal of 88 columns. Linux or macOS.
 """
 
 from __future__ import annotations
 
-import argparse
 import html
 import os
 import pathlib
@@ -16,19 +14,9 @@ import pty
 import re
 import sys
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 COLUMNS, CHAR_PX, LINE_PX, MARGIN_PX = 88, 7.8, 18, 16
-STYLES = {  # of the codes that the commands use (ECMA-48, SGR)
-    "1": "b",
-    "2": "d",
-    "9": "s",
-    "31": "r",
-    "32": "g",
-    "33": "y",
-    "34": "u",
-    "36": "c",
-    "90": "d",
-}
+# Styles of the codes that the commands use (ECMA-48, SGR).
+CODES = dict(zip(["1", "2", "9", "31", "32", "33", "34", "36", "90"], "bdsrgyucd"))
 SHEET = """
 text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   white-space: pre; fill: #e6edf3 }
@@ -38,21 +26,19 @@ text { font: 13px ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
 """
 
 
-def run_at_terminal(*arguments: str) -> str:
+def run_at_terminal(arguments: list[str]) -> str:
     """What the script prints at a terminal; it must end with 0."""
     pid, terminal = pty.fork()
     if not pid:
         os.environ.update(COLUMNS=str(COLUMNS), TERM="xterm-256color")
         os.environ.pop("NO_COLOR", None)
-        script = str(ROOT / "telemhq_ping.py")
+        script = str(pathlib.Path(__file__).resolve().parents[1] / "telemhq_ping.py")
         os.execv(sys.executable, [sys.executable, script, *arguments])
-    printed = b""
-    while True:
+    printed, part = b"", b"-"
+    while part:
         try:
             part = os.read(terminal, 65536)
         except OSError:  # Linux's word for the end
-            break
-        if not part:
             break
         printed += part
     if os.waitpid(pid, 0)[1]:
@@ -62,19 +48,17 @@ def run_at_terminal(*arguments: str) -> str:
 
 def spans(line: str, on: set[str]) -> str:
     """A line as SVG spans. on: the styles in force, carried from line to line."""
-    found = []
+    found = ""
     for number, part in enumerate(re.split(r"\x1b\[([\d;]*)m", line)):
         if number % 2:
             for code in part.split(";"):
-                if code in STYLES:
-                    on.add(STYLES[code])
-                else:
+                on.update(CODES.get(code, ""))
+                if code not in CODES:
                     on.clear()
         elif part:
-            text = html.escape(part)
-            names = " ".join(sorted(on))
-            found.append(f'<tspan class="{names}">{text}</tspan>' if on else text)
-    return "".join(found)
+            names = f' class="{" ".join(sorted(on))}"' if on else ""
+            found += f"<tspan{names}>{html.escape(part)}</tspan>"
+    return found
 
 
 def draw(text: str) -> str:
@@ -82,29 +66,15 @@ def draw(text: str) -> str:
     lines = text.rstrip("\n").split("\n")
     width = round(COLUMNS * CHAR_PX + 2 * MARGIN_PX)
     height = len(lines) * LINE_PX + 2 * MARGIN_PX
-    on: set[str] = set()
-    rows = [
-        f'<text x="{MARGIN_PX}" y="{MARGIN_PX + LINE_PX * (number + 0.7):.1f}">'
-        f"{spans(line, on)}</text>"
-        for number, line in enumerate(lines)
-    ]
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" xml:space="preserve">\n'
-        f"<style>{SHEET}</style>\n"
-        f'<rect width="100%" height="100%" rx="8" fill="#0d1117"/>\n'
-        + "\n".join(rows)
-        + "\n</svg>\n"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw what a command prints.")
-    parser.add_argument("target", type=pathlib.Path, help="the SVG to write")
-    parser.add_argument("arguments", nargs="+", help="of telemhq_ping.py")
-    options = parser.parse_args()
-    options.target.write_text(draw(run_at_terminal(*options.arguments)), "utf-8")
+    rows, on = "", set("")
+    for number, line in enumerate(lines):
+        y = MARGIN_PX + LINE_PX * (number + 0.7)
+        rows += f'<text x="{MARGIN_PX}" y="{y:.1f}">{spans(line, on)}</text>\n'
+    size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} xml:space="preserve">'
+    ground = '<rect width="100%" height="100%" rx="8" fill="#0d1117"/>'
+    return f"{head}\n<style>{SHEET}</style>\n{ground}\n{rows}</svg>\n"
 
 
 if __name__ == "__main__":
-    main()
+    pathlib.Path(sys.argv[1]).write_text(draw(run_at_terminal(sys.argv[2:])), "utf-8")

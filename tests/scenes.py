@@ -13,7 +13,16 @@ import sys
 import time
 from typing import Any, Callable, Iterable
 
-from support import ROOT, Home, Receiver, Wire, event, only_enqueue, read_request
+from support import (
+    ROOT,
+    Home,
+    Receiver,
+    Wire,
+    event,
+    hook_command,
+    only_enqueue,
+    read_request,
+)
 
 NO_SENDER = "os.posix_spawn = lambda *a, **k: 0\n"
 
@@ -80,6 +89,50 @@ def put(
         (outbox / name).write_text(json.dumps({"ping": ping, "local": {}}))
         found.append(ping["event_id"])
     return found
+
+
+# -- Patches of a process --------------------------------------------------------------
+
+# Time goes ten times as fast.
+FAST = """
+real, real_sleep, began = time.monotonic, time.sleep, time.monotonic()
+time.monotonic = lambda: began + 10 * (real() - began)
+time.sleep = lambda seconds: real_sleep(seconds / 10)
+"""
+
+
+def hook_beside(home: Home, url: str) -> str:
+    """A function beside(), which runs a hook in a process of its own."""
+    return f"""
+import subprocess
+def beside():
+    subprocess.run({hook_command()!r}, env={home.env(url)!r},
+        input={json.dumps(event("Stop")).encode()!r})
+"""
+
+
+def at_step(step: int, told: object, what: str = "die()") -> str:
+    """Do something at the process's n-th step that others can see. told: a file for how
+    many steps there were."""
+    return f"""
+import _thread
+steps, main_thread = [], _thread.get_ident()
+def count(*_, **__):
+    if _thread.get_ident() == main_thread:
+        steps.append(1)
+        if len(steps) == {step}:
+            {what}
+names = "open write replace unlink close stat lstat listdir posix_spawn"
+for name in names.split():
+    wrap(os, name, before=count)
+wrap(fcntl, "flock", before=count)
+wrap(time, "sleep", before=count)
+def leave(status, leave=os._exit):
+    with open({str(told)!r}, "w") as file:
+        file.write(str(len(steps)))
+    leave(status)
+os._exit = leave
+"""
 
 
 # -- Hours in a moment -----------------------------------------------------------------

@@ -1,79 +1,103 @@
-"""The real Claude Code fires the hook: the pings arrive, and it never notices."""
+"""The real Claude Code fires the hook: the pings arrive, tokens and cost are those of
+its own ledger and of the API, and it never notices. Each way of working once."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import pathlib
+import os
+import shutil
+import signal
 import time
 from typing import Any
 
 import pytest
 
 import claude_code
-from claude_code import Seen, World, hooks, slow, text, tool
+from claude_code import (
+    PARENT,
+    SHOWN_S,
+    Seen,
+    Talk,
+    Terminal,
+    World,
+    billed,
+    charged,
+    dripping,
+    hooks,
+    ledger,
+    pings_of,
+    slow,
+    text,
+    tool,
+)
+from support import wait_until
 
-EXAMPLE = claude_code.EXAMPLE
-PARENT = claude_code.PARENT
-TELEMHQ = {  # TelemHQ's own settings block, as its page gives it
-    "hooks": {
-        event: [
-            {
-                "hooks": [
-                    {
-                        "type": "command",
-                        "command": "python3 ~/.claude/hooks/telemhq_ping.py",
-                    }
-                ]
-            }
-        ]
-        for event in ("Stop", "StopFailure")
-    }
-}
+fault = pytest.mark.fault
+DAY_S = 86400
+AGENT = {"description": "CANARY", "subagent_type": "general-purpose", "model": "haiku"}
 SCRIPT: dict[str, list[Any]] = {
     "WORK": [
         [text("CANARY_SAY"), tool("Bash", command="echo CANARY_OUT CANARY_COMMAND")],
-        [tool("Write", file_path="CANARY_FILE.txt", content="CANARY_CONTENT")],
+        [tool("Write", file_path="CANARY_FILE.txt", content="CANARY_1\nCANARY_2\n")],
         [tool("Bash", command="echo CANARY_STDERR >&2; exit 3")],
         [tool("Read", file_path="CANARY_NOT_THERE.txt")],
         [text("CANARY_DONE")],
     ],
-    "FAIL": [401],
     # StopFailure is not waited for: what comes next must not overtake it.
     "PLAIN": [slow(0.5, text("CANARY_PLAIN"))],
+    "PARALLEL": [
+        [tool("Bash", command=f"echo CANARY_{i}") for i in range(4)],
+        [text("CANARY_DONE")],
+    ],
+    "DELEGATE": [
+        [tool("Agent", prompt="SUBTASK", **AGENT)],
+        [text("CANARY_DELEGATED")],
+    ],
+    "SUBTASK": [[tool("Bash", command="echo CANARY")], slow(3, text("CANARY_FOUND"))],
+    "<task-notification>": [[text("CANARY_NOTED")]],
+    "FAIL": [[tool("Bash", command="echo CANARY")], 401],
+    "UNAUTHORISED": [401],
+    # More than 2 s after the turn before: nothing of it can ride on that turn's Stop.
+    "HANG": [slow(2.5, tool("Bash", command="echo CANARY")), slow(600)],
+    "TALK": [
+        [text("CANARY_SAY"), tool("Bash", command="echo CANARY_OUT")],
+        [dripping("CANARY_DRIP")],
+    ],
+    "MAKE": [[text("CANARY_SAY"), tool("Bash", command="touch CANARY_FILE")]],
 }
 
 
-def install(world: World) -> None:
-    """The example's events, and the README's optional ones for tool activity."""
+def nothing_leaves(seen: Seen) -> None:
+    """No prompt, answer, command, output, file name or path is in a ping or on disk;
+    no hook had an error or said anything."""
+    for content in ("CANARY", PARENT, "acme", "does not exist"):
+        assert content not in json.dumps(seen.requests)
+    assert [path for path, held in seen.state().items() if "CANARY" in held] == []
+    assert seen.noticed() == []
+    assert [run["stderr"] for run in seen.runs if run["stderr"]] == []
+
+
+# -- One session, event by event: tools, two of which fail, then an API error ----------
+
+
+def play_session(world: World) -> dict[str, Any]:
     world.install(
-        json.loads(EXAMPLE.read_text("utf-8")),
+        json.loads(claude_code.EXAMPLE.read_text("utf-8")),
         hooks("PostToolUse", matcher="Bash|Edit|MultiEdit|Write"),
         hooks("PostToolUseFailure"),
     )
     world.messages.script = SCRIPT
-
-
-# -- A session: tools, two of which fail, then an API error ----------------------
-
-
-def play_session(world: World) -> None:
-    install(world)
-    world.talk("WORK CANARY_PROMPT", "FAIL", "PLAIN")
+    talked = world.talk("WORK CANARY_PROMPT", "UNAUTHORISED", "PLAIN")
     world.settle()
+    return {"session": world.ledger(talked["session_id"])}
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
-    """What became of a session of three turns."""
-    return claude_code.run(play_session, tmp_path_factory.mktemp("session"))
-
-
-def test_each_event_arrives_as_one_ping(seen: Seen) -> None:
-    """Turns, tool calls and failures arrive in order, once each."""
+def test_each_event_arrives_as_one_ping(tmp_path: Any) -> None:
+    """In order, once each, with whose it is; nothing else leaves."""
+    seen = claude_code.run(play_session, tmp_path)
     names = "event", "status", "tool_name", "error", "exit_code", "reason"
-    found = [tuple(ping.get(name) for name in names) for ping in seen.pings]
-    assert found == [
+    assert [tuple(ping.get(name) for name in names) for ping in seen.pings] == [
         ("PostToolUse", "success", "Bash", None, None, None),
         ("PostToolUse", "success", "Write", None, None, None),
         ("PostToolUseFailure", "failed", "Bash", "tool_error", 3, None),
@@ -83,76 +107,53 @@ def test_each_event_arrives_as_one_ping(seen: Seen) -> None:
         ("Stop", "success", None, None, None, None),
         ("SessionEnd", "success", None, None, None, "other"),
     ]
-
-
-def test_each_ping_says_where_it_belongs(seen: Seen) -> None:
-    """All pings carry the session's id, the project's name and hash, their own id."""
-    session_id = seen.runs[0]["result"]["session_id"]
     cwd = hashlib.sha256(str(seen.home / "acme" / "api").encode()).hexdigest()[:12]
+    whose = "anthropic", "claude-code", "api", seen.runs[0]["result"]["session_id"], cwd
+    fields = "provider", "tool", "project", "session_id", "cwd_hash"
     for request, ping in zip(seen.requests, seen.pings):
-        assert (ping["provider"], ping["tool"]) == ("anthropic", "claude-code")
-        assert (ping["project"], ping["session_id"]) == ("api", session_id)
-        assert ping["cwd_hash"] == cwd
+        assert tuple(ping[name] for name in fields) == whose
         assert request["headers"]["Idempotency-Key"] == ping["event_id"]
     assert len({ping["event_id"] for ping in seen.pings}) == len(seen.pings)
-    timestamps = [ping["timestamp"] for ping in seen.pings]
-    assert timestamps == sorted(timestamps)
-
-
-def test_nothing_that_was_said_or_done_leaves(seen: Seen) -> None:
-    """No prompt, answer, command, output, file name or path in any byte received."""
-    said, sent = json.dumps(list(seen.rows())), json.dumps(seen.requests)
+    stop, end = seen.pings[4], seen.pings[-1]
+    assert stop["tools"] == {"Bash": 2, "Read": 1, "Write": 1}
+    assert (stop["tool_calls"], stop["tool_failures"]) == (4, 2)
+    assert 100 < stop["duration_ms"] < 1000 * seen.runs[0]["seconds"]
+    assert end["lines_added"] == seen.told["session"]["totalLinesAdded"] > 0
+    said = json.dumps(list(seen.rows()))
     for canary in ("PROMPT", "SAY", "OUT", "FILE", "STDERR", "NOT_THERE"):
         assert "CANARY_" + canary in said
-    assert PARENT in said
-    for content in ("CANARY", PARENT, "acme", "does not exist"):
-        assert content not in sent
-
-
-def test_nothing_that_was_said_or_done_is_kept(seen: Seen) -> None:
-    """No prompt, answer, command, output or file name in any file of the script's."""
-    assert [path for path, held in seen.state().items() if "CANARY" in held] == []
-
-
-def test_claude_code_never_notices(seen: Seen) -> None:
-    """No hook error, no output of a hook, in the transcript or on stderr."""
     assert [row for row in seen.rows() if row.get("subtype") == "stop_hook_summary"]
-    assert seen.noticed() == []
-    assert seen.runs[0]["stderr"] == ""
-
-
-# -- TelemHQ's own settings block -------------------------------------------------
+    nothing_leaves(seen)
 
 
 def play_telemhq_block(world: World) -> None:
-    world.install(TELEMHQ)
+    command = "python3 ~/.claude/hooks/telemhq_ping.py"
+    group = {"hooks": [{"type": "command", "command": command}]}
+    world.install({"hooks": {event: [group] for event in ("Stop", "StopFailure")}})
     world.messages.script = SCRIPT
-    world.talk("PLAIN", "FAIL", "PLAIN")
+    world.talk("PLAIN", "UNAUTHORISED", "PLAIN")
     world.settle()
 
 
-def test_the_block_on_telemhqs_page_works_unchanged(tmp_path: pathlib.Path) -> None:
+def test_the_block_on_telemhqs_page_works_unchanged(tmp_path: Any) -> None:
     """Who pasted TelemHQ's block sees turns and failures, and the client nothing."""
     seen = claude_code.run(play_telemhq_block, tmp_path)
     found = [(ping["event"], ping["status"]) for ping in seen.pings]
-    turn = ("Stop", "success")
-    assert found == [turn, ("StopFailure", "failed"), turn]
+    done = ("Stop", "success")
+    assert found == [done, ("StopFailure", "failed"), done]
     assert seen.noticed() == []
 
 
-# -- A client that ends in an API error --------------------------------------------
-
-
 def play_failing_runs(world: World) -> None:
-    world.install(json.loads(EXAMPLE.read_text("utf-8")))
+    world.install_example()
     world.messages.script = SCRIPT
     for _ in range(3):
-        world.claude("FAIL")
+        world.claude("UNAUTHORISED")
         world.settle()
 
 
 @pytest.mark.alone  # its shell has 15 ms: no other test may delay it
-def test_a_failing_run_says_so_before_it_ends(tmp_path: pathlib.Path) -> None:
+def test_a_failing_run_says_so_before_it_ends(tmp_path: Any) -> None:
     """By the example's `trap`, StopFailure arrives although `claude -p` sends its hook
     a SIGTERM after some 15 ms, before Python is up."""
     seen = claude_code.run(play_failing_runs, tmp_path)
@@ -161,11 +162,9 @@ def test_a_failing_run_says_so_before_it_ends(tmp_path: pathlib.Path) -> None:
     assert found == 3 * [failure, ("SessionEnd", None)]
 
 
-# -- A slow server -----------------------------------------------------------------
-
-
 def play_slow_server(world: World) -> None:
-    install(world)
+    world.install_example("PostToolUse")
+    world.messages.script = SCRIPT
 
     def two_seconds(_: object) -> int:
         time.sleep(2)
@@ -179,13 +178,252 @@ def play_slow_server(world: World) -> None:
             world.settle()
 
 
-def test_a_slow_server_does_not_slow_the_session(tmp_path: pathlib.Path) -> None:
+def test_a_slow_server_does_not_slow_the_session(tmp_path: Any) -> None:
     """The client takes as long when each ping takes the server 2 s."""
     seen = claude_code.run(play_slow_server, tmp_path)
     seconds = [run["seconds"] for run in seen.runs]
     assert min(seconds[1::2]) - min(seconds[0::2]) < 1, seconds
-    took = [
-        hook["durationMs"] for row in seen.rows() for hook in row.get("hookInfos", ())
-    ]
+    infos = [info for row in seen.rows() for info in row.get("hookInfos", ())]
+    took = sorted(info["durationMs"] for info in infos)
     assert len(took) == 6, took
-    assert sorted(took)[3] < 1000, took
+    assert took[3] < 1000, took
+
+
+# -- Tokens and cost: claude -p, and sessions of several turns -------------------------
+
+
+def play_print(world: World) -> dict[str, Any]:
+    """Every way that needs no terminal, one after the other; the ledgers, by name."""
+    world.messages.script = SCRIPT
+    met = world.claude("WORK")["session_id"]
+    before = {"met later": world.ledger(met)}
+    world.messages.bill.clear()  # the hook is installed now: all that was is history
+    world.install_example("SessionStart", "SubagentStop")
+    ways = {"plain": world.claude("PLAIN"), "tools": world.claude("WORK")}
+    ways["parallel"] = world.claude("PARALLEL")
+    ways["agent"] = world.claude("DELEGATE")
+    ways["error"] = world.talk("PLAIN", "FAIL", "PLAIN")
+    ways["failed"] = world.claude("FAIL")
+
+    talk = Talk(world)
+    ways["compacted"] = [talk.say(p) for p in ("WORK", "/compact", "PLAIN")][-1]
+    talk.say("/clear")
+    ways["cleared"] = talk.say("PLAIN")
+    talk.end()
+
+    ways["resumed"] = first = world.claude("WORK")
+    resume = "--resume", str(first["session_id"])
+    talk = Talk(world, *resume)
+    talk.say("PLAIN")
+    ways["forked while it runs"] = world.claude("PLAIN", *resume, "--fork-session")
+    before["forked while it runs"] = world.ledger(resume[1])
+    talk.end()
+    Talk(world, *resume).end()  # left at once
+    before["forked"] = world.ledger(resume[1])
+    talk = Talk(world, *resume, "--fork-session")
+    ways["forked"] = [talk.say(p) for p in ("PARALLEL", "/compact", "PLAIN")][-1]
+    talk.end()
+    ways["met later"] = world.claude("PLAIN", "--resume", met)
+    ways["broken off"] = broken_off(world)
+
+    ways["killed"] = kill_in_mid_turn(world)
+    ways["killed and resumed"] = kill_in_mid_turn(world)
+    a_day_passes(world)
+    world.claude("PLAIN", "--resume", ways["killed and resumed"]["session_id"])
+    world.settle()
+    told = {name: world.ledger(way["session_id"]) for name, way in ways.items()}
+    for name, known in before.items():
+        told[name]["before"] = known
+    return told
+
+
+def broken_off(world: World) -> dict[str, Any]:
+    """SIGINT in the middle of a stream."""
+    asked = len(world.messages.asked)
+    child = world.start("stream-json", "--verbose", "TALK")
+    wait_until(lambda: len(world.messages.asked) == asked + 2, 30)
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    child.communicate(timeout=30)
+    return {"session_id": world.messages.bill[-1]["session_id"]}
+
+
+def kill_in_mid_turn(world: World) -> dict[str, Any]:
+    """A session whose second turn has used tokens when the client dies."""
+    talk = Talk(world)
+    result = talk.say("PLAIN")
+    asked = len(world.messages.asked)
+    talk.say("HANG", answered=False)
+    wait_until(lambda: len(world.messages.asked) == asked + 2)
+    used = world.messages.bill[-1]["id"].encode()
+    transcript = world.transcript(result["session_id"])
+    wait_until(lambda: used in transcript.read_bytes())
+    talk.kill()
+    return result
+
+
+def a_day_passes(world: World) -> None:
+    """As if nothing had happened for a day; then someone starts a session."""
+    world.settle()
+    then = time.time() - DAY_S - 60
+    for account in world.home.state.glob("*/accounts/*.json"):
+        os.utime(account, (then, then))
+    world.home.set_state(**dict(world.home.state_json(), swept_at=0))
+    world.claude("PLAIN")
+    world.settle()
+
+
+def play_session_end_alone(world: World) -> dict[str, Any]:
+    """Sessions of people who want one ping each; their ledgers, by name."""
+    world.messages.script = SCRIPT
+    met = world.claude("WORK")["session_id"]
+    before = world.ledger(met)
+    world.messages.bill.clear()
+    world.install(hooks("SessionEnd"))
+    several = world.talk("WORK", "PLAIN", "PARALLEL")["session_id"]
+    first = world.claude("WORK")["session_id"]
+    world.claude("PLAIN", "--resume", first)
+    world.claude("PLAIN", "--resume", met)
+    world.settle()
+    told = {"several turns, its end alone": world.ledger(several)}
+    told["resumed, its ends alone"] = world.ledger(first)
+    told["met later, its end alone"] = {**world.ledger(met), "before": before}
+    return told
+
+
+# -- The interactive client, in a terminal ---------------------------------------------
+
+
+def play_terminal(world: World) -> dict[str, Any]:
+    """A first turn that Esc, then one that a denied permission breaks off, neither of
+    which fires a hook; a branch. The ledgers, by name."""
+    world.messages.script = SCRIPT
+    world.install_example()
+    told = {}
+    shown = {"streaming": ("TALK", "CANARY_DRIP"), "permission": ("MAKE", "proceed?")}
+    for name, (prompt, words) in shown.items():
+        arrived = len(world.receiver.requests)
+        terminal = Terminal(world, "--permission-mode", "manual")
+        terminal.say(prompt)
+        terminal.wait_for(words)
+        terminal.press("Escape")
+        terminal.wait_for("Interrupted")
+        terminal.say("PLAIN")
+        terminal.wait_for("CANARY_PLAIN")
+        wait_until(lambda n=arrived: len(world.receiver.requests) > n, SHOWN_S)  # type: ignore[misc]
+        terminal.leave()
+        world.settle()
+        told[name] = world.ledger(world.messages.bill[-1]["session_id"])
+    terminal = Terminal(world)
+    terminal.say("PLAIN")
+    terminal.wait_for("CANARY_PLAIN")
+    told["its parent"] = {"session_id": world.messages.bill[-1]["session_id"]}
+    terminal.say("/branch")
+    terminal.wait_for("Branched")
+    terminal.say("PARALLEL")
+    terminal.wait_for("CANARY_DONE")
+    terminal.leave()
+    world.settle()
+    told["branched"] = {"session_id": world.messages.bill[-1]["session_id"]}
+    for name in ("its parent", "branched"):
+        told[name] = world.ledger(told[name]["session_id"])
+    return told
+
+
+# -- What became of them ---------------------------------------------------------------
+
+PRINT = ["plain", "tools", "parallel", "agent", "error", "failed", "compacted"]
+PRINT += ["cleared", "resumed", "forked", "forked while it runs", "met later"]
+PRINT += ["broken off", "killed", "killed and resumed"]
+AT_THE_END = ["several turns, its end alone", "resumed, its ends alone"]
+AT_THE_END += ["met later, its end alone"]
+TERMINAL = ["streaming", "permission", "its parent", "branched"]
+LOST = ["killed", "killed and resumed"]  # the client's ledger has not all of them
+PLAYS = {play_print: PRINT, play_session_end_alone: AT_THE_END, play_terminal: TERMINAL}
+
+
+@pytest.fixture(scope="module")
+def world_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What was seen of the play that has a way of working; each is played once."""
+    plays: dict[str, Seen] = {}
+
+    def played(name: str) -> Seen:
+        (play,) = [play for play, names in PLAYS.items() if name in names]
+        if play is play_terminal and not shutil.which("tmux"):
+            pytest.skip("no tmux, which drives the interactive client")
+        if play.__name__ not in plays:
+            path = tmp_path_factory.mktemp(play.__name__)
+            plays[play.__name__] = claude_code.run(play, path)
+        return plays[play.__name__]
+
+    return played
+
+
+@fault(50, 51, 90)
+@pytest.mark.parametrize("name", PRINT + AT_THE_END + TERMINAL)
+def test_tokens_and_cost_are_the_clients_own(world_of: Any, name: str) -> None:
+    """A session's pings add up to what the API gave out, and to what its ledger has
+    gained, cost to the cent. (Of a message that was broken off the API has not said how
+    much of an output it was: the ledger may have an estimate.)"""
+    seen = world_of(name)
+    pings, given = pings_of(seen, name), billed(seen, name)
+    found, (counts, cost) = charged(seen, name), ledger(seen, name)
+    if name == "streaming":
+        assert found["output_tokens"] > given.pop("output_tokens")
+    assert {count: found[count] for count in given} == given
+    if name in LOST:
+        return
+    assert sum(ping.get("cost_usd", 0) for ping in pings) == pytest.approx(cost)
+    assert cost > 0 or name == "failed"
+    if name != "broken off":
+        assert found == counts
+        assert [ping["event"] for ping in pings if "usage_complete" in ping] == []
+
+
+@pytest.mark.parametrize("name", ["plain", "tools", "parallel", "streaming"])
+def test_a_stop_carries_its_whole_turn(world_of: Any, name: str) -> None:
+    """The last message too, although the client writes it after it fired Stop; what Esc
+    broke off rides on the next one."""
+    seen = world_of(name)
+    given = billed(seen, name)
+    if name == "streaming":
+        pings = pings_of(seen, name)
+        stop = next(ping for ping in pings if ping["event"] == "Stop")
+        assert (stop["tools"], stop["interrupts"]) == ({"Bash": 1}, 1)
+        del given["output_tokens"]
+    found = charged(seen, name, "Stop")
+    assert {count: found[count] for count in given} == given
+
+
+def test_models_are_named_with_their_cost(world_of: Any) -> None:
+    """An agent's model appears beside the main chain's."""
+    seen = world_of("agent")
+    usage = seen.told["agent"]["modelUsage"]
+    assert len(usage) == 2
+    outputs, costs = dict.fromkeys(usage, 0), dict.fromkeys(usage, 0.0)
+    told = [ping for ping in pings_of(seen, "agent") if "total_tokens" in ping]
+    for ping in told:
+        for model, counts in ping.get("models", {ping.get("model"): ping}).items():
+            outputs[model] += counts.get("output_tokens", 0)
+            costs[model] += counts.get("cost_usd", 0)
+    assert outputs == {model: known["outputTokens"] for model, known in usage.items()}
+    assert costs == {m: pytest.approx(known["costUSD"]) for m, known in usage.items()}
+
+
+def test_a_session_that_was_killed_is_reported(world_of: Any) -> None:
+    """A day after kill -9, one SessionLost carries what no event reported; no other
+    session has one."""
+    seen = world_of("killed")
+    lost = [ping for ping in seen.pings if ping["event"] == "SessionLost"]
+    ids = {seen.told[name]["session_id"] for name in LOST}
+    assert {ping["session_id"] for ping in lost} == ids
+    assert len(lost) == 2
+    for ping in lost:
+        assert (ping["status"], ping["project"]) == ("success", "api")
+        assert ping["total_tokens"] > 0
+
+
+@pytest.mark.parametrize("name", ["plain", "several turns, its end alone", "branched"])
+def test_nothing_but_counts_is_sent_or_kept(world_of: Any, name: str) -> None:
+    """Nor does the client notice anything, in any way of working."""
+    nothing_leaves(world_of(name))

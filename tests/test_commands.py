@@ -47,7 +47,7 @@ def test_bad_usage_exits_2_with_a_message(home: Home, arguments: list[str]) -> N
 
 def test_help_is_for_users(home: Home) -> None:
     """--help tells of every command first, then of the options, then of every variable;
-    each option of each command has its meaning. A terminal without arguments gets it."""
+    each option of each command has its meaning. Without arguments it is the same."""
     ended = run(home, "--help")
     assert ended.code == 0
     titles = ("commands", "options", "variables")

@@ -18,7 +18,7 @@ from typing import Iterable
 
 import pytest
 
-from scenes import aside, id_of, ids, let_time_pass, put, waiting
+from scenes import aside, at_step, id_of, ids, let_time_pass, put, waiting
 from support import (
     Home,
     Receiver,
@@ -53,16 +53,6 @@ wrap({module}, {call!r}, {when}=point)
 """
 
 
-COUNTED = """
-seen = []
-def count(*_, **__):
-    seen.append(1)
-    if len(seen) == %d:
-        die()
-for name in ("open", "write", "replace", "unlink", "close", "listdir", "posix_spawn"):
-    wrap(os, name, before=count)
-wrap(fcntl, "flock", before=count)
-"""
 HALF_WRITTEN = """
 whole = os.write
 def half(fd, content):
@@ -101,7 +91,7 @@ def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> N
     while not survived:
         step += 1
         sent = event("Stop", prompt_id=f"step-{step}")
-        patch = patches.pop() if patches else COUNTED % (step - 1)
+        patch = patches.pop() if patches else at_step(step - 1, home.path / "steps")
         run = patched(home, patch, url=receiver.url, sent=sent)
         assert run.returncode in (0, KILLED)
         survived = run.returncode == 0
@@ -190,18 +180,10 @@ def test_a_sender_killed_at_any_of_its_steps(
     """Wherever a sender is killed, while it delivers, sets a ping aside or backs off:
     the next delivers all else, at most one ping twice, and state.json is whole."""
     told, bad = home.path / "steps", [""]
-    note = f"""
-real_exit = os._exit
-def leave(status):
-    with open({str(told)!r}, "w") as file:
-        file.write(str(len(seen)))
-    real_exit(status)
-os._exit = leave
-"""
     receiver.answer = lambda r: answer if r.ping["event_id"] == bad[0] else 200
     for _ in range(2):  # the first has more to do: it makes files
         bad[0] = put(home, receiver.url, ["Stop"] * 3)[answer == 422]
-        run_sender(home, receiver.url, COUNTED % -1 + note)
+        run_sender(home, receiver.url, at_step(0, told))
         bad[0] = ""
         run_sender(home, receiver.url)
     steps = int(told.read_text())
@@ -210,7 +192,7 @@ os._exit = leave
         receiver.requests.clear()
         wanted = put(home, receiver.url, ["Stop"] * 3)
         bad[0] = wanted[answer == 422]
-        run = run_sender(home, receiver.url, COUNTED % step)
+        run = run_sender(home, receiver.url, at_step(step, told))
         assert run.returncode in (0, KILLED)
         assert {"failures"} <= set(home.state_json())
         gone, bad[0] = aside(home), ""

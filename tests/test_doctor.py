@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 import json
 import os
-import pathlib
 import py_compile
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 import pytest
 
@@ -30,14 +28,16 @@ from support import (
     event,
     is_alive,
     place,
-    pythons,
 )
 
+if TYPE_CHECKING:
+    import pathlib
+    import socket
+
 SCRIPT_THERE = "~/.claude/hooks/telemhq_ping.py"
-COMMAND = read(ROOT / "settings.example.json")["hooks"]["Stop"][0]["hooks"][0][
-    "command"
-]
-PLUGIN = {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}}
+EXAMPLE = read(ROOT / "settings.example.json")["hooks"]
+COMMAND = EXAMPLE["Stop"][0]["hooks"][0]["command"]
+PLUGIN: dict[str, Any] = {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}}
 
 
 def registered(command: str = COMMAND, events: Any = EVENTS) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
         r"✓ {} by ~/.claude/settings.json: arrived at doctor's own receiver, hook "
     )
     for name in EVENTS:
-        assert re.search(arrived.format(name) + r"\d+ ms, in all \d+ ms", good)
+        assert re.search(arrived.format(name) + r"\d+ ms, all \d+ ms", good)
     for words in (
         "· TELEMHQ_PING_URL is from ~/.claude/settings.json",
         "· pings from this directory say project api",
@@ -120,55 +120,211 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
     assert max(map(len, good.splitlines())) <= 100
 
 
-def test_doctor_changes_nothing(well: Home) -> None:
-    """doctor leaves no file, in TMPDIR neither; Python caches bytecode when it runs the
-    commands. Nor does it where there is no state yet."""
-    temporary = well.path / "tmp"
-    temporary.mkdir()
-    for _ in range(2):
-        before = tree(well.path)
-        diagnosis(well, TMPDIR=temporary)
-        well.quiet()
-        after = tree(well.path)
-        new = [name for name in after if ".pyc" in name or name.endswith("__pycache__")]
-        assert {name: after[name] for name in after if name not in new} == {
-            name: before[name] for name in before if name not in new
-        }
-        shutil.rmtree(str(well.state), ignore_errors=True)
+def test_doctor_leaves_nothing_behind(home: Home, receiver: Receiver) -> None:
+    """doctor leaves no file, in TMPDIR neither, where there is no state yet neither;
+    but Python caches bytecode when it runs the commands."""
+    set_up(home, receiver.url)
+    (home.path / "tmp").mkdir()
+    before = tree(home.path)
+    diagnosis(home, TMPDIR=home.path / "tmp")
+    home.quiet()
+    new = set(tree(home.path)) - set(before)
+    assert [name for name in new if "__pycache__" not in name] == []
 
 
-def test_doctor_in_an_empty_home(home: Home) -> None:
-    """With nothing installed doctor names each missing hook and the URL, exit 1."""
-    code, _, bad = diagnosis(home)
-    assert code == 1
-    for name in EVENTS:
-        assert f"no hook for {name}: run `install`" in bad
-    assert "TELEMHQ_PING_URL is not set" in bad
+# -- Each thing that may be wrong has its line --------------------------------------
 
 
-# -- Settings ----------------------------------------------------------------------
+def settings(home: Home, command: str = COMMAND, **more: Any) -> None:
+    """Change the user's settings: the command of our events, and `more`."""
+    found = {**read(settings_path(home)), "hooks": registered(command)}
+    env = {**found["env"], **more.pop("env", {})}
+    write_settings(home, {**found, "env": env, **more})
 
 
-@pytest.mark.parametrize(
-    "text, words",
-    [
-        ("{,}", "Claude Code ignores the whole of {path}: "),
-        ('{"a": 1 /* mine */}', "Claude Code ignores the whole of {path}: "),
-        ('{"hooks": []}', "Claude Code ignores the whole of {path}: "),
-        ('{"disableAllHooks": true}', "{path} turns hooks off"),
-    ],
-)
-def test_doctor_sees_settings_that_stop_hooks(
-    well: Home, text: str, words: str
-) -> None:
-    """A file that is no strict JSON, which Claude Code ignores whole, and one that
-    turns all hooks off are named; the list goes on behind it."""
-    path = well.project / ".claude" / "settings.json"
-    path.parent.mkdir()
-    path.write_text(text)
-    _, good, bad = diagnosis(well)
-    assert words.format(path="~/acme/api/.claude/settings.json") in bad
-    assert "last delivery" in good
+def in_project(home: Home, found: object) -> None:
+    """Give the project these settings, or this text."""
+    path = home.project / ".claude" / "settings.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(found if isinstance(found, str) else json.dumps(found))
+
+
+def script_of(home: Home) -> pathlib.Path:
+    """Where the script is."""
+    return home.path / ".claude" / "hooks" / SCRIPT.name
+
+
+def wait_there(home: Home, count: int, age_s: float, other: bool = False) -> None:
+    """Have pings wait for the tracker, or for another URL."""
+    url = read(settings_path(home))["env"]["TELEMHQ_PING_URL"]
+    place(home, dead_url() if other else url, count, age_s)
+
+
+def backed_off(home: Home) -> None:
+    """A ping waits, and a back-off of a quarter of an hour stands."""
+    wait_there(home, 1, 10)
+    now = time.time()
+    home.set_state(set_at=now, not_before=now + 900, problem="HTTP 404")
+
+
+def another_version(home: Home) -> None:
+    """The script is an older one."""
+    text = script_of(home).read_text()
+    older = re.sub(r"\n__version__ = .*", '\n__version__ = "0.9.0"', text)
+    script_of(home).write_text(older)
+
+
+def told_before(home: Home, count: int, **fields: Any) -> None:
+    """Of 150 pings that were delivered the last ones lack tokens."""
+    pings: list[dict[str, Any]] = [{"event_id": f"{n:032x}"} for n in range(150)]
+    for ping in [pings[0], *pings[-count:]]:
+        ping.update(fields, usage_complete=False)
+    lines = [json.dumps({"at": "", "answer": "", "ping": ping}) for ping in pings]
+    (home.destination() / "sent.jsonl").write_text("\n".join(lines))
+
+
+def state_is(home: Home, what: str) -> None:
+    """The state directory is a link, or a file."""
+    shutil.move(str(home.state), str(home.path / "elsewhere"))
+    if what == "link":
+        home.state.symlink_to(home.path / "elsewhere")
+    else:
+        home.state.write_text("")
+
+
+USER, PROJECT = "~/.claude/settings.json", "~/acme/api/.claude/settings.json"
+SECOND = f"python3 {SCRIPT_THERE}"
+RAN = f"python3 {SCRIPT_THERE}; touch ran"
+LINES: dict[str, tuple[Callable[[Home], object], str]] = {
+    "an event has no hook": (
+        lambda home: settings(home, hooks=registered(events=["Stop", "StopFailure"])),
+        "✗ no hook for SessionEnd: run `install`",
+    ),
+    "a project's settings have a comment": (
+        lambda home: in_project(home, '{"a": 1 /* mine */}'),
+        f"✗ Claude Code ignores the whole of {PROJECT}: ",
+    ),
+    "hooks are turned off": (
+        lambda home: settings(home, disableAllHooks=True),
+        f"✗ {USER} turns hooks off: take disableAllHooks out of it",
+    ),
+    "the client is too old": (
+        lambda home: client(home, "2.1.77"),
+        f"✗ it ignores the whole of {USER}: update it, or run `install`",
+    ),
+    "two commands": (
+        lambda home: in_project(home, {"hooks": registered(SECOND, ["Stop"])}),
+        f"✗ Stop by {USER} and {PROJECT}: take one out, for each sends a ping",
+    ),
+    "a command and the plugin": (
+        lambda home: settings(home, **PLUGIN),
+        f"✗ Stop by {USER} and the plugin .{USER}.: take one out",
+    ),
+    "two URLs": (
+        lambda home: in_project(
+            home, {"hooks": registered(f"TELEMHQ_PING_URL=x {SECOND}", ["Stop"])}
+        ),
+        f"· Stop by {USER} and {PROJECT}, to two URLs: each is told the whole",
+    ),
+    "the interpreter is gone": (
+        lambda home: settings(home, f"/no/python3 {SCRIPT_THERE}"),
+        f"✗ Stop by {USER} sends nothing and says `.*/no/python3: not found",
+    ),
+    "the command prints": (
+        lambda home: settings(home, f"echo hello; python3 {SCRIPT_THERE}"),
+        f"✗ Stop by {USER} prints `hello`: run `install`, or mend it",
+    ),
+    "the script skips in silence": (
+        lambda home: settings(home, f"CLAUDE_PROJECT_DIR=/ HOME= {SECOND} <&-"),
+        "✗ .* says `stdin held no JSON object",
+    ),
+    "another version": (
+        another_version,
+        f"✗ Stop by {USER} is version 0.9.0: `install` makes it ",
+    ),
+    "a command may send elsewhere": (
+        lambda home: settings(home, f"TELEMHQ_PROJECT=x {RAN}"),
+        f"✗ Stop by {USER} was not tried, for what it may do: `doctor --run-all`",
+    ),
+    "a command is a stranger's": (
+        lambda home: in_project(home, {"hooks": registered(RAN, ["PreCompact"])}),
+        f"✗ PreCompact by {PROJECT} was not tried, for what it may do: ",
+    ),
+    "a variable is none": (
+        lambda home: settings(home, env={"TELEMHQ_PROJCT": "x"}),
+        "✗ TELEMHQ_PROJCT is no variable of this script: see --help",
+    ),
+    "a project is switched off": (
+        lambda home: in_project(home, {"env": {"TELEMHQ_PING_URL": ""}}),
+        f"· switched off here: TELEMHQ_PING_URL is empty in {PROJECT}",
+    ),
+    "a SOCKS proxy": (
+        lambda home: settings(
+            home,
+            env={
+                "TELEMHQ_PING_URL": "https://tracker.invalid/ping/" + TOKEN,
+                "HTTPS_PROXY": "socks5://127.0.0.1:1",
+            },
+        ),
+        "✗ .*: SOCKS proxies are not supported: name an HTTP proxy in HTTPS_PROXY",
+    ),
+    "they wait for long": (
+        lambda home: wait_there(home, 1, 400),
+        "✗ telemhq: 1 ping of api waits, the oldest for 6 min: `flush` sends now",
+    ),
+    "pings wait for another URL": (
+        lambda home: wait_there(home, 2, 400000, True),
+        r"· for another URL 2 pings of api wait, the oldest for 4 days .`flush",
+    ),
+    "a back-off": (
+        backed_off,
+        "✗ telemhq: the next try is in 14 min, for 404: is the URL in TELEMHQ_PING_URL",
+    ),
+    "a loss": (
+        lambda home: home.set_state(losses={"refused: HTTP 422": 2}),
+        "✗ telemhq: 2 lost, 422: it refuses this ping; .*; `doctor --clear` when you",
+    ),
+    "the state is a link": (
+        lambda home: state_is(home, "link"),
+        "✗ ~/.claude/telemhq is a symbolic link: mend that, or set TELEMHQ_STATE_DIR",
+    ),
+    "the state is a file": (
+        lambda home: state_is(home, "file"),
+        "✗ ~/.claude/telemhq is no directory: mend that, or set TELEMHQ_STATE_DIR to",
+    ),
+    "all can write there": (
+        lambda home: (home.destination() / "outbox").chmod(0o777),
+        "✗ ~/.claude/telemhq/telemhq-[a-z0-9]+/outbox can be written by others: mend",
+    ),
+    "turns lack tokens": (
+        lambda home: told_before(home, 3, event="Stop", total_tokens=5),
+        "· telemhq: 3 of the last 100 pings said usage_complete: false, an answer came",
+    ),
+    "ends lack tokens": (
+        lambda home: told_before(home, 1, event="SessionEnd", total_tokens=5),
+        "· .* usage_complete: false, this Claude Code tells no cost",
+    ),
+    "nothing could be read": (
+        lambda home: told_before(home, 2, event="Stop"),
+        "· .* usage_complete: false, no transcript could be read",
+    ),
+}
+
+
+@pytest.mark.fault(27, 34, 85, 88, 89)
+@pytest.mark.parametrize("name", LINES)
+def test_what_may_be_wrong_has_its_line(well: Home, name: str) -> None:
+    """Each thing that may be wrong has a line with its cause and its remedy, and makes
+    exit 1; what is only told does not. The list goes on to its end. What a stranger's
+    command does is not done."""
+    prepare, line = LINES[name]
+    prepare(well)
+    code, good, bad = diagnosis(well, PATH=f"{well.path}/bin:{SMALL_PATH}")
+    lines = f"{good}\n{bad}"
+    assert re.search(line, lines)
+    assert code == (line[0] == "✗" or "was not tried" in bad)
+    assert re.search("hooks can write|TELEMHQ_STATE_DIR", lines)
+    assert not (well.project / "ran").exists()
 
 
 def client(home: Home, version: str) -> str:
@@ -181,71 +337,29 @@ def client(home: Home, version: str) -> str:
     return f"{path.parent}:{SMALL_PATH}"
 
 
-@pytest.mark.parametrize("version", ["2.1.77", "2.1.78", "10.0.1"])
-def test_doctor_knows_the_client(well: Home, version: str) -> None:
-    """A client before 2.1.78 ignores settings whole that name StopFailure; newer ones
-    are fine. It is asked once, for its start takes a while."""
-    code, good, bad = diagnosis(well, PATH=client(well, version))
-    ignores = (
-        "ignores the whole of ~/.claude/settings.json: update it, or run `install`"
-    )
-    assert (ignores in bad) == (version == "2.1.77") == (code == 1)
-    assert f"✓ Claude Code {version}" in good
-    assert (well.path / "bin" / "claude.asked").read_text() == "\n"
-    assert "· Claude Code was not found" in diagnosis(well)[1]
+# -- How it finds that out ----------------------------------------------------------
 
 
-def test_one_missing_hook_and_a_projects_hooks(well: Home) -> None:
-    """Where one event's hook is gone, that one is named; a project's own counts."""
-    found = read(settings_path(well))
-    gone = {"SessionEnd": found["hooks"].pop("SessionEnd")}
-    write_settings(well, found)
-    assert diagnosis(well)[2] == "✗ no hook for SessionEnd: run `install`"
-    path = well.project / ".claude" / "settings.local.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"hooks": gone}))
-    code, good, _ = diagnosis(well, "--run-all")
-    assert code == 0
-    assert "SessionEnd by ~/acme/api/.claude/settings.local.json: arrived" in good
+@pytest.mark.fault(86)
+@pytest.mark.parametrize(
+    "where", ["managed-settings.json", "managed-settings.d/a.json"]
+)
+def test_doctor_sees_managed_settings(well: Home, where: str) -> None:
+    """A company's settings count, in one file or several; and where those allow no
+    hooks but their own, that is named, with who can mend it."""
+    path = well.path / "company" / where
+    path.parent.mkdir(parents=True)
+    env = {"TELEMHQ_PROJECT": "theirs"}
+    path.write_text(json.dumps({"allowManagedHooksOnly": True, "env": env}))
+    patch = f"t.MANAGED_DIRS = {{sys.platform: {str(well.path / 'company')!r}}}"
+    _, good, bad = doctor_where(well, patch)
+    assert bad == "✗ allowManagedHooksOnly: hooks run in your company's settings only"
+    assert "pings from this directory say project theirs" in good
 
-
-SECOND = f"python3 {SCRIPT_THERE}"
-TWICE = {
-    "the same command": (COMMAND, {}, ""),
-    "another command": (SECOND, {}, "Stop by {0} and {1}: take one out"),
-    "another URL": (
-        f"TELEMHQ_PING_URL=http://127.0.0.1:1/ {SECOND}",
-        {},
-        "· Stop by {0} and {1}, to two URLs: each is told the whole",
-    ),
-    "the plugin": (COMMAND, PLUGIN, "Stop by {0} and the plugin ({0}): take one out"),
-}
-
-
-@pytest.mark.fault(89)
-@pytest.mark.parametrize("name", TWICE)
-def test_doctor_sees_an_event_registered_twice(well: Home, name: str) -> None:
-    """An event that two commands tell, or one and the plugin, is named with both
-    places, as two URLs where one of them has its own. The same command in two files is
-    run once by Claude Code, and no fault."""
-    command, more, words = TWICE[name]
-    path = well.project / ".claude" / "settings.json"
-    path.parent.mkdir()
-    path.write_text(json.dumps({"hooks": registered(command, ["Stop"])}))
-    write_settings(well, {**read(settings_path(well)), **more})
-    _, good, bad = diagnosis(well)
-    places = "~/.claude/settings.json", "~/acme/api/.claude/settings.json"
-    assert words.format(*places) in good + bad
-    assert ("take one out" in bad) == ("take one out" in words)
-
-
-# -- Each command is run -----------------------------------------------------------
 
 FORMS = [
-    f"python3 {SCRIPT_THERE}",
     f"env python3 {SCRIPT_THERE} 2>/dev/null || true",
-    f"cat | nice python3 {SCRIPT_THERE}",
-    f'"$HOME"/.claude/hooks/../hooks/{SCRIPT.name}',
+    f'cat | nice "$HOME"/.claude/hooks/../hooks/{SCRIPT.name}',
     "cd ~/.claude/hooks && python3 -ESc 'import telemhq_ping as t; t.hook()'",
 ]
 
@@ -263,46 +377,6 @@ def test_doctor_runs_the_very_command(
     assert good.count("arrived at doctor's own receiver") == 3
     (home.path / ".claude" / "hooks" / SCRIPT.name).unlink()
     assert diagnosis(home)[2].count("sends nothing and says") == 3
-
-
-BROKEN = {
-    f"/nonexistent/python3 {SCRIPT_THERE}": "/nonexistent/python3: not found",
-    SCRIPT_THERE: "Permission denied",
-    f"echo hello; python3 {SCRIPT_THERE}": "Stop by ~/.claude/settings.json prints "
-    "`hello`: run `install`, or mend it",
-    f"TELEMHQ_STATE_DIR=/proc/no python3 {SCRIPT_THERE}": "cannot write",
-    f"TELEMHQ_PING_URL= python3 {SCRIPT_THERE}": "says `TELEMHQ_PING_URL is not set",
-}
-
-
-@pytest.mark.parametrize("command", BROKEN)
-def test_doctor_says_what_a_broken_command_said(
-    home: Home, receiver: Receiver, command: str
-) -> None:
-    """Where nothing arrives, the command's own last word is told, in debug mode if it
-    has none; what it prints would go into the session."""
-    set_up(home, receiver.url, command)
-    (home.path / ".claude" / "hooks" / SCRIPT.name).chmod(0o600)
-    _, good, bad = diagnosis(home, "--run-all")
-    assert BROKEN[command] in bad
-    assert "project api" in good
-
-
-def test_doctor_sees_an_old_python_and_another_version(well: Home) -> None:
-    """An interpreter older than Python 3.8 will not do; a script of another version is
-    not what was checked."""
-    there = well.path / ".claude" / "hooks" / SCRIPT.name
-    text = re.sub(
-        r"\n__version__ = .*", '\n__version__ = "0.9.0"', there.read_text("utf-8")
-    )
-    there.write_text(text, "utf-8")
-    assert (
-        "Stop by ~/.claude/settings.json is version 0.9.0: `install`"
-        in (diagnosis(well)[2])
-    )
-    for python in pythons(6, 8)[-1:]:
-        write_settings(well, {"hooks": registered(f"{python} {SCRIPT_THERE}")})
-        assert "sends nothing" in diagnosis(well)[2]
 
 
 def test_doctor_ends_a_command_that_hangs(home: Home, receiver: Receiver) -> None:
@@ -332,100 +406,30 @@ def test_doctors_own_runs_stay_on_this_machine(home: Home, receiver: Receiver) -
     assert not home.state.exists()
 
 
-@pytest.mark.parametrize("where", ["user", "project"])
-def test_doctor_does_not_run_a_strangers_command(well: Home, where: str) -> None:
-    """A command that sets a variable of ours, and so may send elsewhere, and one of a
-    project's settings are run with --run-all only; without it nothing is proven."""
-    command = f"python3 {SCRIPT_THERE}; touch ran"
-    path = settings_path(well)
-    if where == "project":
-        path = well.project / ".claude" / "settings.json"
-        path.parent.mkdir()
-        path.write_text(json.dumps({"hooks": registered(command, ["Stop"])}))
-    else:
-        command = f"TELEMHQ_PROJECT=x {command}"
-        write_settings(well, {**read(path), "hooks": registered(command)})
-    bad = diagnosis(well)[2]
-    assert "was not tried, for what it may do: `doctor --run-all`" in bad
-    assert not (well.project / "ran").exists()
-    diagnosis(well, "--run-all")
-    assert (well.project / "ran").exists()
-
-
-def stale(path: pathlib.Path) -> None:
-    """Bytecode of another script, of the same time and size."""
-    time_and_size = path.stat()
-    other = path.with_name("other.py")
-    other.write_bytes(b"import os  #".ljust(time_and_size.st_size))
-    os.utime(str(other), ns=(time_and_size.st_mtime_ns,) * 2)
-    made = py_compile.compile(str(other))
-    assert made
-    shutil.move(made, made.replace("other.", "telemhq_ping."))
-    other.unlink()
-
-
-def damaged(path: pathlib.Path) -> None:
-    """Bytecode that a full disk has cut off."""
-    made = py_compile.compile(str(path))
-    assert made
-    os.truncate(made, 1000)
-
-
-def opened(path: pathlib.Path) -> None:
-    """Bytecode that others may put there."""
-    py_compile.compile(str(path))
-    (path.parent / "__pycache__").chmod(0o777)
-
-
-@pytest.mark.parametrize("spoil", [stale, damaged, opened])
-def test_doctor_sees_bytecode_that_is_not_the_scripts(
-    home: Home, receiver: Receiver, spoil: Callable[[pathlib.Path], None]
-) -> None:
-    """What Python would run in place of the script is compared with it: bytecode that
-    is another script's, damaged, or in a directory that others can write to is
-    named. (The command runs the script as such, and so leaves it.)"""
-    set_up(home, receiver.url, f"python3 -B {SCRIPT_THERE}; true mend_bytecode")
-    patch = "t.try_hook = lambda *_: (None, 'skipped')"
-    assert doctor_where(home, patch)[0] == 0
-    spoil(home.path / ".claude" / "hooks" / SCRIPT.name)
-    code, good, bad = doctor_where(home, patch)
-    assert code == 1
-    assert "✗ ~/.claude/hooks/__pycache__" in bad
-    assert bad.endswith("remove it, Python makes it anew")
-    assert "last delivery" in good
-
-
-# -- Variables ---------------------------------------------------------------------
-
-
-def test_doctor_reads_variables(well: Home, receiver: Receiver) -> None:
-    """A TELEMHQ_ variable that is none, or makes no sense, is named. Where the URL is
-    from is told, and what project a ping from here would name."""
-    bad = diagnosis(well, TELEMHQ_PROJCT="x", TELEMHQ_TIMEOUT="soon")[2]
-    assert "TELEMHQ_PROJCT is no variable of this script" in bad
-    assert "TELEMHQ_TIMEOUT is ignored" in bad
-    write_settings(well, {"hooks": registered()})
-    good = diagnosis(well, url=receiver.url, TELEMHQ_PROJECT="acme")[1]
-    assert "TELEMHQ_PING_URL is from the shell's environment" in good
-    assert "pings from this directory say project acme" in good
-
-
-@pytest.mark.parametrize("where", ["project", "shell"])
-def test_a_project_that_is_switched_off_is_no_fault(well: Home, where: str) -> None:
-    """`"TELEMHQ_PING_URL": ""` switches the hook off for a project: told as that, and
-    pings that wait for the URL that is used elsewhere are no fault either."""
-    place(well, read(settings_path(well))["env"]["TELEMHQ_PING_URL"], 2, 400)
-    if where == "project":
-        path = well.project / ".claude" / "settings.json"
-        path.parent.mkdir()
-        path.write_text('{"env": {"TELEMHQ_PING_URL": ""}}')
-        code, good, bad = diagnosis(well)
-    else:
-        write_settings(well, {"hooks": registered()})
-        code, good, bad = diagnosis(well, url="")
-    assert (code, bad) == (0, "")
-    assert "· switched off here: TELEMHQ_PING_URL is empty in " in good
-    assert "· for another URL 2 pings of api wait, the oldest for 6 min" in good
+@pytest.mark.parametrize("how", ["stale", "damaged", "open"])
+def test_doctor_sees_bytecode_that_is_not_the_scripts(home: Home, how: str) -> None:
+    """What Python would run in place of the script is compared with it: bytecode made
+    of another file of the same time and size, damaged, or where others can write."""
+    set_up(home, dead_url())
+    script = home.path / ".claude" / "hooks" / SCRIPT.name
+    text, times = script.read_text(), script.stat()
+    if how == "stale":
+        script.write_text("import os  #".ljust(times.st_size))
+        os.utime(str(script), ns=(times.st_mtime_ns,) * 2)
+    made = str(py_compile.compile(str(script)))
+    script.write_text(text)
+    os.utime(str(script), ns=(times.st_mtime_ns,) * 2)
+    patch = "t.try_hook = lambda *_: (True, 'not this time')"
+    if how == "damaged":
+        os.truncate(made, 1000)
+    elif how == "open":
+        (script.parent / "__pycache__").chmod(0o777)
+    bad = doctor_where(home, patch)[2]
+    assert "✗ ~/.claude/hooks/__pycache__/telemhq_ping." in bad
+    assert ": remove it, Python makes it anew" in bad
+    shutil.rmtree(str(script.parent / "__pycache__"))
+    py_compile.compile(str(script))
+    assert "__pycache__" not in doctor_where(home, patch)[2]
 
 
 def test_doctor_of_a_plugin_alone(home: Home, receiver: Receiver) -> None:
@@ -447,21 +451,16 @@ def test_doctor_of_a_plugin_alone(home: Home, receiver: Receiver) -> None:
 @pytest.mark.parametrize(
     "url, words",
     [
-        ("telemhq.com/ping/" + TOKEN, "https://"),
-        ("file:///etc/" + TOKEN, "https://"),
-        ("http://tracker.invalid/ping/" + TOKEN, "use https://"),
-        ("https://u:p@tracker.invalid/" + TOKEN, "user:password"),
-        ("https://telemhq.com/ping/<token>", "no URL may hold"),
-        ("https://tracker.invalid/ping/" + TOKEN, "is there a network?"),
-        (
-            "http://127.0.0.1:1/ping/" + TOKEN,
-            "Connection refused: is TELEMHQ_PING_URL right",
-        ),
+        ("telemhq.com/ping/", "it must start with https://"),
+        ("http://tracker.invalid/ping/", "use https://"),
+        ("https://u:p@tracker.invalid/", "it must not hold user:password@"),
+        ("https://tracker.invalid/ping/", "is there a network?"),
+        ("http://127.0.0.1:1/", "Connection refused: is TELEMHQ_PING_URL right"),
     ],
 )
 def test_doctor_sees_a_wrong_url(home: Home, url: str, words: str) -> None:
     """An unusable URL, and a host that is not there, are named, without the token."""
-    set_up(home, url)
+    set_up(home, url + TOKEN)
     assert words in diagnosis(home)[2]
 
 
@@ -493,12 +492,6 @@ def test_doctor_tells_what_an_answer_means(
     assert f"✗ telemhq did not take the test, {ANSWERS[status]}" in bad
     assert len(home.waiting()) == 1
     assert not re.search(r"hold|not now|retry|hidden", ended.out)
-    assert max(map(len, bad.splitlines())) <= 110
-    bad = diagnosis(home)[2]
-    assert "telemhq: 1 ping of api waits, the oldest for " in bad
-    assert re.search(
-        rf"the next try is in \d+ \w+, for {re.escape(ANSWERS[status])}", bad
-    )
 
 
 def test_a_collector_may_take_protobuf_only(home: Home, receiver: Receiver) -> None:
@@ -521,30 +514,16 @@ def test_a_collector_may_take_protobuf_only(home: Home, receiver: Receiver) -> N
         assert f"{words}" in diagnosis(home)[2]
 
 
-@pytest.mark.parametrize("status", [200, 204, 400, 405])
-def test_doctor_takes_any_good_answer(
-    home: Home, receiver: Receiver, status: int
-) -> None:
-    """An answer to GET is good; 405, too: not every tracker knows GET."""
+def test_what_answers_a_get_need_not_know_it(home: Home, receiver: Receiver) -> None:
+    """405 to doctor's GET is good: not every tracker knows GET. https:// to a server
+    that speaks no TLS is not called a certificate's fault."""
+    receiver.answer = 405
     set_up(home, receiver.url)
-    receiver.answer = status
     assert diagnosis(home)[0] == 0
-
-
-@pytest.mark.parametrize("known, remedy", [(True, "https://"), (False, "certificates")])
-def test_doctor_tells_tls_from_certificates(
-    home: Home, script: Any, known: bool, remedy: str
-) -> None:
-    """https:// to a server that speaks no TLS is not called a certificate's fault; that
-    is told with what can name a company's own."""
-    if known:
-        with Receiver() as receiver:
-            set_up(home, receiver.url.replace("http://", "https://"))
-            bad = diagnosis(home)[2]
-    else:
-        bad = script.in_words("TLS: CERTIFICATE_VERIFY_FAILED", "telemhq")
-    assert remedy in bad
-    assert ("certificates" in bad) == (not known)
+    set_up(home, receiver.url.replace("http://", "https://"))
+    bad = diagnosis(home)[2]
+    assert "no TLS is spoken there; is https:// right?" in bad
+    assert "certificate" not in bad
 
 
 def test_doctor_waits_no_longer_than_a_sender(home: Home) -> None:
@@ -564,24 +543,20 @@ def test_doctor_waits_no_longer_than_a_sender(home: Home) -> None:
     assert "no whole answer in time: it has a problem of its own" in bad
 
 
-@pytest.mark.fault(88)
-def test_doctor_knows_that_socks_is_not_supported(home: Home) -> None:
-    """A SOCKS proxy, also one that the settings' env names, is told as the cause."""
-    proxy = {"HTTPS_PROXY": "socks5://127.0.0.1:1"}
-    set_up(home, "https://tracker.invalid/ping/" + TOKEN, env=proxy)
-    bad = diagnosis(home)[2]
-    assert "SOCKS proxies are not supported: name an HTTP proxy in HTTPS_PROXY" in bad
-
-
-def test_send_proves_the_token(well: Home, receiver: Receiver) -> None:
-    """--send delivers one ping with the event Test, and names its id and the
-    tracker."""
-    code, good, bad = diagnosis(well, "--send")
+def test_send_proves_the_token(home: Home, receiver: Receiver) -> None:
+    """--send delivers one ping with the event Test, and names its id and the tracker.
+    Before, `last delivery: none yet` has no tick, and is no fault."""
+    set_up(home, receiver.url)
+    code, good, bad = diagnosis(home, "--send")
     assert (code, bad) == (0, "")
-    posted = [r.ping for r in receiver.requests if r.method == "POST"]
-    (ping,) = [ping for ping in posted if ping["event"] == "Test"]
-    assert (ping["project"], ping["status"]) == ("api", "success")
+    (ping,) = [r.ping for r in receiver.requests if r.method == "POST"]
+    assert (ping["event"], ping["project"], ping["status"]) == (
+        "Test",
+        "api",
+        "success",
+    )
     assert f"✓ telemhq has taken the test {ping['event_id']}" in good
+    assert "· telemhq: last delivery: none yet" in good
 
 
 def test_a_test_that_is_refused_has_not_arrived(home: Home, receiver: Receiver) -> None:
@@ -636,103 +611,11 @@ def test_doctor_does_on_disk_as_a_hook_does(well: Home, name: str) -> None:
     assert "for another URL 1 ping of api waits" in good
 
 
-@pytest.mark.fault(27, 85)
-@pytest.mark.parametrize("what", ["link", "mode", "file", "outbox", "no outbox"])
-def test_doctor_sees_an_unsound_state_directory(well: Home, what: str) -> None:
-    """A state directory that others could change, or that is none, is named; so is it
-    where TELEMHQ_STATE_DIR, the remedy, is not sound itself."""
-    state = well.state
-    if what == "mode":
-        state.chmod(0o777)
-    elif what.endswith("outbox"):
-        if what == "no outbox":
-            shutil.rmtree(str(well.destination() / "outbox"))
-            well.destination().chmod(0o777)
-        else:
-            (well.destination() / "outbox").chmod(0o777)
-    else:
-        shutil.move(str(state), str(well.path / "elsewhere"))
-        if what == "link":
-            state.symlink_to(well.path / "elsewhere")
-        else:
-            state.write_text("")
-    bad = diagnosis(well)[2]
-    assert re.search(r"✗ ~/.claude/telemhq\S* (is|can)\b.*TELEMHQ_STATE_DIR", bad)
-
-
-@pytest.mark.parametrize("count, age_s", [(2, 10), (1, 10), (2, 400), (2, 400000)])
-def test_doctor_minds_only_old_pings(
-    well: Home, receiver: Receiver, count: int, age_s: int
-) -> None:
-    """Pings that wait are a fault only when they are older than five minutes."""
-    place(well, receiver.url, count, age_s)
-    pings = {1: "1 ping of api waits", 2: "2 pings of api wait"}[count]
-    age = {10: r"1\d s", 400: "6 min", 400000: "4 days"}[age_s]
-    code, good, bad = diagnosis(well)
-    assert code == (age_s > 300)
-    assert re.search(f"telemhq: {pings}, the oldest for {age}", bad if code else good)
-
-
-def test_what_was_never_delivered_is_no_success(home: Home, receiver: Receiver) -> None:
-    """`last delivery: none yet` has no tick, and is no fault."""
-    set_up(home, receiver.url)
-    code, good, _ = diagnosis(home)
-    assert code == 0
-    assert "· telemhq: last delivery: none yet" in good
-
-
-@pytest.mark.fault(34)
-def test_pings_of_another_url_are_no_fault(well: Home) -> None:
-    """Pings that wait for a URL of another project are told as such, with whose they
-    are and what would move them."""
-    path = place_of(well, dead_url(), 2)
-    record = read(path)
-    record["ping"]["project"] = "other"
-    path.write_text(json.dumps(record))
-    code, good, bad = diagnosis(well)
-    assert (code, bad) == (0, "")
-    assert "· for another URL 2 pings of api, other wait, the oldest for " in good
-    assert "flush --adopt" in good
-
-
-def place_of(home: Home, url: str, count: int) -> pathlib.Path:
-    """Put pings into the outbox; the path of the last one's file."""
-    (*_, event_id) = place(home, url, count)
-    (found,) = [path for path in home.waiting() if event_id in path.name]
-    return found
-
-
-def test_losses_are_shown_until_acknowledged(well: Home) -> None:
-    """Losses are listed by reason, tokens too, until `doctor --clear`, which leaves the
-    rest of the state."""
-    well.set_state(losses={"refused: HTTP 422": 2, "tokens": 77}, delivered_at=12345)
-    bad = diagnosis(well)[2]
-    assert "telemhq: 2 lost, 422: it refuses this ping; " in bad
-    assert "telemhq: 77 lost, tokens; `doctor --clear`" in bad
+def test_losses_can_be_acknowledged(well: Home) -> None:
+    """`doctor --clear` forgets losses, and leaves the rest of the state."""
+    well.set_state(losses={"tokens": 77}, delivered_at=12345)
+    assert "telemhq: 77 lost, tokens; `doctor --clear`" in diagnosis(well)[2]
     code, good, _ = diagnosis(well, "--clear")
     assert code == 0
     assert re.search(r"last delivery: \d+ days ago", good)
     assert diagnosis(well)[0] == 0
-
-
-INCOMPLETE: dict[str, dict[str, Any]] = {
-    "an answer came late": {"event": "Stop", "total_tokens": 5},
-    "this Claude Code tells no cost": {"event": "SessionEnd", "total_tokens": 5},
-    "no transcript or account was read": {"event": "Stop"},
-}
-
-
-@pytest.mark.parametrize("why", INCOMPLETE)
-def test_doctor_counts_pings_that_lack_tokens(well: Home, why: str) -> None:
-    """How many of the last pings said `usage_complete: false` is told, and why most
-    likely; that is no fault of the set-up."""
-    pings: list[dict[str, Any]] = [{"event_id": f"{n:032x}"} for n in range(150)]
-    for ping in pings[-3:]:
-        ping.update({**INCOMPLETE[why], "usage_complete": False})
-    pings[0]["usage_complete"] = False  # longer ago than what is asked about
-    lines = [json.dumps({"at": "", "answer": "", "ping": ping}) for ping in pings]
-    (well.destination() / "sent.jsonl").write_text("\n".join(lines))
-    code, good, _ = diagnosis(well)
-    assert code == 0
-    text = f"3 of the last 100 pings said usage_complete: false, {why}"
-    assert f"· telemhq: {text}" in good

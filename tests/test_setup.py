@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import stat
@@ -66,31 +65,26 @@ USERS = {  # what a person's settings may hold: all of it stays
     "numbers": [1, 2.5, 1e-7, True, None, 12345678901234567890],
     "env": {"OTHER": "x"},
 }
-TABS = '{\n\t"a": "é",\n\t"hooks": {\n\t\t"Stop": []\n\t}\n}\n'.encode()
+BOTH = {"hooks": {"Stop": [OTHER_HOOK]}, "env": {"TELEMHQ_PING_URL": URL}}
 SHAPES = {
-    "empty": b"",
-    "blank": b" \n",
+    "empty": b" \n",
     "an empty object": b"{}",
-    "present": json.dumps(USERS, indent=2, ensure_ascii=False).encode() + b"\n",
-    "present, escaped": json.dumps(USERS, indent=4).encode(),
-    "one line": json.dumps(USERS).encode(),
-    "compact": json.dumps(USERS, separators=(",", ":")).encode(),
-    "CRLF": json.dumps(USERS, indent=2).replace("\n", "\r\n").encode(),
-    "tabs": TABS,
-    "byte order mark": b"\xef\xbb\xbf" + TABS,
-    "half a character": b'{\n  "a": "\\ud83d",\n  "b": "\\u00e9"\n}\n',
-    "someone else's hook": json.dumps({"hooks": {"Stop": [OTHER_HOOK]}}).encode(),
-    "empty hooks": b'{"hooks": {}, "env": {}}',
-    "the URL by hand": json.dumps({"env": {"TELEMHQ_PING_URL": URL}}).encode(),
-    "a key twice": b'{"env": {"A": "1"},\n "env": {"B": "2"}, "model": "opus"}',
+    "lines": json.dumps(USERS, indent=2, ensure_ascii=False).encode() + b"\n",
+    "escaped, CRLF": json.dumps(USERS, indent=4).replace("\n", "\r\n").encode(),
+    "one line": json.dumps(USERS, separators=(",", ":")).encode(),
+    "tabs, byte order mark, half a character": (
+        '\ufeff{\n\t"a": "é\\ud83d",\n\t"hooks": {\n\t\t"Stop": []\n\t}\n}\n'.encode()
+    ),
+    "someone else's hook, the URL by hand": json.dumps(BOTH).encode(),
+    "empty hooks, a key twice": b'{"hooks": {}, "env": {"A": "1"},\n "env": {}}',
 }
 
 
 @pytest.mark.parametrize("raw", SHAPES.values(), ids=SHAPES.keys())
 def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
     """All that a settings file holds stays, in its order, and so does its mode, and how
-    its lines end. A second run changes nothing. After a third one with another URL, and
-    uninstall, HOME is as it was, byte for byte and mode for mode."""
+    its lines end. After another install with another URL, and uninstall, HOME is as it
+    was, byte for byte and mode for mode."""
     path = write_settings(home, raw)
     path.chmod(0o640)
     at_first = tree(home.path)
@@ -106,8 +100,6 @@ def test_install_keeps_everything_else(home: Home, raw: bytes) -> None:
     assert {e for e, _, c in commands_in(found) if SCRIPT.name in c} == set(EVENTS)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert (b"\r\n" in raw) == (b"\r\n" in written)
-    assert "All is there already." in install(home, "--url", URL).out
-    assert path.read_bytes() == written
     install(home, "--url", URL + "X", "--tools")
     assert uninstall(home).code == 0
     assert tree(home.path) == at_first
@@ -166,31 +158,13 @@ THEIRS = [
     "python3 ~/.claude/hooks/my_telemhq_ping.py",
     "python3 ~/.claude/hooks/telemhq_ping.pyc",
     "python3 ~/.claude/hooks/telemhq_ping.py | tee log",
+    "python3 ~/.claude/hooks/telemhq_ping.py 'x",
     "~/bin/guard ~/.claude/hooks/telemhq_ping.py",
     "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py",
     "cd /tmp\npython3 ~/.claude/hooks/telemhq_ping.py",
     "cd ~/.claude/hooks && python3 -c 'import telemhq_ping; telemhq_ping.hook()'",
     f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}' | tee log",
 ]
-
-
-@pytest.mark.parametrize("command", THEIRS)
-def test_other_peoples_hooks_are_never_touched(home: Home, command: str) -> None:
-    """Neither install nor uninstall changes a hook that is not ours; where it runs the
-    script, none of ours is added: one ping, not two."""
-    hook = {"type": "command", "command": command, "timeout": 3, "extra": [1]}
-    theirs = {"Stop": [{"hooks": [hook]}], "PreToolUse": [{"hooks": [hook]}]}
-    write_settings(home, {"hooks": theirs})
-    install(home)
-    found = read(settings_path(home))["hooks"]
-    runs_it = re.search(r"[ /](import )?telemhq_ping(\.py)?\b(?!\.pyc)", command)
-    expected = theirs["Stop"] if runs_it else [*theirs["Stop"], found["Stop"][-1]]
-    assert found["Stop"] == expected
-    assert found["PreToolUse"] == theirs["PreToolUse"]
-    uninstall(home)
-    assert read(settings_path(home)) == {"hooks": theirs}
-
-
 OURS = [
     "python3 ~/.claude/hooks/telemhq_ping.py",
     "python3 -I -S ~/.claude/hooks/telemhq_ping.py || true",
@@ -206,6 +180,15 @@ OURS = [
 ]
 
 
+@pytest.mark.parametrize("command", [*THEIRS, *OURS])
+def test_which_commands_are_ours(script: Any, command: str) -> None:
+    """A command is ours when it does nothing but run the script, in TelemHQ's form, or
+    one that an install or the README has. One that runs it otherwise is known, too."""
+    hook = script.RegisteredHook("Stop", {}, {"command": command})
+    assert hook.is_ours() == (command in OURS)
+    assert hook.names_script() == (command not in THEIRS[:3])
+
+
 def check_command(home: Home, command: str) -> None:
     """The command imports the installed script with an interpreter that is there; when
     that fails, it runs it."""
@@ -216,42 +199,37 @@ def check_command(home: Home, command: str) -> None:
     assert words[8:] == ["-I", "-S", str(installed(home)), "||", "true"]
 
 
-@pytest.mark.parametrize("command", OURS)
-def test_an_upgrade_replaces_only_our_commands(home: Home, command: str) -> None:
-    """An old command of ours is replaced where it stands, an old script, too; what
-    stands beside them stays."""
-    mine = {"type": "command", "command": command, "note": "kept"}
-    neighbour = {"type": "command", "command": "~/bin/notify"}
-    group = {"matcher": "*", "hooks": [neighbour, mine, neighbour]}
-    hooks = {"Stop": [OTHER_HOOK, group], "PreCompact": [group]}
-    write_settings(home, {"hooks": hooks})
+def test_an_upgrade_replaces_only_our_commands(home: Home) -> None:
+    """Old commands of ours are replaced where they stand, an old script, too; what is
+    beside them is never touched. Where a person's own command runs the script none of
+    ours is added: one ping, not two."""
+    theirs = [{"type": "command", "command": c, "timeout": 3} for c in THEIRS]
+    mine = [{"command": command, "note": "kept"} for command in OURS]
+    group = {"matcher": "*", "hooks": [*mine, *theirs]}
+    write_settings(
+        home, {"hooks": {"Stop": [group], "SessionEnd": [{"hooks": theirs}]}}
+    )
     installed(home).parent.mkdir()
     installed(home).write_bytes(SCRIPT.read_bytes().replace(b'"1.', b'"0.'))
     assert "Installed." in install(home).out
     found = read(settings_path(home))["hooks"]
-    assert list(found) == ["Stop", "PreCompact", "StopFailure", "SessionEnd"]
-    assert len(found["Stop"]) == 2
-    assert found["Stop"][0] == OTHER_HOOK
-    for name in "Stop", "PreCompact":
-        new = found[name][-1]
-        assert new["matcher"] == "*"
-        assert new["hooks"][0] == new["hooks"][2] == neighbour
-        assert new["hooks"][1].pop("note") == "kept"
-        check_command(home, new["hooks"][1]["command"])
+    assert list(found) == ["Stop", "SessionEnd", "StopFailure"]
+    assert found["SessionEnd"] == [{"hooks": theirs}]
+    assert found["Stop"][0]["hooks"][len(OURS) :] == theirs
+    for new in found["Stop"][0]["hooks"][: len(OURS)]:
+        assert new["note"] == "kept"
+        check_command(home, new["command"])
     assert installed(home).read_bytes() == SCRIPT.read_bytes()
     uninstall(home)
-    left = {"matcher": "*", "hooks": [neighbour, neighbour]}
-    assert read(settings_path(home)) == {
-        "hooks": {"Stop": [OTHER_HOOK, left], "PreCompact": [left]}
-    }
+    left = {"Stop": [{**group, "hooks": theirs}], "SessionEnd": [{"hooks": theirs}]}
+    assert read(settings_path(home)) == {"hooks": left}
 
 
 @pytest.mark.fault(28)
-@pytest.mark.parametrize("umask", [0o000, 0o077])
-def test_install_into_an_empty_home(home: Home, umask: int) -> None:
+def test_install_into_an_empty_home(home: Home) -> None:
     """Without settings they are made. Whatever the umask, what install makes is for its
     user only, and uninstall leaves nothing of it."""
-    before, mask = tree(home.path), os.umask(umask)
+    before, mask = tree(home.path), os.umask(0)
     try:
         install(home, "--url", URL)
     finally:
@@ -273,18 +251,17 @@ def test_install_into_an_empty_home(home: Home, umask: int) -> None:
 
 
 @pytest.mark.fault(27)
-@pytest.mark.parametrize("linked", ["settings.json", "hooks", ""])
-@pytest.mark.parametrize("dangling", [False, True])
-def test_links_into_dotfiles_stay(home: Home, linked: str, dangling: bool) -> None:
+@pytest.mark.parametrize("linked", ["settings.json", "hooks", "", "dangling"])
+def test_links_into_dotfiles_stay(home: Home, linked: str) -> None:
     """A settings file, a directory of hooks or a ~/.claude that is a link stays one;
     what it leads to is changed, and comes back."""
-    if dangling and linked != "settings.json":
-        pytest.skip("no such directory would be made")
+    dangling = linked == "dangling"
+    linked = "settings.json" if dangling else linked
     real, link = home.path / "dotfiles" / "x", home.path / ".claude" / linked
     link.parent.mkdir(exist_ok=True)
     real.parent.mkdir()
     if linked == "settings.json" and not dangling:
-        real.write_bytes(SHAPES["present"])
+        real.write_bytes(SHAPES["lines"])
     elif not dangling:
         real.mkdir()
         (real / "mine").write_text("x")
@@ -299,7 +276,7 @@ def test_links_into_dotfiles_stay(home: Home, linked: str, dangling: bool) -> No
     assert tree(home.path) == before
 
 
-@pytest.mark.parametrize("name", ["a b", "größe", "it's", 'say "hi"', "$HOME", "a;b&c"])
+@pytest.mark.parametrize("name", ["it's größe", 'say "$HOME"', "a;b &c"])
 def test_a_home_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
     """Whatever a home is called, the installed commands send pings, doctor is content,
     and uninstall leaves it as it was."""
@@ -373,10 +350,9 @@ def test_a_change_of_the_url_shows_no_token(home: Home, old: str) -> None:
     """Of the old URL, and of the new one, no more is shown than the host."""
     raw = f'{{"env": {{"TELEMHQ_PING_URL" :"{old}",\n"Z": "2"}}}}'
     write_settings(home, raw.encode())
-    ended = install(home, "--url", URL)  # `run` looks for the token
+    ended = run(home, "install", "--url", URL, "--dry-run")  # it looks for the token
     assert re.search(r"(?m)^  -.*TELEMHQ_PING_URL", ended.out)
     assert re.search(r'(?m)^  \+.*TELEMHQ_PING_URL.*"http://127.0.0.1:9/', ended.out)
-    assert read(settings_path(home))["env"] == {"TELEMHQ_PING_URL": URL, "Z": "2"}
 
 
 def test_install_at_a_terminal(home: Home, receiver: Receiver) -> None:
@@ -417,7 +393,7 @@ def test_a_tracker_that_is_away_is_doctors_verdict(home: Home) -> None:
     assert events_in(home) == EVENTS
 
 
-@pytest.mark.parametrize("typed", ["n\n", "\n", "\x04", "nonsense\n"])
+@pytest.mark.parametrize("typed", ["n\n", "\n", "\x04"])
 def test_a_no_changes_nothing(home: Home, typed: str) -> None:
     """Whatever is no yes leaves everything as it was: exit 1."""
     before = tree(home.path)
@@ -514,6 +490,8 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     before = tree(home.path)
 
     def limit() -> None:
+        import resource
+
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
     done = subprocess.run(
@@ -531,8 +509,10 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     assert tree(home.path) == before
 
 
-@pytest.mark.parametrize("version", ["2.1.77", "1.0.128", "2.1.78", "3.0.0"])
-@pytest.mark.parametrize("place_of", ["bin", ".local/bin"])
+@pytest.mark.parametrize(
+    "version, place_of",
+    [("2.1.77", "bin"), ("1.0.128", ".local/bin"), ("2.1.78", "bin")],
+)
 def test_an_old_client_gets_no_stop_failure(
     home: Home, version: str, place_of: str
 ) -> None:
@@ -543,7 +523,7 @@ def test_an_old_client_gets_no_stop_failure(
     path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
     path.chmod(0o755)
     ended = install(home, "--url", URL, PATH=f"{home.path / 'bin'}:{SMALL_PATH}")
-    old = version in ("2.1.77", "1.0.128")
+    old = version != "2.1.78"
     assert events_in(home) == (["Stop", "SessionEnd"] if old else EVENTS)
     said = f"Claude Code {version} ignores settings that name StopFailure"
     assert (said in ended.out) == old
@@ -716,9 +696,7 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 
 
-@pytest.mark.parametrize(
-    "typed, code", [(b"y\n", 0), (b"n\n", 1), (b"\n", 1), (b"\x04", 1)]
-)
+@pytest.mark.parametrize("typed, code", [(b"y\n", 0), (b"\n", 1)])
 def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> None:
     """On a terminal uninstall asks; only a yes removes anything."""
     install(home, "--url", URL)
@@ -729,12 +707,11 @@ def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> No
 
 
 def test_uninstall_beside_the_plugin(home: Home) -> None:
-    """While the plugin is enabled, install says that each event would be told twice;
-    uninstall leaves the state, and says how to remove both."""
+    """While the plugin is enabled, uninstall leaves the state, and says how to remove
+    both."""
     plugin = {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}}
     write_settings(home, plugin)
-    said = "The plugin is enabled in ~/.claude/settings.json: with both, each event is"
-    assert said in install(home, "--url", URL).out
+    install(home, "--url", URL)
     sent_once(home)
     ended = uninstall(home)
     remedy = (

@@ -1,0 +1,389 @@
+"""What a person sees and does by hand: demo, preview, sent, flush, a hook in debug
+mode."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from person import (
+    URL,
+    Terminal,
+    on_a_terminal,
+    run,
+    tree,
+    write_settings,
+)
+from support import (
+    SCRIPT,
+    TOKEN,
+    Home,
+    Receiver,
+    dead_url,
+    event,
+    place,
+)
+
+fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
+
+if TYPE_CHECKING:
+    pass
+
+# -- demo --------------------------------------------------------------------------
+
+
+def pings_shown(out: str) -> dict[str, Any]:
+    """{event: ping} of a demo's output."""
+    found = re.findall(r"(?m)^(\w+): hook .*\n(?:  .*\n)*?  left ((?:.+\n)+)", out)
+    return {name: json.loads(" ".join(body.split())) for name, body in found}
+
+
+def test_demo_shows_what_leaves_and_what_stays(home: Home) -> None:
+    """The demo shows the exact JSON that left for a failed tool and a turn, with the
+    turn's tokens; nothing that was said, done or where is in it. What was handed over
+    is shown field by field; what did not leave is marked, and a sentence under it says
+    what each mark means. No setting of its user's changes it."""
+    ended = run(home, "demo", url=URL, TELEMHQ_TIMEOUT="no", TELEMHQ_PROJECT="x")
+    assert (ended.code, ended.err) == (0, "")
+    pings = pings_shown(ended.out)
+    assert list(pings) == ["PostToolUseFailure", "Stop"]
+    assert pings["PostToolUseFailure"]["status"] == "failed"
+    stop = pings["Stop"]
+    assert (stop["model"], stop["total_tokens"]) == ("claude-opus-5-5", 44462)
+    assert (stop["project"], "usage_complete" in stop) == ("acme", False)
+    for content in "hunter2", "deploy", "/home/you":
+        assert content not in json.dumps(pings)
+    out = " ".join(ended.out.split())
+    for words in (
+        'tool_input: ~~{"command": "./deploy --password hunter2"}~~ error:',
+        'cwd: ~~"/home/you/acme"~~ # ',
+        'last_assistant_message: ~~"The password is hunter2."~~ = left',
+        'tool_name: "Bash" ',
+        "~~: it stayed here. Of # only a hash has left, of = only the length.",
+    ):
+        assert words in out
+    assert out.endswith("To install it: python3 telemhq_ping.py install")
+
+
+@pytest.mark.parametrize("columns, most", [(80, 40), (60, 60)])
+def test_demo_fits_the_terminal(home: Home, columns: int, most: int) -> None:
+    """It fits 80 columns by 40 lines; at 60 columns lines break between words only."""
+    ended = run(home, "demo", COLUMNS=columns)
+    lines = ended.out.splitlines()
+    assert len(lines) <= most
+    assert max(map(len, lines)) <= columns
+    assert list(pings_shown(ended.out)) == ["PostToolUseFailure", "Stop"]
+    words = set(ended.out.split())
+    assert {
+        '"last_assistant_message_chars":',
+        '"cache_creation_input_tokens":',
+    } <= words
+
+
+def test_demo_tells_real_times(home: Home) -> None:
+    """Its milliseconds are those that passed: a hook that takes half a second says
+    so."""
+    slow = home.path / "slow"
+    slow.write_text(f'#!/bin/sh\nsleep 0.5\nexec {sys.executable} "$@"\n')
+    slow.chmod(0o755)
+    code = (
+        f"import sys; sys.executable = {str(slow)!r}; sys.path.insert(0, sys.argv[1])\n"
+        "import telemhq_ping as t; sys.exit(t.main(['demo']))"
+    )
+    out = subprocess.check_output(
+        [sys.executable, "-c", code, str(SCRIPT.parent)], env=home.env()
+    ).decode()
+    times = re.findall(r"hook (\d+) ms, all (\d+) ms", out)
+    assert len(times) == 2
+    assert all(500 < int(hook) < int(there) < 10000 for hook, there in times)
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_demo_has_colours_at_a_terminal_only(home: Home, no_color: str) -> None:
+    """At a terminal what stays home is struck out by the terminal, unless NO_COLOR is
+    set; elsewhere there is no escape sequence. Nothing is left behind."""
+    before = tree(home.path)
+    env = {"NO_COLOR": no_color, "TMPDIR": str(home.project)}
+    code, out = on_a_terminal(home, b"", "demo", **env)
+    assert code == 0
+    assert tree(home.path) == before
+    home.quiet(3)
+    assert ("\x1b[9;2m" in out) == (not no_color)
+    assert ("~~" in out) == bool(no_color)
+    assert ("Struck out: it stayed" in out) == (not no_color)
+
+
+# -- preview -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Stop", "PostToolUseFailure-Bash"])
+def test_preview_prints_the_ping_that_the_hook_sends(
+    home: Home, receiver: Receiver, name: str
+) -> None:
+    """preview prints what the hook sends for the same event, but for id and time; the
+    settings' variables shape it as they do there. It says that tokens come later."""
+    env: dict[str, Any] = {"TELEMHQ_PROJECT": "set", "TELEMHQ_HASH_KEY": "k"}
+    write_settings(home, {"env": env})
+    sent = json.dumps(event(name)).encode()
+    ended = run(home, "preview", sent=sent, url=receiver.url)
+    assert receiver.requests == []
+    home.hook(sent, receiver.url, **env, TELEMHQ_USAGE=0)
+    shown, ping = json.loads(ended.out), receiver.wait_for(1)[0]
+    for found in shown, ping:
+        del found["event_id"], found["timestamp"]
+    assert shown == ping
+    assert ("Tokens are added later" in ended.err) == (name == "Stop")
+
+
+def test_preview_has_samples(home: Home) -> None:
+    """`preview Stop` shows the ping of a built-in sample, without any URL set, and
+    writes nothing."""
+    ended = run(home, "preview", "Stop")
+    assert (ended.code, json.loads(ended.out)["event"]) == (0, "Stop")
+    assert not (home.path / ".claude").exists()
+
+
+def test_preview_at_a_terminal_says_that_it_waits(home: Home) -> None:
+    """At a terminal preview says that it waits for an event, and how to end it."""
+    terminal = Terminal(home, "preview")
+    terminal.answer("Paste an event", '{"hook_event_name": "Stop"}\n\x04')
+    code, out = terminal.end()
+    assert code == 0
+    assert "Ctrl-D" in out
+    assert '"event": "Stop"' in out
+
+
+@pytest.mark.parametrize("raw", ["", "{", "[1]", "no JSON", '{"hook_event_name": "x"}'])
+def test_preview_says_plainly_when_that_is_no_event(home: Home, raw: str) -> None:
+    """What is no event gets a sentence, and exit status 1; so does a closed stdin."""
+    ended = run(home, "preview", sent=raw.encode())
+    assert (ended.code, ended.out) == (1, "")
+    said = "the event has no name" if "x" in raw else "stdin held no JSON object"
+    assert said in ended.err
+    done = subprocess.run(
+        ["/bin/sh", "-c", f"'{sys.executable}' '{SCRIPT}' preview <&-"],
+        env=home.env(),
+        capture_output=True,
+    )
+    assert done.returncode == 1
+    assert b"stdin held no JSON object" in done.stderr
+
+
+TRACKERS = ["telemhq", "wigtoken", "recorder", "otlp", "claude-metrics"]
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_preview_of_a_tracker_before_it_is_set_up(home: Home, name: str) -> None:
+    """What a tracker would get is shown before its variables are set, with
+    placeholders, which are said to be ones; in any event one of them gets something."""
+    shown = []
+    for kind in ("SessionStart", "Stop", "SessionEnd"):
+        ended = run(home, "preview", kind, "--destination", name)
+        assert ended.code == 0, ended.err
+        shown.append(ended.out)
+        assert "shown with placeholders" in ended.err
+    (first, *_) = [out for out in shown if out.startswith("POST")]
+    assert "\nContent-Type: application/json\n" in first
+
+
+def test_preview_shows_no_secret_of_a_tracker(home: Home) -> None:
+    """No token is shown, and no path of an endpoint: it may hold one. A tracker that is
+    none is named, with those that there are."""
+    env: dict[str, Any] = {
+        "TELEMHQ_OTLP_ENDPOINT": f"https://otlp.test/{TOKEN}",
+        "TELEMHQ_OTLP_HEADERS": f"X-Key={TOKEN}",
+    }
+    ended = run(home, "preview", "Stop", "--destination", "otlp", **env)
+    assert ended.out.startswith("POST https://otlp.test/...\nX-Key: ...\n")
+    assert "placeholders" not in ended.err
+    ended = run(home, "preview", "Stop", "--destination", "nobody")
+    assert ended.code == 1
+    assert f"there is no tracker nobody; there are: {', '.join(TRACKERS)}" in ended.err
+
+
+# -- A hook by hand ----------------------------------------------------------------
+
+
+def by_hand(home: Home, **env: Any) -> str:
+    """What the README's debug command says."""
+    return home.hook(event("Stop"), imported=False, **env).stderr.decode()
+
+
+def test_a_hook_by_hand_takes_the_settings_url(home: Home, receiver: Receiver) -> None:
+    """By hand, without a URL in the shell, a hook in debug mode says which settings
+    file has it, and takes it; the shell's own goes before it. Run by Claude Code, or
+    not in debug mode, it looks at no settings file."""
+    write_settings(home, {"env": {"TELEMHQ_PING_URL": receiver.url}})
+    said = by_hand(home, TELEMHQ_HOOK_DEBUG=1)
+    assert "TELEMHQ_PING_URL is from ~/.claude/settings.json" in said
+    assert "HTTP 200" in said
+    assert len(receiver.pings) == 1
+    assert by_hand(home) == ""
+    said = by_hand(home, TELEMHQ_HOOK_DEBUG=1, CLAUDE_PROJECT_DIR=home.project)
+    assert "TELEMHQ_PING_URL is not set" in said
+    with Receiver() as other:
+        by_hand(home, TELEMHQ_HOOK_DEBUG=1, url=other.url)
+        assert len(other.pings) == 1
+    home.quiet()
+    assert len(receiver.pings) == 1
+
+
+def test_a_hook_by_hand_never_fails(home: Home) -> None:
+    """Without a home it is the hook all the same: exit 0."""
+    done = home.hook(event("Stop"), imported=False, TELEMHQ_HOOK_DEBUG=1, HOME="")
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert b"Traceback" not in done.stderr
+
+
+# -- flush -------------------------------------------------------------------------
+
+
+def test_flush_delivers_what_waits(home: Home, receiver: Receiver) -> None:
+    """flush sends everything, oldest first, in spite of a back-off, to the URL that the
+    settings have, and says so."""
+    write_settings(home, {"env": {"TELEMHQ_PING_URL": receiver.url}})
+    sent = place(home, receiver.url, 5, 100)
+    now = time.time()
+    home.set_state(failures=3, set_at=now, not_before=now + 3600)
+    ended = run(home, "flush")
+    assert ended.code == 0, ended.err
+    assert [ping["event_id"] for ping in receiver.pings] == sent
+    assert ended.out.endswith("5 delivered, 0 left.\n")
+    assert home.waiting() == []
+
+
+def test_flush_with_nothing_to_do(home: Home, receiver: Receiver) -> None:
+    """An empty outbox is fine: exit 0, no request, no file written."""
+    ended = run(home, "flush", url=receiver.url)
+    assert (ended.code, ended.out) == (0, "0 delivered, 0 left.\n")
+    assert receiver.requests == []
+    assert not home.state.exists()
+
+
+FAILURES = {
+    0: "Connection refused: is TELEMHQ_PING_URL right, is there a network?",
+    404: "404: is the URL in TELEMHQ_PING_URL right, is it there?",
+    429: "429: it is busy; sent again later",
+    500: "500: it has a problem of its own; sent again later",
+}
+
+
+@pytest.mark.parametrize("status", FAILURES)
+def test_flush_says_why_pings_are_left(home: Home, status: int) -> None:
+    """Nothing is lost: exit 1, how many are left, and what the answer means, in no word
+    of the inside."""
+    with Receiver(status or 200) as receiver:
+        url = receiver.url if status else dead_url()
+        place(home, url, 3)
+        ended = run(home, "flush", url=url)
+    assert ended.code == 1
+    assert f"telemhq: {FAILURES[status]}\n0 delivered, 3 left." in ended.out
+    assert ", kept\n" in ended.out
+    assert not re.search(r"hold|not now|retry", ended.out)
+    assert len(home.waiting()) == 3
+
+
+def test_flush_counts_refused_pings_apart(home: Home) -> None:
+    """A ping that the tracker refuses is not called delivered."""
+    with Receiver() as receiver:
+        receiver.answer = lambda _: 422 if len(receiver.requests) == 1 else 200
+        place(home, receiver.url, 2)
+        ended = run(home, "flush", url=receiver.url)
+    assert ended.code == 0
+    assert "1 delivered, 0 left" in ended.out
+    assert "refused" in ended.out
+
+
+def test_flush_without_a_url_says_what_to_do(home: Home) -> None:
+    """Without a URL it says what is missing; with the plugin alone, that Claude Code
+    has it, and what to do."""
+    ended = run(home, "flush")
+    assert ended.code == 1
+    assert "TELEMHQ_PING_URL is not set" in ended.err
+    write_settings(home, {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}})
+    ended = run(home, "flush")
+    assert ended.code == 1
+    assert "only Claude Code knows the plugin's URL" in ended.err
+    assert "TELEMHQ_PING_URL=URL telemhq_ping.py flush" in ended.err
+
+
+def test_flush_waits_for_a_sender(home: Home) -> None:
+    """While a sender is at work flush waits; the ping is sent once."""
+
+    def answer(_: object) -> int:
+        time.sleep(1)
+        return 200
+
+    with Receiver(answer) as receiver:
+        home.hook(event("Stop"), receiver.url)
+        receiver.wait_for(1)
+        ended = run(home, "flush", url=receiver.url)
+        home.quiet()
+        assert ended.code == 0
+        assert len(receiver.requests) == 1
+
+
+# -- flush --adopt -----------------------------------------------------------------
+
+
+@pytest.mark.fault(34)
+@pytest.mark.parametrize("how", ["asked", "--yes"])
+def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None:
+    """--adopt shows how many pings it would move, whose, how old, from which directory
+    to which and whose host; asks; then moves and sends them. --yes asks nothing."""
+    place(home, dead_url(), 1)
+    other = home.waiting()[0].parent.parent
+    other.rename(other.with_name("otlp-0123456789ab"))  # stays where it is
+    sent = place(home, dead_url(), 2, 400) + place(home, receiver.url, 1)
+    former, *_, present = [path.parent.parent.name for path in home.waiting()]
+    if how == "asked":
+        terminal = Terminal(home, "flush", "--adopt", TELEMHQ_PING_URL=receiver.url)
+        terminal.answer("Move them? [y/N] ", "y\n")
+        code, out = terminal.end()
+    else:
+        ended = run(home, "flush", "--adopt", "--yes", url=receiver.url)
+        code, out = ended.code, ended.out
+    assert code == 0
+    assert "2 pings of api wait, the oldest for 6 min\n" in out
+    host = f"http://127.0.0.1:{receiver.port}"
+    assert f"\n  from {former} to {present}, {host}\n" in out
+    assert [ping["event_id"] for ping in receiver.pings] == sent
+    assert [path.parent.parent.name[:4] for path in home.waiting()] == ["otlp"]
+    assert "3 delivered, 0 left." in out
+
+
+@pytest.mark.fault(34)
+def test_nothing_is_moved_without_a_yes(home: Home, receiver: Receiver) -> None:
+    """Pings of a former URL never go to the new one by themselves: not by flush, nor
+    where nobody can be asked, nor after a no."""
+    place(home, dead_url(), 2)
+    before = home.waiting()
+    assert run(home, "flush", url=receiver.url).code == 0
+    ended = run(home, "flush", "--adopt", url=receiver.url)
+    assert ended.code == 1
+    assert "nothing was moved; `flush --adopt --yes` does not ask" in ended.err
+    code, out = on_a_terminal(
+        home, b"n\n", "flush", "--adopt", TELEMHQ_PING_URL=receiver.url
+    )
+    assert code == 1
+    assert "nothing was moved" in out
+    assert home.waiting() == before
+    assert receiver.requests == []
+
+
+def test_adopt_leaves_a_sender_at_work_alone(home: Home, receiver: Receiver) -> None:
+    """While a sender of the former URL is at work, --adopt moves nothing: exit 1."""
+    place(home, dead_url(), 1)
+    with open(str(home.waiting()[0].parent.parent / "lock"), "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ended = run(home, "flush", "--adopt", "--yes", url=receiver.url)
+    assert ended.code == 1
+    assert "a sender is at work in ~/.claude/telemhq/telemhq-" in ended.err
+    assert receiver.requests == []
+    assert len(home.waiting()) == 1
