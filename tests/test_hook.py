@@ -28,7 +28,6 @@ from support import (
     hook_command,
     need_cpython,
     pythons,
-    sender_command,
     wait_until,
 )
 
@@ -262,14 +261,14 @@ def test_stdin_is_read_to_its_end(home: Home, url: str | None) -> None:
 
 @pytest.mark.fault(10)
 @pytest.mark.parametrize("debug", ["", "1"])
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_descriptors_are_survived(
     home: Home, receiver: Receiver, closed: str, debug: str
 ) -> None:
     """stdin, stdout or stderr closed by the parent: exit 0, and the ping arrives; no
     file of ours is taken for one of them."""
     done = subprocess.run(
-        ["/bin/sh", "-c", f"exec {sys.executable} -I -S {SCRIPT} {closed}"],
+        ["/bin/sh", "-c", f"{hook_command()[2]} {closed}"],
         input=STOP,
         capture_output=True,
         timeout=30,
@@ -357,14 +356,6 @@ def test_a_hook_killed_with_all_its_descendants_loses_nothing(
     assert committed < {ping["event_id"] for ping in receiver.pings}
 
 
-@pytest.mark.parametrize("arguments", ["x", "detached", "detached 99 x", "once -1 .."])
-def test_a_sender_started_by_hand_is_silent(home: Home, arguments: str) -> None:
-    """It exits with 0, whatever nonsense its arguments are."""
-    command, env = sender_command(*arguments.split()), home.env(NOWHERE)
-    done = subprocess.run(command, capture_output=True, env=env, timeout=30)
-    assert outcome(done) == SILENT
-
-
 # -- Debug mode, foreground ------------------------------------------------------------
 
 
@@ -394,18 +385,15 @@ def test_debug_mode_tells_where_the_ping_went_and_what_came_of_it(
     assert len(home.waiting()) == (status != 200)
 
 
-def test_debug_mode_ignores_a_back_off_and_says_so(
-    home: Home, receiver: Receiver
-) -> None:
+def test_debug_mode_ignores_a_back_off_and_says_so(home: Home) -> None:
     """A dead tracker is named; the next attempt is made at once, with a line about the
     back-off that stands."""
     url = dead_url()
-    assert [line for line in debug(home, url) if "refused" in line.lower()]
-    assert len(home.waiting()) == 1
-    lines = debug(home, url)
-    assert [line for line in lines if "back-off" in line]
-    assert [line for line in lines if "refused" in line.lower()]
-    assert receiver.requests == []
+    assert "refused" in " ".join(debug(home, url)).lower()
+    told = " ".join(debug(home, url)).lower()
+    assert "back-off" in told
+    assert "refused" in told
+    assert len(home.waiting()) == 2
 
 
 @pytest.mark.parametrize(
