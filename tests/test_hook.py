@@ -214,11 +214,7 @@ def test_no_expensive_module_is_imported_in_the_hook(home: Home, python: str) ->
 @pytest.mark.parametrize("python", pythons(6, 8), ids=short)
 def test_an_old_python_does_nothing_and_blocks_nothing(home: Home, python: str) -> None:
     """3.7 is silent; 3.6 cannot compile the script, and says so on stderr only."""
-    command = f"{python} -I -S '{SCRIPT}' || true"
-    env = home.env(NOWHERE)
-    done = subprocess.run(
-        ["/bin/sh", "-c", command], input=STOP, capture_output=True, env=env, timeout=30
-    )
+    done = home.shell(f"{python} -I -S '{SCRIPT}' || true", STOP, NOWHERE)
     assert (done.returncode, done.stdout) == (0, b"")
     assert done.stderr == b"" or python == pythons(6, 8)[0]
     assert not home.state.exists()
@@ -267,14 +263,8 @@ def test_closed_descriptors_are_survived(
 ) -> None:
     """stdin, stdout or stderr closed by the parent: exit 0, and the ping arrives; no
     file of ours is taken for one of them."""
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"{hook_command()[2]} {closed}"],
-        input=STOP,
-        capture_output=True,
-        timeout=30,
-        env=home.env(receiver.url, TELEMHQ_HOOK_DEBUG=debug),
-        cwd=str(home.project),
-    )
+    line = f"{hook_command()[2]} {closed}"
+    done = home.shell(line, STOP, receiver.url, TELEMHQ_HOOK_DEBUG=debug)
     assert (done.returncode, done.stdout) == (0, b"")
     assert done.stderr == b"" or (debug and "2>&-" not in closed)
     if "<&-" not in closed:

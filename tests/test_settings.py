@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from types import ModuleType
 from typing import Any
@@ -299,7 +298,8 @@ def test_the_documented_commands_work(
         shutil.copy(str(SCRIPT), str(hooks))
     before = set(home.path.rglob("*"))
     for name in ("Stop", "StopFailure", "SessionEnd-other"):
-        assert run(home, command, event(name), receiver.url) == SILENT
+        done = home.shell(command, event(name), receiver.url)
+        assert (done.returncode, done.stdout, done.stderr) == SILENT
     events = {ping["event"] for ping in receiver.wait_for(3)}
     assert events == {"Stop", "StopFailure", "SessionEnd"}
     home.quiet()
@@ -316,19 +316,6 @@ def test_a_missing_script_does_not_block_claude_code(home: Home) -> None:
     (home.path / ".claude" / "hooks").mkdir(parents=True)
     hooks = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]
     for command in {entry["hooks"][0]["command"] for (entry,) in hooks.values()}:
-        assert run(home, command, {}, dead_url())[0] == 0
-        assert run(home, command.replace(" || true", ""), {}, dead_url())[0] == 2
-
-
-def run(home: Home, command: str, sent: Any, url: str) -> tuple[int, bytes, bytes]:
-    """A command as Claude Code runs it: exit status, stdout, stderr."""
-    done = subprocess.run(
-        ["/bin/sh", "-c", command],
-        input=json.dumps(sent).encode(),
-        capture_output=True,
-        env=home.env(url),
-        cwd=str(home.project),
-        start_new_session=True,
-        timeout=30,
-    )
-    return done.returncode, done.stdout, done.stderr
+        assert home.shell(command, {}, dead_url()).returncode == 0
+        vetoes = command.replace(" || true", "")
+        assert home.shell(vetoes, {}, dead_url()).returncode == 2

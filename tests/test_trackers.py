@@ -465,34 +465,6 @@ def fleet(home: Home, script: ModuleType) -> Iterator[Callable[..., Fleet]]:
         found.close()
 
 
-def test_debug_tells_of_each(fleet: Callable[..., Fleet]) -> None:
-    """What is wrong with one, and what became of the ping at the others. Where nothing
-    is usable, each name's own reason; nothing is written."""
-    found = fleet("telemhq", "otlp")
-    for text in (b"recoder", b"WIGTOKEN_SERVER is not set"):
-        named: dict[str, Any] = {"TELEMHQ_DESTINATIONS": "wigtoken,recoder"}
-        found.hook("Stop", text, TELEMHQ_HOOK_DEBUG=1, **named)
-        assert not found.home.state.exists()
-    named = {"TELEMHQ_DESTINATIONS": "telemhq,otlp,wigtoken"}
-    found.hook("Stop", b"WIGTOKEN_SERVER", TELEMHQ_HOOK_DEBUG=1, **named)
-    for place in found.places.values():
-        assert len(place.requests) == 1
-
-
-def test_who_wants_nothing_of_an_event_is_left_alone(
-    fleet: Callable[..., Fleet],
-) -> None:
-    """No outbox, no request: Recorder has no use for a tool, nor for a project without
-    a prefix."""
-    found = fleet("recorder", "telemhq")
-    found.hook("PostToolUse-Bash")
-    found.hook("SessionEnd-other", RECORDER_PREFIX="")
-    found.places["telemhq"].wait_for(2)
-    found.home.quiet()
-    assert not found.base("recorder").exists()
-    assert found.places["recorder"].requests == []
-
-
 def test_one_start_is_all_a_hook_waits_for(fleet: Callable[..., Fleet]) -> None:
     """However many the destinations are: with a lock for each, all held; no URL and no
     secret is in a process's arguments."""
