@@ -2469,11 +2469,8 @@ class Charge:
         """Of a fork: the last ledger in its parent's file before any answer that was
         not copied, which is what the client goes on from (none there: it begins anew);
         [] when nobody knows. key: of the last answer that was copied."""
-        directory, found, copied = (
-            os.path.dirname(self.account.transcript),
-            NO_LEDGER,
-            False,
-        )
+        found, copied = NO_LEDGER, False
+        directory = os.path.dirname(self.account.transcript)
         path = os.path.join(directory, session + ".jsonl")
         try:
             for row in Transcript().rows(path, self.reading.ends):
@@ -4870,7 +4867,8 @@ def report(options: Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
     elif not found:
-        print(NOTHING if not options.days else "Nothing was delivered in that time.")
+        some = any(map(deliveries, kept))
+        print("No turn, tool or token was delivered then." if some else NOTHING)
     return 0
 
 

@@ -551,7 +551,7 @@ def test_doctor_waits_no_longer_than_a_sender(home: Home) -> None:
             time.sleep(0.2)
 
     with Wire(drip) as wire:
-        set_up(home, wire.url, "true telemhq_ping.py")
+        write_settings(home, {"env": {"TELEMHQ_PING_URL": wire.url}})
         begun = time.monotonic()
         bad = diagnosis(home, TELEMHQ_TIMEOUT="1")[2]
         assert 3 < time.monotonic() - begun < 8

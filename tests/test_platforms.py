@@ -139,9 +139,9 @@ def test_a_minimal_python_keeps_the_ping(
     env: dict[str, Any] = {"TELEMHQ_HOOK_DEBUG": "1"} if debug else {}
     done = patched(home, MINIMAL, *how, url=receiver.url, **env)
     assert (done.returncode, done.stdout) == (0, b"")
-    assert (b"this Python lacks the module" in done.stderr) == debug
+    assert (b"urllib" in done.stderr) == debug
     state = home.state_json()
-    assert "this Python lacks the module " in json.dumps(state["problem"])
+    assert "urllib" in json.dumps(state["problem"])
     assert [charges for charges, _ in state["suspects"].values()] == [0]  # none blamed
     assert len(home.waiting()) == 1
     home.set_state()

@@ -299,21 +299,16 @@ def test_a_home_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
 # -- What install says, and asks -------------------------------------------------
 
 
-def test_install_needs_a_terminal_or_yes(home: Home) -> None:
-    """Where nobody can be asked install refuses: no word of a person, no change."""
+def test_dry_run_says_all_and_changes_nothing(home: Home) -> None:
+    """--dry-run names the script, the lines that change and no others (of the URL its
+    host alone), the backup, and that others can read the file; and changes nothing. Nor
+    does install where nobody can be asked."""
+    path = write_settings(home, {"model": "opus", "env": {"A": "1", "KEY": "hidden"}})
+    path.chmod(0o644)
     before = tree(home.path)
     ended = run(home, "install", "--url", URL)
     assert (ended.code, ended.out) == (1, "")
     assert "--yes, or --dry-run" in ended.err
-    assert tree(home.path) == before
-
-
-def test_dry_run_says_all_and_changes_nothing(home: Home) -> None:
-    """--dry-run names the script, the lines that change and no others (of the URL its
-    host alone), the backup, and that others can read the file; and changes nothing."""
-    path = write_settings(home, {"model": "opus", "env": {"A": "1", "KEY": "hidden"}})
-    path.chmod(0o644)
-    before = tree(home.path)
     ended = run(home, "install", "--url", URL, "--tools", "--dry-run")
     assert ended.code == 0
     said = ended.out.splitlines()
@@ -474,18 +469,12 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     padding = "x" * (size + 2000)
     write_settings(home, {"model": padding} if fails != "script" else {})
     most = {"script": 5000, "backup": size + 1000, "settings": size + 2100}[fails]
-    before = tree(home.path)
-
-    def limit() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
+    before, resource = tree(home.path), pytest.importorskip("resource")
     done = subprocess.run(
         script_command("install", "--yes", "--url", URL),
         env=home.env(),
         cwd=str(home.project),
-        preexec_fn=limit,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
         capture_output=True,
         stdin=subprocess.DEVNULL,
     )
@@ -544,52 +533,34 @@ THEIR_SETTINGS = {"hooks": {"Stop": [THEIR_HOOK], "StopFailure": [THEIR_HOOK]}}
 THEIR_SCRIPT = "#!/usr/bin/env python3\nprint('the sample of the documentation')\n"
 
 
-@pytest.fixture
-def documented(home: Home) -> Home:
-    """A HOME with TelemHQ's own settings block and script."""
+def test_telemhqs_own_set_up_comes_back(home: Home) -> None:
+    """Where another script stands under our name, uninstall leaves it and its hooks.
+    install says that it is replaced, and where it is kept. After upgrades and uninstall
+    that set-up is as it was, byte for byte and mode for mode; where a person has
+    changed the settings since, their commands come back in their places."""
     write_settings(home, THEIR_SETTINGS)
     installed(home).parent.mkdir()
     installed(home).write_text(THEIR_SCRIPT)
     installed(home).chmod(0o755)
-    return home
-
-
-def test_telemhqs_own_set_up_comes_back(documented: Home) -> None:
-    """install says that TelemHQ's script is replaced, and where it is kept. After
-    upgrades and uninstall that set-up is as it was, byte for byte and mode for mode."""
-    before = tree(documented.path)
-    ended = install(documented, "--url", URL)
-    kept = installed(documented).with_name("telemhq_ping.py.telemhq-backup")
+    before = tree(home.path)
+    ended = uninstall(home)
+    assert ended.code == 1
+    assert "~/.claude/hooks/telemhq_ping.py is not this script" in ended.err
+    assert tree(home.path) == before
+    ended = install(home, "--url", URL)
+    kept = installed(home).with_name("telemhq_ping.py.telemhq-backup")
     assert "hooks/telemhq_ping.py will be replaced: it is another script" in ended.out
     assert "~/.claude/hooks/" + kept.name in ended.out
     assert kept.read_text() == THEIR_SCRIPT
-    install(documented, "--url", URL + "X", "--tools")
-    ended = uninstall(documented)
-    assert ended.code == 0
+    install(home, "--url", URL + "X", "--tools")
+    ended = uninstall(home)
     assert "telemhq_ping.py, and the one from before install comes back" in ended.out
-    assert tree(documented.path) == before
-
-
-def test_their_commands_come_back_among_later_changes(documented: Home) -> None:
-    """Where a person has changed the settings since, the commands from before install
-    come back in their places, and the changes stay."""
-    install(documented, "--url", URL)
-    found = read(settings_path(documented))
-    write_settings(documented, {**found, "model": "opus"})
-    uninstall(documented)
-    expected = {**THEIR_SETTINGS, "model": "opus"}
-    assert read(settings_path(documented)) == expected
-    assert installed(documented).read_text() == THEIR_SCRIPT
-
-
-def test_uninstall_without_install_leaves_their_script(documented: Home) -> None:
-    """Where another script stands under our name it is not ours to remove, and neither
-    are its hooks."""
-    before = tree(documented.path)
-    ended = uninstall(documented)
-    assert ended.code == 1
-    assert "~/.claude/hooks/telemhq_ping.py is not this script" in ended.err
-    assert tree(documented.path) == before
+    assert tree(home.path) == before
+    install(home, "--url", URL)
+    write_settings(home, {**read(settings_path(home)), "model": "opus"})
+    uninstall(home)
+    assert read(settings_path(home)) == {**THEIR_SETTINGS, "model": "opus"}
+    assert installed(home).read_text() == THEIR_SCRIPT
 
 
 def test_uninstall_leaves_no_command_without_its_script(home: Home) -> None:
