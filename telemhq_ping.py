@@ -2448,10 +2448,10 @@ class Charge:
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
+        if account.parent and not account.baseline:  # soon, for the parent may go on
+            account.baseline = self.parents_ledger(*account.parent)
+        account.parent = []
         if self.event in ("SessionEnd", "SessionLost"):
-            if account.parent and not account.baseline:
-                account.baseline = self.parents_ledger(*account.parent)
-                account.parent = []
             lost = self.event == "SessionLost"
             return lost or not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
