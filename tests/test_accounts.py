@@ -24,7 +24,6 @@ from transcripts import (
     iso,
     ledger,
     message,
-    priced,
     prompt,
     result,
     session,
@@ -351,7 +350,7 @@ def test_ledger_settles_what_is_in_no_row(session: Session, delivered: str) -> N
     assert sizes([first, second, end]) == [("Stop", 1), ("Stop", 2), ("SessionEnd", 12)]
     assert end["models"] == {
         OPUS: {**used(4), "cost_usd": cost_of({OPUS: 7})},
-        HAIKU: priced(8, HAIKU),
+        HAIKU: {**used(8), "cost_usd": cost_of({HAIKU: 8})},
     }
     lines = [end[name] for name in ("cost_usd", "lines_added", "lines_removed")]
     assert lines == [cost_of({OPUS: 7, HAIKU: 8}), 31, 12]
@@ -691,8 +690,8 @@ def test_each_ping_keeps_the_settings_of_its_hook(session: Session) -> None:
 # A sender that opens a transcript dies.
 DEADLY = """
 real = os.open
-def deadly(path, *arguments, **keywords):
-    return os._exit(7) if "/projects/" in str(path) else real(path, *arguments, **keywords)
+def deadly(path, *arguments):
+    return os._exit(7) if "/projects/" in str(path) else real(path, *arguments)
 os.open = deadly
 """
 

@@ -152,7 +152,6 @@ def play_failing_runs(world: World) -> None:
         world.settle()
 
 
-@pytest.mark.alone  # its shell has 15 ms: no other test may delay it
 def test_a_failing_run_says_so_before_it_ends(tmp_path: Any) -> None:
     """By the example's `trap`, StopFailure arrives although `claude -p` sends its hook
     a SIGTERM after some 15 ms, before Python is up."""
