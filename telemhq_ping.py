@@ -4338,7 +4338,8 @@ class Installation:
         elif self.script.raw != self.source:
             print(f"{script} will be this script, version {__version__}.")
         if self.changes:
-            print(f"{shown(file.path)} will change:")
+            how = "be made" if file.raw is None else "change"
+            print(f"{shown(file.path)} will {how}:")
             print_changes(file.text if file.raw else "", self.text)
         if self.changes and os.path.islink(file.path):
             print(f"It is a link: what changes is {shown(file.real)}")
@@ -4521,6 +4522,7 @@ def uninstall(options: Namespace) -> int:
         if not options.yes and not (at_a_terminal() and ask("Remove it?")):
             raise Skipped("nothing was changed; with --yes it is removed")
         removal.carry_out()
+        print("Removed.")
     return 0
 
 
