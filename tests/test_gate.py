@@ -21,8 +21,6 @@ from support import (
     Home,
     Receiver,
     event,
-    only_enqueue,
-    ping_name,
 )
 
 NS = 1700000000 * 10**9 + 123456789  # 2023-11-14T22:13:20.123Z
@@ -542,21 +540,3 @@ def test_nothing_that_was_said_leaves_the_process_or_lies_on_disk(
     assert sum(ping.get("total_tokens", 0) for ping in receiver.pings) > 0
     for path in home.state.rglob("*"):
         assert path.is_dir() or b"canary" not in path.read_bytes().lower(), path
-
-
-def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(
-    home: Home, receiver: Receiver, script: ModuleType
-) -> None:
-    """Every body comes out of the gate, also when a ping's file was changed on disk."""
-    path = only_enqueue(home, receiver.url, event("Stop"))
-    record = json.loads(path.read_text("utf-8"))
-    path.unlink()
-    record["ping"].update(event_id="f" * 32, prompt="CANARY", tools="CANARY")
-    record["ping"].update(model=["CANARY"], error="CANARY text", cost_usd="CANARY")
-    changed = path.with_name(ping_name(NS, record["ping"]))
-    changed.write_text(json.dumps(record))
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(2)
-    (request,) = [r for r in receiver.requests if r.ping["event_id"] == "f" * 32]
-    assert set(request.ping) <= set(script.GATE)
-    assert b"CANARY" not in request.body
