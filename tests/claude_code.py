@@ -64,12 +64,8 @@ def dripping(word: str) -> dict[str, Any]:
 
 def tool(name: str, **tool_input: object) -> dict[str, Any]:
     """A tool_use block of an answer: the client really runs it."""
-    return {
-        "type": "tool_use",
-        "id": _random_id("toolu"),
-        "name": name,
-        "input": tool_input,
-    }
+    known = {"type": "tool_use", "id": _random_id("toolu")}
+    return {**known, "name": name, "input": tool_input}
 
 
 def slow(seconds: float, *blocks: dict[str, Any]) -> Callable[[], list[dict[str, Any]]]:
@@ -97,8 +93,7 @@ class Api(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 - a name that http.server gives
 
     def do_POST(self) -> None:
-        length = int(self.headers.get("Content-Length") or 0)
-        body = self.rfile.read(length)
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not self.path.startswith("/v1/messages?"):
             self.send("application/json", b"{}")
             return
@@ -110,9 +105,8 @@ class Api(http.server.BaseHTTPRequestHandler):
             found = json.dumps({"type": "error", "error": error}).encode()
             self.send("application/json", found, answer)
             return
-        session_id = self.headers["X-Claude-Code-Session-Id"]
         with contextlib.suppress(OSError):
-            self.stream(session_id, asked["model"], answer)
+            self.stream(asked["model"], answer)
 
     def send(self, kind: str, body: bytes, status: int = 200) -> None:
         self.send_response(status)
@@ -121,34 +115,31 @@ class Api(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def stream(self, session_id: str, model: str, blocks: list[dict[str, Any]]) -> None:
-        message: dict[str, Any] = {
-            "id": _random_id("msg"),
-            "type": "message",
-            "content": [],
-            "role": "assistant",
-            "model": model,
-            "stop_reason": None,
-            "stop_sequence": None,
-        }
-        counts = _counts()
-        begun = dict(counts, output_tokens=1)
-        begun.pop("output_tokens_details")
+    def stream(self, model: str, blocks: list[dict[str, Any]]) -> None:
+        message: dict[str, Any] = {"id": _random_id("msg"), "type": "message"}
+        message.update(role="assistant", model=model, content=[], stop_reason=None)
+        # Numbers that no wrong sum of them matches by chance.
+        numbers = {"input_tokens": 1000, "cache_read_input_tokens": 9000}
+        numbers.update(cache_creation_input_tokens=100, output_tokens=2000)
+        counts = {name: random.randrange(n // 9, n) for name, n in numbers.items()}
+        begun = {**counts, "output_tokens": 1}
+        thought = {"thinking_tokens": random.randrange(1, counts["output_tokens"])}
+        session_id = self.headers["X-Claude-Code-Session-Id"]
+        entry = {**begun, "session_id": session_id, "id": message["id"]}
+        entry["thinking_tokens"] = 0
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("request-id", _random_id("req"))
         self.end_headers()
-        self.tell("message_start", message=dict(message, usage=begun))
-        entry = dict(begun, session_id=session_id, id=message["id"], model=model)
-        entry["thinking_tokens"] = 0
+        self.tell("message_start", message={**message, "usage": begun})
         self.messages.bill.append(entry)
         for index, block in enumerate(blocks):
             self.block(index, block)
         used_tool = any(block["type"] == "tool_use" for block in blocks)
-        reason = "tool_use" if used_tool else "end_turn"
-        delta = {"stop_reason": reason, "stop_sequence": None}
-        self.tell("message_delta", delta=delta, usage=counts)
-        entry.update(counts.pop("output_tokens_details"), **counts)
+        delta = {"stop_reason": "tool_use" if used_tool else "end_turn"}
+        usage = {**counts, "output_tokens_details": thought}
+        self.tell("message_delta", delta=delta, usage=usage)
+        entry.update(counts, **thought)
         self.tell("message_stop")
 
     def block(self, index: int, block: dict[str, Any]) -> None:
@@ -158,7 +149,7 @@ class Api(http.server.BaseHTTPRequestHandler):
             pieces = re.findall(r"\S+\s*", block["text"]) if pause else [block["text"]]
             deltas = [{"type": "text_delta", "text": piece} for piece in pieces]
         else:
-            empty = dict(block, input={})
+            empty = {**block, "input": {}}
             found = json.dumps(block["input"])
             deltas = [{"type": "input_json_delta", "partial_json": found}]
         self.tell("content_block_start", index=index, content_block=empty)
@@ -168,7 +159,7 @@ class Api(http.server.BaseHTTPRequestHandler):
         self.tell("content_block_stop", index=index)
 
     def tell(self, kind: str, **fields: object) -> None:
-        found = json.dumps(dict(fields, type=kind))
+        found = json.dumps({**fields, "type": kind})
         self.wfile.write(f"event: {kind}\ndata: {found}\n\n".encode())
         self.wfile.flush()
 
@@ -202,7 +193,9 @@ class Messages:
             if message["role"] == "assistant":
                 said += 1
             elif message["role"] == "user":
-                words = _words(message["content"])
+                content = message["content"]
+                blocks = [text(content)] if isinstance(content, str) else content
+                words = " ".join(block.get("text", "") for block in blocks)
                 # A turn that failed and its successor come as one message.
                 last = max(self.script, key=words.rfind)
                 if last in words:
@@ -210,24 +203,6 @@ class Messages:
                     found = answers[min(said, len(answers) - 1)]
                     return found() if callable(found) else found
         return [text("CANARY_ASSISTANT has nothing to add")]
-
-
-def _words(content: Any) -> str:
-    """The text of a user message, without tool results."""
-    if isinstance(content, str):
-        return content
-    return " ".join(block.get("text", "") for block in content)
-
-
-def _counts() -> dict[str, Any]:
-    """The usage of one message: numbers that no wrong sum of them matches by chance."""
-    return {
-        "input_tokens": random.randrange(100, 1000),
-        "output_tokens": random.randrange(1000, 2000),
-        "cache_read_input_tokens": random.randrange(2000, 9000),
-        "cache_creation_input_tokens": random.randrange(10, 100),
-        "output_tokens_details": {"thinking_tokens": random.randrange(10, 1000)},
-    }
 
 
 # -- The world the client lives in ------------------------------------------------
@@ -296,24 +271,20 @@ class World:
         self.children.append(child)
         return child
 
-    def claude(self, prompt: str, *options: str) -> dict[str, Any]:
+    def claude(self, prompt: str, *options: str) -> Any:
         """One session of one prompt, `claude -p`; gives the client's own result."""
         begun = time.monotonic()
-        child = self.start("json", *options, prompt)
-        stdout, stderr = child.communicate()
+        stdout, stderr = self.start("json", *options, prompt).communicate()
         return self.ended(json.loads(stdout), stderr, time.monotonic() - begun)
 
     def talk(self, *prompts: str) -> dict[str, Any]:
         """One session of several turns; gives the client's own last result."""
         talk = Talk(self)
-        for prompt in prompts:
-            result = talk.say(prompt)
+        result = [talk.say(prompt) for prompt in prompts][-1]
         talk.end()
         return result
 
-    def ended(
-        self, result: dict[str, Any], stderr: bytes, seconds: float
-    ) -> dict[str, Any]:
+    def ended(self, result: Any, stderr: bytes, seconds: float) -> Any:
         """Keep what the client said about one run."""
         said = stderr.decode("utf-8", "replace")
         self.runs.append({"result": result, "stderr": said, "seconds": seconds})
@@ -356,11 +327,11 @@ class World:
         """What a test may want to know, as JSON."""
         requests = [
             {
-                "headers": dict(found.headers.items()),
-                "path": found.path,
-                "body": found.body.decode("latin-1"),
+                "headers": dict(r.headers.items()),
+                "path": r.path,
+                "body": r.body.decode(),
             }
-            for found in self.receiver.requests
+            for r in self.receiver.requests
         ]
         return {"requests": requests, "runs": self.runs, "bill": self.messages.bill}
 
@@ -409,23 +380,18 @@ class Terminal:
         name = f"telemhq-{os.getpid()}-{len(world.terminals)}"
         self.tmux = [shutil.which("tmux") or "tmux", "-L", name, "-f", os.devnull]
         self.answer_first_questions()
-        command = [client(), *options]
-        size = "-x", "120", "-y", "40"
-        told = "-P", "-F", "#{pane_pid} #{socket_path}"
-        begun = self.ask("new-session", "-d", *told, *size, *command)
+        told = "-P", "-F", "#{pane_pid} #{socket_path}", "-x", "120", "-y", "40"
+        begun = self.ask("new-session", "-d", *told, client(), *options)
         self.pid, self.socket = begun.strip().split(" ", 1)
         world.terminals.append(self)
         self.wait_for("\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT}")
 
     def answer_first_questions(self) -> None:
         """What the client keeps of someone who answered all that it asks at first."""
-        project = str(self.world.home.project)
-        kept = {
-            "hasCompletedOnboarding": True,
-            "theme": "dark",
-            "customApiKeyResponses": {"approved": [API_KEY[-20:]], "rejected": []},
-            "projects": {project: {"hasTrustDialogAccepted": True}},
-        }
+        trusted = {str(self.world.home.project): {"hasTrustDialogAccepted": True}}
+        kept = {"hasCompletedOnboarding": True, "theme": "dark", "projects": trusted}
+        approved = {"approved": [API_KEY[-20:]], "rejected": []}
+        kept["customApiKeyResponses"] = approved
         path = self.world.home.path / ".claude.json"
         known = json.loads(path.read_text("utf-8")) if path.exists() else {}
         path.write_text(json.dumps({**known, **kept}))
@@ -445,16 +411,7 @@ class Terminal:
 
     def wait_for(self, words: str) -> None:
         """Wait until the screen shows them."""
-        screen = [""]
-
-        def shown() -> bool:
-            screen[0] = self.ask("capture-pane", "-p")
-            return words in screen[0]
-
-        try:
-            wait_until(shown, SHOWN_S, every=0.1)
-        except AssertionError as error:
-            raise AssertionError(f"no {words!r}: {error}\n{screen[0]}") from None
+        wait_until(lambda: words in self.ask("capture-pane", "-p"), SHOWN_S, every=0.1)
 
     def press(self, key: str) -> None:
         """A key, by tmux's name of it."""
@@ -496,9 +453,7 @@ class Seen:
         self.home = path
         self.requests, self.runs = found["requests"], found["runs"]
         self.bill, self.told = found["bill"], found["told"]
-        self.pings = [
-            json.loads(request["body"].encode("latin-1")) for request in self.requests
-        ]
+        self.pings = [json.loads(request["body"]) for request in self.requests]
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row of every transcript, the subagents' among them."""
@@ -508,13 +463,13 @@ class Seen:
 
     def noticed(self) -> list[dict[str, Any]]:
         """The rows in which the client tells of a hook's error or output."""
-        found = []
-        for row in self.rows():
+
+        def tells(row: dict[str, Any]) -> bool:
             kind = (row.get("attachment") or {}).get("type", "")
             told = row.get("hookErrors") or row.get("hasOutput")
-            if told or kind.startswith("hook_"):
-                found.append(row)
-        return found
+            return bool(told) or kind.startswith("hook_")
+
+        return list(filter(tells, self.rows()))
 
     def state(self) -> dict[str, str]:
         """What every file that the script keeps holds, by path."""
@@ -566,13 +521,9 @@ def client() -> str:
 
 def need(command: list[str], why: str) -> None:
     """Skip the test, saying why, where a command does not work."""
+    no_input = subprocess.DEVNULL
     try:
-        tried = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=60,
-        )
+        tried = subprocess.run(command, stdin=no_input, capture_output=True, timeout=60)
         if tried.returncode == 0:
             return
         found = tried.stderr.decode("utf-8", "replace").strip()

@@ -2,10 +2,9 @@
 
 A message's size is a number n, and all its counts are multiples of it: sizes that are
 powers of two tell from a sum which messages are in it, and how often. Times are seconds
-after the session's begin, which comes a minute after the script was installed. Hooks
-and senders are forked from one interpreter (which saves starts), and their clock is set
-from outside: a sender that sleeps lets its clock go on, and what the client writes
-meanwhile is written when it gets there.
+after the session's begin, a minute after the script was installed. Hooks and senders
+are forked from one interpreter, and their clock is set from outside: a sender's sleep
+lets it go on, and what the client writes meanwhile is written when it gets there.
 """
 
 from __future__ import annotations
@@ -29,14 +28,9 @@ from support import ROOT, Home, Receiver, event
 
 OPUS, HAIKU = "claude-opus-5-5", "claude-haiku-5"
 PRICES = {OPUS: 1 / 64, HAIKU: 1 / 1024}  # of a message of size 1; floats add exactly
-MULTIPLES = {  # a ping's count: how many times the size of a message
-    "input_tokens": 1,
-    "output_tokens": 3,
-    "cached_input_tokens": 5,
-    "cache_creation_input_tokens": 7,
-    "reasoning_tokens": 2,
-    "total_tokens": 16,
-}
+NAMES = "input_tokens output_tokens cached_input_tokens cache_creation_input_tokens"
+TIMES = (1, 3, 5, 7, 2, 16)  # a ping's count: how many times the size of a message
+MULTIPLES = dict(zip(f"{NAMES} reasoning_tokens total_tokens".split(), TIMES))
 DAY_S = 86400.0
 Row = "dict[str, Any] | bytes"
 
@@ -140,11 +134,6 @@ def used(n: int) -> dict[str, Any]:
     return {name: n * times for name, times in MULTIPLES.items()}
 
 
-def priced(n: int, model: str = OPUS) -> dict[str, Any]:
-    """A model's counts and cost in a SessionEnd's `models`."""
-    return dict(used(n), cost_usd=n * PRICES[model])
-
-
 def size_of(ping: dict[str, Any]) -> Any:
     """The size that a ping charges, None when it has no usage."""
     found = {name: ping[name] for name in MULTIPLES if name in ping}
@@ -218,17 +207,13 @@ def cost_of(sizes: dict[str, int]) -> float:
 
 def ledger(sizes: dict[str, int], lines: tuple[int, int] = (0, 0)) -> dict[str, Any]:
     """A `cost-state` row: the client's own sums since the session's begin."""
-    models = {
-        model: {
-            "inputTokens": n,
-            "outputTokens": 3 * n,
-            "cacheReadInputTokens": 5 * n,
-            "cacheCreationInputTokens": 7 * n,
-            "thinkingTokens": 2 * n,
-            "costUSD": n * PRICES.get(model, 0),
+    names = ("input", "output", "cacheReadInput", "cacheCreationInput", "thinking")
+    models: dict[str, dict[str, float]] = {}
+    for model, n in sizes.items():
+        models[model] = {
+            f"{name}Tokens": n * times for name, times in zip(names, TIMES)
         }
-        for model, n in sizes.items()
-    }
+        models[model]["costUSD"] = cost_of({model: n})
     found = {"type": "cost-state", "totalCostUSD": cost_of(sizes), "modelUsage": models}
     return {**found, "totalLinesAdded": lines[0], "totalLinesRemoved": lines[1]}
 
