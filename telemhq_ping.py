@@ -2781,10 +2781,8 @@ class Courier:
                 return answer
             record.accepted += 1
             try:
-                if len(requests) > 1:
-                    self.outbox.rewrite(
-                        name, record
-                    )  # whoever comes next goes on there
+                if record.accepted < len(requests):  # whoever comes next goes on there
+                    self.outbox.rewrite(name, record)
             except OSError:
                 pass  # a full disk: after a crash they are repeated
         if answer and requests:
@@ -3120,9 +3118,7 @@ class Sender:
                 return
             if wait:
                 time.sleep(wait)
-            if self.is_gone() or self.backoff_left_s():  # another has failed since
-                return
-            lock = self.outbox.take_lock()
+            lock = None if self.is_gone() else self.outbox.take_lock()
             if lock and not wait and self.is_over():
                 start_sender({self.outbox.name(): lock}, self.settings.environ)
                 return
