@@ -3373,16 +3373,6 @@ def hook_command(event: str) -> str:
     return f"{imported} || {other} -I -S {script} || true"
 
 
-def is_step_of_ours(words: list[str]) -> bool:
-    """Whether words are one of the simple commands that ours are made of."""
-    if words[:1] == ["cd"] or words in (["trap", "", "TERM"], ["true"]):
-        return len(words) < 4
-    names = [word.replace("\\", "/").split("/")[-1] for word in words]
-    *python, script = [name for name in names if name[:1] != "-"] or [""]
-    by = [name[:2] for name in python]
-    return script in (SCRIPT, "IMPORT") and by in ([], ["py"])
-
-
 class RegisteredHook:
     """One hook in settings. event: its name. group: the dict that holds it. entry:
     itself, a dict."""
@@ -3405,14 +3395,18 @@ class RegisteredHook:
         import re
         import shlex
 
-        if self.command == hook_command(self.event):  # in a home called a;b, too
-            return True
-        steps = re.split(r" *(?:\|\||&&|;) *", self.command.replace(IMPORT, "IMPORT"))
         try:
-            known = all(is_step_of_ours(shlex.split(step)) for step in steps)
+            words = shlex.split(self.command.replace(IMPORT, "IMPORT"))
         except ValueError:  # a quote without its end
-            known = False
-        return self.names_script() and known
+            return False
+        names = [word.replace("\\", "/").split("/")[-1] for word in words]
+        names = ["PYTHON" if name[:2] == "py" else name for name in names]
+        if "cd" in names[:-1]:
+            names[names.index("cd") + 1] = "HERE"
+        said = " ".join(name for name in names if name[:1] != "-")
+        run = rf"(PYTHON )?{re.escape(SCRIPT)}"
+        imported = rf"(trap  TERM; )?cd HERE && PYTHON IMPORT( \|\| {run})?"
+        return bool(re.fullmatch(rf"({imported}|{run})( \|\| true)?", said))
 
 
 def hooks_of(content: Fields) -> list[RegisteredHook]:
