@@ -18,7 +18,6 @@ from support import (
     ROOT,
     TOKEN,
     Home,
-    Receiver,
     Request,
     event,
     patched,
@@ -524,20 +523,6 @@ def test_one_in_trouble_delays_no_other(
     assert len(found.places["telemhq"].by_id) == 3
     assert len(found.places["otlp"].records) == 3
     found.home.end()
-
-
-@pytest.mark.fault(89)
-def test_two_hooks_that_report_one_session_to_two_urls(
-    home: Home, receiver: Receiver
-) -> None:
-    """A plugin and a settings file: each tracker gets the whole."""
-    with Receiver() as other:
-        for name in ("Stop", "SessionEnd-other"):
-            home.hook(event(name), receiver.url)
-            home.hook(event(name), CLAUDE_PLUGIN_OPTION_PING_URL=other.url)
-        for place in (receiver, other):
-            events = sorted(ping["event"] for ping in place.wait_for(2))
-            assert events == ["SessionEnd", "Stop"]
 
 
 def test_what_a_collector_rejects_is_not_sent_again(
