@@ -2112,6 +2112,29 @@ class Account:
         known = self.seen.get(key)
         return [int(n) for n in known.split(",")] if known else NONE
 
+    def settle(self, usage: Usage) -> tuple[Fields, dict[str, float]]:
+        """Add what the client's ledger has gained since the baseline and nobody told
+        (compaction and titles are calls of no row); ({cost and lines gained}, model ->
+        cost). It is sums that are compared: it may name a model otherwise than rows. It
+        is the baseline from now on."""
+        models, costs, sums = self.ledger
+        base, base_costs, base_sums = self.baseline
+        parts = (base, self.told, dict(usage.models))
+        left = less(total(models), total(*parts))
+        for model, counts in models.items():
+            known = total(*({model: part.get(model, NONE)} for part in parts))
+            more = [min(pair) for pair in zip(less(counts, known), left)]
+            left = less(left, more)
+            usage.add(model, more)
+        self.baseline, self.told = self.ledger, {}
+        self.settled_at = self.row_at
+        gained = [max(0, round(a - b, 10)) for a, b in zip(sums, base_sums)]
+        costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
+        return (
+            {ours: n for (ours, _), n in zip(LEDGER_SUMS, gained)},
+            {model: cost for model, cost in costs.items() if cost > 0},
+        )
+
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
         directory, own = os.path.split(self.path)
@@ -2376,7 +2399,7 @@ class Charge:
         fields: Fields = {}
         costs: dict[str, float] = {}
         if ends and account.baseline and account.ledger and not self.damaged:
-            fields, costs = self.settle()
+            fields, costs = account.settle(usage)
         else:
             for model, counts in usage.models.items():
                 account.told[model] = plus(account.told.get(model, NONE), counts)
@@ -2408,30 +2431,6 @@ class Charge:
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at = self.at
 
-    def settle(self) -> tuple[Fields, dict[str, float]]:
-        """Add what the client's ledger has gained since the baseline and nobody told
-        (compaction and titles are calls of no row); ({cost and lines gained}, model ->
-        cost). It is sums that are compared: it may name a model otherwise than rows. It
-        is the baseline from now on."""
-        account, usage = self.account, self.reading.usage
-        models, costs, sums = account.ledger
-        base, base_costs, base_sums = account.baseline
-        parts = (base, account.told, dict(usage.models))
-        left = less(total(models), total(*parts))
-        for model, counts in models.items():
-            known = total(*({model: part.get(model, NONE)} for part in parts))
-            more = [min(pair) for pair in zip(less(counts, known), left)]
-            left = less(left, more)
-            usage.add(model, more)
-        account.baseline, account.told = account.ledger, {}
-        account.settled_at = account.row_at
-        gained = [max(0, round(a - b, 10)) for a, b in zip(sums, base_sums)]
-        costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
-        return (
-            {ours: n for (ours, _), n in zip(LEDGER_SUMS, gained)},
-            {model: cost for model, cost in costs.items() if cost > 0},
-        )
-
     def read_and_wait(self) -> bool:
         """Read until all has come, or the event is LAG_S old: the client writes a
         turn's last row, a session's ledger after it. Whether all has."""
@@ -2449,10 +2448,10 @@ class Charge:
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
+        if account.parent and not account.baseline:  # soon, for the parent may go on
+            account.baseline = self.parents_ledger(*account.parent)
+        account.parent = []
         if self.event in ("SessionEnd", "SessionLost"):
-            if account.parent and not account.baseline:
-                account.baseline = self.parents_ledger(*account.parent)
-                account.parent = []
             lost = self.event == "SessionLost"
             return lost or not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
@@ -2818,9 +2817,10 @@ class Courier:
         if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
             answer = Answer(REFUSED, f"{answer.what}, rejected", answer.status)
         took_ms = (time.monotonic() - begun) * 1000
+        said = answer.verdict if answer.verdict in (DELIVERED, REFUSED) else "kept"
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
-            f"{answer.what} in {took_ms:.0f} ms, {answer.verdict}"
+            f"{answer.what} in {took_ms:.0f} ms, {said}"
         )
         return answer
 
@@ -2875,10 +2875,8 @@ class Pass:
     tells. So failures are noted, and a delivery judges them: what was refused is set
     aside, what else failed is charged. When only failures come, of different events,
     the pass ends with a back-off, and nobody is to blame. So no ping stands in the way
-    of the others, and no bad day of the tracker empties an outbox.
-
-    names: what waits, oldest first. noted: name -> its answer, since the last delivery.
-    last_event: of the last ping delivered.
+    of the others, and no bad day of the tracker empties an outbox. noted: name -> its
+    answer, since the last delivery. last_event: of the last ping delivered.
     """
 
     def __init__(self, sender: Sender) -> None:

@@ -257,9 +257,10 @@ def test_branch_with_more_turns_than_its_parent(session: Session) -> None:
 
 @fault(90)
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "running"])
+@pytest.mark.parametrize("says_more", [True, False])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_parent_that_goes_on_after_the_fork(
-    session: Session, runs: int, ended: bool
+    session: Session, runs: int, ended: bool, says_more: bool
 ) -> None:
     """A fork's ledger goes on from the last one that its parent's file had then; that
     of a parent in its first run begins anew. What the parent says later is its own."""
@@ -270,9 +271,11 @@ def test_parent_that_goes_on_after_the_fork(
         known[OPUS] += 1024 * ended
         session.charge("Stop", 22, *turn(20, 1024), *rows)
     fork = session.fork()
-    rows = [ledger({OPUS: 4096 + 1024 * runs, HAIKU: 8})]
-    session.charge("SessionEnd-other", 95, *turn(90, 4096), *rows)
     fork.hook("SessionStart-fork", 100)
+    if says_more:
+        session.add(*turn(90, 4096), ledger({OPUS: 4096 + 1024 * runs, HAIKU: 8}))
+    fork.charge("Stop", 102, message(101, 0))
+    session.add(ledger({OPUS: 4096 + 1024 * runs, HAIKU: 8}))
     assert ends_of(fork, known if ended or runs == 2 else {}) == OWN
 
 
@@ -998,9 +1001,9 @@ def test_whole_way_of_a_session(home: Home, receiver: Receiver) -> None:
         live.add(*late, to=to)
         receiver.wait_for(sent + 1, 30)
 
-    live.add(prompt(0.01), message(0.01, 1, stop="tool_use", tools=["Agent"]))
-    live.add(message(0.01, 2, stop="tool_use"), to=live.agent())
-    fire("Stop", message(0.02, 4))
+    live.add(prompt(0), message(0, 1, stop="tool_use", tools=["Agent"]))
+    live.add(message(0, 2, stop="tool_use"), to=live.agent())
+    fire("Stop", message(0, 4))
     late = message(time.time() - live.begun, 8)
     fire("SubagentStop", late, to=live.agent())
     fire("SessionEnd-clear", ledger({OPUS: 15, HAIKU: 16}))
