@@ -763,9 +763,9 @@ def url_in(settings: Settings, name: str, default: str = "", base: bool = True) 
     return url.rstrip("/") if base else url
 
 
-def secret_in(text: str, name: str) -> str:
+def secret_in(settings: Settings, name: str, default: str = "") -> str:
     """A token that may stand in a header; Skipped says what is wrong, and not it."""
-    text = text.strip()
+    text = (settings.environ.get(name) or default).strip()
     if not text:
         raise Skipped(f"{name} is not set")
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -803,8 +803,7 @@ class Wigtoken(Tracker):
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = url_in(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
-        token = settings.environ.get("WIGTOKEN_TOKEN", "")
-        super().__init__(url, secret_in(token, "WIGTOKEN_TOKEN"))
+        super().__init__(url, secret_in(settings, "WIGTOKEN_TOKEN"))
         self.idle = "" if settings.usage else NO_USAGE
         machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
         if not machine:
@@ -850,8 +849,7 @@ class Recorder(Tracker):
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = url_in(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
-        token = settings.environ.get("RECORDER_PAT", "")
-        super().__init__(url, secret_in(token, "RECORDER_PAT"))
+        super().__init__(url, secret_in(settings, "RECORDER_PAT"))
         self.idle = "" if settings.usage else NO_USAGE
         prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
         if not line_of_text(prefix):
@@ -934,10 +932,9 @@ class OTLP(Tracker):
         """The one record. (Back ends that do not know eventName yet show the body.)"""
         name = f"claude_code.{ping.get('event')}"
         failed = ping.get("status") == "failed"
+        when_s = seconds_of(ping.get("timestamp"))
         record = {
-            "timeUnixNano": str(
-                round(seconds_of(ping.get("timestamp")) * 1000) * 10**6
-            ),
+            "timeUnixNano": str(round(when_s * 1000) * 10**6),
             "severityNumber": self.ERROR if failed else self.INFO,
             "eventName": name,
             "body": {"stringValue": name},
@@ -1024,13 +1021,13 @@ class ClaudeMetrics(Tracker):
         if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
         url = url_in(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
-        token = settings.environ.get("CLAUDE_METRICS_API_TOKEN", "")
+        name, kept = "CLAUDE_METRICS_API_TOKEN", ""
         try:
-            token = token or read_secret(self.TOKEN_FILE)
+            kept = "" if settings.environ.get(name) else read_secret(self.TOKEN_FILE)
         except OSError as error:
             text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
-            raise Skipped(f"CLAUDE_METRICS_API_TOKEN {text}") from None
-        super().__init__(url, secret_in(token, "CLAUDE_METRICS_API_TOKEN"))
+            raise Skipped(f"{name} {text}") from None
+        super().__init__(url, secret_in(settings, name, kept))
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
@@ -1049,8 +1046,11 @@ class ClaudeMetrics(Tracker):
         client = {"client": f"telemhq_ping {ping.get('hook_version')}"}
         found = {**picked(ping, "session_id"), "client_meta": client}
         if path == "/session":
+            ends = "ended_at=timestamp exit_kind=reason"
+            names = {"SessionStart": "started_at=timestamp", "Stop": ""}
+            own = picked({"reason": "lost", **ping}, names.get(ping["event"], ends))
             totals = with_all_input(beside.get("totals", {}))
-            return {**found, **self.session(ping), **picked(totals, self.TOTALS)}
+            return {**found, **own, **picked(totals, self.TOTALS)}
         key = sha256_hex(f"{ping['event_id']}{path}".encode())
         uuid = f"{key[:8]}-{key[8:12]}-4{key[13:16]}-8{key[17:20]}-{key[20:32]}"
         found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=uuid)
@@ -1065,15 +1065,6 @@ class ClaudeMetrics(Tracker):
         kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in ping["event"])
         payload = picked(ping, "notification_type trigger agent_id agent_type")
         return {**found, "kind": kind[1:], "payload": payload}
-
-    @staticmethod
-    def session(ping: Fields) -> Fields:
-        """A session as it stands: each such request replaces it."""
-        if ping["event"] == "SessionStart":
-            return picked(ping, "started_at=timestamp")
-        if ping["event"] == "Stop":
-            return {}
-        return picked({"reason": "lost", **ping}, "ended_at=timestamp exit_kind=reason")
 
     def check(self) -> Request:
         """A GET where only POSTs are taken."""
