@@ -763,9 +763,9 @@ def url_in(settings: Settings, name: str, default: str = "", base: bool = True) 
     return url.rstrip("/") if base else url
 
 
-def secret_in(text: str, name: str) -> str:
+def secret_in(settings: Settings, name: str, default: str = "") -> str:
     """A token that may stand in a header; Skipped says what is wrong, and not it."""
-    text = text.strip()
+    text = (settings.environ.get(name) or default).strip()
     if not text:
         raise Skipped(f"{name} is not set")
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -803,8 +803,7 @@ class Wigtoken(Tracker):
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = url_in(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
-        token = settings.environ.get("WIGTOKEN_TOKEN", "")
-        super().__init__(url, secret_in(token, "WIGTOKEN_TOKEN"))
+        super().__init__(url, secret_in(settings, "WIGTOKEN_TOKEN"))
         self.idle = "" if settings.usage else NO_USAGE
         machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
         if not machine:
@@ -850,8 +849,7 @@ class Recorder(Tracker):
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = url_in(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
-        token = settings.environ.get("RECORDER_PAT", "")
-        super().__init__(url, secret_in(token, "RECORDER_PAT"))
+        super().__init__(url, secret_in(settings, "RECORDER_PAT"))
         self.idle = "" if settings.usage else NO_USAGE
         prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
         if not line_of_text(prefix):
@@ -934,10 +932,9 @@ class OTLP(Tracker):
         """The one record. (Back ends that do not know eventName yet show the body.)"""
         name = f"claude_code.{ping.get('event')}"
         failed = ping.get("status") == "failed"
+        when_s = seconds_of(ping.get("timestamp"))
         record = {
-            "timeUnixNano": str(
-                round(seconds_of(ping.get("timestamp")) * 1000) * 10**6
-            ),
+            "timeUnixNano": str(round(when_s * 1000) * 10**6),
             "severityNumber": self.ERROR if failed else self.INFO,
             "eventName": name,
             "body": {"stringValue": name},
@@ -1024,13 +1021,13 @@ class ClaudeMetrics(Tracker):
         if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
         url = url_in(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
-        token = settings.environ.get("CLAUDE_METRICS_API_TOKEN", "")
+        name, kept = "CLAUDE_METRICS_API_TOKEN", ""
         try:
-            token = token or read_secret(self.TOKEN_FILE)
+            kept = "" if settings.environ.get(name) else read_secret(self.TOKEN_FILE)
         except OSError as error:
             text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
-            raise Skipped(f"CLAUDE_METRICS_API_TOKEN {text}") from None
-        super().__init__(url, secret_in(token, "CLAUDE_METRICS_API_TOKEN"))
+            raise Skipped(f"{name} {text}") from None
+        super().__init__(url, secret_in(settings, name, kept))
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
@@ -1049,8 +1046,11 @@ class ClaudeMetrics(Tracker):
         client = {"client": f"telemhq_ping {ping.get('hook_version')}"}
         found = {**picked(ping, "session_id"), "client_meta": client}
         if path == "/session":
+            ends = "ended_at=timestamp exit_kind=reason"
+            names = {"SessionStart": "started_at=timestamp", "Stop": ""}
+            own = picked({"reason": "lost", **ping}, names.get(ping["event"], ends))
             totals = with_all_input(beside.get("totals", {}))
-            return {**found, **self.session(ping), **picked(totals, self.TOTALS)}
+            return {**found, **own, **picked(totals, self.TOTALS)}
         key = sha256_hex(f"{ping['event_id']}{path}".encode())
         uuid = f"{key[:8]}-{key[8:12]}-4{key[13:16]}-8{key[17:20]}-{key[20:32]}"
         found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=uuid)
@@ -1065,15 +1065,6 @@ class ClaudeMetrics(Tracker):
         kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in ping["event"])
         payload = picked(ping, "notification_type trigger agent_id agent_type")
         return {**found, "kind": kind[1:], "payload": payload}
-
-    @staticmethod
-    def session(ping: Fields) -> Fields:
-        """A session as it stands: each such request replaces it."""
-        if ping["event"] == "SessionStart":
-            return picked(ping, "started_at=timestamp")
-        if ping["event"] == "Stop":
-            return {}
-        return picked({"reason": "lost", **ping}, "ended_at=timestamp exit_kind=reason")
 
     def check(self) -> Request:
         """A GET where only POSTs are taken."""
@@ -2112,6 +2103,29 @@ class Account:
         known = self.seen.get(key)
         return [int(n) for n in known.split(",")] if known else NONE
 
+    def settle(self, usage: Usage) -> tuple[Fields, dict[str, float]]:
+        """Add what the client's ledger has gained since the baseline and nobody told
+        (compaction and titles are calls of no row); ({cost and lines gained}, model ->
+        cost). It is sums that are compared: it may name a model otherwise than rows. It
+        is the baseline from now on."""
+        models, costs, sums = self.ledger
+        base, base_costs, base_sums = self.baseline
+        parts = (base, self.told, dict(usage.models))
+        left = less(total(models), total(*parts))
+        for model, counts in models.items():
+            known = total(*({model: part.get(model, NONE)} for part in parts))
+            more = [min(pair) for pair in zip(less(counts, known), left)]
+            left = less(left, more)
+            usage.add(model, more)
+        self.baseline, self.told = self.ledger, {}
+        self.settled_at = self.row_at
+        gained = [max(0, round(a - b, 10)) for a, b in zip(sums, base_sums)]
+        costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
+        return (
+            {ours: n for (ours, _), n in zip(LEDGER_SUMS, gained)},
+            {model: cost for model, cost in costs.items() if cost > 0},
+        )
+
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
         directory, own = os.path.split(self.path)
@@ -2376,7 +2390,7 @@ class Charge:
         fields: Fields = {}
         costs: dict[str, float] = {}
         if ends and account.baseline and account.ledger and not self.damaged:
-            fields, costs = self.settle()
+            fields, costs = account.settle(usage)
         else:
             for model, counts in usage.models.items():
                 account.told[model] = plus(account.told.get(model, NONE), counts)
@@ -2407,30 +2421,6 @@ class Charge:
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at = self.at
-
-    def settle(self) -> tuple[Fields, dict[str, float]]:
-        """Add what the client's ledger has gained since the baseline and nobody told
-        (compaction and titles are calls of no row); ({cost and lines gained}, model ->
-        cost). It is sums that are compared: it may name a model otherwise than rows. It
-        is the baseline from now on."""
-        account, usage = self.account, self.reading.usage
-        models, costs, sums = account.ledger
-        base, base_costs, base_sums = account.baseline
-        parts = (base, account.told, dict(usage.models))
-        left = less(total(models), total(*parts))
-        for model, counts in models.items():
-            known = total(*({model: part.get(model, NONE)} for part in parts))
-            more = [min(pair) for pair in zip(less(counts, known), left)]
-            left = less(left, more)
-            usage.add(model, more)
-        account.baseline, account.told = account.ledger, {}
-        account.settled_at = account.row_at
-        gained = [max(0, round(a - b, 10)) for a, b in zip(sums, base_sums)]
-        costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
-        return (
-            {ours: n for (ours, _), n in zip(LEDGER_SUMS, gained)},
-            {model: cost for model, cost in costs.items() if cost > 0},
-        )
 
     def read_and_wait(self) -> bool:
         """Read until all has come, or the event is LAG_S old: the client writes a
@@ -2782,10 +2772,8 @@ class Courier:
                 return answer
             record.accepted += 1
             try:
-                if len(requests) > 1:
-                    self.outbox.rewrite(
-                        name, record
-                    )  # whoever comes next goes on there
+                if record.accepted < len(requests):  # whoever comes next goes on there
+                    self.outbox.rewrite(name, record)
             except OSError:
                 pass  # a full disk: after a crash they are repeated
         if answer and requests:
@@ -2818,9 +2806,10 @@ class Courier:
         if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
             answer = Answer(REFUSED, f"{answer.what}, rejected", answer.status)
         took_ms = (time.monotonic() - begun) * 1000
+        said = answer.verdict if answer.verdict in (DELIVERED, REFUSED) else "kept"
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
-            f"{answer.what} in {took_ms:.0f} ms, {answer.verdict}"
+            f"{answer.what} in {took_ms:.0f} ms, {said}"
         )
         return answer
 
@@ -2875,10 +2864,8 @@ class Pass:
     tells. So failures are noted, and a delivery judges them: what was refused is set
     aside, what else failed is charged. When only failures come, of different events,
     the pass ends with a back-off, and nobody is to blame. So no ping stands in the way
-    of the others, and no bad day of the tracker empties an outbox.
-
-    names: what waits, oldest first. noted: name -> its answer, since the last delivery.
-    last_event: of the last ping delivered.
+    of the others, and no bad day of the tracker empties an outbox. noted: name -> its
+    answer, since the last delivery. last_event: of the last ping delivered.
     """
 
     def __init__(self, sender: Sender) -> None:
@@ -3122,9 +3109,7 @@ class Sender:
                 return
             if wait:
                 time.sleep(wait)
-            if self.is_gone() or self.backoff_left_s():  # another has failed since
-                return
-            lock = self.outbox.take_lock()
+            lock = None if self.is_gone() else self.outbox.take_lock()
             if lock and not wait and self.is_over():
                 start_sender({self.outbox.name(): lock}, self.settings.environ)
                 return
@@ -3300,7 +3285,6 @@ EVENTS = ("Stop", "StopFailure", "SessionEnd")  # what install registers
 TOOL_EVENTS = ("PostToolUse", "PostToolUseFailure")  # --tools: both for the same tools
 TOOLS = "Bash|Edit|MultiEdit|Write"  # those that change something, as TelemHQ's docs
 OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
-OLDEST_CLIENT_TEXT = "2.1.78"
 CLIENT_ANSWERS_S = 20.0  # `claude --version`, on a slow disk
 PLUGIN = "telemhq-ping@telemhq-ping"
 MANAGED_DIRS = {  # where a company's settings are, but for Linux
@@ -3380,16 +3364,6 @@ def hook_command(event: str) -> str:
     return f"{imported} || {other} -I -S {script} || true"
 
 
-def is_step_of_ours(words: list[str]) -> bool:
-    """Whether words are one of the simple commands that ours are made of."""
-    if words[:1] == ["cd"] or words in (["trap", "", "TERM"], ["true"]):
-        return len(words) < 4
-    names = [word.replace("\\", "/").split("/")[-1] for word in words]
-    *python, script = [name for name in names if name[:1] != "-"] or [""]
-    by = [name[:2] for name in python]
-    return script in (SCRIPT, "IMPORT") and by in ([], ["py"])
-
-
 class RegisteredHook:
     """One hook in settings. event: its name. group: the dict that holds it. entry:
     itself, a dict."""
@@ -3412,14 +3386,18 @@ class RegisteredHook:
         import re
         import shlex
 
-        if self.command == hook_command(self.event):  # in a home called a;b, too
-            return True
-        steps = re.split(r" *(?:\|\||&&|;) *", self.command.replace(IMPORT, "IMPORT"))
         try:
-            known = all(is_step_of_ours(shlex.split(step)) for step in steps)
+            words = shlex.split(self.command.replace(IMPORT, "IMPORT"))
         except ValueError:  # a quote without its end
-            known = False
-        return self.names_script() and known
+            return False
+        names = [word.replace("\\", "/").split("/")[-1] for word in words]
+        names = ["PYTHON" if name[:2] == "py" else name for name in names]
+        if "cd" in names[:-1]:
+            names[names.index("cd") + 1] = "HERE"
+        said = " ".join(name for name in names if name[:1] != "-")
+        run = rf"(PYTHON )?{re.escape(SCRIPT)}"
+        imported = rf"(trap  TERM; )?cd HERE && PYTHON IMPORT( \|\| {run})?"
+        return bool(re.fullmatch(rf"({imported}|{run})( \|\| true)?", said))
 
 
 def hooks_of(content: Fields) -> list[RegisteredHook]:
@@ -3721,7 +3699,10 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
         os.makedirs(present.path("outbox"), exist_ok=True)
         locks = [wait_for_lock(one, time.monotonic()) for one in (former, present)]
         for name in former.waiting():
-            adopt(former, present, name)
+            try:
+                adopt(former, present, name)
+            except (OSError, ValueError) as error:
+                print(f"  {name} stays there: {error}")
         for lock in locks:
             lock.release()
 
@@ -3838,7 +3819,7 @@ def play(
         process.communicate(encode_json(event).encode(), HOOK_MOST_S)
         hook_ms = (time.monotonic() - begun) * 1000
         made = os.path.isdir(state_dir)  # else nothing will arrive
-        at, ping = arrived.get(timeout=ARRIVES_S if made else LOOK_S)
+        at, ping = arrived.get(timeout=ARRIVES_S if made else 10 * LOOK_S)
         times = f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
     except subprocess.TimeoutExpired:
         getattr(os, "killpg", os.kill)(process.pid, 9)
@@ -4187,7 +4168,7 @@ TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins wi
 
 def with_ours(content: Fields, url: object, tools: bool, client: str = "") -> Fields:
     """Settings with our hooks, and with the ping URL unless it is None. client: its
-    version; StopFailure is left out where it would do harm."""
+    version; StopFailure is left out, or taken out, where it would do harm."""
     import copy
 
     content, events = copy.deepcopy(content), [*EVENTS, *(TOOL_EVENTS if tools else ())]
@@ -4195,6 +4176,8 @@ def with_ours(content: Fields, url: object, tools: bool, client: str = "") -> Fi
         content.setdefault("env", {})[URL_NAME] = url
     if is_too_old(client):
         events.remove("StopFailure")
+        found = [hook for hook in hooks_of(content) if hook.is_ours()]
+        take_out(content, [hook for hook in found if hook.event == "StopFailure"])
     there = [hook.event for hook in hooks_of(content) if hook.names_script()]
     for event in [event for event in events if event not in there]:
         group: Fields = {"matcher": TOOLS} if event in TOOL_EVENTS else {}
@@ -4207,18 +4190,26 @@ def with_ours(content: Fields, url: object, tools: bool, client: str = "") -> Fi
     return content
 
 
+def take_out(content: Fields, hooks: list[RegisteredHook]) -> None:
+    """Remove hooks from settings, and what that leaves empty."""
+    for hook in hooks:
+        groups = content["hooks"][hook.event]
+        hook.group["hooks"].remove(hook.entry)
+        groups[:] = [group for group in groups if group["hooks"]]
+        if not groups:
+            del content["hooks"][hook.event]
+
+
 def print_changes(before: str, after: str) -> None:
     """Print the lines that go and those that come; of our URL no more than its host."""
     import difflib
     import re
 
-    def hidden(match: re.Match[str]) -> str:
-        return match.group(1) + masked(match.group(2))
-
+    url = re.compile(rf'("{URL_NAME}"\s*:\s*")([^"]*)')
     old, new = ([s.rstrip(",") for s in t.splitlines()] for t in (before, after))
     for line in difflib.unified_diff(old, new, n=0, lineterm=""):
         if line[0] in "+-" and line.strip() not in ("+++", "---"):
-            print(" ", re.sub(rf'("{URL_NAME}"\s*:\s*")([^"]*)', hidden, line))
+            print(" ", url.sub(lambda found: found[1] + masked(found[2]), line))
 
 
 def unusable(url: str, settings: Settings) -> str:
@@ -4328,7 +4319,8 @@ class Installation:
         elif self.script.raw != self.source:
             print(f"{script} will be this script, version {__version__}.")
         if self.changes:
-            print(f"{shown(file.path)} will change:")
+            how = "be made" if file.raw is None else "change"
+            print(f"{shown(file.path)} will {how}:")
             print_changes(file.text if file.raw else "", self.text)
         if self.changes and os.path.islink(file.path):
             print(f"It is a link: what changes is {shown(file.real)}")
@@ -4340,7 +4332,7 @@ class Installation:
             print(f"  chmod 600 {shown(file.real)}")
         if is_too_old(self.client):
             old = f"Claude Code {self.client} ignores settings that name StopFailure"
-            print(f"{old} ({OLDEST_CLIENT_TEXT} does not): it is left out.")
+            print(f"{old} (2.1.78 does not): it is left out.")
         if self.done:
             print("All is there already.")
 
@@ -4410,32 +4402,19 @@ def without_ours(content: Fields, before: Fields) -> Fields:
     import copy
 
     content = copy.deepcopy(content)
-    env, hooks = content.get("env", {}), content.get("hooks", {})
+    env = content.get("env", {})
     if env.pop(URL_NAME, None) is not None and URL_NAME in before.get("env", {}):
         env[URL_NAME] = before["env"][URL_NAME]
     theirs = [hook for hook in hooks_of(before) if hook.is_ours()]
     for hook in [hook for hook in hooks_of(content) if hook.is_ours()]:
         former = [other for other in theirs if other.event == hook.event]
-        hook.entry.clear()
         if former:
+            hook.entry.clear()
             hook.entry.update(former[0].entry)
             theirs.remove(former[0])
         else:
-            hook.group["hooks"].remove(hook.entry)
-    for event in list(hooks):
-        hooks[event] = [group for group in hooks[event] if group["hooks"]]
-        if not hooks[event]:
-            del hooks[event]
+            take_out(content, [hook])
     return {k: v for k, v in content.items() if v != {} or k not in ("hooks", "env")}
-
-
-def state_in_words(kept: list[Outbox]) -> str:
-    """What goes with the state of destinations, for a person."""
-    waiting = sum(len(outbox.waiting()) for outbox in kept)
-    sent = sum(len(deliveries(outbox)) for outbox in kept)
-    unsent = f"{counted(waiting, 'ping')} not sent yet"
-    unsent += " (`flush` sends)" if waiting else ""
-    return f"{unsent}, the record of {counted(sent, 'sent ping')} (--keep-state: stays)"
 
 
 class Removal:
@@ -4479,7 +4458,11 @@ class Removal:
             back = ", and the one from before install comes back"
             goes.append(shown(self.script.path) + (back if self.comes_back else ""))
         if self.kept:
-            goes.append(f"{shown(self.state_dir or '')}: {state_in_words(self.kept)}")
+            waiting = sum(len(outbox.waiting()) for outbox in self.kept)
+            sent = sum(len(deliveries(outbox)) for outbox in self.kept)
+            unsent = f"{counted(waiting, 'ping')} not sent yet (`flush` sends)"
+            record = f"the record of {counted(sent, 'sent ping')} (--keep-state: stays)"
+            goes.append(f"{shown(self.state_dir or '')}: {unsent}, {record}")
         print("\n  ".join(["This goes:", *goes]) if goes else "Nothing of it is here.")
         for path in self.still:
             print(f"{shown(path)} names the script, too: script and state stay.")
@@ -4520,6 +4503,7 @@ def uninstall(options: Namespace) -> int:
         if not options.yes and not (at_a_terminal() and ask("Remove it?")):
             raise Skipped("nothing was changed; with --yes it is removed")
         removal.carry_out()
+        print("Removed.")
     return 0
 
 
@@ -4630,15 +4614,20 @@ def preview(options: Namespace) -> int:
     return 0
 
 
+def columns() -> int:
+    """How wide the terminal is."""
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
 def wrapped(text: str, begin: str = "", rest: str = "") -> str:
     """A text as wide as the terminal, broken between words only. begin, rest: what its
     lines begin with."""
-    import shutil
     import textwrap
 
-    width = min(88, shutil.get_terminal_size().columns)
-    wrapper = textwrap.TextWrapper(width, begin, rest, break_long_words=False)
-    wrapper.break_on_hyphens = False
+    wrapper = textwrap.TextWrapper(min(88, columns()), begin, rest)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
     return wrapper.fill(text)
 
 
@@ -4646,9 +4635,11 @@ def fate(name: str, value: object, ping: Fields) -> str:
     """A field of an event, marked by what became of it."""
     import json
 
-    text = json.dumps(value)
+    text, room = json.dumps(value), columns() - 12
     if ping.get(name) == value:
         return text
+    if len(text) > room:  # a long TMPDIR
+        text = f"{text[: room // 2 - 3]}...{text[-room // 2 :]}"
     marks = {f"{name}_hash": " #", f"{name}_chars": " ="}
     mark = "".join(marks[kind] for kind in marks if kind in ping)
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
@@ -4799,8 +4790,6 @@ def cell(row: Fields, name: str) -> str:
 def print_table(rows: list[Fields], by: str) -> None:
     """Print rows and their sums. Where a terminal has no room the kinds of tokens are
     left out, then names are cut off."""
-    import shutil
-
     names = [name for name in rows[0] if name != by]
     total: Fields = {by: "in all"}
     for name in names:
@@ -4813,7 +4802,7 @@ def print_table(rows: list[Fields], by: str) -> None:
         lines = [[COLUMNS[name] for name in left]]
         lines += [[cell(row, name) for name in left] for row in rows]
         widths = [1 + max(map(len, column)) for column in zip(*lines)]
-        room = shutil.get_terminal_size().columns - sum(widths)
+        room = columns() - sum(widths)
         if room >= longest:
             break
     room = min(longest, max(room, len("2026-01-01")))
@@ -4859,7 +4848,8 @@ def report(options: Namespace) -> int:
     if options.json:
         print(json.dumps(found, indent=2))
     elif not found:
-        print(NOTHING if not options.days else "Nothing was delivered in that time.")
+        some = any(map(deliveries, kept))
+        print("No turn, tool or token was delivered then." if some else NOTHING)
     return 0
 
 

@@ -251,10 +251,22 @@ class Home:
         `sent` is an event or the bytes on stdin. imported: as the settings' command
         does, or as a script.
         """
-        raw = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
+        start = command(python) if imported else as_script(python)
+        return self.shell(start, sent, url, cwd, timeout, **more)
+
+    def shell(
+        self,
+        line: str,
+        sent: Any = b"",
+        url: str | None = None,
+        cwd: object = None,
+        timeout: float = 30,
+        **more: object,
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run any shell command as Claude Code runs a hook's."""
         return subprocess.run(
-            ["/bin/sh", "-c", command(python) if imported else as_script(python)],
-            input=raw,
+            ["/bin/sh", "-c", line],
+            input=sent if isinstance(sent, bytes) else json.dumps(sent).encode(),
             capture_output=True,
             env=self.env(url, **more),
             cwd=str(cwd or self.project),

@@ -138,13 +138,6 @@ def test_without_a_home_it_says_so(tmp_path: pathlib.Path) -> None:
     assert os.listdir(str(tmp_path)) == []
 
 
-@pytest.mark.parametrize("raw", [b"", b"{", b"[]", b'"Stop"', b"\xff\xfe{}"])
-def test_hook_mode_never_exits_2(home: Home, raw: bytes) -> None:
-    """Without arguments it is the hook: whatever comes on stdin, exit 0 and silence."""
-    done = home.hook(raw, imported=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-
-
 def test_a_reader_that_has_seen_enough(home: Home) -> None:
     """A pipe that is closed early, as by head(1), is no error."""
     command = f"'{sys.executable}' '{SCRIPT}' --help | head -n 1"

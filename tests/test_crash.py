@@ -54,11 +54,11 @@ wrap({module}, {call!r}, {when}=point)
 
 
 HALF_WRITTEN = """
-whole = os.write
-def half(fd, content):
-    whole(fd, bytes(content)[: len(content) // 2])
+def half(fd, *_):
+    os.write(fd, b'{"ping": {"event_id": "0123')
     die()
-os.write = half
+import builtins
+builtins.open = half
 """
 
 

@@ -212,6 +212,10 @@ LINES: dict[str, tuple[Callable[[Home], object], str]] = {
         lambda home: client(home, "2.1.77"),
         f"✗ it ignores the whole of {USER}: update it, or run `install`",
     ),
+    "the same command twice": (
+        lambda home: in_project(home, {"hooks": registered(COMMAND, ["Stop"])}),
+        f"✓ Stop by {USER}: arrived at doctor's own receiver",
+    ),
     "two commands": (
         lambda home: in_project(home, {"hooks": registered(SECOND, ["Stop"])}),
         f"✗ Stop by {USER} and {PROJECT}: take one out, for each sends a ping",
@@ -325,6 +329,17 @@ def test_what_may_be_wrong_has_its_line(well: Home, name: str) -> None:
     assert code == (line[0] == "✗" or "was not tried" in bad)
     assert re.search("hooks can write|TELEMHQ_STATE_DIR", lines)
     assert not (well.project / "ran").exists()
+
+
+def test_its_list_goes_on_to_its_end(well: Home) -> None:
+    """What breaks a look off, here that there is no room for temporary files, is one
+    more line of the list, and not its end."""
+    full = "OSError(errno.ENOSPC, 'No space left on device')"
+    patch = f"import tempfile\ndef refuse(*_, **__):\n    raise {full}\n"
+    code, good, bad = doctor_where(well, patch + "tempfile.mkdtemp = refuse")
+    assert code == 1
+    assert "✗ no more of the hooks: [Errno 28] No space left on device" in bad
+    assert "telemhq: last delivery: " in good
 
 
 def client(home: Home, version: str) -> str:
@@ -536,7 +551,7 @@ def test_doctor_waits_no_longer_than_a_sender(home: Home) -> None:
             time.sleep(0.2)
 
     with Wire(drip) as wire:
-        set_up(home, wire.url, "true telemhq_ping.py")
+        write_settings(home, {"env": {"TELEMHQ_PING_URL": wire.url}})
         begun = time.monotonic()
         bad = diagnosis(home, TELEMHQ_TIMEOUT="1")[2]
         assert 3 < time.monotonic() - begun < 8

@@ -21,8 +21,6 @@ from support import (
     Home,
     Receiver,
     event,
-    only_enqueue,
-    ping_name,
 )
 
 NS = 1700000000 * 10**9 + 123456789  # 2023-11-14T22:13:20.123Z
@@ -72,36 +70,30 @@ def test_every_real_event_arrives_as_exactly_this_ping(
     assert len(ids) == len(sent)
 
 
-@pytest.mark.parametrize("name", sorted(PINGS))
-def test_a_field_that_is_null_or_absent_is_left_out(
-    script: ModuleType, name: str
-) -> None:
+def test_a_field_that_is_null_or_absent_is_left_out(script: ModuleType) -> None:
     """No ping ever holds a null, whichever field of the event is one."""
-    found = event(name)
-    assert set(ping_of(script, found)) == {*PINGS[name], *ALWAYS}
-    for key in found:
-        assert None not in ping_of(script, {**found, key: None}).values()
-    assert set(ping_of(script, dict.fromkeys(found))) <= {*ALWAYS, "error"}
+    for name in PINGS:
+        found = event(name)
+        assert set(ping_of(script, found)) == {*PINGS[name], *ALWAYS}
+        for key in found:
+            assert None not in ping_of(script, {**found, key: None}).values()
+        assert set(ping_of(script, dict.fromkeys(found))) <= {*ALWAYS, "error"}
 
 
 @pytest.mark.fault(84)
 @pytest.mark.parametrize(
-    "changes, ours",
+    "ours, changes",
     [
-        ({}, True),
-        ({"hook_event_name": "QuantumLeap"}, True),
-        ({"cursor_version": "2.1.0"}, False),
-        ({"cursor_version": None}, False),
-        ({"hook_event_name": "stop"}, False),
-        ({"hook_event_name": "beforeSubmitPrompt"}, False),
-        ({"hook_event_name": ""}, False),
-        ({"hook_event_name": None}, False),
-        ({"hook_event_name": ["Stop"]}, False),
-        ({"hook_event_name": "\u00c9vent"}, False),
+        *((True, {}), (True, {"hook_event_name": "QuantumLeap"})),
+        *((False, {"cursor_version": version}) for version in ("2.1.0", None)),
+        *(
+            (False, {"hook_event_name": n})
+            for n in ("stop", "beforeX", "", None, ["S"])
+        ),
     ],
 )
 def test_an_event_of_another_client_is_none(
-    home: Home, receiver: Receiver, changes: dict[str, Any], ours: bool
+    home: Home, receiver: Receiver, ours: bool, changes: dict[str, Any]
 ) -> None:
     """Cursor runs the hooks of ~/.claude/settings.json, with events of its own: nothing
     is told of them, and debug mode says why."""
@@ -127,96 +119,71 @@ IDENTIFIERS = (
 )
 
 
-@pytest.mark.parametrize("field", IDENTIFIERS)
-def test_a_text_leaves_only_in_the_shape_of_an_identifier(
-    script: ModuleType, field: str
-) -> None:
+def test_a_text_leaves_only_in_the_shape_of_an_identifier(script: ModuleType) -> None:
     """ASCII letters, digits and _ . : -, 1 to 128: anything else is left out, whole."""
-    name = "SessionEnd-other" if field == "reason" else "Stop"
-    leaves = "event" if field == "hook_event_name" else field
-    for value in (*GOOD, *BAD):
-        ping = ping_of(script, event(name, **{field: value}))
-        assert ping.get(leaves) == (value if value in GOOD else None)
-
-
-MODELS: tuple[tuple[object, str | None], ...] = (
-    ("claude-opus-5-5[1m]", "claude-opus-5-5[1m]"),
-    ("claude-sonnet-4@20250514", "claude-sonnet-4@20250514"),
-    ("eu.anthropic.x-v1:0", "eu.anthropic.x-v1:0"),
-    ("arn:aws:bedrock:eu-west-1:123456789012:inference-profile/x", "other"),
-    ("anthropic/claude-opus-5", "other"),
-    ("my model", "other"),
-    ("[1m]", "other"),
-    ("", None),
-    (["opus"], None),
-)
+    for field in IDENTIFIERS:
+        name = "SessionEnd-other" if field == "reason" else "Stop"
+        leaves = "event" if field == "hook_event_name" else field
+        for value in (*GOOD, *BAD):
+            ping = ping_of(script, event(name, **{field: value}))
+            assert ping.get(leaves) == (value if value in GOOD else None), field
 
 
 @pytest.mark.fault(49)
-@pytest.mark.parametrize("name, shown", MODELS)
-def test_a_model_that_is_no_identifier_is_other(
-    script: ModuleType, name: object, shown: str | None
-) -> None:
+def test_a_model_that_is_no_identifier_is_other(script: ModuleType) -> None:
     """A router's vendor, an ARN with an account's number in it stay home. That there
     was a model is told all the same."""
-    assert ping_of(script, event("Stop", model=name)).get("model") == shown
+    for name in ("claude-opus-5-5[1m]", "claude-sonnet-4@20250514", "eu.x-v1:0"):
+        assert ping_of(script, event("Stop", model=name))["model"] == name
+    for name in (
+        "arn:aws:x:1:123456789012:y/z",
+        "anthropic/claude",
+        "my model",
+        "[1m]",
+    ):
+        assert ping_of(script, event("Stop", model=name))["model"] == "other"
+    for nothing in ("", ["opus"], None):
+        assert "model" not in ping_of(script, event("Stop", model=nothing))
 
 
-HUGE = 10**400
-NUMBERS = (
-    *((n, n) for n in (0, 1, 25, 1.5, 2**50)),
-    *(
-        (n, None)
-        for n in (-1, float("nan"), float("inf"), HUGE, 2**53, True, "25", [1])
-    ),
-)
-FLAGS: tuple[tuple[Any, Any], ...] = (
-    *((True, True), (False, False), (0, None), (1, None), ("true", None), ([], None)),
-)
-ERRORS: tuple[tuple[Any, Any], ...] = (
-    *(("rate_limit", "error"), ({"a": 1}, "error"), (3, "error")),
-    *((None, None), ("", None), (False, None), ({}, None), ([], None)),
-)
-TABLE: tuple[tuple[str, dict[str, Any], str, object], ...] = (
-    # a real event, changes, the field that may leave, what leaves
-    *(("Stop", {"duration_ms": n}, "duration_ms", told) for n, told in NUMBERS),
-    *(("Stop", {"is_interrupt": b}, "is_interrupt", told) for b, told in FLAGS),
-    ("Stop", {"prompt": "héllo"}, "prompt_chars", 5),
-    ("Stop", {"prompt": ["CANARY"]}, "prompt_chars", None),
-    ("Stop", {"background_tasks": [{"a": "CANARY"}] * 3}, "background_tasks", 3),
-    ("Stop", {"background_tasks": "CANARY"}, "background_tasks", None),
-    ("Stop", {"reason": "secretword"}, "reason", None),  # elsewhere it is a text
-    ("Stop", {"cwd": ""}, "cwd_hash", None),
-    ("Stop", {"transcript_path": ["/x"]}, "transcript_path_hash", None),
-    ("StopFailure", {"error": "rate_limit"}, "error", "rate_limit"),
-    ("StopFailure", {"error": "x" * 40}, "error", "x" * 40),
-    *(
-        ("StopFailure", {"error": text}, "error", None)
-        for text in ("Rate_limit", "rate limit", "x" * 41, "/etc/passwd", "é", "", 429)
-    ),
-    ("PostToolUseFailure-Bash", {"error": "Exit code 127\nCANARY"}, "exit_code", 127),
-    ("PostToolUseFailure-Bash", {"error": "Exit code 0"}, "exit_code", 0),
-    *(
-        ("PostToolUseFailure-Bash", {"error": text}, "exit_code", None)
-        for text in ("Exit code ", "Exit code \u0663", "The Exit code 3", None, ["x"])
-    ),
-    ("PostToolUseFailure-Bash", {"error": "CANARY"}, "error", "tool_error"),
-    ("PostToolUseFailure-Bash", {"error": "CANARY"}, "error_chars", 6),
-    ("PostToolUseFailure-Bash", {"error": {"a": 1}}, "error", "tool_error"),
-    *(("Stop", {"error": e}, "error", told) for e, told in ERRORS),
+FAILED = "PostToolUseFailure-Bash"
+TABLE: tuple[tuple[str, str, str, tuple[Any, ...], object], ...] = (
+    # a real event, its field, the ping's, values of the former, what becomes of them
+    *(("Stop", "duration_ms", "duration_ms", (n,), n) for n in (0, 25, 1.5, 2**50)),
+    ("Stop", "duration_ms", "duration_ms", (-1, 10**400, 2**53, True, "25", [1]), None),
+    ("Stop", "duration_ms", "duration_ms", (float("nan"), float("inf")), None),
+    *(("Stop", "is_interrupt", "is_interrupt", (b,), b) for b in (True, False)),
+    ("Stop", "is_interrupt", "is_interrupt", (0, 1, "true", []), None),
+    ("Stop", "prompt", "prompt_chars", ("héllo",), 5),
+    ("Stop", "prompt", "prompt_chars", (["CANARY"], 5), None),
+    ("Stop", "background_tasks", "background_tasks", ([{"a": "CANARY"}] * 3,), 3),
+    ("Stop", "background_tasks", "background_tasks", ("CANARY", 7), None),
+    ("Stop", "reason", "reason", ("secretword",), None),  # elsewhere it is a text
+    ("Stop", "cwd", "cwd_hash", ("", None, ["/x"]), None),
+    ("StopFailure", "error", "error", ("rate_limit",), "rate_limit"),
+    ("StopFailure", "error", "error", ("Rate_limit", "rate limit", "x" * 41), None),
+    ("StopFailure", "error", "error", ("/etc/passwd", "é", "", 429), None),
+    (FAILED, "error", "exit_code", ("Exit code 127\nCANARY", "Exit code 127"), 127),
+    (FAILED, "error", "exit_code", ("Exit code ", "The Exit code 3", ["x"]), None),
+    (FAILED, "error", "exit_code", ("Exit code \u0663", None), None),
+    (FAILED, "error", "error", ("CANARY", {"a": 1}, None), "tool_error"),
+    (FAILED, "error", "error_chars", ("CANARY",), 6),
+    ("Stop", "error", "error", ("rate_limit", {"a": 1}, 3), "error"),
+    ("Stop", "error", "error", (None, "", False, {}, []), None),
 )
 
 
-@pytest.mark.parametrize("name, changes, field, told", TABLE)
+@pytest.mark.parametrize("name, field, leaves, values, told", TABLE)
 def test_a_value_leaves_in_its_shape_or_not_at_all(
-    script: ModuleType, name: str, changes: dict[str, Any], field: str, told: object
+    script: ModuleType, name: str, field: str, leaves: str, values: Any, told: object
 ) -> None:
     """Numbers, flags, codes, lengths; a failed tool's text holds output and paths."""
-    ping = ping_of(script, event(name, **changes))
-    assert ping.get(field) == told
-    assert type(ping.get(field)) is type(told)
-    failed = "Failure" in name or field == "error" == told
-    assert ping["status"] == ("failed" if failed else "success")
+    for value in values:
+        ping = ping_of(script, event(name, **{field: value}))
+        assert ping.get(leaves) == told
+        assert type(ping.get(leaves)) is type(told)
+        failed = "Failure" in name or told == "error"
+        assert ping["status"] == ("failed" if failed else "success")
 
 
 def test_what_a_future_event_brings_stays_home(script: ModuleType) -> None:
@@ -234,74 +201,50 @@ def test_what_a_future_event_brings_stays_home(script: ModuleType) -> None:
     assert "secret" not in script.encode_json(ping)
 
 
-GATED: tuple[tuple[str, object, bool], ...] = (
-    ("prompt", "x", False),
-    ("cwd", "/x", False),
-    ("project", "My shop/é", True),
-    ("project", "a\nb", False),
-    ("project", "a" * 129, False),
-    ("git_branch", "feat/x-1", True),
-    ("git_branch", "a b", False),
-    ("cwd_hash", "0123456789ab", True),
-    ("cwd_hash", "0123456789abc", False),
-    ("lines_added", 12, True),
-    ("lines_removed", -1, False),
-    ("cost_usd", 0.25, True),
-    ("tools", {"Bash": 2}, True),
-    ("tools", {"/bin/sh": 2}, False),
-    ("tools", {f"t{n}": n for n in range(21)}, False),
-    ("models", {"opus": {"input_tokens": 3, "cost_usd": 0.5}}, True),
-    ("models", {"haiku": {"cost_usd": 0.5}}, True),
-    ("models", {"vendor/opus": {"cost_usd": 0.5}}, False),
-    ("models", {"opus": {"cost_usd": "CANARY"}}, False),
-    ("models", {"opus": {"prompt": 3}}, False),
-    ("models", {"opus": 3}, False),
-)
-
-
-@pytest.mark.parametrize("name, value, leaves", GATED)
-def test_the_gate_decides_alone(
-    script: ModuleType, name: str, value: object, leaves: bool
-) -> None:
+def test_the_gate_decides_alone(script: ModuleType) -> None:
     """The allow-list knows a field and its only shape; nothing else passes it."""
-    assert script.gate({name: value}) == ({name: value} if leaves else {})
-
-
-def test_no_field_of_the_gate_takes_an_overlong_text(script: ModuleType) -> None:
-    """Whatever may one day go wrong before the gate: 128 characters are the most."""
-    for name in script.GATE:
-        for value in ("a" * 129, "a" * 100000, None, object(), {"/a": 1}, ["x"]):
-            assert script.gate({name: value}) == {}, name
+    for name, good, bad in (
+        ("prompt", None, "x"),
+        ("project", "My shop/é", "a\nb"),
+        ("git_branch", "feat/x-1", "a b"),
+        ("cwd_hash", "0123456789ab", "0123456789abc"),
+        ("lines_added", 12, "12"),
+        ("lines_removed", 0, -1),
+        ("cost_usd", 0.25, True),
+        ("tools", {"Bash": 2}, {"/bin/sh": 2}),
+        ("tools", {f"t{n}": n for n in range(20)}, {f"t{n}": n for n in range(21)}),
+        ("models", {"opus": {"input_tokens": 3, "cost_usd": 0.5}}, {"opus": 3}),
+        ("models", {"haiku": {"cost_usd": 0.5}}, {"opus": {"cost_usd": "CANARY"}}),
+        ("models", {}, {"vendor/opus": {"cost_usd": 0.5}}),
+        ("models", {}, {"opus": {"prompt": 3}}),
+    ):
+        assert script.gate({name: good}) == ({} if good is None else {name: good})
+        assert script.gate({name: bad}) == {}, (name, bad)
+    for name in script.GATE:  # whatever may one day go wrong before it
+        for wrong in ("a" * 129, "a" * 100000, None, object(), {"/a": 1}, ["x"]):
+            assert script.gate({name: wrong}) == {}, name
 
 
 # -- Names of tools and agents ---------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "field, name, shown",
-    [
+def test_without_tool_names_only_the_clients_own_are_told(script: ModuleType) -> None:
+    """TELEMHQ_TOOL_NAMES=0, or what is not understood: names of MCP servers, of their
+    tools and of a user's own agents stay home."""
+    for field, name, shown in (
         ("tool_name", "mcp__pg-prod-acme__drop_customer", "mcp"),
         ("tool_name", "mcp__a b__c/d", "mcp"),
-        ("tool_name", "Bash", "Bash"),
         ("tool_name", "ListMcpResourcesTool", "ListMcpResourcesTool"),
         ("tool_name", ["mcp__a__b"], None),
         ("agent_type", "general-purpose", "general-purpose"),
-        ("agent_type", "claude-code-guide", "claude-code-guide"),
         ("agent_type", "acme-payroll-fixer", "custom"),
         ("agent_type", "the agent of Jane", "custom"),
         ("agent_type", "", None),
-        ("agent_type", {"name": "Explore"}, None),
-    ],
-)
-def test_without_tool_names_only_the_clients_own_are_told(
-    script: ModuleType, field: str, name: object, shown: str | None
-) -> None:
-    """TELEMHQ_TOOL_NAMES=0, or what is not understood: names of MCP servers, of their
-    tools and of a user's own agents stay home."""
-    found = event("PostToolUse-Bash", **{field: name})
-    for value in ("0", "nonsense"):
-        ping = ping_of(script, found, TELEMHQ_TOOL_NAMES=value)
-        assert ping.get(field) == shown
+    ):
+        found = event("PostToolUse-Bash", **{field: name})
+        for value in ("0", "nonsense"):
+            ping = ping_of(script, found, TELEMHQ_TOOL_NAMES=value)
+            assert ping.get(field) == shown
 
 
 @pytest.mark.parametrize("value", ["", "0"])
@@ -346,48 +289,34 @@ def test_a_path_leaves_as_twelve_hex_of_its_hash(
 # -- Project ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "cwd, project_dir, name, expected",
-    [
+def project(script: ModuleType, cwd: object, top: object, name: object = None) -> str:
+    """The project of a cwd, in a session that began in `top`."""
+    environ = {"CLAUDE_PROJECT_DIR": top, "TELEMHQ_PROJECT": name}
+    given = {key: str(value) for key, value in environ.items() if value is not None}
+    found = {"cwd": str(cwd) if isinstance(cwd, pathlib.Path) else cwd}
+    return str(script.project_of(found, script.Settings(given)))
+
+
+def test_the_projects_name(script: ModuleType) -> None:
+    """TELEMHQ_PROJECT, else the project directory around the cwd, else the cwd."""
+    for cwd, top, name, expected in (
         ("/w/acme/src", "/w/acme", "Shop", "Shop"),
         ("/w/acme/src/deep", "/w/acme", None, "acme"),
         ("/w/acme/", "/w/acme/", None, "acme"),
-        ("/w/acme/src/../lib", "/w/acme", None, "acme"),
         ("/w/acme/../other", "/w/acme", None, "other"),
         ("/w/acme-old", "/w/acme", None, "acme-old"),
-        ("/elsewhere/tool", "/w/acme", None, "tool"),
         ("/w/acme", "", "", "acme"),
-        ("/", None, None, "unknown"),
-        (None, None, None, "unknown"),
-        (["/w/acme"], None, None, "unknown"),
+        *((cwd, None, None, "unknown") for cwd in ("/", "", None, ["/w/acme"])),
         ("/w/My Shop (neu) é", None, None, "My Shop (neu) é"),
-        ("/w/a\tb\x1b[31m\r\n\x7f\x9bc", None, None, "ab[31mc"),
+        ("/w/a\tb\x1b[31m\r\n\x7f\x9bc\udcff\ud800", None, None, "ab[31mc"),
         ("/w/a\0b", None, None, "ab"),
-        ("/w/a\udcffb\ud800", None, None, "ab"),
         ("/w/" + "x" * 200, None, None, "x" * 128),
         ("/w/" + "x/" * 9000, "/w", None, "x"),
         ("/w/acme", None, "two words/and more", "two words/and more"),
         ("/w/acme", None, "\x1b\x07 ", "acme"),
         ("C:\\Users\\jane\\acme", None, None, "acme"),
-    ],
-)
-def test_the_projects_name(
-    script: ModuleType,
-    cwd: object,
-    project_dir: str | None,
-    name: str | None,
-    expected: str,
-) -> None:
-    """TELEMHQ_PROJECT, else the project directory around the cwd, else the cwd."""
-    environ = {"CLAUDE_PROJECT_DIR": project_dir, "TELEMHQ_PROJECT": name}
-    given = {key: value for key, value in environ.items() if value is not None}
-    assert script.project_of({"cwd": cwd}, script.Settings(given)) == expected
-
-
-def project(script: ModuleType, cwd: pathlib.Path, top: pathlib.Path | None) -> str:
-    """The project of a cwd, in a session that began in `top`."""
-    environ = {"CLAUDE_PROJECT_DIR": str(top)} if top else {}
-    return str(script.project_of({"cwd": str(cwd)}, script.Settings(environ)))
+    ):
+        assert project(script, cwd, top, name) == expected
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need a privilege there")
@@ -447,31 +376,26 @@ def test_a_git_worktree_is_its_main_repositorys_project(
         assert project(script, top / cwd, top / began if began else None) == expected
 
 
-@pytest.mark.parametrize(
-    "content, expected",
-    [
-        (b"gitdir: ../shop/.git/worktrees/tree", "shop"),
-        (b"gitdir: ../shop/.git/modules/tree\n", "tree"),
-        (b"gitdir: ../a\x1bb/.git/worktrees/tree\n", "ab"),
-        (b"gitdir: \0/x/.git/worktrees/tree\n", "x"),
-        (b"gitdir:\n", "tree"),
-        (b"\0\0\0", "tree"),
-        (b"\xff" * 100000, "tree"),
-        (None, "tree"),  # a FIFO that nobody ever writes to
-    ],
-)
 def test_a_strange_git_file_is_no_error(
-    script: ModuleType, tmp_path: pathlib.Path, content: bytes | None, expected: str
+    script: ModuleType, tmp_path: pathlib.Path
 ) -> None:
     """Whatever `.git` holds, or is, the project has a name without control characters,
     at once."""
     path = tmp_path / "tree" / ".git"
     path.parent.mkdir()
-    if content is not None:
+    for content, expected in (
+        (b"gitdir: ../shop/.git/worktrees/tree", "shop"),
+        (b"gitdir: ../shop/.git/modules/tree\n", "tree"),
+        (b"gitdir: ../a\x1bb/.git/worktrees/tree\n", "ab"),
+        (b"gitdir: \0/x/.git/worktrees/tree\n", "x"),
+        *((raw, "tree") for raw in (b"gitdir:\n", b"\0\0\0", b"\xff" * 100000)),
+    ):
         path.write_bytes(content)
-    elif hasattr(os, "mkfifo"):
-        os.mkfifo(path)
-    assert project(script, path.parent, None) == expected
+        assert project(script, path.parent, None) == expected
+    path.unlink()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(path)  # that nobody ever writes to
+    assert project(script, path.parent, None) == "tree"
 
 
 # -- Fuzz ------------------------------------------------------------------------------
@@ -509,50 +433,33 @@ def strange(dice: random.Random, key: str, depth: int = 0) -> Any:
     kind = dice.randrange(8 if depth < 3 else 6)
     if kind < 3:
         return canary(dice, key)
-    if kind == 3:
+    if kind < 5:
         numbers = (float("nan"), float("inf"), -5, -0.5, 1e308, 10**4000, 2**53, 0, 7)
-        return dice.choice(numbers)
-    if kind == 4:
-        return dice.choice((True, False, None, "", [], {}))
+        return dice.choice((*numbers, True, False, None, "", [], {}))
     if kind == 5:
         return ["CANARY_" + "y" * 10] * dice.randrange(1, 2000)
     if kind == 6:
-        return [strange(dice, "", depth + 1) for _ in range(dice.randrange(4))]
-    names = dice.sample([*sorted(SHAPED), "prompt", "x"], 3)
+        return [strange(dice, "", depth + 1) for _ in range(3)]
     # Only of `effort` an inner value may leave, and only `level`.
-    inner = {name: strange(dice, name, depth + 1) for name in names}
-    inner[f"CANARY_KEY_{dice.randrange(99)}"] = strange(dice, "", depth + 1)
-    return inner
-
-
-def with_canaries(dice: random.Random, value: Any, key: str) -> Any:
-    """`value` with a canary in place of every string in it."""
-    if isinstance(value, dict):
-        return {k: with_canaries(dice, v, k) for k, v in value.items()}
-    if isinstance(value, list):
-        return [with_canaries(dice, v, "") for v in value]
-    return canary(dice, key) if isinstance(value, str) else value
+    names = dice.sample([*sorted(SHAPED), "prompt", "x", "CANARY_KEY"], 4)
+    return {name: strange(dice, name, depth + 1) for name in names}
 
 
 def mutated(dice: random.Random) -> dict[str, Any]:
-    """A real event, some of it replaced, with canaries where strings were."""
+    """A real event, with canaries where texts were, and some of it stranger."""
     found = event(dice.choice(sorted(PINGS)))
     name = found["hook_event_name"]
-    for key in list(found):
+    for key in [*found, *dice.sample([*CONTENT, "error", "reason", "model"], 3)]:
         roll = dice.random()
         if roll < 0.3:
             found[key] = strange(dice, key)
-        elif roll < 0.9:
-            found[key] = with_canaries(dice, found[key], key)
+        elif roll < 0.9 and isinstance(found.get(key), str):
+            found[key] = canary(dice, key)
         elif roll < 0.95:
-            del found[key]
-    for _ in range(dice.randrange(4)):
-        key = dice.choice((*CONTENT, "error", "reason", "model"))
-        found[key] = strange(dice, key)
-    found["hook_event_name"] = name
+            found.pop(key, None)
     if isinstance(found.get("cwd"), str) and "CANARY" in found["cwd"]:
         found["cwd"] = canary(dice, "cwd")
-    return found
+    return {**found, "hook_event_name": name}
 
 
 def check_ping(script: ModuleType, text: str) -> None:
@@ -570,14 +477,13 @@ def check_ping(script: ModuleType, text: str) -> None:
         assert not isinstance(value, str) or len(value) <= 128
 
 
-@pytest.mark.parametrize("key", CONTENT)
 def test_content_stays_home_even_when_it_looks_like_an_identifier(
-    script: ModuleType, key: str
+    script: ModuleType,
 ) -> None:
     """A one-word prompt or title has the shape of an identifier: it does not leave."""
     for name in PINGS:
         for value in ("CANARY", {"level": "CANARY"}, ["CANARY"]):
-            ping = ping_of(script, event(name, **{key: value}))
+            ping = ping_of(script, event(name, **dict.fromkeys(CONTENT, value)))
             assert "CANARY" not in script.encode_json(ping)
 
 
@@ -592,16 +498,13 @@ def test_no_mutated_event_gets_a_canary_through(script: ModuleType, seed: int) -
         check_ping(script, script.encode_json(ping))
 
 
-LEAKS = {"project": "a CANARY", "session_id": "a/b", "prompt": "x", "event": "x" * 129}
-
-
-@pytest.mark.parametrize("name", LEAKS)
-def test_the_fuzz_can_find_a_leak(script: ModuleType, name: str) -> None:
+def test_the_fuzz_can_find_a_leak(script: ModuleType) -> None:
     """The check itself is not blind: each kind of leak, put in by hand, is seen."""
     good = ping_of(script, event("Stop"))
     check_ping(script, script.encode_json(good))
-    with pytest.raises((AssertionError, KeyError)):
-        check_ping(script, script.encode_json({**good, name: LEAKS[name]}))
+    for name, leak in (("project", "a CANARY"), ("session_id", "a/b"), ("prompt", "x")):
+        with pytest.raises((AssertionError, KeyError)):
+            check_ping(script, script.encode_json({**good, name: leak}))
 
 
 # -- Bodies ----------------------------------------------------------------------------
@@ -637,21 +540,3 @@ def test_nothing_that_was_said_leaves_the_process_or_lies_on_disk(
     assert sum(ping.get("total_tokens", 0) for ping in receiver.pings) > 0
     for path in home.state.rglob("*"):
         assert path.is_dir() or b"canary" not in path.read_bytes().lower(), path
-
-
-def test_what_someone_wrote_into_the_outbox_goes_through_the_gate(
-    home: Home, receiver: Receiver, script: ModuleType
-) -> None:
-    """Every body comes out of the gate, also when a ping's file was changed on disk."""
-    path = only_enqueue(home, receiver.url, event("Stop"))
-    record = json.loads(path.read_text("utf-8"))
-    path.unlink()
-    record["ping"].update(event_id="f" * 32, prompt="CANARY", tools="CANARY")
-    record["ping"].update(model=["CANARY"], error="CANARY text", cost_usd="CANARY")
-    changed = path.with_name(ping_name(NS, record["ping"]))
-    changed.write_text(json.dumps(record))
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(2)
-    (request,) = [r for r in receiver.requests if r.ping["event_id"] == "f" * 32]
-    assert set(request.ping) <= set(script.GATE)
-    assert b"CANARY" not in request.body

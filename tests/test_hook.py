@@ -10,9 +10,8 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-from typing import IO, TYPE_CHECKING, Any, Iterator, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -28,7 +27,6 @@ from support import (
     hook_command,
     need_cpython,
     pythons,
-    sender_command,
     wait_until,
 )
 
@@ -78,16 +76,6 @@ def finish(process: Piped) -> tuple[int, bytes, bytes]:
     process.stdout.close()
     process.stderr.close()
     return found
-
-
-@pytest.fixture
-def held() -> Iterator[Receiver]:
-    """A receiver that answers nobody before the test's end, or its `release`."""
-    release = threading.Event()
-    with Receiver(lambda _: release.wait(60) and 200) as found:
-        found.release = release  # type: ignore[attr-defined]
-        yield found
-        release.set()
 
 
 # -- Every Python ----------------------------------------------------------------------
@@ -153,26 +141,23 @@ def test_foreground_and_debug_deliver_before_they_exit(
     home.quiet(5)
 
 
-NASTY = {  # stdin: whether a ping can be made of it
-    "empty": (b"", False),
-    "text": (b"hello", False),
-    "half": (b'{"hook_event_name": "Stop", "pro', False),
-    "open string": (b'{"prompt": "', False),
-    "list": (b'[{"hook_event_name": "Stop"}]', False),
-    "number": (b"5", False),
-    "null": (b"null", False),
-    "empty object": (b"{}", False),
-    "binary": (bytes(range(256)) * 20, False),
-    "deep": (b'{"a":' + b"[" * 200000, False),
-    "deep and whole": (b"[" * 200000 + b"]" * 200000, False),
-    "wrong types": (b'{"hook_event_name": "X", "cwd": 5, "session_id": {}}', True),
-    "BOM": (b"\xef\xbb\xbf" + STOP + b"\r\n", True),
-    "surrogates": (STOP[:-1] + b', "prompt": "\\ud800", "cwd": "/x/\\udfff"}', True),
-    "not UTF-8": (STOP[:-1] + b', "prompt": "\xff\xfe\x80", "cwd": "/x/\xff"}', True),
-    "NaN": (STOP[:-1] + b', "duration_ms": NaN, "a": Infinity}', True),
-    "huge integer": (STOP[:-1] + b', "duration_ms": ' + b"9" * 100000 + b"}", True),
-    "control characters": (STOP[:-1] + b', "prompt": "a\x01\nb\0"}', True),
-    "twice": (STOP[:-1] + b', "cwd": "/a", "cwd": "/b"}', True),
+FINE = {  # stdin of which a ping can be made
+    "wrong types": b'{"hook_event_name": "X", "cwd": 5, "session_id": {}}',
+    "BOM": b"\xef\xbb\xbf" + STOP + b"\r\n",
+    "surrogates": STOP[:-1] + b', "prompt": "\\ud800", "cwd": "/x/\\udfff"}',
+    "not UTF-8": STOP[:-1] + b', "prompt": "\xff\xfe\x80", "cwd": "/x/\xff"}',
+    "NaN": STOP[:-1] + b', "duration_ms": NaN, "a": Infinity}',
+    "huge integer": STOP[:-1] + b', "duration_ms": ' + b"9" * 100000 + b"}",
+    "control characters": STOP[:-1] + b', "prompt": "a\x01\nb\0"}',
+    "twice": STOP[:-1] + b', "cwd": "/a", "cwd": "/b"}',
+}
+NASTY = {  # and of which none can
+    **{str(raw): raw for raw in (b"", b"hello", b"5", b"null", b"{}", b'["Stop"]')},
+    "half": STOP[:99],
+    "binary": bytes(range(256)) * 20,
+    "deep": b'{"a":' + b"[" * 200000,
+    "deep and whole": b"[" * 200000 + b"]" * 200000,
+    **FINE,
 }
 
 
@@ -182,12 +167,11 @@ def test_nothing_on_stdin_makes_the_hook_fail_or_talk(home: Home, python: str) -
     """Empty, torn, binary, deep, not UTF-8: exit 0, silence; a ping if possible."""
     home.hook(STOP, NOWHERE)
     home.set_state(set_at=time.time() - 1, not_before=time.time() + 900)
-    others = ("open string", "deep", "binary", "BOM", "surrogates", "huge integer")
+    others = ("half", "deep", "binary", "BOM", "surrogates", "huge integer")
     for name in NASTY if python == sys.executable else others:
-        raw, good = NASTY[name]
         before = len(home.waiting())
-        assert outcome(home.hook(raw, NOWHERE, python=python)) == SILENT, name
-        assert len(home.waiting()) - before == good, name
+        assert outcome(home.hook(NASTY[name], NOWHERE, python=python)) == SILENT, name
+        assert len(home.waiting()) - before == (name in FINE), name
     for path in home.waiting():
         ping = json.loads(path.read_text("ascii"))["ping"]
         assert None not in ping.values()
@@ -216,23 +200,10 @@ def test_no_expensive_module_is_imported_in_the_hook(home: Home, python: str) ->
         assert names & COSTLY == set()
 
 
-@pytest.mark.parametrize("python", pythons(6, 8) or [None], ids=short)
-def test_an_old_python_does_nothing_and_blocks_nothing(
-    home: Home, python: str | None
-) -> None:
+@pytest.mark.parametrize("python", pythons(6, 8), ids=short)
+def test_an_old_python_does_nothing_and_blocks_nothing(home: Home, python: str) -> None:
     """3.7 is silent; 3.6 cannot compile the script, and says so on stderr only."""
-    if python is None:
-        pytest.skip("no CPython 3.6 or 3.7 here")
-    imported = (
-        f"cd '{SCRIPT.parent}' && {python} -ESc 'import telemhq_ping as t; t.hook()'"
-    )
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"{imported} || {python} -I -S '{SCRIPT}' || true"],
-        input=STOP,
-        capture_output=True,
-        env=home.env(NOWHERE),
-        timeout=30,
-    )
+    done = home.shell(f"{python} -I -S '{SCRIPT}' || true", STOP, NOWHERE)
     assert (done.returncode, done.stdout) == (0, b"")
     assert done.stderr == b"" or python == pythons(6, 8)[0]
     assert not home.state.exists()
@@ -256,7 +227,7 @@ def test_how_large_an_event_may_be(home: Home, size_mb: int, good: bool) -> None
         assert size == len(head + tail) + (size_mb << 20)
 
 
-@pytest.mark.parametrize("url", [None, "telemhq.com/ping/x", NOWHERE])
+@pytest.mark.parametrize("url", [None, NOWHERE])
 def test_stdin_is_read_to_its_end(home: Home, url: str | None) -> None:
     """An early close would show the user an EPIPE error, whatever there is to do; a
     parent that writes slowly is waited for."""
@@ -264,12 +235,10 @@ def test_stdin_is_read_to_its_end(home: Home, url: str | None) -> None:
         hook_command(), stdin=subprocess.PIPE, env=home.env(url), cwd=str(home.project)
     )
     assert process.stdin
-    for i in range(0, len(STOP), 40):
-        process.stdin.write(STOP[i : i + 40] + b" " * (i == 0))
+    for piece in (STOP[:40], STOP[40:], *[b" " * 100000] * 20):
+        process.stdin.write(piece)
         process.stdin.flush()
         time.sleep(0.005)
-    for _ in range(20):
-        process.stdin.write(b" " * 100000)
     process.stdin.close()  # BrokenPipeError, were the hook gone
     assert process.wait(30) == 0
     assert len(home.waiting()) == (url == NOWHERE)
@@ -277,20 +246,14 @@ def test_stdin_is_read_to_its_end(home: Home, url: str | None) -> None:
 
 @pytest.mark.fault(10)
 @pytest.mark.parametrize("debug", ["", "1"])
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_descriptors_are_survived(
     home: Home, receiver: Receiver, closed: str, debug: str
 ) -> None:
     """stdin, stdout or stderr closed by the parent: exit 0, and the ping arrives; no
     file of ours is taken for one of them."""
-    done = subprocess.run(
-        ["/bin/sh", "-c", f"exec {sys.executable} -I -S {SCRIPT} {closed}"],
-        input=STOP,
-        capture_output=True,
-        timeout=30,
-        env=home.env(receiver.url, TELEMHQ_HOOK_DEBUG=debug),
-        cwd=str(home.project),
-    )
+    line = f"{hook_command()[2]} {closed}"
+    done = home.shell(line, STOP, receiver.url, TELEMHQ_HOOK_DEBUG=debug)
     assert (done.returncode, done.stdout) == (0, b"")
     assert done.stderr == b"" or (debug and "2>&-" not in closed)
     if "<&-" not in closed:
@@ -304,37 +267,20 @@ def test_closed_descriptors_are_survived(
 
 
 @pytest.mark.fault(11)
-def test_the_hooks_pipes_end_while_the_sender_still_works(
-    home: Home, held: Receiver
-) -> None:
+def test_the_hooks_pipes_end_while_the_sender_still_works(home: Home) -> None:
     """Claude Code waits for the end of the hook's pipes: the sender holds none, nor any
     other descriptor that the hook was born with."""
-    read, write = os.pipe()
-    process = start(home, held.url, pass_fds=[write])
-    os.close(write)
-    held.wait_for(1)  # the sender is at work, and will be until the test's end
-    for end in (process.stdout.fileno(), process.stderr.fileno(), read):
-        assert select.select([end], [], [], 20)[0]
-    assert finish(process) == SILENT
-    assert os.read(read, 1) == b""
-    os.close(read)
-    assert not LINUX or len(home.processes()) == 1
-
-
-@pytest.mark.fault(12)
-def test_a_killed_process_group_does_not_take_the_sender_along(
-    home: Home, held: Receiver
-) -> None:
-    """killpg of the hook's group, as on a timeout: that very sender delivers."""
-    process = start(home, held.url)
-    held.wait_for(1)
-    with contextlib.suppress(ProcessLookupError):  # it had ended: an empty group
-        os.killpg(process.pid, signal.SIGKILL)
-    finish(process)
-    held.release.set()  # type: ignore[attr-defined]
-    wait_until(lambda: home.waiting() == [])
-    home.quiet()
-    assert len(held.requests) == 1
+    with Wire(lambda _: wire.over.wait(60)) as wire:
+        read, write = os.pipe()
+        process = start(home, wire.url, pass_fds=[write])
+        os.close(write)
+        wait_until(lambda: wire.connections)  # the sender is at work, to the test's end
+        for end in (process.stdout.fileno(), process.stderr.fileno(), read):
+            assert select.select([end], [], [], 20)[0]
+        assert finish(process) == SILENT
+        assert os.read(read, 1) == b""
+        os.close(read)
+        assert not LINUX or len(home.processes()) == 1
 
 
 def descendants(pid: int) -> list[int]:
@@ -362,7 +308,10 @@ def test_a_hook_killed_with_all_its_descendants_loses_nothing(
             time.sleep(delay_ms / 1000)
         while not delay_ms and process.poll() is None and not home.waiting():
             pass  # at the first sight of the file, sender or not
-        for pid in [process.pid, *descendants(process.pid)]:
+        victims = descendants(process.pid)
+        with contextlib.suppress(ProcessLookupError):  # as on a timeout
+            os.killpg(process.pid, signal.SIGKILL)
+        for pid in victims:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         finish(process)
@@ -370,41 +319,6 @@ def test_a_hook_killed_with_all_its_descendants_loses_nothing(
     assert outcome(home.hook(STOP, receiver.url)) == SILENT
     wait_until(lambda: not home.waiting(), 30)
     assert committed < {ping["event_id"] for ping in receiver.pings}
-
-
-def test_a_project_that_was_deleted_is_no_error(home: Home, receiver: Receiver) -> None:
-    """A hook whose cwd is gone delivers all the same."""
-    gone = home.path / "gone"
-    gone.mkdir()
-    done = subprocess.run(
-        ["/bin/sh", "-c", f'rmdir "$PWD"; {hook_command()[2]}'],
-        input=STOP,
-        capture_output=True,
-        cwd=str(gone),
-        env=home.env(receiver.url),
-        timeout=30,
-    )
-    assert outcome(done) == SILENT
-    assert receiver.wait_for(1)
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [[], ["x"], ["detached"], ["detached", "99", "x"], ["once", "-1", ".."]],
-)
-def test_a_sender_started_by_hand_is_silent_and_exits_0(
-    home: Home, receiver: Receiver, arguments: list[str]
-) -> None:
-    """Whatever nonsense its arguments are."""
-    home.hook(STOP, dead_url(), TELEMHQ_FOREGROUND=1)
-    done = subprocess.run(
-        sender_command(*arguments or ["detached"]),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        env=home.env(receiver.url),
-        timeout=30,
-    )
-    assert outcome(done) == SILENT
 
 
 # -- Debug mode, foreground ------------------------------------------------------------
@@ -436,29 +350,12 @@ def test_debug_mode_tells_where_the_ping_went_and_what_came_of_it(
     assert len(home.waiting()) == (status != 200)
 
 
-def test_debug_mode_ignores_a_back_off_and_says_so(
-    home: Home, receiver: Receiver
-) -> None:
-    """A dead tracker is named; the next attempt is made at once, with a line about the
-    back-off that stands."""
-    url = dead_url()
-    assert [line for line in debug(home, url) if "refused" in line.lower()]
-    assert len(home.waiting()) == 1
-    lines = debug(home, url)
-    assert [line for line in lines if "back-off" in line]
-    assert [line for line in lines if "refused" in line.lower()]
-    assert receiver.requests == []
-
-
 @pytest.mark.parametrize(
     "url, sent, words",
     [
         (None, STOP, "TELEMHQ_PING_URL"),
         ("telemhq.com/ping/" + TOKEN, STOP, "https://"),
-        (NOWHERE, b"", "JSON"),
-        (NOWHERE, b'{"prompt": "CANARY', "JSON"),
-        (NOWHERE, b'["CANARY"]', "JSON"),
-        (NOWHERE, b"[" * 200000, "JSON"),
+        *((NOWHERE, raw, "JSON") for raw in (b"", b'["CANARY"]', b"[" * 200000)),
         (NOWHERE, b'{"cursor_version": "CANARY"}', "Cursor"),
     ],
 )
@@ -469,16 +366,6 @@ def test_debug_mode_says_why_it_was_skipped(
     (line,) = debug(home, url, sent)
     assert line.startswith("TelemHQ hook skipped: ")
     assert words in line
-
-
-def test_foreground_obeys_the_back_off(home: Home, receiver: Receiver) -> None:
-    """While a back-off stands the ping waits: an outage does not slow a CI job."""
-    receiver.answer = 503
-    for _ in range(2):
-        done = home.hook(STOP, receiver.url, TELEMHQ_FOREGROUND=1)
-        assert outcome(done) == SILENT
-    assert len(receiver.requests) == 1
-    assert len(home.waiting()) == 2
 
 
 @pytest.mark.parametrize("busy", [False, True])

@@ -24,7 +24,10 @@ from scenes import (
     until,
     waiting,
 )
-from support import ONE_LIFE, Home, Receiver, event, only_enqueue, run_sender
+from support import ONE_LIFE, Home, Receiver, run_sender
+from transcripts import OPUS, Session, cost_of, ledger, session, size_of, turn
+
+__all__ = ["session"]  # fixtures
 
 pytest.importorskip("fcntl", reason="locks of POSIX")
 
@@ -86,16 +89,11 @@ SHEET = {
     "a hundred 422": Row(
         at(422, *range(100)), aside=100, failures=100, wait_s=10, pings=140
     ),
-    "a lone 500, then a good one": Row(
-        at(500, 0), charged=1, failures=9, wait_s=70, pings=0, later=lone(1, 180)
+    "a lone 500, then good ones": Row(
+        at(500, 0), 0, 1, 12, 725, pings=0, later=lone(1, 180, 900)
     ),
-    "two lone 500, then a good one": Row(
-        at(500, 0, 1),
-        charged=2,
-        failures=20,
-        wait_s=130,
-        pings=0,
-        later=lone(1, 180, 600),
+    "two lone 500, then good ones": Row(
+        at(500, 0, 1), 0, 2, 30, 905, pings=0, later=lone(1, 180, 600, 1500)
     ),
     # All fail for a while: nobody is blamed, and what is sent meanwhile is little.
     "400 for a minute": Row(until(400, 60), failures=3, wait_s=965, over_s=60),
@@ -121,11 +119,7 @@ SHEET = {
         every(600, 25 * HOUR_S),
     ),
     "503, then a ping a second": Row(
-        until(503, 180),
-        failures=60,
-        wait_s=260,
-        over_s=180,
-        later=every(1, 600, (TOOL,)),
+        until(503, 90), 0, 0, 40, 260, 90, later=every(1, 420, (TOOL,))
     ),
     # The tracker says when.
     "429 on one, at first": Row(
@@ -257,68 +251,29 @@ def test_the_newest_hundred_of_the_refused_are_kept(home: Home) -> None:
 
 # -- Each turn's tokens are its own, whatever order pings are sent in ------------------
 
-TURNS = 5
+SCENES = {"well": (200, []), "one is at work": (409, [1]), "two": (403, [1, 2])}
+SCENES["all but the newest"] = 503, list(range(6))
 
 
-def line(kind: str, when: float, **fields: Any) -> str:
-    """A transcript's line, stamped `when`."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(when))
-    row = {"type": kind, "timestamp": stamp, "sessionId": "s", **fields}
-    return json.dumps(row) + "\n"
-
-
-def session_of_turns(home: Home, url: str) -> list[str]:
-    """A session that an outage kept in the outbox: its start, TURNS turns of a minute,
-    the n-th of n * 100 output tokens, its end. The event_ids, oldest first."""
-    transcript, found = home.path / "session.jsonl", []
-    begun, text = time.time() - 60 * TURNS - 180, ""
-    names = ["SessionStart-startup", *["Stop"] * TURNS, "SessionEnd-other"]
-    for turn, name in enumerate(names):
-        when = begun + 60 * turn
-        if name == "Stop":
-            usage = {"input_tokens": 1, "output_tokens": 100 * turn}
-            message = {"id": f"m{turn}", "model": "claude-x", "usage": usage}
-            message.update(role="assistant", content=[], stop_reason="end_turn")
-            prompt = {"role": "user", "content": f"turn {turn}"}
-            text += line("user", when - 30, promptId=f"p{turn}", message=prompt)
-            text += line("assistant", when - 5, message=message)
-        elif turn:
-            used = {"inputTokens": TURNS, "outputTokens": 1500}
-            ledger = {"modelUsage": {"claude-x": used}, "totalCostUSD": 0.5}
-            text += line("cost-state", when - 1, **ledger)
-        changes = {"session_id": "s", "transcript_path": str(transcript)}
-        path = only_enqueue(home, url, event(name, prompt_id=f"p{turn}", **changes))
-        path.rename(path.with_name(f"{int(when * 1e9):020d}{path.name[20:]}"))
-        found.append(path.name[: -len(".json")].rpartition("-")[2])
-    transcript.write_text(text)
-    return found
-
-
-SCENES: dict[str, Callable[[list[str]], dict[str, int]]] = {
-    "all well": lambda _: {},
-    "one is still at work": lambda found: {found[1]: 409},
-    "two of them fail": lambda found: dict.fromkeys(found[1:3], 403),
-    "all but the newest fail": lambda found: dict.fromkeys(found[:-1], 503),
-}
-
-
-@pytest.mark.parametrize("scene", SCENES.values(), ids=SCENES)
+@pytest.mark.parametrize("status, bad", SCENES.values(), ids=SCENES)
 def test_each_turns_tokens_stay_its_own(
-    home: Home, scene: Callable[[list[str]], dict[str, int]]
+    session: Session, status: int, bad: list[int]
 ) -> None:
-    """Retried, overtaken, or sent last: a Stop tells its own turn, and the session's
-    end its cost."""
-    with Receiver() as receiver:
-        found = session_of_turns(home, receiver.url)
-        bad = scene(found)
-        receiver.answer = lambda r: bad.get(r.ping["event_id"], 200)
-        run_sender(home, receiver.url)
-        receiver.answer = 200
-        for _ in range(2):
-            let_time_pass(home)
-            run_sender(home, receiver.url)
-        assert waiting(home) == []
-        told = {ping["event_id"]: ping for ping in receiver.pings}
-    tokens = [told[event_id].get("output_tokens") for event_id in found[1:-1]]
-    assert tokens == [100, 200, 300, 400, 500]
-    assert told[found[-1]]["cost_usd"] == 0.5
+    """Of a session that an outage kept in the outbox: retried, overtaken, or sent last,
+    a Stop tells its own turn, and the session's end its cost."""
+    session.hook("SessionStart-startup", -1)
+    for n in range(5):
+        session.add(*turn(60 * n, 1 << n))
+        session.hook("Stop", 60 * n + 1.5)
+    session.add(ledger({OPUS: 40}))
+    session.hook("SessionEnd-other", 400)
+    failing = [found for n, found in enumerate(waiting(session.home)) if n in bad]
+    session.receiver.answer = lambda r: status if r.ping["event_id"] in failing else 200
+    session.send()
+    session.receiver.answer = 200
+    session.send(session.now + 7200)
+    assert waiting(session.home) == []
+    pings = {p["event_id"]: p for p in session.receiver.pings}.values()
+    told = sorted(pings, key=lambda p: str(p["timestamp"]))
+    assert [size_of(ping) for ping in told[1:]] == [1, 2, 4, 8, 16, 9]
+    assert told[-1]["cost_usd"] == cost_of({OPUS: 40})

@@ -277,9 +277,8 @@ def test_report_of_the_last_days(home: Home) -> None:
     kept(home, [ping(n, timestamp=stamp) for n, stamp in enumerate(stamps)])
     assert len(rows(home)) == 4
     assert len(rows(home, "--days", "3")) == 2
-    assert run(home, "report", "--days", "1").out == (
-        "Nothing was delivered in that time.\n"
-    )
+    said = "No turn, tool or token was delivered then.\n"
+    assert run(home, "report", "--days", "1").out == said
 
 
 def test_each_destination_is_apart(home: Home) -> None:

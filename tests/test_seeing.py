@@ -73,8 +73,11 @@ def test_demo_shows_what_leaves_and_what_stays(home: Home) -> None:
 
 @pytest.mark.parametrize("columns, most", [(80, 40), (60, 60)])
 def test_demo_fits_the_terminal(home: Home, columns: int, most: int) -> None:
-    """It fits 80 columns by 40 lines; at 60 columns lines break between words only."""
-    ended = run(home, "demo", COLUMNS=columns)
+    """It fits 80 columns by 40 lines; at 60 columns lines break between words only. A
+    long TMPDIR, as macOS has, does not change that."""
+    temporary = home.project / ("long" * 20)
+    temporary.mkdir()
+    ended = run(home, "demo", COLUMNS=columns, TMPDIR=temporary)
     lines = ended.out.splitlines()
     assert len(lines) <= most
     assert max(map(len, lines)) <= columns
@@ -339,8 +342,14 @@ def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None
     to which and whose host; asks; then moves and sends them. --yes asks nothing."""
     place(home, dead_url(), 1)
     other = home.waiting()[0].parent.parent
-    other.rename(other.with_name("otlp-0123456789ab"))  # stays where it is
-    sent = place(home, dead_url(), 2, 400) + place(home, receiver.url, 1)
+    other = other.rename(other.with_name("otlp-0123456789ab"))  # stays where it is
+    (kept,) = home.waiting()
+    sent = place(home, dead_url(), 2, 400)
+    damaged = home.waiting()[0].with_name(
+        f"{time.time_ns():020d}-Stop--{'0' * 32}.json"
+    )
+    damaged.write_text("{")  # hinders no other
+    sent += place(home, receiver.url, 1)
     former, *_, present = [path.parent.parent.name for path in home.waiting()]
     if how == "asked":
         terminal = Terminal(home, "flush", "--adopt", TELEMHQ_PING_URL=receiver.url)
@@ -350,11 +359,12 @@ def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None
         ended = run(home, "flush", "--adopt", "--yes", url=receiver.url)
         code, out = ended.code, ended.out
     assert code == 0
-    assert "2 pings of api wait, the oldest for 6 min\n" in out
+    assert "3 pings of api wait, the oldest for 6 min\n" in out
     host = f"http://127.0.0.1:{receiver.port}"
     assert f"\n  from {former} to {present}, {host}\n" in out
     assert [ping["event_id"] for ping in receiver.pings] == sent
-    assert [path.parent.parent.name[:4] for path in home.waiting()] == ["otlp"]
+    assert [path for path in home.waiting() if path != damaged] == [kept]
+    assert f"{damaged.name} stays there: " in out
     assert "3 delivered, 0 left." in out
 
 

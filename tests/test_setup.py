@@ -124,10 +124,8 @@ MALFORMED = {
     "a comment": b'{\n  // mine\n  "a": 1\n}\n',
     "a trailing comma": b'{"a": 1,}',
     "cut off": b'{"hooks": {"Stop": [',
-    "a list": b"[]",
     "no UTF-8": b'{"a": "\xff"}',
     "hooks is a list": b'{"hooks": []}',
-    "hooks is null": b'{"hooks": null}',
     "Stop is an object": b'{"hooks": {"Stop": {}}}',
     "env is a text": b'{"env": "x"}',
     "deep": b"[" * 100000,
@@ -227,21 +225,21 @@ def test_an_upgrade_replaces_only_our_commands(home: Home) -> None:
 
 @pytest.mark.fault(28)
 def test_install_into_an_empty_home(home: Home) -> None:
-    """Without settings they are made. Whatever the umask, what install makes is for its
-    user only, and uninstall leaves nothing of it."""
+    """Without settings they are made, as settings.example.json has them. Whatever the
+    umask, what install makes is for its user only, and uninstall leaves nothing of it.
+    Where the tracker is away, that is doctor's verdict, and so the exit status."""
     before, mask = tree(home.path), os.umask(0)
     try:
-        install(home, "--url", URL)
+        ended = install(home, "--url", URL)
     finally:
         os.umask(mask)
-    found = read(settings_path(home))
-    assert found["env"] == {"TELEMHQ_PING_URL": URL}
-    assert [(e, m) for e, m, _ in commands_in(found)] == [(e, None) for e in EVENTS]
-    for _, _, command in commands_in(found):
-        check_command(home, command)
-    for groups in found["hooks"].values():
-        assert groups[0]["hooks"][0]["timeout"] == 10
-        assert groups[0]["hooks"][0]["type"] == "command"
+    assert (ended.code, "Connection refused" in ended.out) == (1, True)
+    assert "~/.claude/settings.json will be made:" in ended.out
+    text = settings_path(home).read_text()
+    for path, short in (installed(home).parent, "~/.claude/hooks"), (PYTHON, "python3"):
+        text = text.replace(str(path), short)
+    example = read(ROOT / "settings.example.json")
+    assert json.loads(text) == {"env": {"TELEMHQ_PING_URL": URL}, **example}
     assert installed(home).read_bytes() == SCRIPT.read_bytes()
     assert stat.S_IMODE(installed(home).stat().st_mode) == 0o700
     modes = {name: mode for name, (mode, _) in tree(home.path).items()}
@@ -302,21 +300,16 @@ def test_a_home_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
 # -- What install says, and asks -------------------------------------------------
 
 
-def test_install_needs_a_terminal_or_yes(home: Home) -> None:
-    """Where nobody can be asked install refuses: no word of a person, no change."""
+def test_dry_run_says_all_and_changes_nothing(home: Home) -> None:
+    """--dry-run names the script, the lines that change and no others (of the URL its
+    host alone), the backup, and that others can read the file; and changes nothing. Nor
+    does install where nobody can be asked."""
+    path = write_settings(home, {"model": "opus", "env": {"A": "1", "KEY": "hidden"}})
+    path.chmod(0o644)
     before = tree(home.path)
     ended = run(home, "install", "--url", URL)
     assert (ended.code, ended.out) == (1, "")
     assert "--yes, or --dry-run" in ended.err
-    assert tree(home.path) == before
-
-
-def test_dry_run_says_all_and_changes_nothing(home: Home) -> None:
-    """--dry-run names the script, the lines that change and no others (of the URL its
-    host alone), the backup, and that others can read the file; and changes nothing."""
-    path = write_settings(home, {"model": "opus", "env": {"A": "1", "KEY": "hidden"}})
-    path.chmod(0o644)
-    before = tree(home.path)
     ended = run(home, "install", "--url", URL, "--tools", "--dry-run")
     assert ended.code == 0
     said = ended.out.splitlines()
@@ -385,26 +378,6 @@ def test_install_without_questions(home: Home, receiver: Receiver, send: bool) -
     assert found.count("POST") == send
 
 
-def test_a_tracker_that_is_away_is_doctors_verdict(home: Home) -> None:
-    """Where the tracker cannot be reached install has written all, and exits with 1."""
-    ended = install(home, "--url", URL)
-    assert ended.code == 1
-    assert "Connection refused" in ended.out
-    assert events_in(home) == EVENTS
-
-
-@pytest.mark.parametrize("typed", ["n\n", "\n", "\x04"])
-def test_a_no_changes_nothing(home: Home, typed: str) -> None:
-    """Whatever is no yes leaves everything as it was: exit 1."""
-    before = tree(home.path)
-    terminal = Terminal(home, "install", "--url", URL)
-    terminal.answer("Write this? [y/N]", typed)
-    code, out = terminal.end()
-    assert code == 1
-    assert "nothing was changed" in out
-    assert tree(home.path) == before
-
-
 def test_install_goes_on_without_a_url(home: Home) -> None:
     """An empty answer is no URL: install goes on, and doctor says what is missing."""
     terminal = Terminal(home, "install")
@@ -455,24 +428,34 @@ def test_a_bad_url_is_refused_with_a_reason(home: Home, url: str, words: str) ->
     assert tree(home.path) == before
 
 
+WRITE, REMOVE = "Write this? [y/N]", "Remove it? [y/N]"
+
+
 @pytest.mark.parametrize(
-    "arguments, prompt",
+    "command, prompt, typed, code",
     [
-        (["install"], "Ping URL (not shown"),
-        (["install", "--url", URL], "Write this?"),
-        (["uninstall"], "Remove it?"),
+        ("install", "Ping URL (not shown", "\x03", 130),
+        ("install --url " + URL, WRITE, "\x03", 130),
+        ("install --url " + URL, WRITE, "n\n", 1),
+        ("install --url " + URL, WRITE, "\x04", 1),
+        ("uninstall", REMOVE, "\x03", 130),
+        ("uninstall", REMOVE, "\n", 1),
     ],
 )
-def test_ctrl_c_ends_quietly(home: Home, arguments: list[str], prompt: str) -> None:
-    """Ctrl-C ends a command with one line, no traceback, and leaves all as it was."""
-    if arguments == ["uninstall"]:
+def test_whatever_is_no_yes_changes_nothing(
+    home: Home, command: str, prompt: str, typed: str, code: int
+) -> None:
+    """A no, an empty answer, none or Ctrl-C at a question: one line and an exit status,
+    no traceback, and all is as it was."""
+    if command == "uninstall":
         install(home, "--url", URL)
     before = tree(home.path)
-    terminal = Terminal(home, *arguments)
-    terminal.answer(prompt, "\x03")
-    code, out = terminal.end()
-    assert code == 130
-    assert out.rstrip().splitlines()[-1] == "telemhq_ping.py: interrupted"
+    terminal = Terminal(home, *command.split())
+    terminal.answer(prompt, typed)
+    ended, out = terminal.end()
+    assert ended == code
+    words = "telemhq_ping.py: " + ("interrupted" if code > 1 else "nothing was changed")
+    assert out.rstrip().splitlines()[-1].startswith(words)
     assert tree(home.path) == before
 
 
@@ -487,18 +470,12 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     padding = "x" * (size + 2000)
     write_settings(home, {"model": padding} if fails != "script" else {})
     most = {"script": 5000, "backup": size + 1000, "settings": size + 2100}[fails]
-    before = tree(home.path)
-
-    def limit() -> None:
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-
+    before, resource = tree(home.path), pytest.importorskip("resource")
     done = subprocess.run(
         script_command("install", "--yes", "--url", URL),
         env=home.env(),
         cwd=str(home.project),
-        preexec_fn=limit,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
         capture_output=True,
         stdin=subprocess.DEVNULL,
     )
@@ -517,7 +494,10 @@ def test_an_old_client_gets_no_stop_failure(
     home: Home, version: str, place_of: str
 ) -> None:
     """For a client before 2.1.78, which ignores a whole file that names StopFailure,
-    install leaves it out, and says so; the client is found outside the PATH, too."""
+    install leaves it out, takes an earlier one of ours out, and says so. The client is
+    found outside the PATH, too."""
+    install(home, "--url", URL)
+    assert events_in(home) == EVENTS
     path = home.path / place_of / "claude"
     path.parent.mkdir(parents=True)
     path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
@@ -545,19 +525,6 @@ def test_the_python_that_is_named_lasts(home: Home, tmp_path: pathlib.Path) -> N
     assert named[1] == ("python3" if re.search(r"\d\.\d+\.\d", PYTHON) else named[0])
 
 
-def test_the_example_is_what_install_writes(home: Home) -> None:
-    """settings.example.json registers the same events as install does, in the same form
-    of command."""
-    install(home)
-    written = json.dumps(read(settings_path(home)))
-    for path, short in (
-        (str(installed(home).parent), "~/.claude/hooks"),
-        (PYTHON, "python3"),
-    ):
-        written = written.replace(path, short)
-    assert json.loads(written) == read(ROOT / "settings.example.json")
-
-
 # -- uninstall -------------------------------------------------------------------
 
 THEIR_HOOK = {
@@ -567,52 +534,34 @@ THEIR_SETTINGS = {"hooks": {"Stop": [THEIR_HOOK], "StopFailure": [THEIR_HOOK]}}
 THEIR_SCRIPT = "#!/usr/bin/env python3\nprint('the sample of the documentation')\n"
 
 
-@pytest.fixture
-def documented(home: Home) -> Home:
-    """A HOME with TelemHQ's own settings block and script."""
+def test_telemhqs_own_set_up_comes_back(home: Home) -> None:
+    """Where another script stands under our name, uninstall leaves it and its hooks.
+    install says that it is replaced, and where it is kept. After upgrades and uninstall
+    that set-up is as it was, byte for byte and mode for mode; where a person has
+    changed the settings since, their commands come back in their places."""
     write_settings(home, THEIR_SETTINGS)
     installed(home).parent.mkdir()
     installed(home).write_text(THEIR_SCRIPT)
     installed(home).chmod(0o755)
-    return home
-
-
-def test_telemhqs_own_set_up_comes_back(documented: Home) -> None:
-    """install says that TelemHQ's script is replaced, and where it is kept. After
-    upgrades and uninstall that set-up is as it was, byte for byte and mode for mode."""
-    before = tree(documented.path)
-    ended = install(documented, "--url", URL)
-    kept = installed(documented).with_name("telemhq_ping.py.telemhq-backup")
+    before = tree(home.path)
+    ended = uninstall(home)
+    assert ended.code == 1
+    assert "~/.claude/hooks/telemhq_ping.py is not this script" in ended.err
+    assert tree(home.path) == before
+    ended = install(home, "--url", URL)
+    kept = installed(home).with_name("telemhq_ping.py.telemhq-backup")
     assert "hooks/telemhq_ping.py will be replaced: it is another script" in ended.out
     assert "~/.claude/hooks/" + kept.name in ended.out
     assert kept.read_text() == THEIR_SCRIPT
-    install(documented, "--url", URL + "X", "--tools")
-    ended = uninstall(documented)
-    assert ended.code == 0
+    install(home, "--url", URL + "X", "--tools")
+    ended = uninstall(home)
     assert "telemhq_ping.py, and the one from before install comes back" in ended.out
-    assert tree(documented.path) == before
-
-
-def test_their_commands_come_back_among_later_changes(documented: Home) -> None:
-    """Where a person has changed the settings since, the commands from before install
-    come back in their places, and the changes stay."""
-    install(documented, "--url", URL)
-    found = read(settings_path(documented))
-    write_settings(documented, {**found, "model": "opus"})
-    uninstall(documented)
-    expected = {**THEIR_SETTINGS, "model": "opus"}
-    assert read(settings_path(documented)) == expected
-    assert installed(documented).read_text() == THEIR_SCRIPT
-
-
-def test_uninstall_without_install_leaves_their_script(documented: Home) -> None:
-    """Where another script stands under our name it is not ours to remove, and neither
-    are its hooks."""
-    before = tree(documented.path)
-    ended = uninstall(documented)
-    assert ended.code == 1
-    assert "~/.claude/hooks/telemhq_ping.py is not this script" in ended.err
-    assert tree(documented.path) == before
+    assert tree(home.path) == before
+    install(home, "--url", URL)
+    write_settings(home, {**read(settings_path(home)), "model": "opus"})
+    uninstall(home)
+    assert read(settings_path(home)) == {**THEIR_SETTINGS, "model": "opus"}
+    assert installed(home).read_text() == THEIR_SCRIPT
 
 
 def test_uninstall_leaves_no_command_without_its_script(home: Home) -> None:
@@ -624,20 +573,6 @@ def test_uninstall_leaves_no_command_without_its_script(home: Home) -> None:
         assert uninstall(home).code == 0
         assert read(settings_path(home)) == {"model": "opus"}
         assert not installed(home).exists()
-
-
-def test_a_link_to_a_checkout_is_no_file_of_ours(home: Home) -> None:
-    """Where the script in hooks/ is a link to a checkout, uninstall removes the link,
-    and leaves the checkout."""
-    checkout = home.path / "checkout.py"
-    shutil.copy(str(SCRIPT), str(checkout))
-    installed(home).parent.mkdir(parents=True)
-    installed(home).symlink_to(checkout)
-    install(home, "--url", URL)
-    assert installed(home).is_symlink()
-    assert uninstall(home).code == 0
-    assert not os.path.lexists(str(installed(home)))
-    assert checkout.read_bytes() == SCRIPT.read_bytes()
 
 
 def test_uninstall_takes_only_what_is_ours(home: Home) -> None:
@@ -690,20 +625,11 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     ]
     ended = uninstall(home, "--keep-state")
     assert (ended.code, "telemhq:" in ended.out) == (0, False)
+    assert ended.out.endswith("Removed.\n")
     assert sorted(os.listdir(str(home.state.parent))) == ["telemhq"]
     assert len(home.waiting()) == 2
     assert uninstall(home).code == 0
     assert sorted(os.listdir(str(home.path))) == ["acme"]
-
-
-@pytest.mark.parametrize("typed, code", [(b"y\n", 0), (b"\n", 1)])
-def test_uninstall_asks_on_a_terminal(home: Home, typed: bytes, code: int) -> None:
-    """On a terminal uninstall asks; only a yes removes anything."""
-    install(home, "--url", URL)
-    ended, out = on_a_terminal(home, typed, "uninstall")
-    assert out.index("This goes:") < out.index("Remove it? [y/N]")
-    assert ended == code
-    assert installed(home).exists() == settings_path(home).exists() == bool(code)
 
 
 def test_uninstall_beside_the_plugin(home: Home) -> None:
@@ -714,10 +640,7 @@ def test_uninstall_beside_the_plugin(home: Home) -> None:
     install(home, "--url", URL)
     sent_once(home)
     ended = uninstall(home)
-    remedy = (
-        "claude plugin uninstall telemhq-ping@telemhq-ping; rm -r ~/.claude/telemhq"
-    )
-    assert remedy in ended.out
+    assert "uninstall telemhq-ping@telemhq-ping; rm -r ~/.claude/telemhq" in ended.out
     assert read(settings_path(home)) == plugin
     assert not installed(home).exists()
     assert home.destination().exists()

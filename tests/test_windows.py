@@ -108,18 +108,6 @@ def test_hooks_at_once(desk: Desk) -> None:
     assert {ping["project"] for ping in desk.receiver.pings} == {"api"}
 
 
-def test_the_senders_log_is_rotated(desk: Desk) -> None:
-    """A full sender.log is renamed, which Windows does to none that is open."""
-    assert desk.run(*HOOK, sent=STOP) == SILENT
-    desk.settle()
-    (log,) = desk.state.glob("*/sender.log")
-    log.write_bytes(b"x" * (256 << 10) + b"\n")
-    assert desk.run(*HOOK, sent=STOP) == SILENT
-    desk.settle()
-    (old,) = desk.state.glob("*/sender.log.1")
-    assert old.stat().st_size > 256 << 10
-
-
 def test_a_file_that_someone_reads_is_replaced_a_moment_later(desk: Desk) -> None:
     """Windows refuses to replace an open file; who reads ours has soon done so."""
     source = """

@@ -15,9 +15,9 @@ import pathlib
 import re
 import uuid
 from types import ModuleType
-from typing import Any, Callable, Mapping
+from typing import Any, Callable
 
-from support import Home, Receiver, Request, event, wait_until
+from support import Home, Receiver, Request, event
 
 COUNTS = ("input", "output", "cached", "creation")
 
@@ -27,6 +27,11 @@ def is_iso(text: object) -> bool:
     if not isinstance(text, str) or not re.fullmatch(r"[-\dT:.]+Z", text):
         return False
     return datetime.datetime.fromisoformat(text[:-1]).year >= 2020
+
+
+def added(rows: Any, *names: str) -> tuple[int, ...]:
+    """The sums of what rows have under these names."""
+    return tuple(sum(row.get(name, 0) for row in list(rows)) for name in names)
 
 
 class Strict(Receiver):
@@ -76,7 +81,7 @@ class Strict(Receiver):
         if not good:
             self.faults.append(what)
 
-    def sums(self) -> tuple[int, int, int, int]:
+    def sums(self) -> tuple[int, ...]:
         """The tokens that it would show: input, output, cached, creation."""
         raise NotImplementedError
 
@@ -90,13 +95,6 @@ class Strict(Receiver):
             request.path.encode() + str(request.headers).encode() + request.body
             for request in list(self.requests)
         )
-
-    def wait_for_totals(self, expected: Mapping[str, int], timeout: float = 20) -> None:
-        """Wait until it shows so much."""
-        try:
-            wait_until(lambda: self.totals() == expected, timeout)
-        except AssertionError:
-            assert self.totals() == expected
 
 
 class Wigtoken(Strict):
@@ -139,14 +137,9 @@ class Wigtoken(Strict):
         said = {"ok": True, "received": len(body["messages"]), "applied": applied}
         return 200, {**said, "duplicates": len(body["messages"]) - applied}  # run
 
-    def sums(self) -> tuple[int, int, int, int]:
-        def total(name: str) -> int:  # run: each of the four stands for itself
-            return sum(row[f"{name}_tokens"] for row in list(self.rows.values()))
-
-        return (
-            *(total("input"), total("output")),
-            *(total("cache_read_input"), total("cache_creation_input")),
-        )
+    def sums(self) -> tuple[int, ...]:
+        names = ("input", "output", "cache_read_input", "cache_creation_input")
+        return added(self.rows.values(), *(f"{name}_tokens" for name in names))  # run
 
 
 class Recorder(Strict):
@@ -182,14 +175,9 @@ class Recorder(Strict):
         self.points.append(body)  # unknown: idempotency; so each is one more point
         return 201, {"id": len(self.points)}  # unknown: 200 or 201
 
-    def sums(self) -> tuple[int, int, int, int]:
-        found = dict.fromkeys(self.NAMES, 0)
-        for point in list(self.points):
-            found[point["name"].rpartition("/")[2]] += point["value"]
-        return (
-            *(found["Input"], found["Output"]),
-            *(found["CacheRead"], found["CacheCreate"]),
-        )
+    def sums(self) -> tuple[int, ...]:
+        points = [{p["name"].rpartition("/")[2]: p["value"]} for p in list(self.points)]
+        return added(points, *self.NAMES)
 
 
 class Collector(Strict):
@@ -253,16 +241,12 @@ class Collector(Strict):
         self.need(record["severityNumber"] in (9, 17), "severity")  # read: INFO, ERROR
         return {**found, "event": name, "severity": record["severityNumber"]}
 
-    def sums(self) -> tuple[int, int, int, int]:
-        def total(name: str) -> int:
-            key = f"gen_ai.usage.{name}"
-            return sum(record.get(key, 0) for record in list(self.records))
-
-        cached = total("cache_read.input_tokens")
-        creation = total("cache_creation.input_tokens")
+    def sums(self) -> tuple[int, ...]:
+        kinds = ("input", "output", "cache_read.input", "cache_creation.input")
+        keys = [f"gen_ai.usage.{kind}_tokens" for kind in kinds]
+        total, out, cached, creation = added(self.records, *keys)
         # read: by the GenAI conventions input_tokens has the cached ones in it
-        given = total("input_tokens") - cached - creation
-        return given, total("output_tokens"), cached, creation
+        return total - cached - creation, out, cached, creation
 
 
 class ClaudeMetrics(Strict):
@@ -309,23 +293,19 @@ class ClaudeMetrics(Strict):
             return 202, {"duplicate": True}
         self.need(set(self.NEEDED[kind]) <= set(body), f"{kind}: {body}")
         self.need(body.get("response_text") is None, "a response")  # run: null happens
-        self.events[key] = dict(body, path=kind)
+        self.events[key] = body
         return 202, {}  # read
 
-    def sums(self) -> tuple[int, int, int, int]:
-        rows = [row for row in list(self.events.values()) if row["path"] == "execution"]
-
-        def total(name: str) -> int:
-            return sum(row.get(name, 0) for row in rows)
-
-        cached, creation = total("cache_read_tokens"), total("cache_creation_tokens")
-        # run: the plugin's tokens_in is all that went in, cached or not
-        return (
-            total("tokens_in") - cached - creation,
-            total("tokens_out"),
-            cached,
-            creation,
+    def sums(self) -> tuple[int, ...]:
+        names = (
+            "tokens_in",
+            "tokens_out",
+            "cache_read_tokens",
+            "cache_creation_tokens",
         )
+        total, out, cached, creation = added(self.events.values(), *names)
+        # run: the plugin's tokens_in is all that went in, cached or not
+        return total - cached - creation, out, cached, creation
 
 
 class TelemHQ(Strict):
@@ -350,15 +330,9 @@ class TelemHQ(Strict):
         self.accepted.append((request.path, request.ping))
         return 200, {}, b""
 
-    def sums(self) -> tuple[int, int, int, int]:
-        def total(name: str) -> int:
-            pings = list(self.by_id.values())
-            return sum(ping.get(f"{name}_tokens", 0) for ping in pings)
-
-        return (
-            *(total("input"), total("output")),
-            *(total("cached_input"), total("cache_creation_input")),
-        )
+    def sums(self) -> tuple[int, ...]:
+        names = ("input", "output", "cached_input", "cache_creation_input")
+        return added(self.by_id.values(), *(f"{name}_tokens" for name in names))
 
 
 ALL = (TelemHQ, Wigtoken, Recorder, Collector, ClaudeMetrics)
@@ -383,10 +357,6 @@ class Fleet:
     def base(self, kind: str) -> pathlib.Path:
         """A destination's directory."""
         return self.home.state / str(self.names[kind])
-
-    def waiting(self, kind: str) -> list[pathlib.Path]:
-        """The pings that wait for a tracker, oldest first."""
-        return sorted(self.base(kind).glob("outbox/[0-9]*.json"))
 
     def hook(self, name: str, told: bytes = b"", **changes: Any) -> None:
         """Run a hook on a real event; capitals: variables. told: what it must say."""
