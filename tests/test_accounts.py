@@ -320,21 +320,6 @@ def test_fork_whose_rows_are_not_marked(session: Session, start: str | None) -> 
     assert told(fork) == (16 + 256, 0)
 
 
-def test_copy_of_a_forks_history_is_history(session: Session) -> None:
-    """Also in an agent's file, and where it looks young."""
-    fork = parent_of(session).fork()
-    fork.hook("SessionStart-fork", 100)
-    copies = [json.loads(line) for line in fork.path.read_bytes().splitlines()]
-    rows = [row for row in copies if row["type"] == "assistant"]
-    for row in rows:
-        del row["requestSessionId"]
-        row["timestamp"] = 105
-    fork.charge("Stop", 112, *turn(110, 16))
-    fork.add(*rows, message(115, 32), to=fork.agent())
-    fork.charge("Stop", 122, *turn(120, 64))
-    assert told(fork) == (16 + 32 + 64, 0)
-
-
 # -- Settling --------------------------------------------------------------------------
 
 
@@ -439,15 +424,6 @@ def test_session_end_takes_what_is_stamped_up_to_2_s_after_it(session: Session) 
     assert (size_of(end), end["cost_usd"], size_of(stop)) == (3, cost_of({OPUS: 3}), 4)
 
 
-def test_other_events_carry_no_usage(session: Session) -> None:
-    """Only Stop, StopFailure, SubagentStop and SessionEnd do."""
-    session.add(*turn(0, 1))
-    names = ["SessionStart-compact", "UserPromptSubmit", "PreToolUse-Bash"]
-    names += ["PostToolUse-Bash", "Notification", "PreCompact-manual", "SubagentStart"]
-    for name in names:
-        assert usage_in(session.charge(name, 2)) == {}
-
-
 # -- Waiting ---------------------------------------------------------------------------
 
 LATE = {  # event: what is there, what the client writes 0.25 s later
@@ -524,17 +500,6 @@ def test_nothing_else_is_waited_for(session: Session, case: str) -> None:
         assert usage_in(ping) == NO_USAGE
     else:
         assert complete(ping) == [True]
-
-
-def test_end_of_a_session_without_a_baseline_is_not_awaited(session: Session) -> None:
-    """No ledger could settle it."""
-    session.add(*turn(0, 1))
-    session.hook("SessionStart-resume", 10)
-    session.charge("Stop", 22, *turn(20, 2))
-    session.hook(END, 30)
-    late = [(30.5, session.path, [message(29, 4), ledger({OPUS: 7})])]
-    ping = session.send(30.05, later=late)[-1]
-    assert (size_of(ping), complete(ping), "cost_usd" in ping) == (0, [True], False)
 
 
 # -- Destinations, trackers, settings --------------------------------------------------
@@ -727,23 +692,6 @@ def test_lost_session_that_goes_on_after_all_is_exact(session: Session) -> None:
     )
     assert told(session) == (31, cost_of({OPUS: 15, HAIKU: 16}))
     assert len(ids) == 2
-
-
-def test_lost_sessions_id_follows_from_what_it_tells(session: Session) -> None:
-    """HOME as it was before (a power cut) makes the same ping again, to the byte;
-    another session of the same use makes another."""
-    other = Session(session.home, session.receiver, session.begun)
-    for one in (session, other):
-        one.charge(START, -1)
-        one.add(*turn(0, 1))
-    files = [path for path in session.home.state.rglob("*.json") if path.is_file()]
-    before = {path: path.read_bytes() for path in files}
-    for _ in range(2):
-        for path, raw in before.items():
-            path.write_bytes(raw)
-        session.send(at=LATER)
-    bodies = [request.body for request in session.receiver.requests[2:]]
-    assert (len(bodies), len(set(bodies))) == (4, 2)
 
 
 @pytest.mark.fault(52)
