@@ -2186,7 +2186,6 @@ class Reading:
         if main:
             self.note(row, past, new)
         if past:
-            seen.update(dict.fromkeys(row.calls, HISTORY))
             return False
         self.gain(row.key, row.model, row.counts, row)
         for n, (model, counts) in enumerate(row.inner):

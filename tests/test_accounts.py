@@ -113,8 +113,8 @@ SHEET: dict[str, list[Any]] = {
         *[ledger({OPUS: 5}), end(9, 0, {OPUS: 5})],
     ],
     "met in its middle, from a day before": [
-        *[turn(0, 1), ledger({OPUS: 1}), turn(DAY_S, 2), stop(DAY_S + 60, 2)],
-        *[turn(DAY_S + 70, 4), ledger({OPUS: 7}), end(DAY_S + 90, 4, {OPUS: 6})],
+        *[turn(0, 1), turn(DAY_S, 2), stop(DAY_S + 60, 2), turn(DAY_S + 70, 4)],
+        *[ledger({OPUS: 7}), end(DAY_S + 90, 4, None)],
     ],
     "Esc and a denied permission fire no hook": [
         *[turn(0, 1, stop="tool_use", tools=["Bash"]), interrupted(1.5)],
@@ -297,10 +297,10 @@ def test_fork_whose_parents_file_is_gone(session: Session) -> None:
 
 def test_marked_copies_never_count(session: Session) -> None:
     """Also of a parent that this destination was never told of, however young."""
-    session.add(*turn(0, 1, tools=["Bash"]), *turn(10, 2))
+    session.add(*turn(0, 1, key="c", tools=["Bash"]), *turn(10, 2))
     fork = session.fork()
-    ping = fork.charge("Stop", 22, *turn(20, 4))
-    assert (size_of(ping), ping["tool_calls"]) == (4, 0)
+    ping = fork.charge("Stop", 22, *turn(20, 4), result(20.5, "toolu_c_0", error=True))
+    assert (size_of(ping), ping["tool_calls"], ping["tool_failures"]) == (4, 0, 0)
 
 
 @pytest.mark.fault(79)
@@ -811,7 +811,7 @@ def test_damaged_account_opens_anew_at_now(session: Session, case: str) -> None:
     session.charge("Stop", 3, *rows)
     (path,) = session.accounts()
     path.write_bytes(DAMAGES[case](path.read_bytes()))
-    ping = session.charge("Stop", 12, *turn(10, 8))
+    ping = session.charge("StopFailure", 12, *turn(10, 8))
     assert (size_of(ping) or 0, complete(ping)) == (0, [False])
     session.add(*rows, message(101, 32), to=session.agent("copies"))
     ping = session.charge("Stop", 102, *turn(100, 16))
@@ -847,21 +847,24 @@ def test_failed_open_of_a_transcript_is_tried_again(
 
 
 @pytest.mark.fault(47)
-@pytest.mark.parametrize("what", ["session", "agent"])
+@pytest.mark.parametrize("what", ["session", "agent", "agent, but the ledger has it"])
 def test_what_cannot_be_read_is_never_told_as_zero(session: Session, what: str) -> None:
     """Where every open fails, the ping says so; the tokens are on the session's next
-    ping or, after its end, on a SessionLost."""
+    ping or, after its end, on a SessionLost; once, where the ledger had them."""
     session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1))
-    session.add(*turn(10, 2))
+    settled = "ledger" in what
+    session.add(*turn(10, 2), *([ledger({OPUS: 7})] * settled))
     session.add(message(11, 4), to=session.agent())
     path = session.path if what == "session" else session.agent()
     for at, name in (12, "Stop"), (20, END):
         session.hook(name, at)
         patch = FAILING + f"failing('open', {path.name!r}, 'EIO', 0)"
-        assert complete(*session.send(patch=patch)) == [False]
-    assert [p["event"] for p in session.send(at=LATER)] == ["SessionLost"]
-    assert told(session)[0] == 7
+        assert complete(*session.send(patch=patch)) == [settled and name == END]
+    events = [ping["event"] for ping in session.send(at=LATER)]
+    assert events == ["SessionLost"] * (not settled)
+    session.charge("Stop", LATER + 2, *turn(LATER, 8))
+    assert told(session)[0] == 15
 
 
 # -- What is lost is counted; the whole way --------------------------------------------
