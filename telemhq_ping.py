@@ -763,9 +763,9 @@ def url_in(settings: Settings, name: str, default: str = "", base: bool = True) 
     return url.rstrip("/") if base else url
 
 
-def secret_in(text: str, name: str) -> str:
+def secret_in(settings: Settings, name: str, default: str = "") -> str:
     """A token that may stand in a header; Skipped says what is wrong, and not it."""
-    text = text.strip()
+    text = (settings.environ.get(name) or default).strip()
     if not text:
         raise Skipped(f"{name} is not set")
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -803,8 +803,7 @@ class Wigtoken(Tracker):
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = url_in(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
-        token = settings.environ.get("WIGTOKEN_TOKEN", "")
-        super().__init__(url, secret_in(token, "WIGTOKEN_TOKEN"))
+        super().__init__(url, secret_in(settings, "WIGTOKEN_TOKEN"))
         self.idle = "" if settings.usage else NO_USAGE
         machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
         if not machine:
@@ -850,8 +849,7 @@ class Recorder(Tracker):
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
         url = url_in(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
-        token = settings.environ.get("RECORDER_PAT", "")
-        super().__init__(url, secret_in(token, "RECORDER_PAT"))
+        super().__init__(url, secret_in(settings, "RECORDER_PAT"))
         self.idle = "" if settings.usage else NO_USAGE
         prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
         if not line_of_text(prefix):
@@ -934,10 +932,9 @@ class OTLP(Tracker):
         """The one record. (Back ends that do not know eventName yet show the body.)"""
         name = f"claude_code.{ping.get('event')}"
         failed = ping.get("status") == "failed"
+        when_s = seconds_of(ping.get("timestamp"))
         record = {
-            "timeUnixNano": str(
-                round(seconds_of(ping.get("timestamp")) * 1000) * 10**6
-            ),
+            "timeUnixNano": str(round(when_s * 1000) * 10**6),
             "severityNumber": self.ERROR if failed else self.INFO,
             "eventName": name,
             "body": {"stringValue": name},
@@ -1024,13 +1021,13 @@ class ClaudeMetrics(Tracker):
         if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
         url = url_in(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
-        token = settings.environ.get("CLAUDE_METRICS_API_TOKEN", "")
+        name, kept = "CLAUDE_METRICS_API_TOKEN", ""
         try:
-            token = token or read_secret(self.TOKEN_FILE)
+            kept = "" if settings.environ.get(name) else read_secret(self.TOKEN_FILE)
         except OSError as error:
             text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
-            raise Skipped(f"CLAUDE_METRICS_API_TOKEN {text}") from None
-        super().__init__(url, secret_in(token, "CLAUDE_METRICS_API_TOKEN"))
+            raise Skipped(f"{name} {text}") from None
+        super().__init__(url, secret_in(settings, name, kept))
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
@@ -1049,8 +1046,11 @@ class ClaudeMetrics(Tracker):
         client = {"client": f"telemhq_ping {ping.get('hook_version')}"}
         found = {**picked(ping, "session_id"), "client_meta": client}
         if path == "/session":
+            ends = "ended_at=timestamp exit_kind=reason"
+            names = {"SessionStart": "started_at=timestamp", "Stop": ""}
+            own = picked({"reason": "lost", **ping}, names.get(ping["event"], ends))
             totals = with_all_input(beside.get("totals", {}))
-            return {**found, **self.session(ping), **picked(totals, self.TOTALS)}
+            return {**found, **own, **picked(totals, self.TOTALS)}
         key = sha256_hex(f"{ping['event_id']}{path}".encode())
         uuid = f"{key[:8]}-{key[8:12]}-4{key[13:16]}-8{key[17:20]}-{key[20:32]}"
         found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=uuid)
@@ -1065,15 +1065,6 @@ class ClaudeMetrics(Tracker):
         kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in ping["event"])
         payload = picked(ping, "notification_type trigger agent_id agent_type")
         return {**found, "kind": kind[1:], "payload": payload}
-
-    @staticmethod
-    def session(ping: Fields) -> Fields:
-        """A session as it stands: each such request replaces it."""
-        if ping["event"] == "SessionStart":
-            return picked(ping, "started_at=timestamp")
-        if ping["event"] == "Stop":
-            return {}
-        return picked({"reason": "lost", **ping}, "ended_at=timestamp exit_kind=reason")
 
     def check(self) -> Request:
         """A GET where only POSTs are taken."""
@@ -1281,70 +1272,6 @@ class Lock:
             self.fd = -1
 
 
-class Suspect:
-    """A ping that failed. charges: how often that was its own fault, for another was
-    delivered; 0: not judged yet. tried_at: the last time, seconds since 1970."""
-
-    def __init__(self, charges: int, tried_at: float) -> None:
-        self.charges, self.tried_at = charges, tried_at
-
-
-class State:
-    """state.json: what a destination remembers from pass to pass.
-
-    failures: passes that failed, in a row. set_at, not_before: when the back-off was
-    set, and ends. delivered_at, swept_at: the last delivery, the last sweep. verdict,
-    problem, problem_at: of the last failure. (Times: seconds since 1970, 0: never.)
-    suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
-    """
-
-    failures = set_at = not_before = delivered_at = swept_at = problem_at = 0.0
-    verdict = problem = ""
-
-    def __init__(self, path: str) -> None:
-        """Whatever the file holds, every attribute has a value that makes sense."""
-        try:
-            found = read_object(path, STATE_MAX_BYTES)
-        except (OSError, ValueError):
-            found = {}
-        for name, value in found.items():
-            default = getattr(State, name, None)
-            if number(value) if default == 0 else isinstance(default, type(value)):
-                setattr(self, name, value)
-        self.path, self.failures = path, min(self.failures, FAILURES_MAX)
-        losses = object_in(found, "losses")
-        self.losses = {k: int(n) for k, n in losses.items() if number(n)}
-        self.suspects = {
-            name: Suspect(int(pair[0]), pair[1])
-            for name, pair in object_in(found, "suspects").items()
-            if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair))
-        }
-
-    def save(self) -> None:
-        """Write the file; a disk that refuses must not stop delivery."""
-        found = {name: value for name, value in vars(self).items() if name != "path"}
-        suspects = self.suspects.items()
-        found["suspects"] = {name: [s.charges, s.tried_at] for name, s in suspects}
-        try:
-            write_file(self.path, encode_json(found).encode())
-        except OSError:
-            pass
-
-    def backoff_left_s(self, now: float) -> float:
-        """Seconds until the back-off ends, 0 when none stands. One that was set in what
-        is now the future is none: a clock that jumped must not stop delivery."""
-        ends = min(self.not_before, self.set_at + RETRY_AFTER_MAX_S)
-        return ends - now if self.set_at <= now < ends else 0
-
-    def suspect(self, name: str) -> Suspect:
-        """The suspect of that name; a new one when there is none yet."""
-        return self.suspects.setdefault(name, Suspect(0, time.time()))
-
-    def lost(self, reason: str, count: int = 1) -> None:
-        """Count pings that will never be delivered."""
-        self.losses[reason] = self.losses.get(reason, 0) + count
-
-
 def object_in(found: Fields, name: str) -> Fields:
     """The object under `name`, an empty one when there is none."""
     value = found.get(name)
@@ -1478,9 +1405,17 @@ class Outbox:
         except OSError:
             remove(self.file(name))
 
-    def state(self) -> State:
-        """What is remembered from pass to pass."""
-        return State(self.path("state.json"))
+    def backoff_left_s(self) -> float:
+        """Seconds until the back-off ends, 0 when none stands. One that was set in what
+        is now the future is none: a clock that jumped must not stop delivery."""
+        try:
+            found = read_object(self.path("state.json"), STATE_MAX_BYTES)
+        except (OSError, ValueError):
+            found = {}
+        names, now = ("set_at", "not_before"), time.time()
+        set_at, ends = (found[n] if number(found.get(n)) else 0.0 for n in names)
+        left_s = min(ends, set_at + RETRY_AFTER_MAX_S) - now
+        return max(0.0, left_s) if set_at <= now else 0.0
 
     def take_lock(self) -> Lock | None:
         """The lock; None while someone else holds it."""
@@ -1599,7 +1534,7 @@ def start_senders(queued: dict[Outbox, str], settings: Settings) -> None:
     """Have a sender started for each outbox where none runs and no back-off stands."""
     held = {}
     for outbox in queued:
-        if not outbox.state().backoff_left_s(time.time()):
+        if not outbox.backoff_left_s():
             lock = outbox.take_lock()
             if lock is not None:  # busy: a sender runs, and will see the file
                 held[outbox.name()] = lock
@@ -1620,8 +1555,7 @@ def deliver_in_foreground(
             if outbox in senders:
                 over = senders[outbox].poll() is not None
             else:
-                left_s = outbox.state().backoff_left_s(time.time())
-                waits = settings.debug or not left_s
+                waits = settings.debug or not outbox.backoff_left_s()
                 over = not waits or not os.path.exists(outbox.file(name))
                 lock = None if over else outbox.take_lock()
                 if lock is not None:
@@ -2718,6 +2652,69 @@ BURSTS = (  # events of which another may follow within seconds
 ).split()
 
 
+class Suspect:
+    """A ping that failed. charges: how often that was its own fault, for another was
+    delivered; 0: not judged yet. tried_at: the last time, seconds since 1970."""
+
+    def __init__(self, charges: int, tried_at: float) -> None:
+        self.charges, self.tried_at = charges, tried_at
+
+
+class State:
+    """state.json: what a destination remembers from pass to pass.
+
+    failures: passes that failed, in a row. set_at, not_before: when the back-off was
+    set, and ends. delivered_at, swept_at: the last delivery, the last sweep. verdict,
+    problem, problem_at: of the last failure. (Times: seconds since 1970, 0: never.)
+    suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
+    """
+
+    failures = set_at = not_before = delivered_at = swept_at = problem_at = 0.0
+    verdict = problem = ""
+
+    def __init__(self, path: str) -> None:
+        """Whatever the file holds, every attribute has a value that makes sense."""
+        try:
+            found = read_object(path, STATE_MAX_BYTES)
+        except (OSError, ValueError):
+            found = {}
+        for name, value in found.items():
+            default = getattr(State, name, None)
+            if number(value) if default == 0 else isinstance(default, type(value)):
+                setattr(self, name, value)
+        self.path, self.failures = path, min(self.failures, FAILURES_MAX)
+        losses = object_in(found, "losses")
+        self.losses = {k: int(n) for k, n in losses.items() if number(n)}
+        self.suspects = {
+            name: Suspect(int(pair[0]), pair[1])
+            for name, pair in object_in(found, "suspects").items()
+            if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair))
+        }
+
+    def save(self) -> None:
+        """Write the file; a disk that refuses must not stop delivery."""
+        found = {name: value for name, value in vars(self).items() if name != "path"}
+        suspects = self.suspects.items()
+        found["suspects"] = {name: [s.charges, s.tried_at] for name, s in suspects}
+        try:
+            write_file(self.path, encode_json(found).encode())
+        except OSError:
+            pass
+
+    def suspect(self, name: str) -> Suspect:
+        """The suspect of that name; a new one when there is none yet."""
+        return self.suspects.setdefault(name, Suspect(0, time.time()))
+
+    def lost(self, reason: str, count: int = 1) -> None:
+        """Count pings that will never be delivered."""
+        self.losses[reason] = self.losses.get(reason, 0) + count
+
+
+def state_of(outbox: Outbox) -> State:
+    """What is remembered of an outbox."""
+    return State(outbox.path("state.json"))
+
+
 def add_line(path: str, line: str, most: int) -> None:
     """Add a line to a file, which makes way for a new one when it has `most` bytes. It
     never fails: no disk may stop delivery."""
@@ -3046,7 +3043,8 @@ class Sender:
         status: int = 0,
     ) -> None:
         self.outbox, self.settings, self.ends = outbox, settings, ends
-        self.once, self.status, self.state = once, status, outbox.state()
+        self.once, self.status = once, status
+        self.state = state_of(outbox)
         self.known: set[str] = set()
         self.courier, self.on_pass = Courier(self, tracker, tell), Pass(self)
 
@@ -3061,11 +3059,6 @@ class Sender:
     def news(self) -> bool:
         """Whether a ping waits that has come since the last pass began."""
         return not self.known.issuperset(self.outbox.waiting())
-
-    def backoff_left_s(self) -> float:
-        """Seconds until the back-off ends, 0 when none stands."""
-        self.state = self.outbox.state()
-        return self.state.backoff_left_s(time.time())
 
     def fail(self, answer: Answer) -> None:
         """Count a pass that failed, and start a back-off. The row of failures begins
@@ -3082,7 +3075,7 @@ class Sender:
 
     def one_pass(self) -> None:
         """Try all that waits and is due, until an answer says that now is no time."""
-        self.state = self.outbox.state()
+        self.state = state_of(self.outbox)
         self.on_pass = Pass(self)
         self.on_pass.go()
         # What there was no time for is news, to the next sender.
@@ -3105,13 +3098,13 @@ class Sender:
         and then the outbox listed once more: a hook that found the lock busy counts on
         that. When this life is over then, news begin a new one."""
         while lock is not None:
-            again = self.once or not self.backoff_left_s()
+            again = self.once or not self.outbox.backoff_left_s()
             while again:
                 self.one_pass()
-                wait = self.state.backoff_left_s(time.time())
-                again = not (wait or self.is_over()) and self.finds_more()
+                ends = self.is_over() or self.outbox.backoff_left_s()
+                again = not ends and self.finds_more()
             lock.release()
-            wait = self.backoff_left_s()
+            wait = self.outbox.backoff_left_s()
             if wait and (self.once or time.monotonic() + wait >= self.ends):
                 return
             if not wait and not self.news():
@@ -3169,9 +3162,9 @@ def send(settings: Settings, tell: Tell) -> None:
     outbox.need_sound()
     lock = Lock(int(fd)) if int(fd) >= 0 else outbox.take_lock()
     sender = Sender(outbox, found[0], settings, ends, tell, once)
-    if how == "debug" and sender.backoff_left_s():
+    if how == "debug" and outbox.backoff_left_s():
         why = sender.state.problem or "after an outage"
-        tell(f"a back-off lasts {sender.backoff_left_s():.0f} s more ({why})")
+        tell(f"a back-off lasts {outbox.backoff_left_s():.0f} s more ({why})")
     if not once and os.name == "posix":
         os.nice(5)  # the session's own work comes first
     try:
@@ -3373,16 +3366,6 @@ def hook_command(event: str) -> str:
     return f"{imported} || {other} -I -S {script} || true"
 
 
-def is_step_of_ours(words: list[str]) -> bool:
-    """Whether words are one of the simple commands that ours are made of."""
-    if words[:1] == ["cd"] or words in (["trap", "", "TERM"], ["true"]):
-        return len(words) < 4
-    names = [word.replace("\\", "/").split("/")[-1] for word in words]
-    *python, script = [name for name in names if name[:1] != "-"] or [""]
-    by = [name[:2] for name in python]
-    return script in (SCRIPT, "IMPORT") and by in ([], ["py"])
-
-
 class RegisteredHook:
     """One hook in settings. event: its name. group: the dict that holds it. entry:
     itself, a dict."""
@@ -3405,14 +3388,18 @@ class RegisteredHook:
         import re
         import shlex
 
-        if self.command == hook_command(self.event):  # in a home called a;b, too
-            return True
-        steps = re.split(r" *(?:\|\||&&|;) *", self.command.replace(IMPORT, "IMPORT"))
         try:
-            known = all(is_step_of_ours(shlex.split(step)) for step in steps)
+            words = shlex.split(self.command.replace(IMPORT, "IMPORT"))
         except ValueError:  # a quote without its end
-            known = False
-        return self.names_script() and known
+            return False
+        names = [word.replace("\\", "/").split("/")[-1] for word in words]
+        names = ["PYTHON" if name[:2] == "py" else name for name in names]
+        if "cd" in names[:-1]:
+            names[names.index("cd") + 1] = "HERE"
+        said = " ".join(name for name in names if name[:1] != "-")
+        run = rf"(PYTHON )?{re.escape(SCRIPT)}"
+        imported = rf"(trap  TERM; )?cd HERE && PYTHON IMPORT( \|\| {run})?"
+        return bool(re.fullmatch(rf"({imported}|{run})( \|\| true)?", said))
 
 
 def hooks_of(content: Fields) -> list[RegisteredHook]:
@@ -3665,7 +3652,7 @@ def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> Teller
         sender.one_pass()
         lock.release()
         # A hook that found the lock busy counts on this look.
-        if sender.backoff_left_s() or sender.is_over() or not sender.news():
+        if outbox.backoff_left_s() or sender.is_over() or not sender.news():
             return tell
 
 
@@ -4101,8 +4088,8 @@ def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
 
 def check_delivery(outbox: Outbox) -> Iterator[tuple[bool | None, str]]:
     """How delivery from an outbox goes."""
-    kind, state, now = outbox.kind(), outbox.state(), time.time()
-    backoff_s = state.backoff_left_s(now)
+    kind, state, now = outbox.kind(), state_of(outbox), time.time()
+    backoff_s = outbox.backoff_left_s()
     old = [n for n in outbox.waiting()[:1] if now - PingName(n).ns / 1e9 > WAIT_OLD_S]
     late = bool(backoff_s or old)
     remedy = ": `flush` sends now" if late else ""
@@ -4168,7 +4155,7 @@ def doctor(options: Namespace) -> int:
     around = Surroundings()
     for outbox in outboxes(around.settings.state_dir) if options.clear else ():
         lock = wait_for_lock(outbox, time.monotonic() + LIFE_S)
-        state = outbox.state()
+        state = state_of(outbox)
         state.losses = {}
         state.save()
         lock.release()
@@ -4334,7 +4321,8 @@ class Installation:
         elif self.script.raw != self.source:
             print(f"{script} will be this script, version {__version__}.")
         if self.changes:
-            print(f"{shown(file.path)} will change:")
+            how = "be made" if file.raw is None else "change"
+            print(f"{shown(file.path)} will {how}:")
             print_changes(file.text if file.raw else "", self.text)
         if self.changes and os.path.islink(file.path):
             print(f"It is a link: what changes is {shown(file.real)}")
@@ -4517,6 +4505,7 @@ def uninstall(options: Namespace) -> int:
         if not options.yes and not (at_a_terminal() and ask("Remove it?")):
             raise Skipped("nothing was changed; with --yes it is removed")
         removal.carry_out()
+        print("Removed.")
     return 0
 
 
@@ -4856,7 +4845,7 @@ def report(options: Namespace) -> int:
             print_table(rows, options.by)
         if outbox.waiting():
             print(f"Not in it: {what_waits(outbox)}.")
-        for reason, count in sorted(outbox.state().losses.items()):
+        for reason, count in sorted(state_of(outbox).losses.items()):
             print(f"Not in it: {count} lost, {reason}.")
     if options.json:
         print(json.dumps(found, indent=2))

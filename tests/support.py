@@ -411,12 +411,6 @@ sys.path.insert(0, directory)
 import telemhq_ping
 getattr(telemhq_ping, entry)()
 """
-NO_THREAD = """
-import _thread
-def start(*_):
-    raise RuntimeError("can't start new thread")
-_thread.start_new_thread = start
-"""
 # A sender that would sleep through a back-off, or for the next event, has ended.
 ONE_LIFE = """
 import _thread

@@ -15,9 +15,11 @@ import trackers
 from support import SCRIPT, Receiver, event, script_command
 from transcripts import (
     DAY_S,
+    END,
     HAIKU,
     MULTIPLES,
     OPUS,
+    START,
     Session,
     cost_of,
     interrupted,
@@ -41,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["session"]  # fixtures
 
-fault = pytest.mark.fault
 LATER = DAY_S + 600  # a sender looks for lost sessions again
 NO_USAGE = {"usage_complete": False}
 USAGE_FIELDS = {*MULTIPLES, "models", "tools", "tool_calls", "tool_failures"}
@@ -74,7 +75,7 @@ def test_new_session_is_charged_from_its_start(session: Session, source: str) ->
     session.add(*turn(-2 * DAY_S, 4), *turn(2, 1))
     session.hook(f"SessionStart-{source}", 5)
     assert size_of(session.charge("Stop", 12, *turn(10, 2))) == 7
-    ping = session.charge("SessionEnd-other", 20, ledger({OPUS: 7}))
+    ping = session.charge(END, 20, ledger({OPUS: 7}))
     assert ping["cost_usd"] == cost_of({OPUS: 7})
 
 
@@ -86,13 +87,13 @@ def test_session_met_in_its_middle_is_charged_from_a_day_before(
     session.add(*turn(0, 1), ledger({OPUS: 1}), *turn(DAY_S - 100, 2))
     session.charge(first, DAY_S + 60)
     session.charge("Stop", DAY_S + 80, *turn(DAY_S + 70, 4))
-    ping = session.charge("SessionEnd-other", DAY_S + 90, ledger({OPUS: 7}))
+    ping = session.charge(END, DAY_S + 90, ledger({OPUS: 7}))
     assert told(session) == (6, cost_of({OPUS: 6}))
     assert complete(ping) == [True]
 
 
 @pytest.mark.parametrize("updated", [False, True])
-@fault(51)
+@pytest.mark.fault(51)
 def test_session_older_than_the_installation(
     session: Session, tmp_path: pathlib.Path, updated: bool
 ) -> None:
@@ -111,11 +112,11 @@ def test_session_older_than_the_installation(
     session.begun = installed - 10.0
     session.add(prompt(0), message(9.95 if updated else 9, 1), *turn(20, 2))
     assert size_of(session.charge("Stop", 22)) == (3 if updated else 2)
-    ping = session.charge("SessionEnd-other", 30, ledger({OPUS: 3}))
+    ping = session.charge(END, 30, ledger({OPUS: 3}))
     assert ("cost_usd" in ping, size_of(ping)) == (updated, 0)
 
 
-@fault(50)
+@pytest.mark.fault(50)
 def test_first_turns_that_end_without_a_hook_are_charged(session: Session) -> None:
     """Esc and a denied permission fire none: the next event has those turns' tokens,
     and the session's cost is told."""
@@ -123,39 +124,35 @@ def test_first_turns_that_end_without_a_hook_are_charged(session: Session) -> No
     session.add(*turn(3, 2, stop="tool_use"), result(4.2, error=True), interrupted(4.5))
     ping = session.charge("Stop", 12, *turn(10, 4))
     assert (size_of(ping), complete(ping)) == (7, [True])
-    ping = session.charge("SessionEnd-other", 13, ledger({OPUS: 7, HAIKU: 8}))
+    ping = session.charge(END, 13, ledger({OPUS: 7, HAIKU: 8}))
     assert (size_of(ping), ping["cost_usd"]) == (8, cost_of({OPUS: 7, HAIKU: 8}))
 
 
-@fault(51)
+@pytest.mark.fault(51)
 def test_what_was_used_while_usage_was_off_is_never_billed(session: Session) -> None:
     """TELEMHQ_USAGE=0 opens no transcript and makes history of what was used till then;
     switched on again, a session is billed from there."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     for at, n in (0, 1), (10, 2):
         ping = session.charge("Stop", at + 2, *turn(at, n), TELEMHQ_USAGE=0)
         assert usage_in(ping) == {}
     assert size_of(session.charge("Stop", 22, *turn(20, 4))) == 4
-    ping = session.charge("SessionEnd-other", 23, ledger({OPUS: 7}))
+    ping = session.charge(END, 23, ledger({OPUS: 7}))
     assert usage_in(ping).get("cost_usd") is None
     assert size_of(ping) == 0
 
 
-AGAIN = ("startup", "clear", "resume", "fork", "compact")
-
-
-@pytest.mark.parametrize("source", AGAIN)
+@pytest.mark.parametrize("source", ["startup", "clear", "resume", "fork", "compact"])
 def test_account_is_never_reopened(session: Session, source: str) -> None:
     """A session that goes on goes on being charged: no later SessionStart makes history
     of what was not billed yet, or bills again what was."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1))
-    session.charge("SessionEnd-other", 20, *turn(10, 2), ledger({OPUS: 3}))
+    session.charge(END, 20, *turn(10, 2), ledger({OPUS: 3}))
     session.add(*turn(30, 4))
     session.hook(f"SessionStart-{source}", 40)
     stop = session.charge("Stop", 45)
-    ends = [*turn(50, 8), ledger({OPUS: 15})]
-    end = session.charge("SessionEnd-other", 60, *ends)
+    end = session.charge(END, 60, *turn(50, 8), ledger({OPUS: 15}))
     assert (size_of(stop), size_of(end), end["cost_usd"]) == (4, 8, cost_of({OPUS: 12}))
     assert told(session) == (15, cost_of({OPUS: 15}))
 
@@ -174,7 +171,7 @@ def test_resumed_session_has_a_history(session: Session, ended: bool) -> None:
     stop = session.charge("Stop", 104, *turn(102, 8))
     assert (size_of(stop), stop["tool_failures"], complete(stop)) == (8, 0, [True])
     row = ledger({OPUS: 11 + 16, HAIKU: 4 + 32}, (10, 9))
-    end = session.charge("SessionEnd-other", 110, row)
+    end = session.charge(END, 110, row)
     assert complete(end) == [True]
     if ended:
         assert (size_of(end), end["cost_usd"]) == (48, cost_of({OPUS: 24, HAIKU: 32}))
@@ -184,7 +181,7 @@ def test_resumed_session_has_a_history(session: Session, ended: bool) -> None:
         assert size_of(end) == 0
 
 
-@fault(51)
+@pytest.mark.fault(51)
 def test_earlier_run_is_history(session: Session) -> None:
     """What stands before a ledger row that more messages follow was told elsewhere (by
     a hook of another machine, or another URL), its agents' rows too."""
@@ -192,17 +189,17 @@ def test_earlier_run_is_history(session: Session) -> None:
     session.add(message(0.5, 2), message(1.5, 4, model=HAIKU), to=session.agent())
     session.add(*turn(10, 8), *turn(20, 16))
     session.add(message(21.5, 32), to=session.agent("a2"))
-    end = session.charge("SessionEnd-other", 30, ledger({OPUS: 59, HAIKU: 4 + 64}))
+    end = session.charge(END, 30, ledger({OPUS: 59, HAIKU: 4 + 64}))
     assert size_of(end) == 8 + 16 + 32 + 64
     assert end["cost_usd"] == cost_of({OPUS: 56, HAIKU: 64})
 
 
 def parent_of(session: Session, ledgers: bool = True) -> Session:
     """A session of two turns, charged, with a call that no row has."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1))
     session.add(*turn(10, 2), *([ledger({OPUS: 3 + 4, HAIKU: 8}, (5, 4))] * ledgers))
-    session.charge("SessionEnd-other" if ledgers else "Stop", 12)
+    session.charge(END if ledgers else "Stop", 12)
     return session
 
 
@@ -211,14 +208,14 @@ def ends_of(fork: Session, before: dict[str, int]) -> tuple[Any, Any]:
     HAIKU 64; the size told and the cost told."""
     fork.charge("Stop", 112, *turn(110, 16))
     own = {OPUS: before.get(OPUS, 0) + 48, HAIKU: before.get(HAIKU, 0) + 64}
-    fork.charge("SessionEnd-other", 120, ledger(own, (7, 6)))
+    fork.charge(END, 120, ledger(own, (7, 6)))
     return told(fork)
 
 
 OWN = (16 + 32 + 64, cost_of({OPUS: 48, HAIKU: 64}))
 
 
-@fault(90)
+@pytest.mark.fault(90)
 @pytest.mark.parametrize("met", ["SessionStart-fork", "its copy late", "Stop"])
 @pytest.mark.parametrize("how", ["--fork-session", "/branch"])
 def test_fork_tells_what_is_its_own(session: Session, how: str, met: str) -> None:
@@ -236,7 +233,7 @@ def test_fork_tells_what_is_its_own(session: Session, how: str, met: str) -> Non
     assert told(session) == (15, cost_of({OPUS: 7, HAIKU: 8}))
 
 
-@fault(90)
+@pytest.mark.fault(90)
 def test_branch_with_more_turns_than_its_parent(session: Session) -> None:
     """A branch of a branch, longer than what it began with; the parents go on."""
     branch = parent_of(session, ledgers=False).fork("/branch")
@@ -246,16 +243,15 @@ def test_branch_with_more_turns_than_its_parent(session: Session) -> None:
     second = branch.fork("/branch")
     second.hook("SessionStart-fork", 200)
     second.charge("Stop", 202, *turn(200, 32))
-    second.charge("SessionEnd-other", 210, ledger({OPUS: 32 + 1}))
-    ends = [*turn(300, 64), ledger({OPUS: 48 + 64})]
-    branch.charge("SessionEnd-other", 310, *ends)
-    session.charge("SessionEnd-other", 320, *turn(315, 4), ledger({OPUS: 7}))
+    second.charge(END, 210, ledger({OPUS: 32 + 1}))
+    branch.charge(END, 310, *turn(300, 64), ledger({OPUS: 48 + 64}))
+    session.charge(END, 320, *turn(315, 4), ledger({OPUS: 7}))
     assert told(session) == (7, cost_of({OPUS: 7}))
     assert told(branch) == (112, cost_of({OPUS: 112}))
     assert told(second) == (33, cost_of({OPUS: 33}))
 
 
-@fault(90)
+@pytest.mark.fault(90)
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "running"])
 @pytest.mark.parametrize("says_more", [True, False])
 @pytest.mark.parametrize("runs", [1, 2])
@@ -288,20 +284,15 @@ def test_fork_whose_parents_file_is_gone(session: Session) -> None:
     assert "usage_complete" not in fork.receiver.pings[-1]
 
 
-def test_fork_of_a_fork(session: Session) -> None:
-    """Rows keep whose they were first; the baseline is the parent's, by the last."""
-    first = parent_of(session).fork()
-    first.hook("SessionStart-fork", 100)
-    ends_of(first, {OPUS: 7, HAIKU: 8})
-    second = first.fork()
-    second.hook("SessionStart-fork", 200)
-    second.charge("Stop", 202, *turn(200, 128))
-    row = ledger({OPUS: 7 + 48 + 128, HAIKU: 8 + 64})
-    second.charge("SessionEnd-other", 210, row)
-    assert told(second) == (128, cost_of({OPUS: 128}))
+def test_marked_copies_never_count(session: Session) -> None:
+    """Also of a parent that this destination was never told of, however young."""
+    session.add(*turn(0, 1, tools=["Bash"]), *turn(10, 2))
+    fork = session.fork()
+    ping = fork.charge("Stop", 22, *turn(20, 4))
+    assert (size_of(ping), ping["tool_calls"]) == (4, 0)
 
 
-@fault(79)
+@pytest.mark.fault(79)
 @pytest.mark.parametrize("start", [None, "its own id", "its parent's id"])
 def test_fork_whose_rows_are_not_marked(session: Session, start: str | None) -> None:
     """Clients 2.1.156 to 2.1.288: what the account of another session at this
@@ -314,7 +305,7 @@ def test_fork_whose_rows_are_not_marked(session: Session, start: str | None) -> 
     if start:
         (fork if start == "its own id" else session).hook("SessionStart-fork", 100)
     fork.charge("Stop", 112, *turn(110, 16))
-    fork.charge("SessionEnd-other", 120, ledger({OPUS: 7 + 16, HAIKU: 8}))
+    fork.charge(END, 120, ledger({OPUS: 7 + 16, HAIKU: 8}))
     assert told(fork) == (16 + 256, 0)
 
 
@@ -340,14 +331,14 @@ def test_copy_of_a_forks_history_is_history(session: Session) -> None:
 def test_ledger_settles_what_is_in_no_row(session: Session, delivered: str) -> None:
     """Compaction and titles are calls of no row: SessionEnd has them, the cost of each
     model and the lines; also when all is delivered after the session's end."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.add(*turn(0, 1))
     session.hook("Stop", 2)
     if delivered == "each":
         session.send()
     session.add(*turn(10, 2), ledger({OPUS: 7, HAIKU: 8}, (31, 12)))
     session.hook("Stop", 12)
-    session.hook("SessionEnd-other", 13)
+    session.hook(END, 13)
     session.send()
     first, second, end = session.receiver.pings[1:]
     assert sizes([first, second, end]) == [("Stop", 1), ("Stop", 2), ("SessionEnd", 12)]
@@ -364,13 +355,12 @@ def test_ledger_settles_what_is_in_no_row(session: Session, delivered: str) -> N
 def test_models_have_their_cost_without_new_tokens(session: Session) -> None:
     """A model whose tokens were told at Stop has its cost at the end all the same;
     where one model is all, the ping's own fields say it."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 3, *turn(0, 1), message(2, 2, model=HAIKU))
-    end = session.charge("SessionEnd-other", 5, ledger({OPUS: 1, HAIKU: 2}))
+    end = session.charge(END, 5, ledger({OPUS: 1, HAIKU: 2}))
     costs = {name: counts.get("cost_usd") for name, counts in end["models"].items()}
     assert costs == {OPUS: cost_of({OPUS: 1}), HAIKU: cost_of({HAIKU: 2})}
-    ends = [*turn(10, 4), ledger({OPUS: 5, HAIKU: 2})]
-    end = session.charge("SessionEnd-other", 13, *ends)
+    end = session.charge(END, 13, *turn(10, 4), ledger({OPUS: 5, HAIKU: 2}))
     assert (end["cost_usd"], "models" in end) == (cost_of({OPUS: 4}), False)
 
 
@@ -395,7 +385,7 @@ def test_ledger_doubles_nothing_and_takes_nothing_back(
     and a ledger that says less than the rows changes nothing."""
     models, more = LEDGERS[case]
     session.charge("Stop", 3, *turn(0, 1), message(2, 2))
-    end = session.charge("SessionEnd-other", 5, ledger(models))
+    end = session.charge(END, 5, ledger(models))
     assert (size_of(end), end["cost_usd"]) == (more, cost_of(models))
 
 
@@ -405,10 +395,10 @@ def test_difference_is_never_negative(session: Session) -> None:
     row = ledger({OPUS: 8}, (5, 5))
     row["modelUsage"][OPUS].update(inputTokens=1, thinkingTokens=0)
     session.charge("Stop", 3, *turn(0, 2))
-    end = session.charge("SessionEnd-other", 5, row)
+    end = session.charge(END, 5, row)
     counts = [end[name] for name in MULTIPLES]
     assert counts == [0, *[6 * n for n in (3, 5, 7)], 0, 6 * 15]
-    end = session.charge("SessionEnd-other", 13, *turn(10, 1), ledger({OPUS: 4}))
+    end = session.charge(END, 13, *turn(10, 1), ledger({OPUS: 4}))
     found = [end[name] for name in ("cost_usd", "lines_added", "lines_removed")]
     assert found == [0, 0, 0]
 
@@ -416,10 +406,10 @@ def test_difference_is_never_negative(session: Session) -> None:
 def test_broken_off_answer_behind_the_ledger(session: Session) -> None:
     """`-p` ended by SIGINT: the client writes the broken-off answer behind its last
     word, which that stays."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.add(prompt(0), message(1, 1, stop="tool_use"), ledger({OPUS: 1 + 2}))
     broken = message(2, 0, stop=None, usage={"input_tokens": 9, "output_tokens": 1})
-    end = session.charge("SessionEnd-other", 3, broken, interrupted(2.1))
+    end = session.charge(END, 3, broken, interrupted(2.1))
     assert (end["cost_usd"], complete(end)) == (cost_of({OPUS: 3}), [True])
     found = summed(session.receiver.pings, "input_tokens", "output_tokens")
     assert found[0] >= 3
@@ -428,21 +418,20 @@ def test_broken_off_answer_behind_the_ledger(session: Session) -> None:
 
 def test_ledger_of_an_earlier_run_is_not_the_last_word(session: Session) -> None:
     """What it would have settled is settled at the session's next end."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.add(*turn(0, 1), ledger({OPUS: 9}), *turn(10, 2))
-    first = session.charge("SessionEnd-other", 12)
-    ends = [*turn(20, 4), ledger({OPUS: 19})]
-    second = session.charge("SessionEnd-other", 30, *ends)
+    first = session.charge(END, 12)
+    second = session.charge(END, 30, *turn(20, 4), ledger({OPUS: 19}))
     assert [size_of(first), size_of(second)] == [3, 16]
     assert [p.get("cost_usd") for p in (first, second)] == [None, cost_of({OPUS: 19})]
     assert complete(first, second) == [False, True]
 
 
-@fault(91)
+@pytest.mark.fault(91)
 def test_two_runs_in_one_outage(session: Session) -> None:
     """Each run's tokens and cost are on its own SessionEnd, each turn's on its own
     Stop, though nothing could be delivered for a day."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     for run in range(2):
         at = run * 3600
         for n in range(3):
@@ -450,7 +439,7 @@ def test_two_runs_in_one_outage(session: Session) -> None:
             session.add(*turn(at + 100 * n, 1 << (3 * run + n), tools=tools))
             session.hook("Stop", at + 100 * n + 1.5)
         session.add(ledger({OPUS: (7, 63)[run], HAIKU: (64, 192)[run]}, (run, 1)))
-        session.hook("SessionEnd-other", at + 400)
+        session.hook(END, at + 400)
         if not run:
             session.hook("SessionStart-resume", 3590)
     pings = [p for p in session.send() if p["event"] != "SessionStart"]
@@ -470,7 +459,7 @@ def test_two_runs_in_one_outage(session: Session) -> None:
 def test_rows_after_an_event_are_the_next_pings(session: Session) -> None:
     """The main chain's from the event on, an agent's 2 s later: it is written late. A
     row of the event's very millisecond is its own."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.add(*turn(0, 1), message(2, 2), message(2.005, 4), *turn(3, 8))
     session.add(message(3.9, 16), message(4.1, 32), to=session.agent())
     session.hook("Stop", 2)
@@ -480,9 +469,9 @@ def test_rows_after_an_event_are_the_next_pings(session: Session) -> None:
 
 def test_session_end_takes_what_is_stamped_up_to_2_s_after_it(session: Session) -> None:
     """And not what a later run says."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.add(*turn(0, 1), message(3.5, 2), ledger({OPUS: 3}), *turn(30, 4))
-    session.hook("SessionEnd-other", 2)
+    session.hook(END, 2)
     session.hook("Stop", 40)
     _, end, stop = session.send()
     assert (size_of(end), end["cost_usd"], size_of(stop)) == (3, cost_of({OPUS: 3}), 4)
@@ -504,7 +493,7 @@ LATE = {  # event: what is there, what the client writes 0.25 s later
     "Stop, max_tokens": ([prompt(0)], message(1, 4, stop="max_tokens")),
     "Stop, a block": ([prompt(0), message(1, 4, "a", None)], message(1, 4, "a")),
     "SubagentStop": ([prompt(0)], message(1, 4)),
-    "SessionEnd-other": ([prompt(0), message(1, 4)], ledger({OPUS: 4})),
+    END: ([prompt(0), message(1, 4)], ledger({OPUS: 4})),
     "SessionEnd-clear": ([prompt(0), message(1, 4)], ledger({OPUS: 4})),
 }
 
@@ -519,7 +508,7 @@ def test_sender_waits_for_what_the_client_writes_late(
     told, and rides on the session's next ping."""
     rows, row = LATE[case]
     name, path = case.partition(",")[0], session.path
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     if name == "SubagentStop":
         session.add(*turn(0, 1))
         path = session.agent()
@@ -537,11 +526,11 @@ def test_sender_waits_for_what_the_client_writes_late(
         assert size_of(session.charge("StopFailure", 9)) == 4 - there
 
 
-@fault(92)
+@pytest.mark.fault(92)
 def test_stop_waits_for_a_row_of_its_own(session: Session) -> None:
     """A row that ended a turn before is not the one, also where that turn ended in a
     StopFailure (max_tokens)."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("StopFailure", 2, *turn(0, 1, stop="max_tokens"))
     session.add(prompt(10))
     session.hook("Stop", 12)
@@ -554,7 +543,7 @@ NOT_AWAITED: dict[str, tuple[str, list[Any], Any]] = {
     "StopFailure": ("StopFailure", [*turn(0, 1, stop="tool_use")], 1),
     "an agent without a file": ("SubagentStop", [*turn(0, 1)], 1),
     "no transcript": ("Stop", [], None),
-    "no transcript, an end": ("SessionEnd-other", [], None),
+    "no transcript, an end": (END, [], None),
 }
 
 
@@ -580,7 +569,7 @@ def test_end_of_a_session_without_a_baseline_is_not_awaited(session: Session) ->
     session.add(*turn(0, 1))
     session.hook("SessionStart-resume", 10)
     session.charge("Stop", 22, *turn(20, 2))
-    session.hook("SessionEnd-other", 30)
+    session.hook(END, 30)
     late = [(30.5, session.path, [message(29, 4), ledger({OPUS: 7})])]
     ping = session.send(30.05, later=late)[-1]
     assert (size_of(ping), complete(ping), "cost_usd" in ping) == (0, [True], False)
@@ -589,7 +578,7 @@ def test_end_of_a_session_without_a_baseline_is_not_awaited(session: Session) ->
 # -- Destinations, trackers, settings --------------------------------------------------
 
 
-@fault(89, 35)
+@pytest.mark.fault(89, 35)
 def test_two_hooks_that_report_one_session(session: Session) -> None:
     """A plugin and a settings file with two URLs: each tracker gets the whole, also
     when one was away for a while."""
@@ -603,7 +592,7 @@ def test_two_hooks_that_report_one_session(session: Session) -> None:
         second.answer, second.requests = 200, []
         session.add(*turn(20, 4), ledger({OPUS: 7, HAIKU: 8}))
         for url in (session.receiver.url, second.url):
-            session.hook("SessionEnd-other", 30, url=url)
+            session.hook(END, 30, url=url)
             session.send(at=DAY_S, url=url)
         for place in (session.receiver, second):
             found = {p["event_id"]: p for p in place.pings}
@@ -612,7 +601,7 @@ def test_two_hooks_that_report_one_session(session: Session) -> None:
             assert costs == [cost_of({OPUS: 7, HAIKU: 8})]
 
 
-@fault(48)
+@pytest.mark.fault(48)
 @pytest.mark.parametrize("before", [True, False], ids=["at once", "after a turn"])
 @pytest.mark.parametrize("charged", [True, False], ids=["charged", "not charged"])
 def test_adopted_pings_tell_no_token_twice(
@@ -620,7 +609,7 @@ def test_adopted_pings_tell_no_token_twice(
 ) -> None:
     """`flush --adopt` moves what waits for a former URL while the session goes on under
     the new one, charged or not: none is lost, and none told twice to one URL."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1))
     session.receiver.answer = 503
     session.add(*turn(10, 2))
@@ -640,7 +629,7 @@ def test_adopted_pings_tell_no_token_twice(
         )
         assert done.returncode == 0, done.stderr
         session.add(*turn(30, 8), ledger({OPUS: 15}))
-        session.hook("SessionEnd-other", 32, url=second.url)
+        session.hook(END, 32, url=second.url)
         session.send(url=second.url)
         assert not session.home.waiting()
         found = {p["event_id"]: p for p in second.pings}
@@ -667,7 +656,7 @@ def test_rows_for_wigtoken_have_ids_of_their_own(session: Session) -> None:
         assert (found, place.faults, place.duplicates) == (wanted, [], 0)
 
 
-@fault(41)
+@pytest.mark.fault(41)
 def test_each_ping_keeps_the_settings_of_its_hook(session: Session) -> None:
     """The sender is another session's child: nothing that shapes a ping is its own."""
     sender: dict[str, Any] = {
@@ -699,19 +688,19 @@ os.open = deadly
 """
 
 
-@fault(41, 52)
+@pytest.mark.fault(41, 52)
 @pytest.mark.parametrize("hook", ["0", "no!"])
 def test_usage_0_opens_no_transcript(session: Session, hook: str) -> None:
     """For pings of a hook with TELEMHQ_USAGE=0 (or not understood) none is opened, by
     whatever session's sender; nor by a sweep of today with it."""
     session.add(*turn(0, 1), ledger({OPUS: 3}))
     session.add(message(1, 2), to=session.agent())
-    for name in ("SessionStart-startup", "Stop", "SessionEnd-clear"):
+    for name in (START, "Stop", "SessionEnd-clear"):
         session.hook(name, 2, TELEMHQ_USAGE=hook)
     pings = session.send(patch=DEADLY)
     assert [usage_in(ping) for ping in pings] == [{}, {}, {}]
     other = Session(session.home, session.receiver)
-    other.charge("SessionStart-startup", 0)
+    other.charge(START, 0)
     other.add(*turn(1, 1))
     assert other.send(at=LATER, patch=DEADLY, TELEMHQ_USAGE="0") == []
     other.hook("Stop", LATER + 2)
@@ -724,7 +713,7 @@ def test_usage_0_opens_no_transcript(session: Session, hook: str) -> None:
 def test_lost_session_makes_one_ping(session: Session) -> None:
     """A session that was killed makes one SessionLost a day later: its usage, project,
     ids and hashes; the next days nothing more."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     stop = session.charge("Stop", 2, *turn(0, 1))
     session.add(prompt(10), message(11, 2, "c", "tool_use", tools=["Bash"]))
     session.add(message(3000, 4, stop=None), to=session.agent())
@@ -743,9 +732,7 @@ def test_lost_session_makes_one_ping(session: Session) -> None:
         assert session.send(at=DAY_S * day + 9000) == []
 
 
-@pytest.mark.parametrize(
-    "name", ["SessionStart-startup", "Notification", "PreToolUse-Bash"]
-)
+@pytest.mark.parametrize("name", [START, "Notification", "PreToolUse-Bash"])
 def test_lost_session_may_have_had_any_event(session: Session, name: str) -> None:
     """And is settled by the ledger where there is one."""
     session.charge(name, 0.5)
@@ -758,23 +745,24 @@ def test_lost_session_may_have_had_any_event(session: Session, name: str) -> Non
 @pytest.mark.parametrize("ended", [True, False])
 def test_session_that_is_not_lost(session: Session, ended: bool) -> None:
     """One with nothing unreported; nor one whose end waits in the outbox."""
-    session.charge("SessionStart-startup", -1)
+    session.charge(START, -1)
     session.add(*turn(0, 1), *([ledger({OPUS: 1})] * ended))
-    session.hook("SessionEnd-other" if ended else "Stop", 2)
+    session.hook(END if ended else "Stop", 2)
     assert [p["event"] for p in session.send(at=2 * DAY_S)] != ["SessionLost"]
     assert session.send(at=4 * DAY_S) == []
 
 
 def test_lost_session_that_goes_on_after_all_is_exact(session: Session) -> None:
     """It goes on where it was; lost again, it makes another ping."""
-    session.charge("SessionStart-startup", -1)
+    session.charge(START, -1)
     session.add(*turn(0, 1))
     ids = {session.send(at=LATER)[0]["event_id"]}
     assert size_of(session.charge("Stop", LATER + 200, *turn(LATER + 100, 2))) == 2
     session.add(*turn(LATER + 300, 4))
     ids.add(session.send(at=2 * LATER)[0]["event_id"])
-    ends = [*turn(2 * LATER + 500, 8), ledger({OPUS: 15, HAIKU: 16})]
-    session.charge("SessionEnd-other", 2 * LATER + 600, *ends)
+    session.charge(
+        END, 2 * LATER + 600, *turn(2 * LATER + 500, 8), ledger({OPUS: 15, HAIKU: 16})
+    )
     assert told(session) == (31, cost_of({OPUS: 15, HAIKU: 16}))
     assert len(ids) == 2
 
@@ -784,7 +772,7 @@ def test_lost_sessions_id_follows_from_what_it_tells(session: Session) -> None:
     another session of the same use makes another."""
     other = Session(session.home, session.receiver, session.begun)
     for one in (session, other):
-        one.charge("SessionStart-startup", -1)
+        one.charge(START, -1)
         one.add(*turn(0, 1))
     files = [path for path in session.home.state.rglob("*.json") if path.is_file()]
     before = {path: path.read_bytes() for path in files}
@@ -796,13 +784,13 @@ def test_lost_sessions_id_follows_from_what_it_tells(session: Session) -> None:
     assert (len(bodies), len(set(bodies))) == (4, 2)
 
 
-@fault(52)
+@pytest.mark.fault(52)
 @pytest.mark.parametrize("key", ["", "old", "new"])
 def test_sweep_follows_todays_settings(session: Session, key: str) -> None:
     """What is told has no machine that is unset now, no name of a server, no hash under
     another key than today's."""
     old = {"TELEMHQ_HASH_KEY": key} if key else {}
-    session.charge("SessionStart-startup", -1, TELEMHQ_MACHINE="mini", **old)
+    session.charge(START, -1, TELEMHQ_MACHINE="mini", **old)
     session.add(*turn(0, 1, tools=["mcp__acme__drop"]))
     today: dict[str, Any] = {"TELEMHQ_HASH_KEY": "new", "TELEMHQ_TOOL_NAMES": 0}
     (lost,) = session.send(at=LATER, **today)
@@ -815,24 +803,23 @@ def test_sweep_follows_todays_settings(session: Session, key: str) -> None:
     assert lost.get("cwd_hash") == (wanted["cwd_hash"] if key == "new" else None)
 
 
-@fault(81)
+@pytest.mark.fault(81)
 def test_clock_40_days_ahead_for_one_event(session: Session) -> None:
     """A running session's account is not dropped, and nothing is billed twice."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1), *turn(10, 2))
     other = Session(session.home, session.receiver, session.begun)
     other.charge("Stop", 40 * DAY_S, *turn(5, 1024))
     other.charge("Stop", 30)
     session.charge("Stop", 32, *turn(20, 4))
-    ends = [*turn(40, 8), ledger({OPUS: 15, HAIKU: 16})]
-    session.charge("SessionEnd-other", 50, *ends)
+    session.charge(END, 50, *turn(40, 8), ledger({OPUS: 15, HAIKU: 16}))
     assert told(session) == (31, cost_of({OPUS: 15, HAIKU: 16}))
 
 
 def test_newest_500_accounts_are_kept(session: Session) -> None:
     """By number: a session of months ago goes on where it was while no 500 came after
     it. The oldest are dropped at a sweep."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1))
     (own,) = session.accounts()
     raw, now = own.read_bytes(), own.stat().st_mtime
@@ -866,7 +853,7 @@ def failing(name, part, code, nth=1):
 """
 
 
-@fault(45)
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("code", ["EIO", "EACCES", "EMFILE"])
 def test_unreadable_account_is_never_replaced(session: Session, code: str) -> None:
     """The ping goes without usage and says so; the next has it all, nothing twice."""
@@ -879,7 +866,7 @@ def test_unreadable_account_is_never_replaced(session: Session, code: str) -> No
     (ping,) = session.send(patch=patch)
     assert usage_in(ping) == NO_USAGE
     assert path.read_bytes() == before
-    session.charge("SessionEnd-other", 30, *turn(20, 4), ledger({OPUS: 7}))
+    session.charge(END, 30, *turn(20, 4), ledger({OPUS: 7}))
     assert told(session) == (7, cost_of({OPUS: 7}))
 
 
@@ -903,7 +890,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@fault(45)
+@pytest.mark.fault(45)
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damaged_account_opens_anew_at_now(session: Session, case: str) -> None:
     """Nobody knows what was charged: what is in the files is not charged again, nor are
@@ -919,14 +906,14 @@ def test_damaged_account_opens_anew_at_now(session: Session, case: str) -> None:
     session.add(*rows, message(101, 32), to=session.agent("copies"))
     ping = session.charge("Stop", 102, *turn(100, 16))
     assert (size_of(ping), complete(ping)) == (48, [True])
-    end = session.charge("SessionEnd-other", 110, ledger({OPUS: 99}))
+    end = session.charge(END, 110, ledger({OPUS: 99}))
     assert (size_of(end), "cost_usd" in end) == (0, False)
     assert not session.home.waiting()
 
 
 def test_damaged_accounts_hide_no_lost_session(session: Session) -> None:
     """Lost sessions are found among accounts that cannot be read."""
-    session.charge("SessionStart-startup", -1)
+    session.charge(START, -1)
     session.add(*turn(0, 1))
     (own,) = session.accounts()
     for i, make in enumerate([*DAMAGES.values()][:-1] * 4):
@@ -934,9 +921,9 @@ def test_damaged_accounts_hide_no_lost_session(session: Session) -> None:
     assert sizes(session.send(at=LATER)) == [("SessionLost", 1)]
 
 
-@fault(47)
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("code", ["EIO", "EMFILE"])
-@pytest.mark.parametrize("name", ["Stop", "SessionEnd-other"])
+@pytest.mark.parametrize("name", ["Stop", END])
 def test_failed_open_of_a_transcript_is_tried_again(
     session: Session, name: str, code: str
 ) -> None:
@@ -949,17 +936,17 @@ def test_failed_open_of_a_transcript_is_tried_again(
     assert (size_of(ping), complete(ping)) == (2, [True])
 
 
-@fault(47)
+@pytest.mark.fault(47)
 @pytest.mark.parametrize("what", ["session", "agent"])
 def test_what_cannot_be_read_is_never_told_as_zero(session: Session, what: str) -> None:
     """Where every open fails, the ping says so; the tokens are on the session's next
     ping or, after its end, on a SessionLost."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1))
     session.add(*turn(10, 2))
     session.add(message(11, 4), to=session.agent())
     path = session.path if what == "session" else session.agent()
-    for at, name in (12, "Stop"), (20, "SessionEnd-other"):
+    for at, name in (12, "Stop"), (20, END):
         session.hook(name, at)
         patch = FAILING + f"failing('open', {path.name!r}, 'EIO', 0)"
         assert complete(*session.send(patch=patch)) == [False]

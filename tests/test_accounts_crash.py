@@ -16,8 +16,10 @@ import pytest
 from support import Home, Receiver
 from transcripts import (
     DAY_S,
+    END,
     HAIKU,
     OPUS,
+    START,
     Session,
     cost_of,
     ledger,
@@ -29,7 +31,6 @@ from transcripts import (
 
 __all__ = ["session"]  # fixtures
 
-fault = pytest.mark.fault
 KILLED, ONCE, FULL = "killed", "no space, once", "no space, from then on"
 
 # Lets the nth step that changes a file fail; `report` is told how many there were.
@@ -101,10 +102,10 @@ def prepare_session(one: Session) -> None:
     one.hook("Notification", -1)
     one.add(*turn(0, 1), ledger({OPUS: 1, HAIKU: 8}))
     one.hook("Stop", 1.5)
-    one.hook("SessionEnd-other", 3)
+    one.hook(END, 3)
 
 
-@fault(38, 80)
+@pytest.mark.fault(38, 80)
 @pytest.mark.parametrize("how", [KILLED, ONCE, FULL])
 def test_sender_that_fails_at_any_step_charges_once(
     receiver: Receiver, tmp_path: pathlib.Path, how: str
@@ -115,7 +116,7 @@ def test_sender_that_fails_at_any_step_charges_once(
     for one in at_every_step(receiver, tmp_path, how, prepare_session):
         # Meanwhile the session goes on, with a row that belongs to the pings before.
         one.add(message(1.7, 2), *turn(10, 4), ledger({OPUS: 7, HAIKU: 8}))
-        one.hook("SessionEnd-other", 20)
+        one.hook(END, 20)
         one.send(at=1000)
         pings = told(one)
         names = sorted(ping["event"] for ping in pings)
@@ -126,15 +127,15 @@ def test_sender_that_fails_at_any_step_charges_once(
         assert not one.home.waiting()
 
 
-@fault(80)
+@pytest.mark.fault(80)
 def test_disk_that_is_full_for_hours(session: Session) -> None:
     """A ping waits an hour at most for its account, then it goes without usage and says
     so; the rest, cost and ledger included, is told by the sweep."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1))
     (account,) = session.accounts()
     session.add(*turn(10, 2), ledger({OPUS: 3, HAIKU: 4}))
-    session.hook("SessionEnd-other", 12)
+    session.hook(END, 12)
     patch = f"""
 import errno
 real = os.open
@@ -155,12 +156,12 @@ os.open = full
 
 def prepare_lost_session(one: Session) -> float:
     """A session with an account, then killed, a day ago."""
-    one.charge("SessionStart-startup", -1)
+    one.charge(START, -1)
     one.add(*turn(0, 1), *turn(10, 2))
     return DAY_S + 600
 
 
-@fault(38)
+@pytest.mark.fault(38)
 @pytest.mark.parametrize("goes_on", [False, True])
 @pytest.mark.parametrize("how", [KILLED, ONCE])
 def test_lost_session_is_told_once(

@@ -33,7 +33,6 @@ from claude_code import (
 )
 from support import wait_until
 
-fault = pytest.mark.fault
 DAY_S = 86400
 AGENT = {"description": "CANARY", "subagent_type": "general-purpose", "model": "haiku"}
 SCRIPT: dict[str, list[Any]] = {
@@ -361,7 +360,7 @@ def world_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return played
 
 
-@fault(50, 51, 90)
+@pytest.mark.fault(50, 51, 90)
 @pytest.mark.parametrize("name", PRINT + AT_THE_END + TERMINAL)
 def test_tokens_and_cost_are_the_clients_own(world_of: Any, name: str) -> None:
     """A session's pings add up to what the API gave out, and to what its ledger has

@@ -13,11 +13,9 @@ def marked() -> Iterator[tuple[int, str]]:
     """(number, file) of every `fault(N, ...)` in the tests' source."""
     for path in sorted(Path(__file__).parent.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if (
-                isinstance(node, ast.Call)
-                and isinstance(node.func, ast.Attribute)
-                and node.func.attr == "fault"
-            ):
+            called = node.func if isinstance(node, ast.Call) else None
+            name = getattr(called, "attr", getattr(called, "id", ""))
+            if isinstance(node, ast.Call) and name == "fault":
                 for number in node.args:
                     yield ast.literal_eval(number), path.name
 

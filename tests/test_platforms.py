@@ -157,14 +157,14 @@ def test_a_python_without_certificates_takes_the_systems(
 
 
 def test_the_versions_are_the_same_wherever_they_are_named(script: ModuleType) -> None:
-    """The matrix, the README's table and the script's first lines name the same."""
+    """The matrix, the README and the script's first lines name the same."""
     matrix = (ROOT / ".github" / "workflows" / "tests.yml").read_text("utf-8")
     (line,) = re.findall(r"(?m)^ *python: (.*)", matrix)
     versions = [int(minor) for minor in re.findall(r'"3\.(\d+)"', line)]
     first, last = versions[0], versions[-1]
     assert versions == list(range(first, last + 1))
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert f"| CPython 3.{first} to 3.{last} |" in readme
-    assert f"You need Python 3.{first} or newer" in readme
+    assert f"CPython 3.{first} to 3.{last}" in readme
+    assert f"Python 3.{first}, or newer" in readme
     assert f"Python 3.{first} to 3.{last}." in (script.__doc__ or "")
     assert f"sys.version_info < (3, {first})" in SCRIPT.read_text("utf-8")

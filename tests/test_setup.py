@@ -234,6 +234,7 @@ def test_install_into_an_empty_home(home: Home) -> None:
     finally:
         os.umask(mask)
     assert (ended.code, "Connection refused" in ended.out) == (1, True)
+    assert "~/.claude/settings.json will be made:" in ended.out
     text = settings_path(home).read_text()
     for path, short in (installed(home).parent, "~/.claude/hooks"), (PYTHON, "python3"):
         text = text.replace(str(path), short)
@@ -624,6 +625,7 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     ]
     ended = uninstall(home, "--keep-state")
     assert (ended.code, "telemhq:" in ended.out) == (0, False)
+    assert ended.out.endswith("Removed.\n")
     assert sorted(os.listdir(str(home.state.parent))) == ["telemhq"]
     assert len(home.waiting()) == 2
     assert uninstall(home).code == 0

@@ -15,9 +15,11 @@ import pytest
 
 from support import FIXTURES
 from transcripts import (
+    END,
     HAIKU,
     MULTIPLES,
     OPUS,
+    START,
     Session,
     cost_of,
     interrupted,
@@ -39,9 +41,6 @@ if TYPE_CHECKING:
 
 __all__ = ["session"]  # fixtures
 
-fault = pytest.mark.fault
-
-
 # -- Real transcripts, cut everywhere --------------------------------------------------
 
 
@@ -59,7 +58,7 @@ def replay(session: Session, name: str) -> Iterator[tuple[float, Any, Any, str]]
             if "timestamp" in row:
                 stamp = row["timestamp"].replace("Z", "+00:00")
                 at = datetime.datetime.fromisoformat(stamp).timestamp()
-            fired = {"cost-state": "SessionEnd-other"}.get(row["type"], "")
+            fired = {"cost-state": END}.get(row["type"], "")
             if row.get("isApiErrorMessage"):
                 fired = "StopFailure"
             elif (row.get("message") or {}).get("stop_reason") == "end_turn":
@@ -84,7 +83,7 @@ def test_sums_are_the_clients_own(session: Session, name: str, registered: str) 
     chance, failures = random.Random(f"{name} {registered}"), 0
     calls: set[str] = set()
     if registered == "all":
-        session.hook("SessionStart-startup", 0)
+        session.hook(START, 0)
     for at, path, row, fired in replay(session, name):
         text = session.text([row])
         cut = chance.randrange(len(text))  # in mid-line, in mid-character
@@ -149,7 +148,7 @@ ANSWERS = {
 between = pytest.mark.parametrize("between", [False, True], ids=["one ping", "each"])
 
 
-@fault(76, 78)
+@pytest.mark.fault(76, 78)
 @between
 @pytest.mark.parametrize("case", ANSWERS)
 def test_answer_counts_once(session: Session, case: str, between: bool) -> None:
@@ -164,7 +163,7 @@ def test_answer_counts_once(session: Session, case: str, between: bool) -> None:
     assert sum(size_of(ping) for ping in session.receiver.pings) == 3
 
 
-@fault(78)
+@pytest.mark.fault(78)
 @between
 @pytest.mark.parametrize(
     "outputs", [(1, 1, 300), (300, 1, 1), (1, 300, 2), (1, None, 20)], ids=repr
@@ -184,7 +183,7 @@ def test_row_with_the_most_output_counts(
     assert summed(session.receiver.pings, *MULTIPLES) == list(wanted.values())
 
 
-@fault(78)
+@pytest.mark.fault(78)
 @between
 def test_later_row_counts_at_a_tie(session: Session, between: bool) -> None:
     """Some routers begin an answer with 0/1 and know its input only at the end."""
@@ -199,7 +198,7 @@ def test_later_row_counts_at_a_tie(session: Session, between: bool) -> None:
     assert found == [8000, 1]
 
 
-@fault(77)
+@pytest.mark.fault(77)
 def test_advisors_calls_count_under_their_own_model(session: Session) -> None:
     """`usage.iterations` names calls of another model inside an answer, which its
     counts lack. (A compaction's are in no ledger either.)"""
@@ -212,7 +211,7 @@ def test_advisors_calls_count_under_their_own_model(session: Session) -> None:
     ping = session.charge("Stop", 3, prompt(0), *rows)
     assert ping["models"] == {OPUS: used(1), HAIKU: used(2)}
     assert (ping["model"], size_of(ping)) == (OPUS, 3)
-    ping = session.charge("SessionEnd-other", 4, ledger({OPUS: 1, HAIKU: 2}))
+    ping = session.charge(END, 4, ledger({OPUS: 1, HAIKU: 2}))
     assert (size_of(ping), ping["cost_usd"]) == (0, cost_of({OPUS: 1, HAIKU: 2}))
 
 
@@ -261,8 +260,8 @@ def test_row_without_a_usable_time(session: Session, stamp: Any) -> None:
     row = message(0, 2, timestamp=stamp)
     if stamp is None:
         del row["timestamp"]
-    session.hook("SessionStart-startup", -1)
-    ping = session.charge("SessionEnd-other", 12, *turn(0, 1), row, *turn(10, 4))
+    session.hook(START, -1)
+    ping = session.charge(END, 12, *turn(0, 1), row, *turn(10, 4))
     assert size_of(ping) in ([7] if stamp is None else [5, 7])
 
 
@@ -295,7 +294,7 @@ def test_agents_have_transcripts_of_their_own(session: Session) -> None:
     assert size_of(session.charge("Stop", 21)) == 112
 
 
-@fault(43)
+@pytest.mark.fault(43)
 @between
 def test_copies_of_the_parents_rows_count_once(session: Session, between: bool) -> None:
     """Agents' files may begin with copies of their parent's rows, under the same ids:
@@ -304,7 +303,7 @@ def test_copies_of_the_parents_rows_count_once(session: Session, between: bool) 
     parent = [prompt(0), call, result(2, "toolu_c_0", error=True)]
     parent += [message(3, 2, "b", "tool_use"), *[message(3, 0) for _ in range(300)]]
     session.add(*parent, message(8, 4))
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     if between:
         session.charge("Stop", 9)
     for name in ("a1", "b1"):
@@ -316,11 +315,11 @@ def test_copies_of_the_parents_rows_count_once(session: Session, between: bool) 
     assert sum(size_of(ping) or 0 for ping in pings) == 31
 
 
-@fault(44)
+@pytest.mark.fault(44)
 def test_64000_messages_of_250_agents(session: Session) -> None:
     """Such a session is exact, its account bounded and readable, and what comes later
     is charged once, copies or not."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.add(prompt(0))
     text = session.text([message(1, 1, "KEY", "tool_use")])
     for agent in range(250):
@@ -369,7 +368,7 @@ BROKEN: dict[str, Callable[[pathlib.Path], object]] = {
 }
 
 
-@fault(36)
+@pytest.mark.fault(36)
 @pytest.mark.parametrize("of_agent", [False, True], ids=["own", "an agent's"])
 @pytest.mark.parametrize("case", BROKEN)
 def test_broken_transcript_costs_its_ping_the_usage_only(
@@ -427,7 +426,7 @@ def replaced(session: Session, path: pathlib.Path, how: str) -> int:
 REPLACED = ("the same rows, another inode, more", "other rows, another inode")
 
 
-@fault(37)
+@pytest.mark.fault(37)
 @pytest.mark.parametrize("of_agent", [False, True], ids=["own", "an agent's"])
 @pytest.mark.parametrize("how", [*REPLACED, "shortened", "regrown"])
 def test_replaced_transcript_is_read_again(
@@ -436,29 +435,29 @@ def test_replaced_transcript_is_read_again(
     """Each answer counts once, none is missing that the file has, and a ledger row
     there has its say."""
     path = session.agent() if of_agent else session.path
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.add(*turn(0, 1))
     session.add(*OLD, to=path)
     assert size_of(session.charge("Stop", 6)) == 7
     new = replaced(session, path, how)
     assert size_of(session.charge("Stop", 12)) == new
     ends = [*turn(20, 64), ledger({OPUS: 7 + new + 64, HAIKU: 128})]
-    ping = session.charge("SessionEnd-other", 30, *ends)
+    ping = session.charge(END, 30, *ends)
     assert (size_of(ping), ping["cost_usd"]) == (
         64 + 128,
         cost_of({OPUS: 7 + new + 64, HAIKU: 128}),
     )
 
 
-@fault(37)
+@pytest.mark.fault(37)
 def test_replaced_with_its_ledger(session: Session) -> None:
     """The client may write a file anew just before it ends the session."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.charge("Stop", 2, *turn(0, 1))
     other = session.path.with_suffix(".new")
     session.add(session.path.read_bytes(), *turn(10, 2), ledger({OPUS: 3}), to=other)
     os.replace(other, session.path)
-    ping = session.charge("SessionEnd-other", 12)
+    ping = session.charge(END, 12)
     assert (size_of(ping), ping["cost_usd"]) == (2, cost_of({OPUS: 3}))
 
 
@@ -468,7 +467,7 @@ MOVES: dict[str, Callable[[Any, Any], object]] = {
 }
 
 
-@fault(37, 46)
+@pytest.mark.fault(37, 46)
 @pytest.mark.parametrize("how", MOVES)
 def test_transcripts_that_move(session: Session, how: str) -> None:
     """A project's directory that moves takes its transcripts along, agents' too: each
@@ -483,7 +482,7 @@ def test_transcripts_that_move(session: Session, how: str) -> None:
     nowhere = str(session.path.with_name("not there.jsonl"))
     ping = session.charge("Stop", 22, *turn(20, 16), transcript_path=nowhere)
     assert size_of(ping) == 16
-    ping = session.charge("SessionEnd-other", 30, ledger({OPUS: 31}))
+    ping = session.charge(END, 30, ledger({OPUS: 31}))
     assert (size_of(ping), ping["cost_usd"]) == (0, cost_of({OPUS: 31}))
 
 
@@ -497,7 +496,7 @@ os.stat, os.fstat, os.lstat = huge(os.stat), huge(os.fstat), huge(os.lstat)
 """
 
 
-@fault(73)
+@pytest.mark.fault(73)
 def test_inode_numbers_beyond_20_digits(session: Session) -> None:
     """A file system that numbers its files so high does not make them look replaced."""
     for i in range(2):
@@ -532,7 +531,7 @@ UNSPEAKABLE = {
 }
 
 
-@fault(49)
+@pytest.mark.fault(49)
 @pytest.mark.parametrize("case", UNSPEAKABLE)
 def test_tokens_of_unspeakable_models_count_as_other(
     session: Session, case: str
@@ -540,12 +539,12 @@ def test_tokens_of_unspeakable_models_count_as_other(
     """A model's name that is no identifier stays home; its tokens are under `other`,
     in the ledger too."""
     name = UNSPEAKABLE[case]
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     rows = [prompt(0), message(1, 1, model=name), message(2, 2)]
     first = session.charge("Stop", 3, *rows)
     assert first["models"] == {"other": used(1), OPUS: used(2)}
     sizes = {name if isinstance(name, str) else "x/y": 5, "a/b": 1, OPUS: 2}
-    last = session.charge("SessionEnd-other", 10, ledger(sizes))
+    last = session.charge(END, 10, ledger(sizes))
     assert (size_of(last), last["cost_usd"]) == (5, cost_of({OPUS: 2}))
     assert set(last["models"]) <= {"other", OPUS}
     raw = b"".join(request.body for request in session.receiver.requests)
@@ -572,12 +571,12 @@ def test_tools_are_counted(session: Session) -> None:
     assert second["tool_calls"] == sum(calls.values())
 
 
-@fault(53)
+@pytest.mark.fault(53)
 def test_stop_tells_how_long_the_turn_took(session: Session) -> None:
     """`duration_ms` runs from the prompt's row to the Stop: not from a tool's result,
     nor from a row that the client put in; where another hook blocked a Stop once, from
     that. The continuation's rows are on the second Stop, however soon they come."""
-    session.hook("SessionStart-startup", -1)
+    session.hook(START, -1)
     session.add(*turn(0, 1), prompt(10.5), message(11, 2, stop="tool_use"))
     session.add(result(15), prompt(16, isMeta=True), prompt(18, isCompactSummary=True))
     session.add(message(19, 4), prompt(19.5, isSidechain=True))
@@ -586,7 +585,7 @@ def test_stop_tells_how_long_the_turn_took(session: Session) -> None:
     session.hook("Stop", 20.125)
     session.hook("Stop", 24.125, stop_hook_active=True)
     session.hook("Stop", 42)
-    session.hook("SessionEnd-other", 50)
+    session.hook(END, 50)
     found = session.send()[1:]
     assert [size_of(ping) for ping in found] == [1, 6, 8, 16, 0]
     durations = [ping.get("duration_ms") for ping in found]
@@ -598,7 +597,7 @@ def test_interrupts_are_counted(session: Session) -> None:
     session.add(*turn(0, 1), interrupted(2), prompt(3), interrupted(4), *turn(5, 2))
     session.add(interrupted(4), to=session.agent())
     found = [session.charge("Stop", 8), session.charge("Stop", 12, *turn(10, 4))]
-    found.append(session.charge("SessionEnd-other", 22, prompt(20), interrupted(21)))
+    found.append(session.charge(END, 22, prompt(20), interrupted(21)))
     assert [ping.get("interrupts", 0) for ping in found] == [2, 0, 1]
 
 
@@ -661,7 +660,7 @@ def test_no_text_of_a_transcript_is_sent_or_kept(session: Session, name: str) ->
     else:
         for _, path, row, _ in replay(session, name):
             session.add(row, to=path)
-    for event in ("SessionStart-startup", "Stop", "SessionEnd-other", "Stop"):
+    for event in (START, "Stop", END, "Stop"):
         session.charge(event, 20, TELEMHQ_GIT=1)
     assert len(told) > 8
     found = [raw.partition(b"CANARY")[::2] for raw in told]

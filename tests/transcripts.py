@@ -32,6 +32,7 @@ NAMES = "input_tokens output_tokens cached_input_tokens cache_creation_input_tok
 TIMES = (1, 3, 5, 7, 2, 16)  # a ping's count: how many times the size of a message
 MULTIPLES = dict(zip(f"{NAMES} reasoning_tokens total_tokens".split(), TIMES))
 DAY_S = 86400.0
+START, END = "SessionStart-startup", "SessionEnd-other"
 Row = "dict[str, Any] | bytes"
 
 NURSERY = r"""
