@@ -1564,6 +1564,8 @@ def deliver_in_foreground(
             if over:
                 del queued[outbox]
         time.sleep(LOOK_S / 10)
+    for sender in senders.values():
+        sender.kill()  # no use to one that has ended
 
 
 def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
