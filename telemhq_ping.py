@@ -2897,12 +2897,13 @@ class Pass:
         names, usage = self.names, USAGE_EVENTS
         names.sort(key=lambda name: (PingName(name).event in usage, name))
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
-        for name in lost:
-            self.count_loss(name, "outbox full")
-        if lost:
-            self.state.save()  # before they go: this life may end meanwhile
-        for name in lost:
-            remove(self.outbox.file(name))
+        for start in range(0, len(lost), 100):
+            some = lost[start : start + 100]
+            for name in some:
+                self.count_loss(name, "outbox full")
+            self.state.save()  # before they go: we may be killed meanwhile
+            for name in some:
+                remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
         known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
         known.sort(key=lambda pair: -pair[1].charges)
