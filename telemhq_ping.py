@@ -2968,10 +2968,8 @@ class Pass:
             self.sender.fail(self.noted.popitem()[1])
         if self.tried:
             self.state.save()
-            self.sender.courier.log(
-                f"delivered {self.delivered} of {len(self.names)}, "
-                f"last answer: {self.last_answer}"
-            )
+            told = f"delivered {self.delivered} of {len(self.names)}"
+            self.sender.courier.log(f"{told}, last answer: {self.last_answer}")
 
     def attempt(self, name: str) -> bool:
         """Try one ping; False when the pass is over."""
