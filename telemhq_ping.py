@@ -3252,11 +3252,8 @@ MARKS = {True: "ok", False: "!!", None: "--"}  # of a check; None: it is only to
 
 def at_home(text: str) -> str:
     """A text for a person, who knows home as ~."""
-    import re
-
-    home = os.path.expanduser("~").rstrip("/\\")
-    found = rf"(?<![\w.-]){re.escape(home)}(?=[/\\])"
-    return re.sub(found, "~", text) if home else text
+    home = os.path.expanduser("~")
+    return text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text
 
 
 def say(text: str) -> None:
@@ -3264,14 +3261,9 @@ def say(text: str) -> None:
     print(at_home(text), flush=True)
 
 
-def at_a_terminal() -> bool:
-    """Whether a person can be asked."""
-    return bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
-
-
 def says_yes(question: str) -> bool:
     """Whether a person says yes; nobody there is a no."""
-    return at_a_terminal() and input(f"{question} [y/N] ").lower() in ("y", "yes")
+    return os.isatty(0) and input(f"{question} [y/N] ").lower() in ("y", "yes")
 
 
 def need_yes(question: str, yes: bool) -> None:
@@ -3332,7 +3324,6 @@ def in_words(what: str, kind: str) -> str:
 # -- Commands: the settings files of Claude Code ---------------------------------------
 
 IMPORT = "import telemhq_ping as t; t.hook()"  # a module's bytecode is cached
-IGNORE_TERM = "trap '' TERM; "  # a failing `claude -p` sends one before Python is up
 HOOK_TIMEOUT_S = 10  # Claude Code's; without it a SessionEnd hook has 1.5 s
 FILE_MAX_BYTES = 16 << 20  # settings and scripts are smaller
 EVENTS = ("Stop", "StopFailure", "SessionEnd")  # what install registers
@@ -3363,16 +3354,16 @@ def hook_command(event: str) -> str:
         paths[0] = os.path.realpath(sys.executable)
     # With slashes, for Git Bash.
     python, directory, script = (shlex.quote(p.replace(os.sep, "/")) for p in paths)
-    trap = IGNORE_TERM if event == "StopFailure" else ""
+    # A failing `claude -p` sends a TERM before Python is up.
+    trap = "trap '' TERM; " if event == "StopFailure" else ""
     imported = f"{trap}cd {directory} && {python} -ESc '{IMPORT}'"
     return f"{imported} || python3 -I -S {script} || true"
 
 
 class RegisteredHook:
-    """One hook in settings. event: its name. group: the dict that holds it. entry:
-    itself, a dict. names_script: whether its command runs the script, in whatever way.
-    is_ours: whether it does nothing else, as install or the README has it, or TelemHQ:
-    only such commands are ever changed."""
+    """One hook in settings: its event, itself (entry), the dict that holds it (group).
+    names_script: whether its command runs the script. is_ours: whether it does nothing
+    else, as install, the README or TelemHQ have it: only such are ever changed."""
 
     def __init__(self, event: str, group: Fields, entry: Fields) -> None:
         import re
@@ -3440,30 +3431,23 @@ def retold(text: str, at: int, new: Any, line: str) -> str:
 
 class File:
     """A file of a person's. path: as it is named. real: what that is a link to, for
-    dotfiles are often links. raw: its bytes, None when there is none. mode: its."""
-
-    def __init__(self, path: str) -> None:
-        self.path, self.real = path, os.path.realpath(path)
-        self.raw: bytes | None = None
-        self.mode = 0o600
-        if os.path.exists(self.real):
-            self.mode = stat.S_IMODE(os.stat(self.real).st_mode)
-            self.raw = read_file(self.real, FILE_MAX_BYTES)
-
-
-class SettingsFile(File):
-    """A settings file of Claude Code's. text: the JSON in it. content: the object in
-    that, with its hooks and env. problem: why it is no settings file, or ""."""
+    dotfiles are often links. raw: its bytes, None when there is none. mode: its. As
+    settings of Claude Code's: text: the JSON in it; content: the object in that, with
+    its hooks and env; problem: why it is none, or ""."""
 
     def __init__(self, path: str) -> None:
         import json
 
-        self.text, self.problem = "{}\n", ""
+        self.path, self.real = path, os.path.realpath(path)
+        self.raw: bytes | None = None
         self.content: Fields = {}
+        self.mode, self.text, self.problem = 0o600, "{}\n", ""
         try:
-            super().__init__(path)
-            if (self.raw or b"").strip():
-                self.text = (self.raw or b"").decode("utf-8")
+            if os.path.exists(self.real):
+                self.mode = stat.S_IMODE(os.stat(self.real).st_mode)
+                self.raw = read_file(self.real, FILE_MAX_BYTES)
+            if self.raw and self.raw.strip():
+                self.text = self.raw.decode("utf-8")
             # As strict as Claude Code: it ignores all of a file with a comment in it.
             content = json.loads(self.text.lstrip("\ufeff"))
             lists = [*content.get("hooks", {}).values()]
@@ -3488,12 +3472,11 @@ class SettingsFile(File):
 
 
 class Surroundings:
-    """What a hook finds that Claude Code runs here. files: settings files; each goes
-    before those above it. own: the paths of the user's and the company's; a project's
-    may be a stranger's. settings: from environment and files. url_from: the file that
-    has TelemHQ's URL, or "". plugin: the one that enables this script as a plugin.
-    url_is_kept: as the plugin's option, which Claude Code alone knows. managed_only:
-    a company allows no hooks but its own."""
+    """What a hook finds here. files: settings files; each goes before those above it.
+    own: the paths of all but a project's, which may be a stranger's. settings: from
+    environment and files. url_from: the file that has TelemHQ's URL, or "". plugin: the
+    one that enables this script as a plugin. url_is_kept: as the plugin's option, which
+    Claude Code alone knows. managed_only: a company allows no hooks but its own."""
 
     def __init__(self) -> None:
         import glob
@@ -3504,7 +3487,7 @@ class Surroundings:
         user, project = config_path("settings.json"), os.path.abspath(".claude")
         names = ("settings.json", "settings.local.json")
         paths = [user, *(os.path.join(project, name) for name in names), *managed]
-        self.files = [SettingsFile(path) for path in dict.fromkeys(paths)]
+        self.files = [File(path) for path in dict.fromkeys(paths)]
         self.own, self.managed_only, self.plugin = {user, *managed}, False, ""
         environ, self.url_from = dict(os.environ), ""
         for file in self.files:
@@ -3539,9 +3522,9 @@ def take_settings() -> None:
         os.environ.setdefault(name, value)
 
 
-def wait_for_lock(outbox: Outbox, seconds: float = LIFE_S) -> Lock:
-    """The outbox's lock; Skipped when a sender has it for longer."""
-    ends, lock = time.monotonic() + seconds, outbox.take_lock()
+def wait_for_lock(outbox: Outbox) -> Lock:
+    """The outbox's lock; Skipped when a sender has it for longer than its life."""
+    ends, lock = time.monotonic() + LIFE_S, outbox.take_lock()
     while lock is None:
         if time.monotonic() >= ends:
             raise Skipped(f"a sender is at work in {outbox.directory}; try later")
@@ -3558,14 +3541,9 @@ def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> str:
         print(text, flush=True)
         told.append(text)
 
-    sender = Sender(outbox, tracker, settings, ends, tell, status=1)
-    while True:
-        lock = wait_for_lock(outbox)
-        sender.one_pass()
-        lock.release()
-        # A hook that found the lock busy counts on this look.
-        if outbox.backoff_left_s() or sender.is_over() or not sender.news():
-            return told[-1].partition(": ")[2].rpartition(" in ")[0]
+    sender = Sender(outbox, tracker, settings, ends, tell, once=True, status=1)
+    sender.live(wait_for_lock(outbox))
+    return told[-1].partition(": ")[2].rpartition(" in ")[0]
 
 
 def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> None:
@@ -3579,7 +3557,7 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
         print(f"  from {former.name()} to {present.name()}, {origin(tracker.url)}")
         need_yes("Move them?", yes)
         os.makedirs(present.path("outbox"), exist_ok=True)
-        locks = [wait_for_lock(one, 0) for one in (former, present)]
+        locks = [wait_for_lock(one) for one in (former, present)]
         for name in former.waiting():
             try:
                 adopt(former, present, name)
@@ -3645,21 +3623,22 @@ def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
 
 
 def play(
-    command: list[str], event: Fields, environ: dict[str, str], place: str
+    command: list[str], event: Fields, environ: dict[str, str]
 ) -> tuple[str, Fields, str]:
-    """Run a hook, its state in a directory: (what it printed, the ping that arrived or
-    {}, times). One that hangs is ended."""
+    """Run a hook: (what it printed, the ping that arrived or {}, times). One that hangs
+    is ended."""
     import shutil
     import subprocess
+    import tempfile
 
     arrived: list[tuple[float, Fields]] = []
-    (port, thread), state_dir = receiver(arrived), os.path.join(place, "state")
-    environ = {**environ, "TELEMHQ_STATE_DIR": state_dir}
-    environ["TELEMHQ_DESTINATIONS"] = TelemHQ.kind  # nobody else is to get samples
-    environ["CLAUDE_PROJECT_DIR"] = os.getcwd()
-    environ[URL_NAME] = f"http://127.0.0.1:{port}/ping/sample"
-    begun, pipe = time.monotonic(), subprocess.PIPE
-    with open(os.path.join(place, "printed"), "w+b") as out:
+    port, thread = receiver(arrived)
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as out:
+        environ = {**environ, "TELEMHQ_STATE_DIR": os.path.join(place, "state")}
+        environ["TELEMHQ_DESTINATIONS"] = TelemHQ.kind  # nobody else is to get samples
+        environ["CLAUDE_PROJECT_DIR"] = os.getcwd()
+        environ[URL_NAME] = f"http://127.0.0.1:{port}/ping/sample"
+        begun, pipe = time.monotonic(), subprocess.PIPE
         process = subprocess.Popen(
             command, 0, None, pipe, out, out, env=environ, start_new_session=True
         )
@@ -3671,14 +3650,12 @@ def play(
         hook_ms = (time.monotonic() - begun) * 1000
         out.seek(0)
         said = out.read().decode("utf-8", "replace")
-    made = os.path.isdir(state_dir)  # else nothing will arrive
-    thread.join(ARRIVES_S if made else 10 * LOOK_S)
-    for outbox in outboxes(state_dir):  # where it is gone, a sender ends
-        shutil.rmtree(outbox.path("outbox"), ignore_errors=True)
-        wait_for_lock(outbox, ARRIVES_S).release()
-    if not arrived:
-        return said, {}, ""
-    at, ping = arrived[0]
+        # Where it made no state nothing will arrive.
+        thread.join(ARRIVES_S if os.listdir(place) else 10 * LOOK_S)
+        for outbox in outboxes(environ["TELEMHQ_STATE_DIR"]):  # gone: its sender ends
+            shutil.rmtree(outbox.path("outbox"), ignore_errors=True)
+            wait_for_lock(outbox).release()
+    at, ping = arrived[0] if arrived else (begun, {})
     return said, ping, f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
 
 
@@ -3715,8 +3692,6 @@ def check_settings(around: Surroundings) -> Iterator[Check]:
         yield None, f"switched off here: {URL_NAME} is empty in {source}"
     elif around.url_is_kept:
         yield None, "Claude Code keeps the plugin's URL; it is not tried here"
-    project = project_of({"cwd": os.getcwd()}, settings)
-    yield None, f"pings from this directory say project {project}"
 
 
 def check_hooks(around: Surroundings) -> Iterator[Check]:
@@ -3747,24 +3722,17 @@ def check_hooks(around: Surroundings) -> Iterator[Check]:
 
 def try_hook(around: Surroundings, hook: RegisteredHook, path: str) -> Check:
     """Run a hook's command; whether its ping arrived."""
-    import tempfile
-
     name = f"{hook.event} by {path}"
     known = path in around.own or hook.command == hook_command(hook.event)
     if "TELEMHQ_" in hook.command or not known:
         return None, f"{name} was not tried: it may be a stranger's, or send elsewhere"
-    git_bash = os.environ.get("CLAUDE_CODE_GIT_BASH_PATH") or GIT_BASH
-    shell = "/bin/sh" if os.name == "posix" else git_bash
+    shell = "/bin/sh" if os.name == "posix" else GIT_BASH
     event = {"hook_event_name": hook.event, "session_id": "x", "cwd": os.getcwd()}
-    for debug in ("0", "1"):  # again when it failed without a word
-        environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": debug}
-        with tempfile.TemporaryDirectory() as place:
-            said, ping, times = play([shell, "-c", hook.command], event, environ, place)
-        if ping or said:
-            break
+    environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "0"}
+    said, ping, times = play([shell, "-c", hook.command], event, environ)
     if ping and not said:
         return True, f"{name}: arrived at doctor's own receiver, {times}"
-    line = (said.strip().splitlines() or ["nothing"])[-1].rpartition("skipped: ")[2]
+    line = (said.strip().splitlines() or ["nothing"])[-1]
     does = "prints" if ping else "sends nothing and says"
     return False, f"{name} {does} `{line}`: run `install`, or mend it"
 
@@ -3824,8 +3792,7 @@ def check_trackers(around: Surroundings) -> Iterator[Check]:
 
 
 def obstacle(outbox: Outbox) -> str:
-    """What keeps hooks from writing and locking a file in an outbox (or where it would
-    be made), "" when nothing does."""
+    """What keeps hooks from writing and locking a file in an outbox, or ""."""
     import errno
 
     path = outbox.path("outbox")
@@ -3885,9 +3852,7 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     when = f"{span(now - done)} ago" if done else "none yet"
     yield bool(done) or None, f"{kind}: last delivery: {when}"
     for reason, count in sorted(state.losses.items()):
-        what = reason.rpartition("refused: ")[2]
-        why = in_words(what, kind) if what.startswith("HTTP") else reason
-        yield False, f"{kind}: {count} lost, {why}; `doctor --clear` when you saw it"
+        yield False, f"{kind}: {count} lost, {reason}; `doctor --clear` when you saw it"
     pings = [line["ping"] for line in deliveries(outbox)[-LAST_PINGS:]]
     short = [ping for ping in pings if ping.get("usage_complete") is False]
     if short:
@@ -4005,8 +3970,8 @@ def chosen_url(url: str | None, settings: Settings) -> str | None:
             return None
         try:
             TelemHQ(Settings({**settings.environ, URL_NAME: wanted}), read_secret)
-            path = wanted.partition("://")[2].partition("/")[2].split("?")[0]
-            if path.strip("/") not in ("", "ping"):
+            rest = wanted.partition("://")[2].rstrip("/")
+            if "/" in rest and not rest.endswith("/ping"):
                 return wanted
             raise Skipped(f"{URL_NAME} has no token: copy your tracker's whole URL")
         except Skipped as why:
@@ -4015,9 +3980,9 @@ def chosen_url(url: str | None, settings: Settings) -> str | None:
             print(f"{why}.")
 
 
-def settings_to_change() -> SettingsFile:
+def settings_to_change() -> File:
     """The user's settings; Skipped when they cannot be changed without harm."""
-    file = SettingsFile(config_path("settings.json"))
+    file = File(config_path("settings.json"))
     problem = file.problem and f"it is no settings file: {file.problem}"
     if not file.mode & stat.S_IWUSR:
         problem = "it is read-only"
@@ -4085,7 +4050,7 @@ def install(options: Namespace) -> int:
     --yes  ask nothing
     """
     settings, url = Surroundings().settings, options.url
-    asks = at_a_terminal() and not (options.yes or options.dry_run)
+    asks = os.isatty(0) and not (options.yes or options.dry_run)
     wanted = TelemHQ.kind in settings.destinations and not settings.url
     if url is not None or (asks and wanted):
         url = chosen_url(url, settings)
@@ -4104,13 +4069,12 @@ def install(options: Namespace) -> int:
 
 
 def to_remove() -> list[Change]:
-    """Say what uninstall will remove; it, the settings first: no command without its
-    script."""
+    """Say what uninstall removes; it, settings first: no command without its script."""
     import glob
 
     changes: list[Change] = []
     file, script = settings_to_change(), File(config_path("hooks", SCRIPT))
-    before, backup = File(script.path + BACKUP), SettingsFile(file.real + BACKUP)
+    before, backup = File(script.path + BACKUP), File(file.real + BACKUP)
     if TITLE not in (script.raw or TITLE)[:1000]:
         raise Skipped(f"{script.path} is not this script; nothing was changed")
     if URL_NAME in file.env or any(hook.is_ours for hook in file.hooks):
@@ -4224,7 +4188,7 @@ def preview(options: Namespace) -> int:
         event = {"hook_event_name": options.event, **SAMPLES[options.event]}
         size = len(encode_json(event))
     else:
-        if sys.stdin and sys.stdin.isatty():
+        if os.isatty(0):
             print("Paste an event (JSON), then Ctrl-D on a line of its own:")
         event, size = event_on_stdin()
     ns, project = time.time_ns(), project_of(event, settings)
@@ -4266,7 +4230,7 @@ def demo(_: Namespace) -> int:
         event = {"hook_event_name": "PostToolUseFailure", **failed}
         start = f"import sys; sys.path.insert(0, {place!r}); {IMPORT}"
         environ = {k: v for k, v in os.environ.items() if k[:8] != "TELEMHQ_"}
-        ping, times = play([sys.executable, "-ESc", start], event, environ, place)[1:]
+        ping, times = play([sys.executable, "-ESc", start], event, environ)[1:]
     if not ping:
         raise Skipped("a ping did not arrive")
     lines = ["Claude Code hands an event to the hook; a tracker gets the ping.", ""]
@@ -4295,14 +4259,17 @@ COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
     **dict(zip(TOKENS, "input output cached written thinking tokens".split())),
     "cost_usd": "cost $",
 }
-NOTHING = "Nothing was delivered yet: `doctor` says why, `flush` sends what waits."
 
 
 def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
-    """What was delivered of all outboxes, or of those of that kind or name."""
+    """What was delivered of all outboxes, or of those of that kind or name; Skipped
+    when that is nothing."""
     kept = outboxes(Surroundings().settings.state_dir)
-    found = [outbox for outbox in kept if name in (None, outbox.name(), outbox.kind())]
-    return [(outbox, deliveries(outbox)) for outbox in found]
+    kept = [outbox for outbox in kept if name in (None, outbox.name(), outbox.kind())]
+    found = [(outbox, deliveries(outbox)) for outbox in kept]
+    if not any(lines for _, lines in found):
+        raise Skipped("nothing was delivered yet: `doctor` says why, `flush` sends")
+    return found
 
 
 def sent(options: Namespace) -> int:
@@ -4311,13 +4278,10 @@ def sent(options: Namespace) -> int:
     -n N  how many (20)
     --destination NAME  only this one: a tracker, or its directory's name
     """
-    found = kept_of(options.destination)
-    for outbox, lines in found:
+    for outbox, lines in kept_of(options.destination):
         for line in lines[-max(1, options.n or 20) :]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
                 print(line.get("at"), outbox.kind(), line.get("answer"), body)
-    if not any(lines for _, lines in found):
-        print(NOTHING, file=sys.stderr)
     return 0
 
 
@@ -4325,12 +4289,11 @@ def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
     """[(row's name, what of the ping counts there)]; several with several models."""
     models = ping.get("models")
     if by == "model" and isinstance(models, dict):
-        sums = {
-            name: sum(used.get(kind, 0) for kind in TOKENS[:4])
+        return [
+            (name, {**used, "total_tokens": sum(used.get(k, 0) for k in TOKENS[:4])})
             for name, used in models.items()
             if counts_by_model({name: used})
-        }
-        return [(name, {**models[name], "total_tokens": sums[name]}) for name in sums]
+        ]
     seconds = seconds_of(ping.get("timestamp"))
     day = time.strftime("%Y-%m-%d", time.localtime(seconds)) if seconds else "unknown"
     name = "session_id" if by == "session" else by
@@ -4338,8 +4301,7 @@ def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
 
 
 def rows_of(pings: list[Fields], by: str) -> dict[str, Fields]:
-    """A row for each day, project, model or session, and one for all; it has what any
-    ping has told: the cost comes at a session's end."""
+    """Sums for each day, project, model or session, of what its pings have told."""
     rows: dict[str, Fields] = {}
     for ping in pings:
         turn = ping.get("event") in ("Stop", "StopFailure")
@@ -4354,8 +4316,7 @@ def rows_of(pings: list[Fields], by: str) -> dict[str, Fields]:
 
 
 def print_table(rows: dict[str, Fields], by: str) -> None:
-    """Print rows and their sums. Where a terminal has no room the kinds of tokens are
-    left out, then names are cut off."""
+    """Print rows and sums; without room, no kinds of tokens, then names cut off."""
     import shutil
 
     total: Fields = {}
@@ -4375,8 +4336,7 @@ def print_table(rows: dict[str, Fields], by: str) -> None:
             break
     room = min(longest, max(room, len("2026-01-01")))
     for key, cells in zip([by, *rows], lines):
-        name = key if len(key) <= room else key[: room - 1] + "~"
-        print(name.ljust(room) + "".join(map(str.rjust, cells, widths)))
+        print(f"{key:{room}.{room}}" + "".join(map(str.rjust, cells, widths)))
 
 
 def report(options: Namespace) -> int:
@@ -4392,8 +4352,6 @@ def report(options: Namespace) -> int:
             print(f"{outbox.name()}:")
         if rows:
             print_table(rows, by)
-    if not any(lines for _, lines in found):
-        print(NOTHING)
     return 0
 
 
@@ -4411,8 +4369,7 @@ def command_line() -> ArgumentParser:
         epilog=f"variables:\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    version = f"telemhq_ping {__version__}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", prog=SCRIPT, required=True
     )

@@ -106,10 +106,8 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
         assert re.search(arrived.format(name) + r"\d+ ms, all \d+ ms", good)
     for words in (
         "-- TELEMHQ_PING_URL is from ~/.claude/settings.json",
-        "-- pings from this directory say project api",
         f"ok telemhq at http://127.0.0.1:{receiver.port} answers; only `doctor --send`",
         "ok hooks can write to ~/.claude/telemhq",
-        "ok telemhq: no pings wait",
         "ok telemhq: last delivery: ",
     ):
         assert words in good
@@ -208,7 +206,7 @@ LINES: dict[str, Callable[[Home], object]] = {
         home, 2, 400000, True
     ),
     "!! telemhq: the next try is in 14 min, for 404: is the URL in": backed_off,
-    "!! telemhq: 2 lost, 422: it refuses .*; `doctor --clear`": lambda home: (
+    "!! telemhq: 2 lost, refused: HTTP 422; `doctor --clear`": lambda home: (
         home.set_state(losses={"refused: HTTP 422": 2})
     ),
     "!! ~/.claude/telemhq is a symbolic link: mend that, or set TELEMHQ_STAT": linked,
@@ -251,12 +249,12 @@ def test_doctor_sees_managed_settings(well: Home, where: str) -> None:
     hooks but their own, that is named, with who can mend it."""
     path = well.path / "company" / where
     path.parent.mkdir(parents=True)
-    env = {"TELEMHQ_PROJECT": "theirs"}
+    env = {"TELEMHQ_TIMEOUT": "theirs"}
     path.write_text(json.dumps({"allowManagedHooksOnly": True, "env": env}))
     patch = f"t.MANAGED_DIRS = {{sys.platform: {str(well.path / 'company')!r}}}"
-    _, good, bad = doctor_where(well, patch)
-    assert bad == "!! allowManagedHooksOnly: hooks run in your company's settings only"
-    assert "pings from this directory say project theirs" in good
+    bad = doctor_where(well, patch)[2]
+    assert "!! allowManagedHooksOnly: hooks run in your company's settings only" in bad
+    assert "!! TELEMHQ_TIMEOUT is ignored: it is no number of seconds" in bad
 
 
 def test_doctor_ends_a_command_that_hangs(home: Home, receiver: Receiver) -> None:
@@ -330,9 +328,7 @@ def test_doctor_sees_a_wrong_url(home: Home, url: str, words: str) -> None:
 
 ANSWERS = {
     401: "401: is the token in TELEMHQ_PING_URL right, and paid?",
-    403: "403: is the token in TELEMHQ_PING_URL right, and paid?",
     404: "404: is the URL in TELEMHQ_PING_URL right, is it there?",
-    410: "410: is the URL in TELEMHQ_PING_URL right, is it there?",
     413: "413: it refuses this ping; it may not like a field, or the size",
     429: "429: it is busy; sent again later",
     500: "500: it has a problem of its own; sent again later",
