@@ -136,18 +136,13 @@ class Skipped(Exception):
 # them next to nothing. Whatever goes wrong with a private one, the public one is asked.
 
 
-def int_or_none(digits: str) -> int | None:
-    """A JSON integer. One of 20 digits is no count, and int() may refuse it."""
-    return int(digits) if len(digits) < 20 else None
-
-
 class ScannerContext:
     """What CPython's JSON scanner asks its decoder for (array_hook: since 3.15)."""
 
     strict = False
     object_hook = object_pairs_hook = array_hook = None
     parse_float = parse_constant = float
-    parse_int = staticmethod(int_or_none)
+    parse_int = int
 
 
 def decode_json(text: str) -> Any:
@@ -161,7 +156,7 @@ def decode_json(text: str) -> Any:
         from json import JSONDecoder
 
     try:
-        return JSONDecoder(strict=False, parse_int=int_or_none).raw_decode(text)[0]
+        return JSONDecoder(strict=False).raw_decode(text)[0]
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -169,29 +164,16 @@ def decode_json(text: str) -> Any:
 def encode_json(value: object) -> str:
     """`value` (dict, list, str, bool, None, finite number) as compact ASCII JSON."""
     try:
-        from _json import encode_basestring_ascii
+        from _json import encode_basestring_ascii as quoted
+        from _json import make_encoder
 
-        return encoded(value, encode_basestring_ascii)
+        # No look-out for cycles, no indentation, nothing sorted, no look-out for NaN.
+        encoder = make_encoder(None, str, quoted, None, ":", ",", False, False, True)
+        return "".join(encoder(value, 0))
     except Exception:  # noqa: BLE001 - that module has changed, or is not there
         from json import dumps
 
     return dumps(value, separators=(",", ":"))
-
-
-def encoded(value: object, quoted: Callable[[str], str]) -> str:
-    """The same, with what makes a text a JSON string."""
-    if isinstance(value, str):
-        return quoted(value)
-    if isinstance(value, dict):
-        pairs = [f"{quoted(k)}:{encoded(found, quoted)}" for k, found in value.items()]
-        return "{" + ",".join(pairs) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join([encoded(found, quoted) for found in value]) + "]"
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
 
 
 def sha256_hex(raw: bytes, key: bytes = b"") -> str:
@@ -240,12 +222,8 @@ def boolean(value: object) -> bool:
 
 
 def clean(text: str, longest: int = 128) -> str:
-    """`text` without control characters and lone surrogates, cut."""
-
-    def shows(c: str) -> bool:
-        return " " <= c < "\x7f" or "\x9f" < c < "\ud800" or c > "\udfff"
-
-    return "".join(filter(shows, text))[:longest]
+    """`text` without what does not show (controls, lone surrogates), cut."""
+    return "".join(filter(str.isprintable, text))[:longest]
 
 
 def iso_time(ns: int) -> str:
