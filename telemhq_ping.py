@@ -280,9 +280,8 @@ class Settings:
         self.state_dir: str | None = chosen or (
             os.path.join(config, "telemhq") if config else None
         )
-        named = environ.get("TELEMHQ_DESTINATIONS", "").lower().split(",")
-        named = list(dict.fromkeys(filter(None, map(str.strip, named))))
-        self.destinations = named or ["telemhq"]
+        named = environ.get("TELEMHQ_DESTINATIONS", "").lower().replace(",", " ")
+        self.destinations = list(dict.fromkeys(named.split())) or ["telemhq"]
 
     def choice(self, name: str, accept: Callable[[str], Any], problem: str) -> Any:
         """What `accept` makes of a variable; None when that is nothing."""
@@ -303,10 +302,9 @@ class Settings:
 def duration(text: str) -> float | None:
     """Seconds, clamped to what TIMEOUT_S allows; None when `text` is no number."""
     try:
-        value = float(text)
+        return max(TIMEOUT_S[1], min(float(text), TIMEOUT_S[2]))
     except ValueError:
         return None
-    return min(max(value, TIMEOUT_S[1]), TIMEOUT_S[2]) if value == value else None
 
 
 def absolute(path: str) -> str | None:
@@ -317,8 +315,8 @@ def absolute(path: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
-def split_url(url: str) -> tuple[str, str, str]:
-    """(scheme, host, port's text) of an absolute URL; ValueError says what is wrong."""
+def split_url(url: str) -> tuple[str, str]:
+    """(scheme, host) of an absolute URL; ValueError says what is wrong."""
     if not url.isascii() or any(c <= " " or c in '\x7f\\"<>^`{|}' for c in url):
         raise ValueError("it has a space or another character that no URL may hold")
     scheme, found, rest = url.partition("://")
@@ -327,23 +325,19 @@ def split_url(url: str) -> tuple[str, str, str]:
     host = rest.replace("?", "/").replace("#", "/").split("/")[0]
     if "@" in host:
         raise ValueError("it must not hold user:password@")
-    port, good = "", LETTERS_DIGITS.union("-._")
     if ":" in host and not host.endswith("]"):
         host, _, port = host.rpartition(":")
-        if not (port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
-            raise ValueError("its port is not a number from 1 to 65535")
-    if host.startswith("[") and host.endswith("]"):  # [::1]
-        host, good = host[1:-1], frozenset(DIGITS + "abcdefABCDEF:.")
-    if not host or not good.issuperset(host) or ".." in "." + host:
+        if not (port.isdigit() and int(port) < 65536):
+            raise ValueError("its port is no number up to 65535")
+    host = host.strip("[]")  # of an IPv6 address
+    if not host or not LETTERS_DIGITS.union("-._:").issuperset(host):
         raise ValueError("it names no host")
-    return scheme.lower(), host.lower(), port
+    return scheme.lower(), host.lower()
 
 
 def loopback(host: str) -> bool:
-    """Whether `host` is this machine, by name or plain address."""
-    first, *others = host.split(".")
-    plain = len(others) == 3 and all(p.isdigit() and int(p) < 256 for p in others)
-    return host in ("localhost", "::1") or (first == "127" and plain)
+    """Whether `host` is this machine, by the names that people use."""
+    return host in ("localhost", "127.0.0.1", "::1")
 
 
 def origin(url: str) -> str:
@@ -724,21 +718,18 @@ class Tracker:
         return Request(self.url + path, self.headers, encode_json(fields).encode())
 
 
-def url_in(settings: Settings, name: str, default: str = "", base: bool = True) -> str:
-    """The URL in a variable, `base`: to which a path is added; Skipped when it is none
-    that a ping may go to."""
+def url_in(settings: Settings, name: str, default: str = "") -> str:
+    """The URL in a variable; Skipped when it is none that a ping may go to."""
     url = settings.environ.get(name) or default
     if not url:
         raise Skipped(f"{name} is not set")
     try:
-        scheme, host, _ = split_url(url)
+        scheme, host = split_url(url)
         if scheme == "http" and not (settings.allow_http or loopback(host)):
             raise ValueError(ALLOW_HTTP)
-        if base and ("?" in url or "#" in url):
-            raise ValueError("it must be a base URL, without ? and #")
     except ValueError as error:
         raise Skipped(f"{name} is not usable: {error}") from None
-    return url.rstrip("/") if base else url
+    return url
 
 
 def secret_in(settings: Settings, name: str, default: str = "") -> str:
@@ -759,7 +750,7 @@ class TelemHQ(Tracker):
     url_is_secret = True
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        super().__init__(url_in(settings, "TELEMHQ_PING_URL", settings.url, base=False))
+        super().__init__(url_in(settings, "TELEMHQ_PING_URL", settings.url))
 
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
         """The ping as it is; a repeat of it has the same Idempotency-Key."""
@@ -780,7 +771,7 @@ class Wigtoken(Tracker):
     ROWS_MAX = 1000  # more in a request: 413
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        url = url_in(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
+        url = url_in(settings, "WIGTOKEN_SERVER").rstrip("/") + "/api/ingest/messages"
         super().__init__(url, secret_in(settings, "WIGTOKEN_TOKEN"))
         self.idle = "" if settings.usage else NO_USAGE
         machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
@@ -826,7 +817,7 @@ class Recorder(Tracker):
     NAMES = ("/Input", "/Output", "/CacheRead", "/CacheCreate")  # as TOKENS has them
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        url = url_in(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
+        url = url_in(settings, "RECORDER_URL", self.URL).rstrip("/") + "/api/v1/records"
         super().__init__(url, secret_in(settings, "RECORDER_PAT"))
         self.idle = "" if settings.usage else NO_USAGE
         prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
@@ -881,7 +872,7 @@ class OTLP(Tracker):
     INFO, ERROR = 9, 17
 
     def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        url = url_in(settings, "TELEMHQ_OTLP_ENDPOINT")
+        url = url_in(settings, "TELEMHQ_OTLP_ENDPOINT").rstrip("/")
         super().__init__(url if url.endswith("/v1/logs") else url + "/v1/logs")
         self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
         try:
@@ -998,7 +989,9 @@ class ClaudeMetrics(Tracker):
     def __init__(self, settings: Settings, read_secret: ReadSecret) -> None:
         if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
-        url = url_in(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
+        url = (
+            url_in(settings, "CLAUDE_METRICS_API_URL", self.URL).rstrip("/") + "/events"
+        )
         name, kept = "CLAUDE_METRICS_API_TOKEN", ""
         try:
             kept = "" if settings.environ.get(name) else read_secret(self.TOKEN_FILE)
@@ -2530,7 +2523,7 @@ def make_opener(url: str) -> OpenerDirector:
     environment's proxies, but never for loopback; TLS verified. Skipped: none can."""
     from urllib import request
 
-    scheme, host, _ = split_url(url)
+    scheme, host = split_url(url)
     opener = request.OpenerDirector()
     opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
