@@ -96,8 +96,7 @@ PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
 RECORD_MAX_BYTES = 2 << 20  # the same with ROWS_MAX messages beside it
 SECRET_MAX_BYTES = 4096  # a token in a file
 ROWS_MAX = 4000  # messages beside a ping, 0.1 KB each; more are added up, by model
-OWN_MAX_CHARS = 300  # a text of the user's with the project's name in it
-PATH_MAX_CHARS = 4096  # PATH_MAX on Linux; a longer path opens nothing
+PATH_MAX_CHARS = 4096  # PATH_MAX on Linux
 STATE_MAX_BYTES = 4 << 20  # ours is some KB
 UNFINISHED_S = 3600.0  # a file unfinished for so long has lost its writer
 BACKOFF_MAX_S = 900.0  # 15 min: the end of an outage is noticed soon enough
@@ -221,9 +220,9 @@ def boolean(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def clean(text: str, longest: int = 128) -> str:
+def clean(text: str) -> str:
     """`text` without what does not show (controls, lone surrogates), cut."""
-    return "".join(filter(str.isprintable, text))[:longest]
+    return "".join(filter(str.isprintable, text))[:128]
 
 
 def iso_time(ns: int) -> str:
@@ -348,9 +347,9 @@ def origin(url: str) -> str:
 # -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
 
 
-def line_of_text(value: object, longest: int = 128) -> bool:
-    """1 to `longest` characters, no control characters among them."""
-    return isinstance(value, str) and value != "" and clean(value, longest) == value
+def line_of_text(value: object) -> bool:
+    """1 to 128 characters that show."""
+    return isinstance(value, str) and value != "" and clean(value) == value
 
 
 def model_name(value: object) -> bool:
@@ -363,20 +362,9 @@ def branch_name(value: object) -> bool:
     return identifier(value, "/")
 
 
-def all_of(value: object, characters: str, longest: int) -> bool:
-    """A text of these characters only, 1 to `longest` of them."""
-    text = value if isinstance(value, str) else ""
-    return 0 < len(text) <= longest and not text.strip(characters)
-
-
 def error_code(value: object) -> bool:
-    """A code such as rate_limit, at most 40 characters."""
-    return all_of(value, LOWER + "_", 40)
-
-
-def short_hash(value: object) -> bool:
-    """Up to 12 hex digits."""
-    return all_of(value, DIGITS + "abcdef", 12)
+    """A code such as rate_limit: an identifier of lower-case letters and _."""
+    return identifier(value) and not str(value).strip(LOWER + "_")
 
 
 def counts(value: object, keys: Shape = identifier, shape: Shape = number) -> bool:
@@ -396,8 +384,7 @@ TOKENS = (
 
 def counts_by_model(value: object) -> bool:
     """An object: model's name -> its TOKENS, and what they cost."""
-    known = (*TOKENS, "cost_usd").__contains__
-    return counts(value, model_name, lambda inner: counts(inner, known))
+    return counts(value, model_name, counts)
 
 
 # All that can ever leave: field -> the only shape it may have.
@@ -410,7 +397,7 @@ for names, shape in (
     ("model", model_name),
     ("git_branch", branch_name),
     ("error", error_code),
-    ("cwd_hash transcript_path_hash", short_hash),
+    ("cwd_hash transcript_path_hash", identifier),
     ("is_interrupt stop_hook_active usage_complete", boolean),
     ("duration_ms exit_code error_chars prompt_chars", number),
     ("last_assistant_message_chars background_tasks event_bytes", number),
@@ -435,51 +422,41 @@ CLIENT_AGENTS = frozenset(  # Claude Code's own agent types: 2.1.329's and older
 
 def own_texts(value: object) -> bool:
     """What a user chose for a tracker: identifier -> one line of text."""
-    return counts(value, identifier, lambda text: line_of_text(text, OWN_MAX_CHARS))
+    return counts(value, identifier, line_of_text)
 
 
 def message_rows(value: object) -> bool:
-    """A list, bounded, of [id, model, time (ms since 1970), the counts of an API
-    message in the order of TOKENS, without their total]."""
-    return (
-        isinstance(value, list)
-        and len(value) <= ROWS_MAX
-        and all(isinstance(row, list) and len(row) == 3 + 5 for row in value)
-        and all(model_name(row[0]) and model_name(row[1]) for row in value)
-        and all(all(map(number, row[2:])) for row in value)
+    """A list of [id, model, time (ms since 1970), the counts of an API message in the
+    order of TOKENS, without their total]."""
+    return all(
+        isinstance(row, list)
+        and len(row) == 3 + 5
+        and all(map(model_name, row[:2]))
+        and all(map(number, row[2:]))
+        for row in (value if isinstance(value, list) else [value])
     )
-
-
-def session_counts(value: object) -> bool:
-    """An object of TOKENS, and the calls of tools."""
-    return counts(value, (*TOKENS, "tool_calls").__contains__)
 
 
 BESIDE: dict[str, Shape] = {  # beside a ping, for a tracker that needs it, never in it
     "own": own_texts,  # what its own variables said when the ping was made
     "messages": message_rows,  # those whose tokens the ping was charged
-    "totals": session_counts,  # the session's, so far
-    "since_end": session_counts,  # the same since it last ended
+    "totals": counts,  # the session's, so far
+    "since_end": counts,  # the same since it last ended
 }
 
 
-def gate(fields: Fields) -> Fields:
+def gate(fields: Fields, shapes: dict[str, Shape] = GATE) -> Fields:
     """Of `fields` what GATE names, in its shape. Every body is made by this."""
     return {
         name: fields[name]
-        for name, shape in GATE.items()
+        for name, shape in shapes.items()
         if name in fields and shape(fields[name])
     }
 
 
-def gate_beside(fields: object, needs: tuple[str, ...]) -> Fields:
+def gate_beside(fields: Fields, needs: tuple[str, ...]) -> Fields:
     """Of what stands beside a ping only what its tracker needs, in its shape."""
-    given = fields if isinstance(fields, dict) else {}
-    return {
-        name: given[name]
-        for name in needs
-        if name in given and BESIDE[name](given[name])
-    }
+    return gate(fields, {name: BESIDE[name] for name in needs})
 
 
 def model_shown(name: object) -> str:
@@ -492,21 +469,6 @@ def tool_shown(name: str, tool_names: bool) -> str:
     return "mcp" if not tool_names and name.startswith("mcp__") else name
 
 
-def agent_shown(agent_type: str, tool_names: bool) -> str:
-    """An agent's type as it may leave: a custom one's name is its user's text."""
-    return agent_type if tool_names or agent_type in CLIENT_AGENTS else "custom"
-
-
-def inside(path: str, directory: str) -> bool:
-    """Whether `path` is `directory` or below it, whatever links lead there (/tmp is one
-    on macOS)."""
-    for spelled in (os.path.normpath, os.path.realpath):
-        top = spelled(directory).rstrip(os.sep) + os.sep
-        if len(path) <= PATH_MAX_CHARS and (spelled(path) + os.sep).startswith(top):
-            return True
-    return False
-
-
 def main_repository(directory: str) -> str:
     """Of a git worktree its repository's name, else "". A worktree's .git is a file:
     `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
@@ -515,10 +477,10 @@ def main_repository(directory: str) -> str:
         return ""
     with open(path, "rb") as file:
         text = file.read(PATH_MAX_CHARS).decode()
-    worktrees = os.path.dirname(os.path.join(directory, text[7:].strip()))
-    if not text.startswith("gitdir:") or os.path.basename(worktrees) != "worktrees":
+    repository, found, tree = text[len("gitdir: ") :].rpartition("/worktrees/")
+    if not found or "/" in tree:  # a submodule's
         return ""
-    top, name = os.path.split(os.path.dirname(os.path.normpath(worktrees)))
+    top, name = os.path.split(os.path.normpath(os.path.join(directory, repository)))
     if name.startswith("."):  # .git, or .bare by a common habit
         return os.path.basename(top)
     return name[:-4] if name.endswith(".git") else name
@@ -528,28 +490,19 @@ def project_of(event: Fields, settings: Settings) -> str:
     """The project's name; neither a `cd src` nor a worktree makes another project."""
     if settings.project:
         return settings.project
-    cwd = event.get("cwd") if isinstance(event.get("cwd"), str) else ""
-    top, name = settings.environ.get("CLAUDE_PROJECT_DIR"), ""
+    cwd, top = event.get("cwd"), settings.environ.get("CLAUDE_PROJECT_DIR", "")
+    if not isinstance(cwd, str) or not cwd:
+        return "unknown"
+    directory, top = os.path.normpath(cwd), os.path.normpath(top)
+    if (directory + os.sep).startswith(top.rstrip(os.sep) + os.sep):
+        directory = top
+    name = directory.replace("\\", "/").split("/")[-1]
     try:
-        directory = top if cwd and top and inside(cwd, top) else cwd
-        if directory:
-            name = os.path.normpath(directory).replace("\\", "/").split("/")[-1]
-            name = main_repository(directory) or name
+        name = main_repository(directory) or name
     except (OSError, ValueError):
         pass  # it cannot be read; a NUL in it
     name = clean(name)
     return name if name.strip(" .") else "unknown"
-
-
-def no_event(event: Fields) -> str:
-    """Why an event is none of Claude Code's, "" when it is one. Cursor runs hooks of
-    ~/.claude/settings.json too, with events of its own."""
-    name = event.get("hook_event_name")
-    if "cursor_version" in event:
-        return "the event is Cursor's, not Claude Code's"
-    if not isinstance(name, str) or not "A" <= name[:1] <= "Z":
-        return "the event has no name as Claude Code's have: it is none of them"
-    return ""
 
 
 def error_fields(event: Fields) -> Fields:
@@ -577,7 +530,8 @@ def text_fields(event: Fields, settings: Settings) -> Fields:
     if "tool_name" in texts:
         fields["tool_name"] = tool_shown(texts["tool_name"], settings.tool_names)
     if texts.get("agent_type"):
-        fields["agent_type"] = agent_shown(texts["agent_type"], settings.tool_names)
+        told = settings.tool_names or texts["agent_type"] in CLIENT_AGENTS
+        fields["agent_type"] = texts["agent_type"] if told else "custom"
     for key in ("cwd", "transcript_path"):
         if texts.get(key):
             fields[f"{key}_hash"] = path_hash(texts[key], settings.hash_key)
@@ -615,8 +569,7 @@ def make_ping(
 
 def opens(path: object) -> bool:
     """Whether a path in an event may be a transcript's."""
-    short = isinstance(path, str) and len(path) <= PATH_MAX_CHARS
-    return short and str(path).endswith(".jsonl")
+    return isinstance(path, str) and path.endswith(".jsonl")
 
 
 def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
@@ -626,9 +579,8 @@ def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
         return {}
     if not settings.usage:
         return {"usage": False}
-    local: Fields = {"transcript": transcript, "git": settings.git}
-    if not settings.tool_names:
-        local["tool_names"] = False
+    shown: Fields = {"tool_names": settings.tool_names, "git": settings.git}
+    local = {"transcript": transcript, **shown}
     if opens(agent):
         local["agent_transcript"] = agent
     return local
@@ -697,7 +649,7 @@ class Tracker:
         """Its own texts, to wait beside the ping: the sender may be another session's,
         with other settings."""
         project = str(ping.get("project"))
-        return {k: text.replace("{project}", project) for k, text in self.own.items()}
+        return {k: clean(t.replace("{project}", project)) for k, t in self.own.items()}
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """What is sent of a ping, in this order; the same bytes at every repeat."""
@@ -1266,7 +1218,7 @@ class Record:
         ping, accepted = gate(object_in(found, "ping")), found.get("accepted", 0)
         if "event_id" not in ping:
             raise ValueError("no ping")
-        beside = gate_beside(found.get("beside"), needs)
+        beside = gate_beside(object_in(found, "beside"), needs)
         local = object_in(found, "local")
         return cls(ping, local, beside, int(accepted) if number(accepted) else 0)
 
@@ -1427,11 +1379,14 @@ def event_on_stdin() -> tuple[Fields, int]:
         event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
     except ValueError:
         event = None
-    if not isinstance(event, dict):
-        raise Skipped("stdin held no JSON object, which Claude Code would send")
-    problem = no_event(event)
-    if problem:
-        raise Skipped(problem)
+    name = event.get("hook_event_name") if isinstance(event, dict) else None
+    # Cursor runs hooks of ~/.claude/settings.json too, with events of its own.
+    if (
+        not isinstance(name, str)
+        or not "A" <= name[:1] <= "Z"
+        or "cursor_version" in event
+    ):
+        raise Skipped("stdin held no event of Claude Code's")
     return event, len(raw)
 
 

@@ -431,18 +431,16 @@ def test_the_gate_beside_a_ping(script: ModuleType) -> None:
     for name, good, bad in (
         ("messages", [ROW], [ROW[:-1]]),
         ("messages", [["e.m@1[x]", *ROW[1:]]], [["a b", *ROW[1:]]]),
-        ("messages", [ROW] * 4000, [ROW] * 4001),
         ("messages", [], [[ROW[0], "vendor/name", *ROW[2:]]]),
         ("messages", [ROW], [[*ROW[:-1], "CANARY"]]),
-        ("totals", USED, {**USED, "CANARY": 1}),
+        ("totals", USED, {**USED, "a canary": 1}),
         ("since_end", USED, {**USED, "tool_calls": "CANARY"}),
         ("own", {"prefix": "A/b c/é"}, {"prefix": "a\nb"}),
-        ("own", {"prefix": "a" * 300}, {"prefix": "a" * 301}),
+        ("own", {"prefix": "a" * 128}, {"prefix": "a" * 129}),
     ):
         assert script.gate_beside({name: good, "CANARY": 1}, (name,)) == {name: good}
         assert script.gate_beside({name: bad}, (name,)) == {}
         assert script.gate_beside({name: good}, ()) == {}
-    assert script.gate_beside(["totals"], ("totals",)) == {}
 
 
 # -- From a hook to five trackers ------------------------------------------------------
