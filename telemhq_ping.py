@@ -76,7 +76,6 @@ if TYPE_CHECKING:
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
     Shape = Callable[[object], bool]
     Tell = Callable[[str], None]  # says a line to a person, or swallows it
-    ReadSecret = Callable[[str], str]  # what a file holds that only its owner can read
 
 __version__ = "1.1.0"
 
@@ -94,7 +93,6 @@ OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is aw
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
 PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
 RECORD_MAX_BYTES = 2 << 20  # the same with ROWS_MAX messages beside it
-SECRET_MAX_BYTES = 4096  # a token in a file
 ROWS_MAX = 4000  # messages beside a ping, 0.1 KB each; more are added up, by model
 PATH_MAX_CHARS = 4096  # PATH_MAX on Linux
 STATE_MAX_BYTES = 4 << 20  # ours is some KB
@@ -594,7 +592,6 @@ def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
 # Those that open an account, and those that tokens are charged to.
 SESSION_EVENTS = ("SessionStart", "Stop", "StopFailure", "SubagentStop", "SessionEnd")
 ALLOW_HTTP = "http:// can be read on the way; use https:// (or TELEMHQ_ALLOW_HTTP=1)"
-NO_USAGE = "TELEMHQ_USAGE=0 leaves it nothing to send"
 JSON_BODY = {
     "Content-Type": "application/json",
     "User-Agent": f"telemhq-ping/{__version__}",
@@ -611,22 +608,19 @@ class Request:
 class Tracker:
     """A service that takes pings, as far as all of them are alike.
 
-    kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with; secrets:
-    those that must never be shown. events: those that it wants (none: all). needs: what
-    of BESIDE it is given. url: where it is; secret: what it knows us by. reads: how
-    much of a 200's body says more than 200. idle: why it wants nothing, though set up.
-    own: texts for its bodies, by its own variables. nothing: a body that records
-    nothing (None: a GET does that). Skipped: why none can be made of the settings.
+    kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with: the URL,
+    what must never be shown, others. events: those that it wants (none: all). needs:
+    what of BESIDE it is given. reads: how much of a 200's body says more than 200. url:
+    where it is; secret: what it knows us by. own: texts for its bodies, by its own
+    variables. nothing: a body that records nothing (None: a GET does that). Skipped:
+    why none can be made of the settings.
     """
 
     kind = ""
     variables: tuple[str, ...] = ()
-    secrets: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    url_is_secret = False
     reads = 0
-    idle = ""
 
     def __init__(self, url: str, secret: str = "") -> None:
         self.url, self.secret = url, secret
@@ -643,7 +637,7 @@ class Tracker:
 
     def wants(self, ping: Fields) -> bool:
         """Whether a ping concerns it: others are not even queued."""
-        return not self.idle and (not self.events or ping.get("event") in self.events)
+        return not self.events or ping.get("event") in self.events
 
     def frozen(self, ping: Fields) -> dict[str, str]:
         """Its own texts, to wait beside the ping: the sender may be another session's,
@@ -684,9 +678,9 @@ def url_in(settings: Settings, name: str, default: str = "") -> str:
     return url
 
 
-def secret_in(settings: Settings, name: str, default: str = "") -> str:
+def secret_in(settings: Settings, name: str) -> str:
     """A token that may stand in a header; Skipped says what is wrong, and not it."""
-    text = (settings.environ.get(name) or default).strip()
+    text = settings.environ.get(name, "").strip()
     if not text:
         raise Skipped(f"{name} is not set")
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -698,10 +692,9 @@ class TelemHQ(Tracker):
     """TelemHQ (public docs): the ping is the body, the token is in the URL's path."""
 
     kind = "telemhq"
-    variables = secrets = ("TELEMHQ_PING_URL",)
-    url_is_secret = True
+    variables = ("TELEMHQ_PING_URL",)
 
-    def __init__(self, settings: Settings, _: ReadSecret) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__(url_in(settings, "TELEMHQ_PING_URL", settings.url))
 
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
@@ -717,20 +710,18 @@ class Wigtoken(Tracker):
 
     kind = "wigtoken"
     variables = ("WIGTOKEN_SERVER", "WIGTOKEN_TOKEN", "WIGTOKEN_MACHINE")
-    secrets = ("WIGTOKEN_TOKEN",)
     events = SESSION_EVENTS
     needs = ("own", "messages")
     ROWS_MAX = 1000  # more in a request: 413
 
-    def __init__(self, settings: Settings, _: ReadSecret) -> None:
+    def __init__(self, settings: Settings) -> None:
         url = url_in(settings, "WIGTOKEN_SERVER").rstrip("/") + "/api/ingest/messages"
         super().__init__(url, secret_in(settings, "WIGTOKEN_TOKEN"))
-        self.idle = "" if settings.usage else NO_USAGE
         machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
         if not machine:
             raise Skipped("WIGTOKEN_MACHINE is not set; the server demands a name")
-        if not identifier(machine) or ":" in machine or len(machine) > 100:
-            text = "only letters, digits and _ . - may be in it, at most 100"
+        if not identifier(machine) or ":" in machine:
+            text = "only letters, digits and _ . - may be in it"
             raise Skipped(f"WIGTOKEN_MACHINE is not usable: {text}")
         self.own = {"machine": machine}
         self.nothing = {**self.own, "messages": []}
@@ -749,7 +740,7 @@ class Wigtoken(Tracker):
             }
             for message, model, ms, *counts in beside.get("messages", ())
         ]
-        machine = {**self.own, **beside.get("own", {})}["machine"]
+        machine = (beside.get("own") or self.own)["machine"]
         most = range(0, len(rows), self.ROWS_MAX)
         parts = [rows[first : first + self.ROWS_MAX] for first in most]
         return [self.post("", {"machine": machine, "messages": part}) for part in parts]
@@ -761,22 +752,19 @@ class Recorder(Tracker):
     repeat: the comment tells one."""
 
     kind = "recorder"
-    variables = ("RECORDER_PAT", "RECORDER_URL", "RECORDER_PREFIX")
-    secrets = ("RECORDER_PAT",)
+    variables = ("RECORDER_URL", "RECORDER_PAT", "RECORDER_PREFIX")
     events = SESSION_EVENTS  # or a session that ends without a word is never told
     needs = ("own", "since_end")
     URL = "https://api.recorder.nasebanal.com"
     NAMES = ("/Input", "/Output", "/CacheRead", "/CacheCreate")  # as TOKENS has them
 
-    def __init__(self, settings: Settings, _: ReadSecret) -> None:
+    def __init__(self, settings: Settings) -> None:
         url = url_in(settings, "RECORDER_URL", self.URL).rstrip("/") + "/api/v1/records"
         super().__init__(url, secret_in(settings, "RECORDER_PAT"))
-        self.idle = "" if settings.usage else NO_USAGE
         prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
         if not line_of_text(prefix):
-            self.idle = (
-                "RECORDER_PREFIX is not set for this project (to a line of text)"
-            )
+            text = "is not set for this project (to a line of text)"
+            raise Skipped(f"RECORDER_PREFIX {text}")
         self.own = {"prefix": prefix}
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
@@ -819,11 +807,10 @@ class OTLP(Tracker):
 
     kind = "otlp"
     variables = ("TELEMHQ_OTLP_ENDPOINT", "TELEMHQ_OTLP_HEADERS")
-    secrets = ("TELEMHQ_OTLP_HEADERS",)
     reads = 4096
     INFO, ERROR = 9, 17
 
-    def __init__(self, settings: Settings, _: ReadSecret) -> None:
+    def __init__(self, settings: Settings) -> None:
         url = url_in(settings, "TELEMHQ_OTLP_ENDPOINT").rstrip("/")
         super().__init__(url if url.endswith("/v1/logs") else url + "/v1/logs")
         self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
@@ -915,10 +902,8 @@ class ClaudeMetrics(Tracker):
         "CLAUDE_METRICS_API_TOKEN",
         "CLAUDE_METRICS_DISABLED",
     )
-    secrets = ("CLAUDE_METRICS_API_TOKEN",)
     needs = ("totals",)
     URL = "http://127.0.0.1:8000/api/v1"
-    TOKEN_FILE = "~/.claude-metrics/token"
     PATHS = (  # to where an event is told; one with tokens is an execution, too
         ("/execution", ("Stop", "StopFailure")),
         ("/tool", ("PostToolUse", "PostToolUseFailure")),
@@ -938,19 +923,13 @@ class ClaudeMetrics(Tracker):
         "tool_calls_total=tool_calls"
     )
 
-    def __init__(self, settings: Settings, read_secret: ReadSecret) -> None:
+    def __init__(self, settings: Settings) -> None:
         if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
         url = (
             url_in(settings, "CLAUDE_METRICS_API_URL", self.URL).rstrip("/") + "/events"
         )
-        name, kept = "CLAUDE_METRICS_API_TOKEN", ""
-        try:
-            kept = "" if settings.environ.get(name) else read_secret(self.TOKEN_FILE)
-        except OSError as error:
-            text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
-            raise Skipped(f"{name} {text}") from None
-        super().__init__(url, secret_in(settings, name, kept))
+        super().__init__(url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN"))
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
@@ -1012,23 +991,20 @@ def with_all_input(counts: Fields) -> Fields:
     return {**counts, "all_input": sum(int(counts.get(name, 0)) for name in names)}
 
 
-TRACKERS: dict[str, Callable[[Settings, ReadSecret], Tracker]] = {
+TRACKERS: dict[str, Callable[[Settings], Tracker]] = {
     found.kind: found for found in (TelemHQ, Wigtoken, Recorder, OTLP, ClaudeMetrics)
 }
 
 
-def find_trackers(
-    settings: Settings, read_secret: ReadSecret
-) -> tuple[list[Tracker], list[str]]:
-    """The trackers that the settings name; and why others that they name are none.
-    read_secret: OSError when a file holds none that only its owner can read."""
+def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
+    """The trackers that the settings name; and why others that they name are none."""
     trackers, problems = [], []
     for name in settings.destinations:
         try:
             if name not in TRACKERS:
                 known = ", ".join(TRACKERS)
                 raise Skipped(f"TELEMHQ_DESTINATIONS: {name!r} is none of {known}")
-            trackers.append(TRACKERS[name](settings, read_secret))
+            trackers.append(TRACKERS[name](settings))
         except Skipped as why:
             problems.append(str(why))
     return trackers, problems
@@ -1117,19 +1093,6 @@ def read_object(path: str, most: int) -> Fields:
     if not isinstance(found, dict):
         raise ValueError("no JSON object")
     return found
-
-
-def read_secret(path: str) -> str:
-    """What a file (~ is home) holds that only its owner can read; else OSError."""
-    fd = os.open(absolute(path) or "", os.O_RDONLY | NO_WAIT)
-    try:
-        found = os.fstat(fd)
-        mine = os.name != "posix" or found.st_uid == os.geteuid()
-        if not mine or (os.name == "posix" and found.st_mode & 0o077):
-            raise PermissionError(1, "others can read it, chmod 600 mends that")
-        return os.read(fd, SECRET_MAX_BYTES).decode("ascii", "replace")
-    finally:
-        os.close(fd)
 
 
 def remove(path: str) -> bool:
@@ -1496,7 +1459,7 @@ def deliver_in_foreground(
 
 def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
     """The trackers that pings can go to; Skipped when there is none."""
-    trackers, problems = find_trackers(settings, read_secret)
+    trackers, problems = find_trackers(settings)
     if not trackers:
         raise Skipped("; ".join(problems))
     for text in problems:
@@ -3082,7 +3045,7 @@ def send(settings: Settings, tell: Tell) -> None:
             start_sender({other: Lock(int(other_fd))}, settings.environ)
         except OSError:
             continue  # the next hook tries it again
-    trackers, problems = find_trackers(settings, read_secret)
+    trackers, problems = find_trackers(settings)
     found = [tracker for tracker in trackers if tracker.directory_name() == name]
     if not found:
         raise Skipped("; ".join(problems) or "it is no destination any more")
@@ -3518,8 +3481,7 @@ def in_words(what: str, kind: str) -> str:
     """An answer (`what` of an Answer) of a kind of tracker, and what it means."""
     meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
     tracker: Any = TRACKERS[kind]
-    token = tracker.secrets[0]
-    url = next((name for name in tracker.variables if name != token), token)
+    url, token = tracker.variables[0], tracker.variables[:2][-1]
     dislike = "it may not like a field, or the size"
     if kind == OTLP.kind:
         dislike = "it may take protobuf only, and no JSON"
@@ -3927,7 +3889,7 @@ def check_variables(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
 def check_trackers(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
     """Whether the trackers are set up, and answer to what records nothing."""
     settings = around.settings
-    trackers, problems = find_trackers(settings, read_secret)
+    trackers, problems = find_trackers(settings)
     unset = is_kept_by_client(around) or settings.environ.get(URL_NAME) == ""
     for problem in problems:
         if not (unset and URL_NAME in problem):
@@ -3939,8 +3901,6 @@ def check_trackers(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
             yield False, f"{name}: {in_words(what, tracker.kind)}"
         else:
             yield True, f"{name} answers; only `doctor --send` proves the token"
-        if tracker.idle:
-            yield None, f"{tracker.kind} gets nothing here: {tracker.idle}"
 
 
 def refusal(tracker: Tracker, timeout_s: float) -> str:
@@ -3996,7 +3956,7 @@ def obstacle(outbox: Outbox) -> str:
 def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
     """Whether hooks can write, how delivery goes, what waits for other URLs."""
     settings, kept = around.settings, outboxes(around.settings.state_dir)
-    trackers = find_trackers(settings, read_secret)[0]
+    trackers = find_trackers(settings)[0]
     ours = [outbox_of(settings, tracker) for tracker in trackers]
     if is_kept_by_client(around):
         ours += [outbox for outbox in kept if outbox.kind() == TelemHQ.kind]
@@ -4147,7 +4107,7 @@ def unusable(url: str, settings: Settings) -> str:
     if "<" in url or ">" in url:
         return "<token> stands for your tracker's own: copy its whole URL"
     try:
-        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
+        TelemHQ(Settings({**settings.environ, URL_NAME: url}))
     except Skipped as why:
         return str(why)
     path = url.partition("://")[2].partition("/")[2].split("?")[0]
@@ -4304,7 +4264,7 @@ def install(options: Namespace) -> int:
         plan.carry_out()
         print("Installed. Sessions that run already must be started anew.")
     around, send = Surroundings(), bool(options.send)
-    if asks and not send and find_trackers(around.settings, read_secret)[0]:
+    if asks and not send and find_trackers(around.settings)[0]:
         send = ask("Send one real test ping, too? Nothing else proves the token.")
     return 0 if run_checks(around, send) else 1
 
@@ -4480,13 +4440,13 @@ def tracker_named(name: str, settings: Settings) -> Tracker:
     make: Any = TRACKERS[name]
     environ = dict(settings.environ)
     try:
-        return TRACKERS[name](settings, read_secret)
+        return TRACKERS[name](settings)
     except Skipped as why:
         print(f"{why}; shown with placeholders.", file=sys.stderr)
     for variable in make.variables:
         sample = "" if variable.endswith("HEADERS") else "sample"
         environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], sample)
-    tracker: Tracker = make(Settings(environ), read_secret)
+    tracker: Tracker = make(Settings(environ))
     return tracker
 
 
@@ -4509,7 +4469,7 @@ def print_requests(ping: Fields, tracker: Tracker, usage: bool) -> None:
             print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
         print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
     if not requests:
-        print(f"{tracker.kind} gets nothing of {ping.get('event')}. {tracker.idle}")
+        print(f"{tracker.kind} gets nothing of {ping.get('event')}.")
 
 
 def add_preview_arguments(parser: ArgumentParser) -> None:

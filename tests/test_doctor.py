@@ -240,7 +240,7 @@ LINES: dict[str, tuple[Callable[[Home], object], str]] = {
     ),
     "the script skips in silence": (
         lambda home: settings(home, f"CLAUDE_PROJECT_DIR=/ HOME= {SECOND} <&-"),
-        "✗ .* says `stdin held no JSON object",
+        "✗ .* says `stdin held no event",
     ),
     "another version": (
         another_version,

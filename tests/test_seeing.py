@@ -174,7 +174,7 @@ def test_preview_says_plainly_when_that_is_no_event(home: Home, raw: str) -> Non
         capture_output=True,
     )
     assert done.returncode == 1
-    assert b"stdin held no JSON object" in done.stderr
+    assert b"stdin held no event" in done.stderr
 
 
 TRACKERS = ["telemhq", "wigtoken", "recorder", "otlp", "claude-metrics"]
