@@ -1121,28 +1121,6 @@ class Lock:
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
-    @classmethod
-    def take(cls, path: str) -> Lock | None:
-        """The lock of that file; None while someone else holds it. Any error but "busy"
-        counts as free: rather one ping twice under its id than all of them never."""
-        fd = -1
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            busy = isinstance(error, (BlockingIOError, PermissionError))
-            if fd >= 0 and (busy or (os.name == "nt" and not error.errno)):  # Wine's
-                os.close(fd)
-                return None
-        return cls(fd)
-
     def release(self, ours: bool = True) -> None:
         """Give it back, also from a hook just ending that still shares it; not `ours`:
         leave it to the sender that was given it."""
@@ -1198,11 +1176,9 @@ class PingName:
     name its account. (With time and id alone it is a ping, too.)"""
 
     def __init__(self, name: str) -> None:
-        ns, _, rest = name[: -len(".json")].partition("-")
-        parts = rest.split("-")
+        ns, *parts = name[: -len(".json")].split("-")
         self.ns = int(ns)
         self.event, self.session = parts[:2] if len(parts) == 3 else ("", "")
-        self.event_id = parts[-1]
 
     @staticmethod
     def make(ns: int, ping: Fields) -> str:
@@ -1232,10 +1208,6 @@ class Outbox:
     def name(self) -> str:
         """The directory's own name: it tells the tracker, and no secret."""
         return os.path.basename(self.directory)
-
-    def kind(self) -> str:
-        """The kind of the tracker that it is, or was, for."""
-        return self.name().rpartition("-")[0]
 
     def path(self, *names: str) -> str:
         """Path of something in the directory."""
@@ -1304,8 +1276,26 @@ class Outbox:
         return max(0.0, left_s) if set_at <= now else 0.0
 
     def take_lock(self) -> Lock | None:
-        """The lock; None while someone else holds it."""
-        return Lock.take(self.path("lock"))
+        """The lock; None while someone else holds it. Any error but "busy" counts as
+        free: rather one ping twice under its id than all of them never."""
+        fd = -1
+        try:
+            flags = os.O_RDWR | os.O_CREAT | NO_FOLLOW
+            fd = os.open(self.path("lock"), flags, 0o600)
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = isinstance(error, (BlockingIOError, PermissionError))
+            if fd >= 0 and (busy or (os.name == "nt" and not error.errno)):  # Wine's
+                os.close(fd)
+                return None
+        return Lock(fd)
 
 
 def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
@@ -1335,22 +1325,17 @@ def read_stdin() -> bytes:
     return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
 
 
-def event_on_stdin() -> tuple[Fields, int]:
-    """(event, its size in bytes); Skipped when there is none."""
-    raw = read_stdin()
+def event_in(raw: bytes) -> Fields:
+    """The event that stdin held; Skipped when that is none of Claude Code's."""
     try:
-        event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
-    except ValueError:
-        event = None
-    name = event.get("hook_event_name") if isinstance(event, dict) else None
-    # Cursor runs hooks of ~/.claude/settings.json too, with events of its own.
-    if (
-        not isinstance(name, str)
-        or not "A" <= name[:1] <= "Z"
-        or "cursor_version" in event
-    ):
-        raise Skipped("stdin held no event of Claude Code's")
-    return event, len(raw)
+        event: Fields = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
+        ours = "A" <= event["hook_event_name"][:1] <= "Z"
+        # Cursor runs hooks of ~/.claude/settings.json too, with events of its own.
+        if ours and "cursor_version" not in event:
+            return event
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise Skipped("stdin held no event of Claude Code's: no JSON, no name, or Cursor's")
 
 
 def sender_command(*arguments: str) -> list[str]:
@@ -1401,57 +1386,51 @@ def start_sender(
 def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
     """Start a process without the import of subprocess, 8 ms; whether that works here.
     fds: what it inherits."""
-    try:
-        inherited = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # a container without /proc
-        inherited = list(range(256))
-    for fd in inherited:
-        try:
-            os.set_inheritable(fd, fd in (0, 1, 2, *fds))
-        except OSError:
-            continue  # not open, or the listing's own
     usual: Any = {"setsid": True, "setsigdef": [15]}  # SIGTERM: our shell may ignore it
     try:
+        for fd in map(int, os.listdir("/dev/fd")):
+            try:
+                os.set_inheritable(fd, fd in (0, 1, 2, *fds))
+            except OSError:
+                continue  # the listing's own
         quiet = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
         os.posix_spawn(command[0], command, environ, file_actions=quiet, **usual)
     except (AttributeError, NotImplementedError, OSError):
-        return False  # Windows, PyPy, Termux; setsid=: macOS 10.14, old C libraries
+        return False  # Windows, PyPy, Termux, no /proc; setsid=: old C libraries
     return True
 
 
-def start_senders(queued: dict[Outbox, str], settings: Settings) -> None:
-    """Have a sender started for each outbox where none runs and no back-off stands."""
+def free_locks(queued: dict[Outbox, str], settings: Settings) -> dict[Outbox, Lock]:
+    """The locks of the outboxes where no sender runs, and no back-off stands (which
+    debug mode ignores). Where one runs, it will see the file."""
     held = {}
     for outbox in queued:
-        if not outbox.backoff_left_s():
+        if settings.debug or not outbox.backoff_left_s():
             lock = outbox.take_lock()
-            if lock is not None:  # busy: a sender runs, and will see the file
-                held[outbox.name()] = lock
-    if held:
-        start_sender(held, settings.environ)
+            if lock is not None:
+                held[outbox] = lock
+    return held
 
 
 def deliver_in_foreground(
     queued: dict[Outbox, str], settings: Settings, ends: float
 ) -> None:
     """Have a sender make one pass over each outbox, and wait for its end; while another
-    has the lock, for that until it has sent our ping; until `ends` (monotonic) at most.
-    Where a back-off stands, not at all, but for debug mode's."""
-    senders: dict[Outbox, Any] = {}
+    has the lock, until that has sent our ping or a back-off stands; until `ends`
+    (monotonic) at most."""
     how = "debug" if settings.debug else "once"
-    while queued and time.monotonic() < ends:
-        for outbox, name in list(queued.items()):
-            if outbox in senders:
-                over = senders[outbox].poll() is not None
-            else:
-                waits = settings.debug or not outbox.backoff_left_s()
-                over = not waits or not os.path.exists(outbox.file(name))
-                lock = None if over else outbox.take_lock()
-                if lock is not None:
-                    held = {outbox.name(): lock}
-                    senders[outbox] = start_sender(held, settings.environ, how)
-            if over:
-                del queued[outbox]
+    senders: dict[Outbox, Any] = {
+        outbox: start_sender({outbox.name(): lock}, settings.environ, how)
+        for outbox, lock in free_locks(queued, settings).items()
+    }
+
+    def over(outbox: Outbox) -> bool:
+        if outbox in senders:
+            return senders[outbox].poll() is not None
+        waits = os.path.exists(outbox.file(queued[outbox]))
+        return not waits or outbox.backoff_left_s() > 0
+
+    while time.monotonic() < ends and not all(map(over, queued)):
         time.sleep(LOOK_S / 10)
     for sender in senders.values():
         sender.kill()  # no use to one that has ended
@@ -1485,13 +1464,10 @@ def report_event(settings: Settings, tell: Tell) -> None:
     ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
     for text in settings.ignored:
         tell(text)
-    try:
-        trackers = destinations(settings, tell)
-    except Skipped:
-        read_stdin()
-        raise
-    event, event_bytes = event_on_stdin()
-    ping = make_ping(event, settings, project_of(event, settings), ns, event_bytes)
+    raw = read_stdin()
+    trackers = destinations(settings, tell)
+    event = event_in(raw)
+    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
     local = local_of(event, settings, ping)
     queued, problems = {}, []
     for tracker in trackers:
@@ -1504,11 +1480,13 @@ def report_event(settings: Settings, tell: Tell) -> None:
     if queued:
         tell(f"{ping['event']} {ping['event_id']} is in the outbox")
     if settings.foreground:
-        deliver_in_foreground(dict(queued), settings, ends)
+        deliver_in_foreground(queued, settings, ends)
         if any(os.path.exists(outbox.file(name)) for outbox, name in queued.items()):
             tell("the ping waits in the outbox; a later hook delivers it")
     else:
-        start_senders(queued, settings)
+        held = {o.name(): lock for o, lock in free_locks(queued, settings).items()}
+        if held:
+            start_sender(held, settings.environ)
     if problems:
         raise Skipped("; ".join(problems))
 
@@ -1549,20 +1527,15 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
     os._exit(0)
 
 
-def bytecode_path() -> str:
-    """Where Python caches this file's bytecode (PEP 3147)."""
-    directory, name = os.path.split(THIS_FILE[: -len(".py")])
-    tag = sys.implementation.cache_tag
-    return os.path.join(directory, "__pycache__", f"{name}.{tag}.pyc")
-
-
-def mend_bytecode(path: str) -> None:
+def mend_bytecode() -> None:
     """Close a __pycache__ that a umask of 000 left open to others: Python would run
     what they put there. As a script, remove bytecode that cannot be loaded: Python
     never does, and the settings' command imports it in vain."""
-    cache, beside = os.path.dirname(path), os.path.dirname(THIS_FILE)
+    directory, name = os.path.split(THIS_FILE[: -len(".py")])
+    cache = os.path.join(directory, "__pycache__")
+    path = os.path.join(cache, f"{name}.{sys.implementation.cache_tag}.pyc")  # PEP 3147
     mode = os.stat(cache).st_mode
-    if mode & ~os.stat(beside).st_mode & 0o022:  # as open as the script's it may be
+    if mode & 0o022:
         os.chmod(cache, stat.S_IMODE(mode) & ~0o022)
         remove(path)
     if __name__ == "__main__":
@@ -1577,7 +1550,7 @@ def mend_bytecode(path: str) -> None:
 def hook() -> NoReturn:
     """What Claude Code runs."""
     try:
-        mend_bytecode(bytecode_path())
+        mend_bytecode()
     except OSError:
         pass  # there is none
     run_for_claude_code(report_event)
@@ -3076,6 +3049,11 @@ def sender() -> NoReturn:
 # ======================================================================================
 
 
+def kind_of(outbox: Outbox) -> str:
+    """The kind of the tracker that an outbox is, or was, for."""
+    return outbox.name().rpartition("-")[0]
+
+
 def outboxes(state_dir: str | None) -> list[Outbox]:
     """Every destination's outbox that there is, also of URLs no longer configured."""
     top = state_dir or ""
@@ -3580,7 +3558,7 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
     """Move what waits for former URLs of a tracker to the present one's, if a person
     says so: it may be another project's."""
     for former in outboxes(state_dir):
-        other = former.kind() == present.kind() and former.name() != present.name()
+        other = kind_of(former) == kind_of(present) and former.name() != present.name()
         if not (other and former.waiting()):
             continue
         former.need_sound()
@@ -3959,7 +3937,7 @@ def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
     trackers = find_trackers(settings)[0]
     ours = [outbox_of(settings, tracker) for tracker in trackers]
     if is_kept_by_client(around):
-        ours += [outbox for outbox in kept if outbox.kind() == TelemHQ.kind]
+        ours += [outbox for outbox in kept if kind_of(outbox) == TelemHQ.kind]
     nowhere = Outbox(os.path.join(settings.state_dir or "", "none"))
     problems = list(filter(None, map(obstacle, ours or [nowhere])))
     for problem in problems:
@@ -3976,7 +3954,7 @@ def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
 
 def check_delivery(outbox: Outbox) -> Iterator[tuple[bool | None, str]]:
     """How delivery from an outbox goes."""
-    kind, state, now = outbox.kind(), state_of(outbox), time.time()
+    kind, state, now = kind_of(outbox), state_of(outbox), time.time()
     backoff_s = outbox.backoff_left_s()
     old = [n for n in outbox.waiting()[:1] if now - PingName(n).ns / 1e9 > WAIT_OLD_S]
     late = bool(backoff_s or old)
@@ -4491,7 +4469,8 @@ def preview(options: Namespace) -> int:
     else:
         if sys.stdin and sys.stdin.isatty():
             print("Paste an event (JSON), then Ctrl-D on a line of its own:")
-        event, size = event_on_stdin()
+        raw = read_stdin()
+        event, size = event_in(raw), len(raw)
     project = project_of(event, settings)
     ping = make_ping(event, settings, project, time.time_ns(), size)
     if options.destination:
@@ -4598,7 +4577,9 @@ NOTHING = "Nothing was delivered yet: `doctor` says why, `flush` sends what wait
 def outboxes_named(name: str | None) -> list[Outbox]:
     """All outboxes, or those of that kind or directory's name."""
     kept = outboxes(Surroundings().settings.state_dir)
-    found = [outbox for outbox in kept if name in (None, outbox.name(), outbox.kind())]
+    found = [
+        outbox for outbox in kept if name in (None, outbox.name(), kind_of(outbox))
+    ]
     if name and not found:
         known = ", ".join(outbox.name() for outbox in kept)
         raise Skipped(f"there is no destination {name}; there are: {known or 'none'}")
@@ -4620,7 +4601,7 @@ def sent(options: Namespace) -> int:
     for outbox, lines in found:
         for line in lines[-max(1, options.n) :]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
-                print(line.get("at"), outbox.kind(), line.get("answer"), body)
+                print(line.get("at"), kind_of(outbox), line.get("answer"), body)
     if not any(lines for _, lines in found):
         print(NOTHING, file=sys.stderr)
     return 0
