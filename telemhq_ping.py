@@ -91,8 +91,7 @@ TIMEOUT_S = (10.0, 1.0, 30.0)  # one socket operation: default, least, most
 DEADLINE = 3.0  # a request's, in timeouts: urllib spends one on each dead address
 OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is away
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
-PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
-RECORD_MAX_BYTES = 2 << 20  # the same with ROWS_MAX messages beside it
+RECORD_MAX_BYTES = 2 << 20  # a ping has 1 to 4 KB, ROWS_MAX messages the rest
 ROWS_MAX = 4000  # messages beside a ping, 0.1 KB each; more are added up, by model
 PATH_MAX_CHARS = 4096  # PATH_MAX on Linux
 STATE_MAX_BYTES = 4 << 20  # ours is some KB
@@ -194,8 +193,8 @@ def path_hash(path: str, key: str) -> str:
     return sha256_hex(path.encode("utf-8", "surrogatepass"), secret)[:12]
 
 
-DIGITS, LOWER = "0123456789", "abcdefghijklmnopqrstuvwxyz"
-LETTERS_DIGITS = frozenset(DIGITS + LOWER + LOWER.upper())
+LOWER = "abcdefghijklmnopqrstuvwxyz"
+LETTERS_DIGITS = frozenset("0123456789" + LOWER + LOWER.upper())
 
 
 def identifier(value: object, more: str = "") -> bool:
@@ -242,8 +241,7 @@ def seconds_of(stamp: object) -> float:
 # -- Settings --------------------------------------------------------------------------
 
 PLUGIN_URL = "CLAUDE_PLUGIN_OPTION_PING_URL"  # what the plugin's user was asked for
-SWITCH = dict.fromkeys(("1", "yes", "on", "true"), True)
-SWITCH.update(dict.fromkeys(("0", "no", "off", "false"), False))
+ON, OFF = ("1", "yes", "on", "true"), ("0", "no", "off", "false", "")
 
 
 class Settings:
@@ -266,7 +264,7 @@ class Settings:
         )
         self.machine: str | None = self.choice(
             "TELEMHQ_MACHINE",
-            lambda v: v if identifier(v) else None,
+            lambda v: identifier(v) and v,
             "only letters, digits and _ . : - may be in it",
         )
         seconds = self.choice("TELEMHQ_TIMEOUT", duration, "it is no number of seconds")
@@ -283,17 +281,19 @@ class Settings:
     def choice(self, name: str, accept: Callable[[str], Any], problem: str) -> Any:
         """What `accept` makes of a variable; None when that is nothing."""
         value = self.environ.get(name)
-        found = accept(value) if value else None
-        if value and not found:
+        if not value:
+            return None
+        found = accept(value)
+        if not found:
             self.ignored.append(f"{name} is ignored: {problem}")
         return found or None
 
     def switch(self, name: str, unset: bool = False) -> bool:
         """A variable that is 1 or 0; what is neither counts as 0."""
         value = self.environ.get(name, "").lower()
-        if value and value not in SWITCH:
+        if value not in (*ON, *OFF):
             self.ignored.append(f"{name} is ignored: it must be 1 or 0")
-        return SWITCH.get(value, False) if value else unset
+        return value in ON if value else unset
 
 
 def duration(text: str) -> float | None:
@@ -418,11 +418,6 @@ CLIENT_AGENTS = frozenset(  # Claude Code's own agent types: 2.1.329's and older
 )
 
 
-def own_texts(value: object) -> bool:
-    """What a user chose for a tracker: identifier -> one line of text."""
-    return counts(value, identifier, line_of_text)
-
-
 def message_rows(value: object) -> bool:
     """A list of [id, model, time (ms since 1970), the counts of an API message in the
     order of TOKENS, without their total]."""
@@ -436,7 +431,8 @@ def message_rows(value: object) -> bool:
 
 
 BESIDE: dict[str, Shape] = {  # beside a ping, for a tracker that needs it, never in it
-    "own": own_texts,  # what its own variables said when the ping was made
+    # What its own variables said when the ping was made: name -> one line of text.
+    "own": lambda value: counts(value, identifier, line_of_text),
     "messages": message_rows,  # those whose tokens the ping was charged
     "totals": counts,  # the session's, so far
     "since_end": counts,  # the same since it last ended
@@ -504,7 +500,7 @@ def project_of(event: Fields, settings: Settings) -> str:
 
 
 def error_fields(event: Fields) -> Fields:
-    """`error` and its numbers. A tool's error text holds its output, and paths."""
+    """Of what failed its `error`, with numbers: a tool's text holds its output."""
     name, error = event.get("hook_event_name"), event.get("error")
     if name == "StopFailure":
         return {"error": error}  # one of Claude Code's own codes, or the gate drops it
@@ -546,12 +542,12 @@ def make_ping(
     since 1970. event_bytes: its size on stdin."""
     name, effort = event.get("hook_event_name"), event.get("effort")
     tasks = event.get("background_tasks")
-    failed = name in ("PostToolUseFailure", "StopFailure") or event.get("error")
-    fields = {key: event[key] for key in COPIED if key in event}
-    fields.update(text_fields(event, settings), **error_fields(event), **ORIGIN)
+    errors = error_fields(event)
+    fields = {key: event.get(key) for key in COPIED}
+    fields.update(text_fields(event, settings), **errors, **ORIGIN)
     fields.update(
         event=name,
-        status="failed" if failed else "success",
+        status="failed" if errors else "success",
         project=project,
         event_id=os.urandom(16).hex(),
         timestamp=iso_time(ns),
@@ -610,16 +606,18 @@ class Tracker:
 
     kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with: the URL,
     what must never be shown, others. events: those that it wants (none: all). needs:
-    what of BESIDE it is given. reads: how much of a 200's body says more than 200. url:
-    where it is; secret: what it knows us by. own: texts for its bodies, by its own
-    variables. nothing: a body that records nothing (None: a GET does that). Skipped:
-    why none can be made of the settings.
+    what of BESIDE it is given. asked: the path where a GET shows whether it takes us.
+    reads: how much of a 200's body says more than 200. url: where it is; secret: what
+    it knows us by. own: texts for its bodies, by its own variables. nothing: a body
+    that records nothing, where a GET says less. Skipped: why none can be made of the
+    settings.
     """
 
     kind = ""
     variables: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    asked = ""
     reads = 0
 
     def __init__(self, url: str, secret: str = "") -> None:
@@ -657,7 +655,7 @@ class Tracker:
         """A request that records nothing, and shows whether the tracker takes us."""
         if self.nothing:
             return self.post("", self.nothing)
-        return Request(self.url, self.headers, None)
+        return Request(self.url + self.asked, self.headers, None)
 
     def post(self, path: str, fields: Fields) -> Request:
         """A request with a JSON body."""
@@ -797,6 +795,12 @@ OTLP_NAMES = {  # the GenAI conventions' or the client's own telemetry's -> the 
     "gen_ai.usage.cache_creation.input_tokens": "cache_creation_input_tokens",
     "gen_ai.usage.output_tokens": "output_tokens",
 }
+OTLP_TYPES: dict[type, str] = {
+    str: "stringValue",
+    bool: "boolValue",
+    int: "intValue",
+    float: "doubleValue",
+}
 OTLP_ELSEWHERE = ("input_tokens", "timestamp", "event", "hook_version")
 
 
@@ -830,8 +834,8 @@ class OTLP(Tracker):
             name, equals, value = map(str.strip, pair.partition("="))
             first, *rest = value.split("%")
             value = first + "".join(chr(int(p[:2], 16)) + p[2:] for p in rest)
-            good = LETTERS_DIGITS.union("-_.").issuperset(name) and value.isascii()
-            if not (name and equals and good and value.isprintable()):
+            good = identifier(name) and value.isascii() and value.isprintable()
+            if not (equals and good):
                 raise ValueError("no header")
             found[name] = value
         return found
@@ -873,14 +877,9 @@ class OTLP(Tracker):
                 inner = {f"{name}.{key}": deeper for key, deeper in value.items()}
                 found += self.attributes(inner)
                 continue
-            typed: Fields = {"stringValue": value}
-            if isinstance(value, bool):
-                typed = {"boolValue": value}
-            elif isinstance(value, float) or name.endswith("cost_usd"):
-                typed = {"doubleValue": float(value)}
-            elif isinstance(value, int):
-                typed = {"intValue": str(value)}
-            found.append({"key": name, "value": typed})
+            kind = float if name.endswith("cost_usd") else type(value)
+            told = str(value) if kind is int else kind(value)
+            found.append({"key": name, "value": {OTLP_TYPES[kind]: told}})
         return found
 
     def refuses(self, body: bytes) -> bool:
@@ -890,6 +889,13 @@ class OTLP(Tracker):
             return int(partial["rejectedLogRecords"]) > 0
         except (ValueError, KeyError, TypeError):
             return False
+
+
+METRICS_KINDS = {
+    "Notification": "notification",
+    "PreCompact": "pre_compact",
+    "SubagentStop": "subagent_stop",
+}
 
 
 class ClaudeMetrics(Tracker):
@@ -903,11 +909,12 @@ class ClaudeMetrics(Tracker):
         "CLAUDE_METRICS_DISABLED",
     )
     needs = ("totals",)
+    asked = "/session"
     URL = "http://127.0.0.1:8000/api/v1"
     PATHS = (  # to where an event is told; one with tokens is an execution, too
         ("/execution", ("Stop", "StopFailure")),
         ("/tool", ("PostToolUse", "PostToolUseFailure")),
-        ("/system", ("Notification", "PreCompact", "SubagentStop")),
+        ("/system", tuple(METRICS_KINDS)),
         ("/session", ("SessionStart", "Stop", "SessionEnd", "SessionLost")),
     )
     events = tuple(event for _, events in PATHS for event in events)
@@ -924,7 +931,7 @@ class ClaudeMetrics(Tracker):
     )
 
     def __init__(self, settings: Settings) -> None:
-        if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
+        if settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower() in ON:
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
         url = (
             url_in(settings, "CLAUDE_METRICS_API_URL", self.URL).rstrip("/") + "/events"
@@ -953,9 +960,10 @@ class ClaudeMetrics(Tracker):
             own = picked({"reason": "lost", **ping}, names.get(ping["event"], ends))
             totals = with_all_input(beside.get("totals", {}))
             return {**found, **own, **picked(totals, self.TOTALS)}
-        key = sha256_hex(f"{ping['event_id']}{path}".encode())
-        uuid = f"{key[:8]}-{key[8:12]}-4{key[13:16]}-8{key[17:20]}-{key[20:32]}"
-        found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=uuid)
+        from uuid import NAMESPACE_URL, uuid5
+
+        key = str(uuid5(NAMESPACE_URL, f"{ping['event_id']}{path}"))
+        found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=key)
         if path == "/execution":
             tools = ping.get("tools", {}).items()
             used = [{"name": name, "count": calls} for name, calls in tools]
@@ -964,13 +972,8 @@ class ClaudeMetrics(Tracker):
         if path == "/tool":
             success = ping.get("status") == "success"
             return {**found, **picked(ping, self.TOOL), "success": success}
-        kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in ping["event"])
         payload = picked(ping, "notification_type trigger agent_id agent_type")
-        return {**found, "kind": kind[1:], "payload": payload}
-
-    def check(self) -> Request:
-        """A GET where only POSTs are taken."""
-        return Request(self.url + "/session", self.headers, None)
+        return {**found, "kind": METRICS_KINDS[ping["event"]], "payload": payload}
 
 
 def picked(ping: Fields, names: str) -> Fields:
@@ -1024,10 +1027,8 @@ def unsound(directory: str) -> str:
         return ""
     except OSError as error:
         return error.strerror or "cannot be read"
-    if stat.S_ISLNK(found.st_mode):
-        return "is a symbolic link"
     if not stat.S_ISDIR(found.st_mode):
-        return "is no directory"
+        return "is no directory, or a symbolic link"
     if os.name == "posix" and found.st_uid != os.geteuid():
         return "belongs to someone else"
     if os.name == "posix" and found.st_mode & 0o022:
@@ -1035,22 +1036,12 @@ def unsound(directory: str) -> str:
     return ""
 
 
-def write_file(path: str, content: bytes, make_directory: bool = False) -> None:
-    """Make `path` hold `content`, all or nothing, 0600 (the umask is 077).
-
-    make_directory: also when its directory is missing. Only hooks may do that: what
-    `uninstall` has removed must not come back from a sender still at work.
-    """
+def write_file(path: str, content: bytes) -> None:
+    """Make `path` hold `content`, all or nothing, 0600 (the umask is 077)."""
     directory, name = os.path.split(path)
     unfinished = os.path.join(directory, f".{name}.{os.urandom(4).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW
-    try:
-        fd = os.open(unfinished, flags, 0o600)
-    except FileNotFoundError:
-        if not make_directory:
-            raise
-        os.makedirs(directory, 0o700, exist_ok=True)
-        fd = os.open(unfinished, flags, 0o600)
+    fd = os.open(unfinished, flags, 0o600)
     try:
         with open(fd, "wb") as file:
             file.write(content)
@@ -1153,16 +1144,6 @@ class Record:
         self.ping, self.local, self.beside = ping, local, beside
         self.accepted = accepted
 
-    @classmethod
-    def load(cls, found: Fields, needs: tuple[str, ...]) -> Record:
-        """What a file holds, through the gate; ValueError: that is no ping."""
-        ping, accepted = gate(object_in(found, "ping")), found.get("accepted", 0)
-        if "event_id" not in ping:
-            raise ValueError("no ping")
-        beside = gate_beside(object_in(found, "beside"), needs)
-        local = object_in(found, "local")
-        return cls(ping, local, beside, int(accepted) if number(accepted) else 0)
-
     def encode(self) -> bytes:
         """As the file holds it."""
         found: Fields = {"ping": self.ping, "local": self.local, "beside": self.beside}
@@ -1232,7 +1213,11 @@ class Outbox:
     def put(self, ns: int, record: Record) -> str:
         """Add the ping of an event of that time; its name. It is whole or not there."""
         name = PingName.make(ns, record.ping)
-        write_file(self.file(name), record.encode(), make_directory=True)
+        try:
+            self.rewrite(name, record)
+        except FileNotFoundError:  # only here: what `uninstall` has removed must not
+            os.makedirs(self.path("outbox"), 0o700, exist_ok=True)  # come back
+            self.rewrite(name, record)
         return name
 
     def waiting(self) -> list[str]:
@@ -1244,8 +1229,13 @@ class Outbox:
 
     def record(self, name: str) -> Record:
         """What a file holds. OSError: it is gone; ValueError: it is no ping."""
-        most = RECORD_MAX_BYTES if self.needs else PING_MAX_BYTES
-        return Record.load(read_object(self.file(name), most), self.needs)
+        found = read_object(self.file(name), RECORD_MAX_BYTES)
+        ping, accepted = gate(object_in(found, "ping")), found.get("accepted", 0)
+        if "event_id" not in ping:
+            raise ValueError("no ping")
+        beside = gate_beside(object_in(found, "beside"), self.needs)
+        accepted = int(accepted) if number(accepted) else 0
+        return Record(ping, object_in(found, "local"), beside, accepted)
 
     def rewrite(self, name: str, record: Record) -> None:
         """Make the ping that waits under `name` this one, as it will be sent."""
@@ -1268,10 +1258,10 @@ class Outbox:
         is now the future is none: a clock that jumped must not stop delivery."""
         try:
             found = read_object(self.path("state.json"), STATE_MAX_BYTES)
-        except (OSError, ValueError):
-            found = {}
-        names, now = ("set_at", "not_before"), time.time()
-        set_at, ends = (found[n] if number(found.get(n)) else 0.0 for n in names)
+            set_at, ends = float(found["set_at"]), float(found["not_before"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            return 0.0
+        now = time.time()
         left_s = min(ends, set_at + RETRY_AFTER_MAX_S) - now
         return max(0.0, left_s) if set_at <= now else 0.0
 
@@ -1314,15 +1304,14 @@ THIS_FILE = os.path.abspath(__file__)  # now, for a hook leaves its directory
 def read_stdin() -> bytes:
     """All bytes of stdin, to its end: Claude Code shows an error when it is closed
     early. More than STDIN_MAX_BYTES are none."""
-    parts, size, part = [], 0, b"-"
-    while part and size <= STDIN_MAX_BYTES:
+    raw, part = bytearray(), b"-"
+    while part and len(raw) <= STDIN_MAX_BYTES:
         try:
             part = os.read(0, 1 << 16)  # as much as a pipe holds
         except OSError:
             part = b""
-        size += len(part)
-        parts.append(part)
-    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
+        raw += part
+    return bytes(raw) if len(raw) <= STDIN_MAX_BYTES else b""
 
 
 def event_in(raw: bytes) -> Fields:
@@ -1436,16 +1425,6 @@ def deliver_in_foreground(
         sender.kill()  # no use to one that has ended
 
 
-def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
-    """The trackers that pings can go to; Skipped when there is none."""
-    trackers, problems = find_trackers(settings)
-    if not trackers:
-        raise Skipped("; ".join(problems))
-    for text in problems:
-        tell(text)
-    return trackers
-
-
 def enqueue(
     outbox: Outbox, tracker: Tracker, ns: int, ping: Fields, local: Fields
 ) -> str:
@@ -1465,24 +1444,23 @@ def report_event(settings: Settings, tell: Tell) -> None:
     for text in settings.ignored:
         tell(text)
     raw = read_stdin()
-    trackers = destinations(settings, tell)
+    trackers, problems = find_trackers(settings)
+    if not trackers:
+        raise Skipped("; ".join(problems))
     event = event_in(raw)
     ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
     local = local_of(event, settings, ping)
-    queued, problems = {}, []
+    queued = {}
     for tracker in trackers:
         outbox = outbox_of(settings, tracker)
         try:
             if tracker.wants(ping):
                 queued[outbox] = enqueue(outbox, tracker, ns, ping, local)
+                tell(f"{ping['event']} {ping['event_id']} is in the outbox")
         except Skipped as why:
             problems.append(str(why))
-    if queued:
-        tell(f"{ping['event']} {ping['event_id']} is in the outbox")
     if settings.foreground:
         deliver_in_foreground(queued, settings, ends)
-        if any(os.path.exists(outbox.file(name)) for outbox, name in queued.items()):
-            tell("the ping waits in the outbox; a later hook delivers it")
     else:
         held = {o.name(): lock for o, lock in free_locks(queued, settings).items()}
         if held:
@@ -3054,6 +3032,16 @@ def kind_of(outbox: Outbox) -> str:
     return outbox.name().rpartition("-")[0]
 
 
+def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
+    """The trackers that pings can go to; Skipped when there is none."""
+    trackers, problems = find_trackers(settings)
+    if not trackers:
+        raise Skipped("; ".join(problems))
+    for text in problems:
+        tell(text)
+    return trackers
+
+
 def outboxes(state_dir: str | None) -> list[Outbox]:
     """Every destination's outbox that there is, also of URLs no longer configured."""
     top = state_dir or ""
@@ -3336,7 +3324,8 @@ def retold(text: str, at: int, new: Any, line: str) -> str:
 def save(path: str, content: bytes, mode: int) -> None:
     """Make a file hold `content`; Skipped names one that cannot be written."""
     try:
-        write_file(path, content, make_directory=True)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        write_file(path, content)
         os.chmod(path, mode)
     except OSError as error:  # a full disk has no path in it
         raise Skipped(f"{shown(path)}: {error.strerror}") from error
@@ -3914,7 +3903,7 @@ def obstacle(outbox: Outbox) -> str:
     trial = os.path.join(path, ".doctor")
     try:
         outbox.need_sound()
-        write_file(trial, b" " * PING_MAX_BYTES)
+        write_file(trial, b" " * (64 << 10))
         if os.name == "posix":
             import fcntl
 
