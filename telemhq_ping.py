@@ -2249,19 +2249,20 @@ class Reading:
                 account.prompted_at = max(account.prompted_at, row.at)
 
 
-def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool]:
-    """(the account of a ping's session, whether it is a damaged one's successor).
-    OSError: it cannot be read, and must not be replaced. One that meets a session in
-    its middle begins where we were installed, for Esc and a denied permission fire no
-    hook; but a day before at most."""
+def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
+    """The account of a ping's session. One that meets a session in its middle begins
+    where we were installed, for Esc and a denied permission fire no hook; but a day
+    before at most. OSError: it cannot be read, and must not be replaced. ValueError: it
+    is damaged; it has begun anew, and this ping goes without."""
     path = outbox.account_path(session_name(ping["session_id"]))
     at, source = PingName(name).ns / 1e9, ping.get("source")
     try:
-        return Account.load(path), False
+        return Account.load(path)
     except ValueError:
         account = Account(path, time.time())
         account.baseline = []
-        return account, True
+        account.save()
+        raise
     except FileNotFoundError:
         pass
     starts = ping.get("event") == "SessionStart"
@@ -2272,21 +2273,21 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool
         account.since = at
     if starts and source in ("startup", "clear"):
         account.since, account.was_read = 0.0, True  # it has no history
-    return account, False
+    return account
 
 
 class Charge:
     """One try to give a ping its session's new usage. ends: monotonic, for all of it.
 
     at: the event's time. stopped_at: when the session's turn before ended, 0: not
-    known. saving: what fails now is writing. damaged: nobody knows what was told.
+    known. saving: what fails now is writing.
     """
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
         self.outbox, self.name, self.record = outbox, name, record
         self.ping, self.local = record.ping, record.local
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
-        self.account, self.damaged = open_account(outbox, name, record.ping)
+        self.account = open_account(outbox, name, record.ping)
         stopped_at = self.account.stopped_at
         self.stopped_at = stopped_at if stopped_at < self.at else 0.0
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
@@ -2331,10 +2332,10 @@ class Charge:
         charge. OSError or ValueError: the transcript cannot be read."""
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
-        complete = self.read_and_wait() and not self.damaged
+        complete = self.read_and_wait()
         fields: Fields = {}
         costs: dict[str, float] = {}
-        if ends and account.baseline and account.ledger and not self.damaged:
+        if ends and account.baseline and account.ledger:
             fields, costs = account.settle(usage)
         else:
             for model, counts in usage.models.items():
@@ -2438,7 +2439,7 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
             one = Charge(outbox, name, record, ends)
             return one.run()
         except (FileNotFoundError, NotADirectoryError, ValueError):
-            break  # there is no such transcript
+            break  # there is no such transcript; the account is damaged
         except OSError:
             continue
     if not charges or record.local.get("usage") is False:
