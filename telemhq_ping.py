@@ -1998,7 +1998,7 @@ class Account:
         self.last_at = self.stopped_at = self.prompted_at = 0.0
         self.was_read = self.in_history = False
         self.transcripts: dict[str, list[Any]] = {}
-        self.seen: dict[str, str] = {}
+        self.seen: dict[str, Any] = {}
         self.parent: list[str] = []
         self.baseline: list[Any] = NO_LEDGER
         self.ledger: list[Any] = []
@@ -2042,11 +2042,6 @@ class Account:
         ]
         agents = {os.path.relpath(path, top): path for path in paths}
         return {"": self.transcript, **agents}
-
-    def count_of(self, key: str) -> list[int]:
-        """What of an answer was counted."""
-        known = self.seen.get(key)
-        return [int(n) for n in known.split(",")] if known else NONE
 
     def settle(self, usage: Usage) -> tuple[Fields, dict[str, float]]:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -2181,7 +2176,7 @@ class Reading:
         if new and self.is_history(row):
             seen[row.key] = HISTORY
         elif new and row.at <= account.settled_at:
-            seen[row.key] = ",".join(map(str, row.counts))  # the ledger had it
+            seen[row.key] = row.counts  # the ledger had it
         past = seen.get(row.key) == HISTORY
         if main:
             self.note(row, past, new)
@@ -2221,12 +2216,11 @@ class Reading:
         """Count what an answer has gained: in older rows the output may be partial, and
         some routers begin with none at all. row: for a tracker that keeps the first row
         of each id, which then is one of its own for what was gained later."""
-        known = self.account.count_of(key)
+        known = self.account.seen.setdefault(key, NONE)
         gained = less(counts, known)
         if counts[OUTPUT] < known[OUTPUT] or not any(gained):
-            self.account.seen.setdefault(key, ",".join(map(str, counts)))
             return
-        self.account.seen[key] = ",".join(map(str, plus(known, gained)))
+        self.account.seen[key] = plus(known, gained)
         self.usage.add(model, gained)
         if row and self.keeps and identifier(row.name):
             first = self.firsts.setdefault(key[:ID_CHARS], key)
