@@ -1965,10 +1965,8 @@ class Usage:
         for _, model, _, *counts in found:
             left[model] = less(left[model], counts)
         for model, counts in left.items():
-            name = f"{event_id}.{model}"
-            if not identifier(name, "@[]"):  # it is too long
-                name = f"{event_id}.{short_id(model)}"
-            found += [[name, model, ms, *counts]] if any(counts) else []
+            if any(counts):
+                found.append([f"{event_id}.{model}"[:128], model, ms, *counts])
         return found
 
 
@@ -2084,18 +2082,14 @@ class Account:
 
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
-    until: the time of the event. ends: monotonic. keeps: for a tracker that keeps
-    answers."""
+    until: the time of the event. ends: monotonic, when it is given up."""
 
-    def __init__(
-        self, account: Account, until: float, ends: float, keeps: bool = False
-    ) -> None:
-        self.account, self.until, self.ends = account, until, ends
-        self.keeps, self.usage = keeps, Usage()
+    def __init__(self, account: Account, until: float, ends: float) -> None:
+        self.account, self.until, self.usage = account, until, Usage()
+        self.ends = min(ends, time.monotonic() + READ_S)
         self.elsewhere: set[str] | None = None
         # The first answer of each id: some routers give many answers the same.
-        keys = reversed(account.seen) if keeps else ()
-        self.firsts = {key[:ID_CHARS]: key for key in keys}
+        self.firsts = {key[:ID_CHARS]: key for key in reversed(account.seen)}
 
     def read(self) -> bool:
         """Count what was gained; False: a part. The session's own comes first: agents'
@@ -2222,7 +2216,7 @@ class Reading:
             return
         self.account.seen[key] = plus(known, gained)
         self.usage.add(model, gained)
-        if row and self.keeps and identifier(row.name):
+        if row and identifier(row.name):
             first = self.firsts.setdefault(key[:ID_CHARS], key)
             name = row.name if first == key else f"{row.name}.{row.request}"
             name += f".{counts[OUTPUT]}" if any(known) else ""
@@ -2285,11 +2279,7 @@ class Charge:
         stopped_at = self.account.stopped_at
         self.stopped_at = stopped_at if stopped_at < self.at else 0.0
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
-        ends = min(ends, time.monotonic() + READ_S)
-        keeps = "messages" in outbox.needs
-        self.reading = Reading(
-            self.account, until.get(self.event, self.at), ends, keeps
-        )
+        self.reading = Reading(self.account, until.get(self.event, self.at), ends)
         self.saving = False
 
     def run(self) -> Record:
@@ -2455,7 +2445,7 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of what it will tell, so that a crash makes no two; today's settings shape it.
     """
     account = Account.load(path)
-    reading = Reading(account, float("inf"), min(ends, time.monotonic() + READ_S))
+    reading = Reading(account, float("inf"), ends)
     reading.read()
     news = account.baseline and account.ledger and account.baseline != account.ledger
     ended = account.total == account.at_end or "since_end" not in outbox.needs
