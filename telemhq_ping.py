@@ -1904,13 +1904,17 @@ def less(counts: list[int], others: list[int]) -> list[int]:
     return [max(0, a - b) for a, b in zip(counts, others)]
 
 
-def total(*parts: dict[str, list[int]]) -> list[int]:
-    """The sum over all models of all `parts` (model -> counts)."""
-    found = NONE
-    for part in parts:
-        for counts in part.values():
-            found = plus(found, counts)
-    return found
+def total(models: dict[str, list[int]]) -> list[int]:
+    """The sum over all models (model -> counts)."""
+    return [sum(column) for column in zip(NONE, *models.values())]
+
+
+def added(
+    models: dict[str, list[int]], more: dict[str, list[int]]
+) -> dict[str, list[int]]:
+    """The sum, model by model (model -> counts)."""
+    sums = {name: plus(models.get(name, NONE), more[name]) for name in more}
+    return {**models, **sums}
 
 
 def named(counts: list[int]) -> Fields:
@@ -1921,28 +1925,27 @@ def named(counts: list[int]) -> Fields:
 
 class Usage:
     """What was read and is to be charged. models: model -> counts. tools: name ->
-    calls. rows: for a tracker that keeps answers, [id, model, time in ms, the counts]
-    of what each has gained."""
+    calls. numbers: a ping's others, by their names. costs: model -> USD. rows: for a
+    tracker that keeps answers, [id, model, time in ms, the counts] of what each has
+    gained."""
 
     def __init__(self) -> None:
         self.models: dict[str, list[int]] = {}
         self.tools: dict[str, int] = {}
+        self.numbers: Fields = {"tool_calls": 0, "tool_failures": 0}
+        self.costs: dict[str, float] = {}
         self.rows: list[list[Any]] = []
-        self.tool_calls = self.tool_failures = self.interrupts = 0
 
     def add(self, model: str, counts: list[int]) -> None:
         """Count tokens of a model."""
         if any(counts):
-            self.models[model] = plus(self.models.get(model, NONE), counts)
+            self.models = added(self.models, {model: counts})
 
-    def fields(self, model: str, tool_names: bool, costs: dict[str, float]) -> Fields:
-        """The fields of a ping. model: the main chain's last. costs: model -> USD."""
-        fields = named(total(self.models))
-        fields.update(tool_calls=self.tool_calls, tool_failures=self.tool_failures)
-        if self.interrupts:
-            fields["interrupts"] = self.interrupts
+    def fields(self, model: str, tool_names: bool) -> Fields:
+        """The fields of a ping. model: the main chain's last."""
+        fields = {**named(total(self.models)), **self.numbers}
         models = {name: named(counts) for name, counts in self.models.items()}
-        for name, cost in costs.items():
+        for name, cost in self.costs.items():
             models.setdefault(name, {})["cost_usd"] = cost
         if models and list(models) != [model]:
             fields["models"] = models
@@ -1979,9 +1982,8 @@ class Account:
     history is known. transcripts: name -> Transcript's arguments. seen: key of an
     answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
     in_history: the main chain's last answer is. parent: of a fork: session, key of the
-    last answer copied. baseline: the ledger at the end
-    of history; [] when nobody knows it. told: model -> counts, since then. ledger: the
-    client's, while it is the last word. row_at: of the newest row; settled_at: of the
+    last answer copied. baseline: the ledger at the end of history, and what was told
+    since; [] when nobody knows it. ledger: the client's, while it is the last word. row_at: of the newest row; settled_at: of the
     newest that the baseline has. last_at, stopped_at: the last charge, the last end of
     a turn; prompted_at: the last prompt. total, tool_calls: told in all; at_end: when
     the session last ended. charged: event_id -> [fields, what stands beside].
@@ -2000,7 +2002,6 @@ class Account:
         self.parent: list[str] = []
         self.baseline: list[Any] = NO_LEDGER
         self.ledger: list[Any] = []
-        self.told: dict[str, list[int]] = {}
         self.total, self.at_end, self.tool_calls = NONE, NONE, 0
         self.charged: dict[str, list[Fields]] = {}
 
@@ -2041,28 +2042,24 @@ class Account:
         agents = {os.path.relpath(path, top): path for path in paths}
         return {"": self.transcript, **agents}
 
-    def settle(self, usage: Usage) -> tuple[Fields, dict[str, float]]:
+    def settle(self, usage: Usage) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
-        (compaction and titles are calls of no row); ({cost and lines gained}, model ->
-        cost). It is sums that are compared: it may name a model otherwise than rows. It
-        is the baseline from now on."""
+        (compaction and titles are calls of no row), its cost and lines. It is sums that
+        are compared: it may name a model otherwise than rows. It is the baseline from
+        now on."""
         models, costs, sums = self.ledger
-        base, base_costs, base_sums = self.baseline
-        parts = (base, self.told, dict(usage.models))
-        left = less(total(models), total(*parts))
+        told, base_costs, base_sums = self.baseline
+        left = less(total(models), total(told))
         for model, counts in models.items():
-            known = total(*({model: part.get(model, NONE)} for part in parts))
+            known = told.get(model, NONE)
             more = [min(pair) for pair in zip(less(counts, known), left)]
             left = less(left, more)
             usage.add(model, more)
-        self.baseline, self.told = self.ledger, {}
-        self.settled_at = self.row_at
-        gained = [max(0, round(a - b, 10)) for a, b in zip(sums, base_sums)]
+        self.baseline, self.settled_at = self.ledger, self.row_at
+        for (name, _), now, before in zip(LEDGER_SUMS, sums, base_sums):
+            usage.numbers[name] = max(0, round(now - before, 10))
         costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
-        return (
-            {ours: n for (ours, _), n in zip(LEDGER_SUMS, gained)},
-            {model: cost for model, cost in costs.items() if cost > 0},
-        )
+        usage.costs = {model: cost for model, cost in costs.items() if cost > 0}
 
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
@@ -2183,7 +2180,7 @@ class Reading:
         for call, tool in row.calls.items():
             if call not in seen:
                 seen[call] = CALLED
-                self.usage.tool_calls += 1
+                self.usage.numbers["tool_calls"] += 1
                 if isinstance(tool, str) and identifier(tool):
                     self.usage.tools[tool] = self.usage.tools.get(tool, 0) + 1
         return True
@@ -2202,7 +2199,7 @@ class Reading:
             copied = row.copied and identifier(row.origin)
             account.in_history = not row.branched
             account.parent = [str(row.origin), row.key] if copied else []
-            account.told, account.ledger = {}, []
+            account.ledger = []
 
     def gain(
         self, key: str, model: str, counts: list[int], row: AnswerRow | None = None
@@ -2228,11 +2225,12 @@ class Reading:
         for call in row.failed:
             if seen.get(call) == CALLED:
                 seen[call] = FAILED
-                self.usage.tool_failures += 1
+                self.usage.numbers["tool_failures"] += 1
         if main and row.at >= account.since:
             if row.interrupt and row.interrupt not in seen:
                 seen[row.interrupt] = CALLED
-                self.usage.interrupts += 1
+                numbers = self.usage.numbers
+                numbers["interrupts"] = numbers.get("interrupts", 0) + 1
             if row.prompt:
                 account.prompted_at = max(account.prompted_at, row.at)
 
@@ -2317,17 +2315,16 @@ class Charge:
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
         complete = self.read_and_wait()
+        if account.baseline:
+            told, *sums = account.baseline
+            account.baseline = [added(told, usage.models), *sums]
         fields: Fields = {}
-        costs: dict[str, float] = {}
         if ends and account.baseline and account.ledger:
-            fields, costs = account.settle(usage)
-        else:
-            for model, counts in usage.models.items():
-                account.told[model] = plus(account.told.get(model, NONE), counts)
-            if not complete or self.event == "SessionLost":
-                fields["usage_complete"] = False
+            account.settle(usage)
+        elif not complete or self.event == "SessionLost":
+            fields["usage_complete"] = False
         account.total = plus(account.total, total(usage.models))
-        account.tool_calls += usage.tool_calls
+        account.tool_calls += usage.numbers["tool_calls"]
         beside = {
             "messages": usage.messages(self.ping["event_id"], int(self.at * 1000)),
             "totals": {**named(account.total), "tool_calls": account.tool_calls},
@@ -2335,7 +2332,7 @@ class Charge:
         }
         account.at_end = account.total if ends else account.at_end
         tool_names = self.local.get("tool_names") is not False
-        fields.update(usage.fields(account.model, tool_names, costs))
+        fields.update(usage.fields(account.model, tool_names))
         self.add_turn(fields)
         return [fields, gate_beside(beside, self.outbox.needs)]
 
@@ -2447,7 +2444,8 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     account = Account.load(path)
     reading = Reading(account, float("inf"), ends)
     reading.read()
-    news = account.baseline and account.ledger and account.baseline != account.ledger
+    gained = account.ledger[1:] != account.baseline[1:]
+    news = gained and account.ledger and account.baseline
     ended = account.total == account.at_end or "since_end" not in outbox.needs
     if ended and not news and not reading.usage.models:
         return
