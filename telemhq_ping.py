@@ -1895,8 +1895,8 @@ class Transcript:
 # -- Accounts: tokens, charged once ----------------------------------------------------
 
 USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd", "SessionLost")
-HISTORY, CALLED, FAILED = "history", "call", "failed"  # what else stands in `seen`
-IDENTITY = ("project", "session_id", "cwd_hash", "transcript_path_hash")
+HISTORY, CALLED = "history", "call"  # what else stands in `seen`
+IDENTITY = "project session_id cwd_hash transcript_path_hash timestamp".split()
 
 
 def less(counts: list[int], others: list[int]) -> list[int]:
@@ -1978,15 +1978,14 @@ class Account:
     what its file holds, a plain value of JSON.
 
     transcript: where the session's own is. identity, own: of the last ping, for a
-    SessionLost. since: older rows are history (seconds since 1970). was_read: its
-    history is known. transcripts: name -> Transcript's arguments. seen: key of an
-    answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
-    in_history: the main chain's last answer is. parent: of a fork: session, key of the
-    last answer copied. baseline: the ledger at the end of history, and what was told
-    since; [] when nobody knows it. ledger: the client's, while it is the last word. row_at: of the newest row; settled_at: of the
-    newest that the baseline has. last_at, stopped_at: the last charge, the last end of
-    a turn; prompted_at: the last prompt. total, tool_calls: told in all; at_end: when
-    the session last ended. charged: event_id -> [fields, what stands beside].
+    SessionLost. since: older rows are history (seconds since 1970). transcripts: name
+    -> Transcript's arguments. seen: key of an answer -> its counts, or HISTORY; short
+    id of a tool call -> CALLED, HISTORY when it failed. in_history: the main chain's
+    last answer is. baseline: the ledger at the end of history, and what was told since;
+    [] when nobody knows it. ledger: the client's, while it is the last word.
+    settled_at: older rows are in the baseline. stopped_at: the last end of a turn;
+    prompted_at: the last prompt. totals: told in all; at_end: when the session last
+    ended. charged: event_id -> what it was told, fields and what stands beside.
     """
 
     def __init__(self, path: str, since: float = 0) -> None:
@@ -1994,24 +1993,22 @@ class Account:
         self.transcript = self.model = self.branch = ""
         self.identity: Fields = {}
         self.own: Fields = {}
-        self.row_at = self.settled_at = 0.0
-        self.last_at = self.stopped_at = self.prompted_at = 0.0
-        self.was_read = self.in_history = False
+        self.settled_at = self.stopped_at = self.prompted_at = 0.0
+        self.in_history = False
         self.transcripts: dict[str, list[Any]] = {}
         self.seen: dict[str, Any] = {}
-        self.parent: list[str] = []
         self.baseline: list[Any] = NO_LEDGER
         self.ledger: list[Any] = []
-        self.total, self.at_end, self.tool_calls = NONE, NONE, 0
-        self.charged: dict[str, list[Fields]] = {}
+        self.totals: Fields = dict.fromkeys((*TOKENS, "tool_calls"), 0)
+        self.at_end = self.totals
+        self.charged: Fields = {}
 
     @classmethod
     def load(cls, path: str) -> Account:
         """OSError as it comes; ValueError: the file holds no account."""
         account, found = cls(path), read_object(path, ACCOUNT_MAX_BYTES)
-        for name in account.kept():
-            kind = type(getattr(account, name))
-            if not isinstance(found.get(name), (int, kind) if kind is float else kind):
+        for name, value in account.kept().items():
+            if type(found.get(name)) is not type(value):
                 raise ValueError("no account")
             setattr(account, name, found[name])
         return account
@@ -2055,7 +2052,8 @@ class Account:
             more = [min(pair) for pair in zip(less(counts, known), left)]
             left = less(left, more)
             usage.add(model, more)
-        self.baseline, self.settled_at = self.ledger, self.row_at
+        self.baseline = self.ledger
+        self.settled_at = max(ended_at for _, _, ended_at in self.transcripts.values())
         for (name, _), now, before in zip(LEDGER_SUMS, sums, base_sums):
             usage.numbers[name] = max(0, round(now - before, 10))
         costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
@@ -2077,13 +2075,36 @@ class Account:
         return found
 
 
+def parents_ledger(path: str, session: str, key: str, ends: float) -> list[Any]:
+    """Of a fork, with its own file's path: the last ledger in its parent's file before
+    any answer that was not copied, which is what the client goes on from (none there:
+    it begins anew); [] when nobody knows. key: of the last answer that was copied."""
+    found, copied = NO_LEDGER, False
+    path = os.path.join(os.path.dirname(path), session + ".jsonl")
+    try:
+        for row in Transcript().rows(path, ends):
+            if isinstance(row, LedgerRow):
+                found = row.ledger
+            elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
+                if copied and row.key != key:
+                    break
+                copied = copied or row.key == key
+    except (OSError, ValueError):
+        return []
+    return found if copied else []
+
+
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
-    until: the time of the event. ends: monotonic, when it is given up."""
+    until: the time of the event. ends: monotonic, when it is given up. first: there may
+    be a history that nobody knows yet. parent: of a fork: (session, key of the last
+    answer copied)."""
 
     def __init__(self, account: Account, until: float, ends: float) -> None:
         self.account, self.until, self.usage = account, until, Usage()
         self.ends = min(ends, time.monotonic() + READ_S)
+        self.first = bool(account.since) and not account.transcripts
+        self.parent: tuple[str, str] | None = None
         self.elsewhere: set[str] | None = None
         # The first answer of each id: some routers give many answers the same.
         self.firsts = {key[:ID_CHARS]: key for key in reversed(account.seen)}
@@ -2095,7 +2116,7 @@ class Reading:
         account, whole = self.account, True
         for name, path in account.files().items():
             try:
-                if account.since and not (name or account.was_read):
+                if self.first and not name:
                     account.since = max(account.since, self.end_of_earlier_runs())
                 self.read_one(name, path)
             except TimeoutError:
@@ -2104,7 +2125,10 @@ class Reading:
                 if not name:
                     raise
                 whole = whole and not os.path.isfile(path)
-        account.was_read = True
+            if self.parent and not account.baseline:  # now, for that one may go on
+                account.baseline = parents_ledger(path, *self.parent, self.ends)
+            self.parent = None
+        self.first = False
         return whole
 
     def end_of_earlier_runs(self) -> float:
@@ -2134,7 +2158,6 @@ class Reading:
                 main = not name and not row.sidechain
                 if row.at > self.until + (0 if main else LAG_S) + STAMP_S:
                     break  # a later ping's
-                account.row_at = max(account.row_at, row.at)
                 if isinstance(row, AnswerRow):
                     counts = row.real and self.count_answer(row, main)
                     if counts and row.final and (main or name):
@@ -2154,11 +2177,9 @@ class Reading:
         account = self.account
         if row.copied or row.at < account.since:
             return True
-        if account.was_read:
-            return False
-        if self.elsewhere is None:
+        if self.first and self.elsewhere is None:
             self.elsewhere = account.seen_elsewhere(row.key)
-        return row.key in self.elsewhere
+        return self.first and row.key in (self.elsewhere or ())
 
     def count_answer(self, row: AnswerRow, main: bool) -> bool:
         """Count an answer's tokens, once, and its tool calls; False: it is history."""
@@ -2196,9 +2217,9 @@ class Reading:
         elif new:
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
-            copied = row.copied and identifier(row.origin)
             account.in_history = not row.branched
-            account.parent = [str(row.origin), row.key] if copied else []
+            copied = row.copied and identifier(row.origin)
+            self.parent = (str(row.origin), row.key) if copied else None
             account.ledger = []
 
     def gain(
@@ -2224,7 +2245,7 @@ class Reading:
         account, seen = self.account, self.account.seen
         for call in row.failed:
             if seen.get(call) == CALLED:
-                seen[call] = FAILED
+                seen[call] = HISTORY
                 self.usage.numbers["tool_failures"] += 1
         if main and row.at >= account.since:
             if row.interrupt and row.interrupt not in seen:
@@ -2258,15 +2279,14 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
     if starts and source in ("resume", "fork"):
         account.since = at
     if starts and source in ("startup", "clear"):
-        account.since, account.was_read = 0.0, True  # it has no history
+        account.since = 0.0  # it has no history
     return account
 
 
 class Charge:
     """One try to give a ping its session's new usage. ends: monotonic, for all of it.
 
-    at: the event's time. stopped_at: when the session's turn before ended, 0: not
-    known. saving: what fails now is writing.
+    at: the event's time. saving: what fails now is writing.
     """
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
@@ -2274,8 +2294,6 @@ class Charge:
         self.ping, self.local = record.ping, record.local
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
         self.account = open_account(outbox, name, record.ping)
-        stopped_at = self.account.stopped_at
-        self.stopped_at = stopped_at if stopped_at < self.at else 0.0
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
         self.reading = Reading(self.account, until.get(self.event, self.at), ends)
         self.saving = False
@@ -2295,9 +2313,9 @@ class Charge:
         account.save()
         if event_id not in account.charged:
             return self.record
-        fields, beside = account.charged[event_id]
-        beside = gate_beside({**self.record.beside, **beside}, self.outbox.needs)
-        record = Record(gate({**self.ping, **fields}), {}, beside)
+        told = account.charged[event_id]
+        beside = gate_beside({**self.record.beside, **told}, self.outbox.needs)
+        record = Record(gate({**self.ping, **told}), {}, beside)
         self.outbox.rewrite(self.name, record)
         return record
 
@@ -2306,11 +2324,11 @@ class Charge:
         account, path = self.account, str(self.local["transcript"])
         if os.path.isfile(path) or not account.transcript:
             account.transcript = path
-        account.own, account.last_at = self.record.beside.get("own", {}), self.at
+        account.own = self.record.beside.get("own", {})
         account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
 
-    def tell(self) -> list[Fields]:
-        """[the usage fields, what stands beside] of all that was used since the last
+    def tell(self) -> Fields:
+        """The usage fields, and what stands beside, of all that was used since the last
         charge. OSError or ValueError: the transcript cannot be read."""
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
@@ -2318,27 +2336,25 @@ class Charge:
         if account.baseline:
             told, *sums = account.baseline
             account.baseline = [added(told, usage.models), *sums]
-        fields: Fields = {}
         if ends and account.baseline and account.ledger:
             account.settle(usage)
         elif not complete or self.event == "SessionLost":
-            fields["usage_complete"] = False
-        account.total = plus(account.total, total(usage.models))
-        account.tool_calls += usage.numbers["tool_calls"]
-        beside = {
-            "messages": usage.messages(self.ping["event_id"], int(self.at * 1000)),
-            "totals": {**named(account.total), "tool_calls": account.tool_calls},
-            "since_end": named(less(account.total, account.at_end)),
-        }
-        account.at_end = account.total if ends else account.at_end
+            usage.numbers["usage_complete"] = False
         tool_names = self.local.get("tool_names") is not False
-        fields.update(usage.fields(account.model, tool_names))
+        fields = usage.fields(account.model, tool_names)
         self.add_turn(fields)
-        return [fields, gate_beside(beside, self.outbox.needs)]
+        totals = {name: n + fields[name] for name, n in account.totals.items()}
+        since = {name: n - account.at_end[name] for name, n in totals.items()}
+        messages = usage.messages(self.ping["event_id"], int(self.at * 1000))
+        account.totals = totals
+        if ends:
+            account.at_end = totals
+        beside = {"messages": messages, "totals": totals, "since_end": since}
+        return {**fields, **gate_beside(beside, self.outbox.needs)}
 
     def add_turn(self, fields: Fields) -> None:
         """Add what is known of the turn that ends; note that it does."""
-        account, begun = self.account, self.stopped_at
+        account, begun = self.account, self.account.stopped_at
         # Else another hook had the turn go on from there.
         if not self.ping.get("stop_hook_active"):
             begun = account.prompted_at if account.prompted_at > begun else 0.0
@@ -2366,9 +2382,6 @@ class Charge:
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
-        if account.parent and not account.baseline:  # soon, for the parent may go on
-            account.baseline = self.parents_ledger(*account.parent)
-        account.parent = []
         if self.event in ("SessionEnd", "SessionLost"):
             lost = self.event == "SessionLost"
             return lost or not account.baseline or bool(account.ledger)
@@ -2380,26 +2393,7 @@ class Charge:
         elif self.event != "Stop":
             return True
         found = account.transcripts.get(name)
-        return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
-
-    def parents_ledger(self, session: str, key: str) -> list[Any]:
-        """Of a fork: the last ledger in its parent's file before any answer that was
-        not copied, which is what the client goes on from (none there: it begins anew);
-        [] when nobody knows. key: of the last answer that was copied."""
-        found, copied = NO_LEDGER, False
-        directory = os.path.dirname(self.account.transcript)
-        path = os.path.join(directory, session + ".jsonl")
-        try:
-            for row in Transcript().rows(path, self.reading.ends):
-                if isinstance(row, LedgerRow):
-                    found = row.ledger
-                elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
-                    if copied and row.key != key:
-                        break
-                    copied = copied or row.key == key
-        except (OSError, ValueError):
-            return []
-        return found if copied else []
+        return bool(found) and found[2] > account.stopped_at  # type: ignore[index]
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
@@ -2446,21 +2440,21 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     reading.read()
     gained = account.ledger[1:] != account.baseline[1:]
     news = gained and account.ledger and account.baseline
-    ended = account.total == account.at_end or "since_end" not in outbox.needs
+    ended = account.totals == account.at_end or "since_end" not in outbox.needs
     if ended and not news and not reading.usage.models:
         return
-    shown, mark = dict(account.identity), [account.total, reading.usage.models, news]
+    shown = dict(account.identity)
     transcript_hash = path_hash(account.transcript, settings.hash_key)
     if shown.get("transcript_path_hash") != transcript_hash:
         shown.pop("cwd_hash", None)  # hashed under another key; its path is not known
     shown.update(ORIGIN, event="SessionLost", status="success")
-    shown["event_id"] = sha256_hex((encode_json(mark) + path).encode())[:32]
+    shown["event_id"] = sha256_hex(encode_json(account.kept()).encode())[:32]
     shown["transcript_path_hash"] = transcript_hash
-    shown["timestamp"] = iso_time(int(account.last_at * 1e9))
     shown["machine"] = settings.machine
     local = {"transcript": account.transcript, "tool_names": settings.tool_names}
     record = Record(gate(shown), {**local, "git": settings.git}, {"own": account.own})
-    outbox.rewrite(PingName.make(int(account.last_at * 1e9), shown), record)
+    ns = int(seconds_of(shown["timestamp"]) * 1e9)
+    outbox.rewrite(PingName.make(ns, shown), record)
 
 
 # -- Delivery: one request, one verdict ------------------------------------------------
