@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from urllib.request import OpenerDirector
 
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
+    Models = Dict[str, list[int]]  # model -> counts, in the order of COUNTS
     Shape = Callable[[object], bool]
     Tell = Callable[[str], None]  # says a line to a person, or swallows it
     ReadSecret = Callable[[str], str]  # what a file holds that only its owner can read
@@ -1702,7 +1703,8 @@ def hook() -> NoReturn:
 
 # -- Transcripts: rows that count ------------------------------------------------------
 
-NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"interruptedMessageId"')
+INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
+NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', INTERRUPTED.encode())
 COUNTS = (  # the ping's name, the transcript's, the ledger's
     ("input_tokens", "input_tokens", "inputTokens"),
     ("output_tokens", "output_tokens", "outputTokens"),
@@ -1722,7 +1724,6 @@ LEDGER_SUMS = (  # the ping's name, the ledger's
 NO_LEDGER: list[Any] = [{}, {}, [0, 0, 0]]
 NONE = [0] * len(COUNTS)
 OUTPUT = 1  # the output tokens' place in COUNTS
-INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
 
 
 def matters(line: bytes) -> bool:
@@ -1733,10 +1734,8 @@ def matters(line: bytes) -> bool:
 
 
 def short_id(text: str) -> str:
-    """What is kept of an id: 48 bits, enough to know it again."""
-    from hashlib import sha256  # imported already, by urllib
-
-    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:ID_CHARS]
+    """What is kept of an id: ID_CHARS, enough to know it again."""
+    return path_hash(text, "")
 
 
 def counts_in(found: Fields, column: int) -> list[int]:
@@ -1753,6 +1752,12 @@ def plus(counts: list[int], more: list[int]) -> list[int]:
     return [a + b for a, b in zip(counts, more)]
 
 
+def added(models: Models, more: Models) -> Models:
+    """The sum, model by model."""
+    sums = {name: plus(models.get(name, NONE), more[name]) for name in more}
+    return {**models, **sums}
+
+
 class Row:
     """A line of a transcript that counts, or begins a turn. What it lacks or has
     otherwise than expected raises: the format is internal to the client.
@@ -1761,16 +1766,16 @@ class Row:
     before it.
     """
 
-    def __init__(self, fields: Fields) -> None:
-        self.at = seconds_of(fields["timestamp"]) if "timestamp" in fields else 0.0
-        self.sidechain = bool(fields.get("isSidechain"))
+    at = 0.0
 
     @staticmethod
     def parse(line: bytes) -> Row | None:
         """The row that a line holds, None when it holds none of ours."""
         try:
             fields = decode_json(line.decode("utf-8", "replace"))
-            return ROWS[fields["type"]](fields)
+            row = ROWS[fields["type"]](fields)
+            row.at = seconds_of(fields.get("timestamp"))
+            return row
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -1779,28 +1784,27 @@ class AnswerRow(Row):
     """One content block of an answer of the API, with the whole answer's usage.
 
     key: what the answer is known by; name: the id that it has for a person; request:
-    the API's. real: no words of the client's own. copied: from another session;
-    origin: which, as far as it tells; branched: by /branch. stopped: it is whole;
-    final: the turn ends with it. calls: tool calls, short id -> name. inner: (model,
-    counts) of other models' calls inside it.
+    the API's. copied: from another session; origin: which, as far as it tells;
+    branched: by /branch. stopped: it is whole; final: the turn ends with it. calls:
+    tool calls, short id -> name. inner: (model, counts) of other models' calls in it.
     """
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
         message, session = fields["message"], fields.get("sessionId")
         self.request = str(fields.get("requestId") or "")
         self.name = str(message.get("id") or self.request or fields["uuid"])
         self.key = short_id(self.name) + short_id(self.request)[:4]
         self.counts = counts_in(message["usage"], 1)
         model, stop_reason = message.get("model"), message.get("stop_reason")
-        self.real = model != "<synthetic>" and not fields.get("isApiErrorMessage")
+        if model == "<synthetic>" or fields.get("isApiErrorMessage"):
+            raise ValueError("words of the client's own")
         self.model = model_shown(model)
         self.origin = fields.get("requestSessionId", session)
         self.branched = bool(fields.get("forkedFrom"))
         self.copied = self.origin != session or self.branched
         self.stopped = stop_reason is not None
         self.final = stop_reason not in (None, "tool_use")
-        self.calls: dict[str, object] = {}
+        self.calls: Fields = {}
         content = message.get("content")
         for block in content if isinstance(content, list) else ():
             if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
@@ -1821,18 +1825,16 @@ class UserRow(Row):
     """
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
         content = fields["message"].get("content")
         blocks = content if isinstance(content, list) else []
         results = [block for block in blocks if block.get("type") == "tool_result"]
         failed = [block for block in results if block.get("is_error") is True]
         self.failed = [short_id(str(block.get("tool_use_id"))) for block in failed]
-        texts = [str(block.get("text")) for block in blocks if not results]
-        self.interrupt = ""
-        if "interruptedMessageId" in fields or "".join(texts).startswith(INTERRUPTED):
-            self.interrupt = short_id(f"{fields.get('uuid')} {fields.get('timestamp')}")
+        said = "".join([str(block.get("text")) for block in blocks])
+        told = said.startswith(INTERRUPTED)
+        self.interrupt = short_id(str(fields.get("uuid"))) if told else ""
         inserted = fields.get("isMeta") or fields.get("isCompactSummary")
-        self.prompt = not (results or self.interrupt or inserted)
+        self.prompt = not (results or told or inserted)
 
 
 class LedgerRow(Row):
@@ -1840,12 +1842,11 @@ class LedgerRow(Row):
     USD, the sums of LEDGER_SUMS]."""
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
-        models: dict[str, list[int]] = {}
+        models: Models = {}
         costs: dict[str, float] = {}
         for name, used in fields["modelUsage"].items():
             shown, cost = model_shown(name), used.get("costUSD")
-            models[shown] = plus(models.get(shown, NONE), counts_in(used, 2))
+            models = added(models, {shown: counts_in(used, 2)})
             costs[shown] = costs.get(shown, 0) + (cost if number(cost) else 0)
         sums = [fields.get(theirs) for _, theirs in LEDGER_SUMS]
         self.ledger = [models, costs, [n if number(n) else 0 for n in sums]]
@@ -1877,9 +1878,8 @@ class Transcript:
             file.seek(max(0, self.offset - 1))
             if inode != self.inode or (self.offset and file.read(1) != b"\n"):
                 self.offset = file.seek(0)  # another file, or not what it was
-            self.inode, position = inode, self.offset
+            self.inode = inode
             for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
-                position += len(line)
                 begins, whole = whole, line.endswith(b"\n")
                 # The parts of one that is too long are no lines.
                 row = Row.parse(line) if begins and whole and matters(line) else None
@@ -1887,7 +1887,7 @@ class Transcript:
                     at = row.at = row.at or at
                     yield row
                 if whole:
-                    self.offset = position
+                    self.offset = file.tell()
                 if time.monotonic() > ends:
                     raise TimeoutError("the rest is for the next ping")
 
@@ -1904,17 +1904,9 @@ def less(counts: list[int], others: list[int]) -> list[int]:
     return [max(0, a - b) for a, b in zip(counts, others)]
 
 
-def total(models: dict[str, list[int]]) -> list[int]:
+def total(models: Models) -> list[int]:
     """The sum over all models (model -> counts)."""
     return [sum(column) for column in zip(NONE, *models.values())]
-
-
-def added(
-    models: dict[str, list[int]], more: dict[str, list[int]]
-) -> dict[str, list[int]]:
-    """The sum, model by model (model -> counts)."""
-    sums = {name: plus(models.get(name, NONE), more[name]) for name in more}
-    return {**models, **sums}
 
 
 def named(counts: list[int]) -> Fields:
@@ -1930,7 +1922,7 @@ class Usage:
     gained."""
 
     def __init__(self) -> None:
-        self.models: dict[str, list[int]] = {}
+        self.models: Models = {}
         self.tools: dict[str, int] = {}
         self.numbers: Fields = {"tool_calls": 0, "tool_failures": 0}
         self.costs: dict[str, float] = {}
@@ -1941,7 +1933,7 @@ class Usage:
         if any(counts):
             self.models = added(self.models, {model: counts})
 
-    def fields(self, model: str, tool_names: bool) -> Fields:
+    def fields(self, model: str) -> Fields:
         """The fields of a ping. model: the main chain's last."""
         fields = {**named(total(self.models)), **self.numbers}
         models = {name: named(counts) for name, counts in self.models.items()}
@@ -1949,12 +1941,8 @@ class Usage:
             models.setdefault(name, {})["cost_usd"] = cost
         if models and list(models) != [model]:
             fields["models"] = models
-        tools: dict[str, int] = {}
-        for name, calls in self.tools.items():
-            shown = tool_shown(name, tool_names)
-            tools[shown] = tools.get(shown, 0) + calls
-        if tools:
-            used = sorted(tools.items(), key=lambda pair: (-pair[1], pair[0]))
+        if self.tools:
+            used = sorted(self.tools.items(), key=lambda pair: (-pair[1], pair[0]))
             fields["tools"] = dict(used[:20])
         if model:
             fields["model"] = model
@@ -2029,15 +2017,12 @@ class Account:
     def files(self) -> dict[str, str]:
         """Name -> path of the session's transcripts: its own, "", and its agents', at
         any depth. The names stay where the files move."""
+        from glob import escape, glob
+
         top = self.transcript[: -len(".jsonl")]
-        paths = [
-            os.path.join(directory, name)
-            for directory, _, names in os.walk(os.path.join(top, "subagents"))
-            for name in sorted(names)
-            if name.startswith("agent-") and name.endswith(".jsonl")
-        ]
-        agents = {os.path.relpath(path, top): path for path in paths}
-        return {"": self.transcript, **agents}
+        agents = os.path.join(escape(top), "subagents", "**", "agent-*.jsonl")
+        paths = sorted(glob(agents, recursive=True))
+        return {"": self.transcript, **{os.path.relpath(p, top): p for p in paths}}
 
     def settle(self, usage: Usage) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -2061,12 +2046,10 @@ class Account:
 
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
-        directory, own = os.path.split(self.path)
+        from glob import escape, glob
+
         found: set[str] = set()
-        for name in os.listdir(directory) if os.path.isdir(directory) else ():
-            path = os.path.join(directory, name)
-            if own in name:  # or what a killed sender left unfinished of it
-                continue
+        for path in glob(os.path.join(escape(os.path.dirname(self.path)), "*.json")):
             try:
                 if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
@@ -2075,17 +2058,16 @@ class Account:
         return found
 
 
-def parents_ledger(path: str, session: str, key: str, ends: float) -> list[Any]:
-    """Of a fork, with its own file's path: the last ledger in its parent's file before
-    any answer that was not copied, which is what the client goes on from (none there:
-    it begins anew); [] when nobody knows. key: of the last answer that was copied."""
+def ledger_until(path: str, key: str, ends: float) -> list[Any]:
+    """The last ledger in the file of a fork's parent before any answer that was not
+    copied, which is what the client goes on from (none there: it begins anew); [] when
+    nobody knows. key: of the last answer that was copied."""
     found, copied = NO_LEDGER, False
-    path = os.path.join(os.path.dirname(path), session + ".jsonl")
     try:
         for row in Transcript().rows(path, ends):
             if isinstance(row, LedgerRow):
                 found = row.ledger
-            elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
+            elif isinstance(row, AnswerRow):
                 if copied and row.key != key:
                     break
                 copied = copied or row.key == key
@@ -2097,11 +2079,14 @@ def parents_ledger(path: str, session: str, key: str, ends: float) -> list[Any]:
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
     until: the time of the event. ends: monotonic, when it is given up. first: there may
-    be a history that nobody knows yet. parent: of a fork: (session, key of the last
-    answer copied)."""
+    be a history that nobody knows yet. parent: of a fork: (its parent's file, key of
+    the last answer copied)."""
 
-    def __init__(self, account: Account, until: float, ends: float) -> None:
+    def __init__(
+        self, account: Account, until: float, ends: float, tool_names: bool = True
+    ) -> None:
         self.account, self.until, self.usage = account, until, Usage()
+        self.tool_names = tool_names
         self.ends = min(ends, time.monotonic() + READ_S)
         self.first = bool(account.since) and not account.transcripts
         self.parent: tuple[str, str] | None = None
@@ -2111,25 +2096,22 @@ class Reading:
 
     def read(self) -> bool:
         """Count what was gained; False: a part. The session's own comes first: agents'
-        files may begin with copies of its rows. OSError or ValueError: that one cannot
-        be read."""
-        account, whole = self.account, True
-        for name, path in account.files().items():
-            try:
-                if self.first and not name:
-                    account.since = max(account.since, self.end_of_earlier_runs())
-                self.read_one(name, path)
-            except TimeoutError:
-                return False
-            except (OSError, ValueError):
-                if not name:
-                    raise
-                whole = whole and not os.path.isfile(path)
-            if self.parent and not account.baseline:  # now, for that one may go on
-                account.baseline = parents_ledger(path, *self.parent, self.ends)
-            self.parent = None
-        self.first = False
-        return whole
+        files may begin with copies of its rows. OSError or ValueError: one cannot be
+        read."""
+        account = self.account
+        try:
+            if self.first:
+                account.since = max(account.since, self.end_of_earlier_runs())
+            for name, path in account.files().items():
+                if not name or os.path.isfile(path):
+                    self.read_one(name, path)
+        except TimeoutError:
+            return False
+        if self.parent and not account.baseline:  # now, for that one may go on
+            path = os.path.join(os.path.dirname(account.transcript), self.parent[0])
+            account.baseline = ledger_until(path, self.parent[1], self.ends)
+        self.first, self.parent = False, None
+        return True
 
     def end_of_earlier_runs(self) -> float:
         """When that began which follows the last ledger with an answer behind it: what
@@ -2151,16 +2133,14 @@ class Reading:
     def read_one(self, name: str, path: str) -> None:
         """Count what one transcript has gained, up to the event's time: the client
         writes agents' rows a little later."""
-        account = self.account
+        account, main = self.account, not name
         transcript = Transcript(*account.transcripts.get(name, ()))
         try:
             for row in transcript.rows(path, self.ends):
-                main = not name and not row.sidechain
-                if row.at > self.until + (0 if main else LAG_S) + STAMP_S:
+                if row.at > self.until + (LAG_S if name else 0) + STAMP_S:
                     break  # a later ping's
                 if isinstance(row, AnswerRow):
-                    counts = row.real and self.count_answer(row, main)
-                    if counts and row.final and (main or name):
+                    if self.count_answer(row, main) and row.final:
                         transcript.ended_at = max(transcript.ended_at, row.at)
                 elif isinstance(row, UserRow):
                     self.count_user(row, main)
@@ -2198,11 +2178,12 @@ class Reading:
         self.gain(row.key, row.model, row.counts, row)
         for n, (model, counts) in enumerate(row.inner):
             self.gain(short_id(f"{row.key} {n}"), model, counts)
-        for call, tool in row.calls.items():
+        for call, name in row.calls.items():
             if call not in seen:
                 seen[call] = CALLED
                 self.usage.numbers["tool_calls"] += 1
-                if isinstance(tool, str) and identifier(tool):
+                if identifier(name):
+                    tool = tool_shown(name, self.tool_names)
                     self.usage.tools[tool] = self.usage.tools.get(tool, 0) + 1
         return True
 
@@ -2219,7 +2200,7 @@ class Reading:
             account.baseline = NO_LEDGER if row.branched else []
             account.in_history = not row.branched
             copied = row.copied and identifier(row.origin)
-            self.parent = (str(row.origin), row.key) if copied else None
+            self.parent = (f"{row.origin}.jsonl", row.key) if copied else None
             account.ledger = []
 
     def gain(
@@ -2262,7 +2243,7 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
     before at most. OSError: it cannot be read, and must not be replaced. ValueError: it
     is damaged; it has begun anew, and this ping goes without."""
     path = outbox.account_path(session_name(ping["session_id"]))
-    at, source = PingName(name).ns / 1e9, ping.get("source")
+    at = PingName(name).ns / 1e9
     try:
         return Account.load(path)
     except ValueError:
@@ -2272,22 +2253,16 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
         raise
     except FileNotFoundError:
         pass
-    starts = ping.get("event") == "SessionStart"
-    known = filter(os.path.exists, (THIS_FILE, outbox.path("lock")))
-    installed = min([at, *(os.stat(path).st_ctime for path in known)])
-    account = Account(path, max(installed, at - DAY_S))
-    if starts and source in ("resume", "fork"):
-        account.since = at
-    if starts and source in ("startup", "clear"):
-        account.since = 0.0  # it has no history
-    return account
+    ours = (THIS_FILE, outbox.path("lock"))
+    installed = min(at, *(os.stat(path).st_ctime for path in ours))
+    known = {"startup": 0.0, "clear": 0.0, "resume": at, "fork": at}
+    source = str(ping.get("source"))  # of a SessionStart
+    return Account(path, known.get(source, max(installed, at - DAY_S)))
 
 
 class Charge:
     """One try to give a ping its session's new usage. ends: monotonic, for all of it.
-
-    at: the event's time. saving: what fails now is writing.
-    """
+    at: the event's time."""
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
         self.outbox, self.name, self.record = outbox, name, record
@@ -2295,41 +2270,43 @@ class Charge:
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
         self.account = open_account(outbox, name, record.ping)
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
-        self.reading = Reading(self.account, until.get(self.event, self.at), ends)
-        self.saving = False
+        until_s, tool_names = (
+            until.get(self.event, self.at),
+            self.local.get("tool_names"),
+        )
+        self.reading = Reading(self.account, until_s, ends, tool_names is not False)
 
-    def run(self) -> Record:
+    def count(self) -> None:
+        """Note what is new; for a SessionLost, too. OSError or ValueError: the
+        transcript cannot be read."""
+        account, event_id = self.account, self.ping["event_id"]
+        if self.local.get("usage") is False:
+            account.since = max(account.since, self.at)
+            return
+        path = str(self.local["transcript"])
+        if os.path.isfile(path) or not account.transcript:
+            account.transcript = path
+        account.own = self.record.beside.get("own", {})
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+        if self.event in USAGE_EVENTS and event_id not in account.charged:
+            account.charged[event_id] = self.tell()
+
+    def keep(self) -> Record:
         """The ping with its usage: now or, after a crash, again. The account is saved
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
-        account, event_id = self.account, str(self.ping["event_id"])
-        if self.local.get("usage") is False:
-            account.since = max(account.since, self.at)
-        else:
-            self.meet()
-            if self.event in USAGE_EVENTS and event_id not in account.charged:
-                account.charged[event_id] = self.tell()
-        self.saving = True
-        account.save()
-        if event_id not in account.charged:
+        self.account.save()
+        told = self.account.charged.get(self.ping["event_id"])
+        if told is None:
             return self.record
-        told = account.charged[event_id]
         beside = gate_beside({**self.record.beside, **told}, self.outbox.needs)
         record = Record(gate({**self.ping, **told}), {}, beside)
         self.outbox.rewrite(self.name, record)
         return record
 
-    def meet(self) -> None:
-        """Note what a SessionLost would tell, and where the transcript is."""
-        account, path = self.account, str(self.local["transcript"])
-        if os.path.isfile(path) or not account.transcript:
-            account.transcript = path
-        account.own = self.record.beside.get("own", {})
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
-
     def tell(self) -> Fields:
         """The usage fields, and what stands beside, of all that was used since the last
-        charge. OSError or ValueError: the transcript cannot be read."""
+        charge."""
         account, usage = self.account, self.reading.usage
         ends = self.event in ("SessionEnd", "SessionLost")
         complete = self.read_and_wait()
@@ -2340,8 +2317,7 @@ class Charge:
             account.settle(usage)
         elif not complete or self.event == "SessionLost":
             usage.numbers["usage_complete"] = False
-        tool_names = self.local.get("tool_names") is not False
-        fields = usage.fields(account.model, tool_names)
+        fields = usage.fields(account.model)
         self.add_turn(fields)
         totals = {name: n + fields[name] for name, n in account.totals.items()}
         since = {name: n - account.at_end[name] for name, n in totals.items()}
@@ -2369,22 +2345,18 @@ class Charge:
         """Read until all has come, or the event is LAG_S old: the client writes a
         turn's last row, a session's ledger after it. Whether all has."""
         lag = min(LAG_S, self.at + LAG_S - time.time())
-        give_up, tries = time.monotonic() + lag, 0
+        give_up = min(time.monotonic() + lag, self.reading.ends)
         while True:
-            whole, tries = self.reading.read(), tries + 1
-            came, now = self.has_come(), time.monotonic()
-            if (whole and came) or now >= self.reading.ends:
-                return whole and came
-            if now >= give_up and (whole or tries >= CHARGE_TRIES):
-                return False
+            came = self.reading.read() and self.has_come()
+            if came or time.monotonic() >= give_up:
+                return came
             time.sleep(POLL_S)
 
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
         if self.event in ("SessionEnd", "SessionLost"):
-            lost = self.event == "SessionLost"
-            return lost or not account.baseline or bool(account.ledger)
+            return not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
             agent, top = str(self.local.get("agent_transcript")), account.transcript
             name = os.path.relpath(agent, top[: -len(".jsonl")])
@@ -2403,23 +2375,25 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
     Where nothing can be read, nothing is charged: it is for the session's next ping.
     """
     charges = record.ping.get("event") in USAGE_EVENTS
+    off, saving = record.local.get("usage") is False, False
     path = outbox.account_path(session_name(record.ping["session_id"]))
-    for tries in range(CHARGE_TRIES):
-        time.sleep(POLL_S if tries else 0)
-        one = None
+    if not (charges or off) and os.path.exists(path):
+        os.utime(path)  # its session is not lost
+        return record
+    for _ in range(CHARGE_TRIES):
+        saving = False
         try:
-            if not charges and record.local.get("usage", True) and os.path.exists(path):
-                os.utime(path)  # its session is not lost
-                return record
             one = Charge(outbox, name, record, ends)
-            return one.run()
-        except (FileNotFoundError, NotADirectoryError, ValueError):
+            one.count()
+            saving = True
+            return one.keep()
+        except (FileNotFoundError, ValueError):
             break  # there is no such transcript; the account is damaged
         except OSError:
-            continue
-    if not charges or record.local.get("usage") is False:
+            time.sleep(POLL_S)
+    if off or not charges:
         return record
-    if one and one.saving and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
+    if saving and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
         return None
     fields = {**record.ping, "usage_complete": False}
     record = Record(gate(fields), {}, record.beside)
@@ -2447,10 +2421,14 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     transcript_hash = path_hash(account.transcript, settings.hash_key)
     if shown.get("transcript_path_hash") != transcript_hash:
         shown.pop("cwd_hash", None)  # hashed under another key; its path is not known
-    shown.update(ORIGIN, event="SessionLost", status="success")
-    shown["event_id"] = sha256_hex(encode_json(account.kept()).encode())[:32]
-    shown["transcript_path_hash"] = transcript_hash
-    shown["machine"] = settings.machine
+    shown.update(
+        ORIGIN,
+        event="SessionLost",
+        status="success",
+        event_id=sha256_hex(encode_json(account.kept()).encode())[:32],
+        transcript_path_hash=transcript_hash,
+        machine=settings.machine,
+    )
     local = {"transcript": account.transcript, "tool_names": settings.tool_names}
     record = Record(gate(shown), {**local, "git": settings.git}, {"own": account.own})
     ns = int(seconds_of(shown["timestamp"]) * 1e9)
