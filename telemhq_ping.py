@@ -115,7 +115,6 @@ SENT_MAX_BYTES = 5 << 20  # some 5,000 pings; with the file before it, 10,000
 BLOCK_BYTES = 4 << 20  # of a transcript, read at once
 LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
 ID_CHARS = 12  # of a hash, 48 bits: among 64,000 two are the same once in 100,000 times
-STAMP_S = 0.001  # rows tell their time in milliseconds
 LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
 POLL_S = 0.05  # between two looks at a transcript that is awaited
 READ_S = 20.0  # reading for one ping; the rest is for the session's next
@@ -1705,25 +1704,22 @@ def hook() -> NoReturn:
 
 INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
 NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', INTERRUPTED.encode())
-COUNTS = (  # the ping's name, the transcript's, the ledger's
-    ("input_tokens", "input_tokens", "inputTokens"),
-    ("output_tokens", "output_tokens", "outputTokens"),
-    ("cached_input_tokens", "cache_read_input_tokens", "cacheReadInputTokens"),
-    (
-        "cache_creation_input_tokens",
-        "cache_creation_input_tokens",
-        "cacheCreationInputTokens",
-    ),
-    ("reasoning_tokens", "thinking_tokens", "thinkingTokens"),
-)
-LEDGER_SUMS = (  # the ping's name, the ledger's
-    ("cost_usd", "totalCostUSD"),
-    ("lines_added", "totalLinesAdded"),
-    ("lines_removed", "totalLinesRemoved"),
-)
-NO_LEDGER: list[Any] = [{}, {}, [0, 0, 0]]
+COUNTS = (  # in the order of TOKENS, which has their total behind them
+    "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens "
+    "thinking_tokens"
+).split()
+LEDGER_COUNTS = (
+    "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens "
+    "thinkingTokens"
+).split()
+LEDGER_SUMS = {  # the ping's name -> the ledger's
+    "cost_usd": "totalCostUSD",
+    "lines_added": "totalLinesAdded",
+    "lines_removed": "totalLinesRemoved",
+}
+NO_LEDGER: list[Any] = [{}, {}, {}]
 NONE = [0] * len(COUNTS)
-OUTPUT = 1  # the output tokens' place in COUNTS
+OUTPUT = 1  # the output tokens' place
 
 
 def matters(line: bytes) -> bool:
@@ -1738,13 +1734,16 @@ def short_id(text: str) -> str:
     return path_hash(text, "")
 
 
-def counts_in(found: Fields, column: int) -> list[int]:
-    """The counts of a row's usage (column 1) or of a model in the ledger (2), in the
-    order of COUNTS."""
-    details = found.get("output_tokens_details")
-    found = {**found, **details} if isinstance(details, dict) else found
-    given = [found.get(names[column]) for names in COUNTS]
-    return [int(n) if number(n) else 0 for n in given]  # type: ignore[arg-type]
+def number_in(found: Fields, name: str) -> Any:
+    """The number under `name`, 0 when there is none."""
+    value = found.get(name)
+    return value if number(value) else 0
+
+
+def counts_in(usage: Fields) -> list[int]:
+    """The counts of an answer's usage."""
+    usage = {**usage, **object_in(usage, "output_tokens_details")}
+    return [int(number_in(usage, name)) for name in COUNTS]
 
 
 def plus(counts: list[int], more: list[int]) -> list[int]:
@@ -1794,7 +1793,7 @@ class AnswerRow(Row):
         self.request = str(fields.get("requestId") or "")
         self.name = str(message.get("id") or self.request or fields["uuid"])
         self.key = short_id(self.name) + short_id(self.request)[:4]
-        self.counts = counts_in(message["usage"], 1)
+        self.counts = counts_in(message["usage"])
         model, stop_reason = message.get("model"), message.get("stop_reason")
         if model == "<synthetic>" or fields.get("isApiErrorMessage"):
             raise ValueError("words of the client's own")
@@ -1810,7 +1809,7 @@ class AnswerRow(Row):
             if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
                 self.calls[short_id(block["id"])] = block.get("name")
         self.inner = [
-            (model_shown(call.get("model")), counts_in(call, 1))
+            (model_shown(call.get("model")), counts_in(call))
             for call in message["usage"].get("iterations") or ()
             if call.get("type") == "advisor_message"
         ]
@@ -1839,17 +1838,18 @@ class UserRow(Row):
 
 class LedgerRow(Row):
     """The client's own sums of a session so far. ledger: [model -> counts, model ->
-    USD, the sums of LEDGER_SUMS]."""
+    USD, name in LEDGER_SUMS -> sum]."""
 
     def __init__(self, fields: Fields) -> None:
         models: Models = {}
         costs: dict[str, float] = {}
         for name, used in fields["modelUsage"].items():
-            shown, cost = model_shown(name), used.get("costUSD")
-            models = added(models, {shown: counts_in(used, 2)})
-            costs[shown] = costs.get(shown, 0) + (cost if number(cost) else 0)
-        sums = [fields.get(theirs) for _, theirs in LEDGER_SUMS]
-        self.ledger = [models, costs, [n if number(n) else 0 for n in sums]]
+            shown = model_shown(name)
+            counts = [int(number_in(used, count)) for count in LEDGER_COUNTS]
+            models = added(models, {shown: counts})
+            costs[shown] = costs.get(shown, 0) + number_in(used, "costUSD")
+        sums = {ours: number_in(fields, name) for ours, name in LEDGER_SUMS.items()}
+        self.ledger = [models, costs, sums]
 
 
 ROWS: dict[str, Callable[[Fields], Row]] = {
@@ -1910,9 +1910,13 @@ def total(models: Models) -> list[int]:
 
 
 def named(counts: list[int]) -> Fields:
-    """Counts as a ping has them: all of COUNTS, and the total."""
-    found = {names[0]: n for names, n in zip(COUNTS, counts)}
-    return {**found, "total_tokens": sum(counts) - found["reasoning_tokens"]}
+    """Counts as a ping has them, with their total: reasoning is part of the output."""
+    return dict(zip(TOKENS, [*counts, sum(counts[:-1])]))
+
+
+def gained(now: Fields, before: Fields) -> Fields:
+    """What numbers have gained, name by name; never negative."""
+    return {name: max(0, round(n - before.get(name, 0), 10)) for name, n in now.items()}
 
 
 class Usage:
@@ -1925,7 +1929,7 @@ class Usage:
         self.models: Models = {}
         self.tools: dict[str, int] = {}
         self.numbers: Fields = {"tool_calls": 0, "tool_failures": 0}
-        self.costs: dict[str, float] = {}
+        self.costs: Fields = {}
         self.rows: list[list[Any]] = []
 
     def add(self, model: str, counts: list[int]) -> None:
@@ -1937,8 +1941,8 @@ class Usage:
         """The fields of a ping. model: the main chain's last."""
         fields = {**named(total(self.models)), **self.numbers}
         models = {name: named(counts) for name, counts in self.models.items()}
-        for name, cost in self.costs.items():
-            models.setdefault(name, {})["cost_usd"] = cost
+        for name in filter(self.costs.get, self.costs):
+            models.setdefault(name, {})["cost_usd"] = self.costs[name]
         if models and list(models) != [model]:
             fields["models"] = models
         if self.tools:
@@ -2039,10 +2043,8 @@ class Account:
             usage.add(model, more)
         self.baseline = self.ledger
         self.settled_at = max(ended_at for _, _, ended_at in self.transcripts.values())
-        for (name, _), now, before in zip(LEDGER_SUMS, sums, base_sums):
-            usage.numbers[name] = max(0, round(now - before, 10))
-        costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
-        usage.costs = {model: cost for model, cost in costs.items() if cost > 0}
+        usage.costs = gained(costs, base_costs)
+        usage.numbers.update(gained(sums, base_sums))
 
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
@@ -2119,7 +2121,7 @@ class Reading:
         since = begun = 0.0
         ended = False
         for row in Transcript().rows(self.account.transcript, self.ends):
-            if row.at > self.until + STAMP_S:
+            if row.at > self.until:
                 break
             if isinstance(row, LedgerRow):
                 ended, begun = True, 0.0
@@ -2137,7 +2139,7 @@ class Reading:
         transcript = Transcript(*account.transcripts.get(name, ()))
         try:
             for row in transcript.rows(path, self.ends):
-                if row.at > self.until + (LAG_S if name else 0) + STAMP_S:
+                if row.at > self.until + (LAG_S if name else 0):
                     break  # a later ping's
                 if isinstance(row, AnswerRow):
                     if self.count_answer(row, main) and row.final:
@@ -2210,16 +2212,16 @@ class Reading:
         some routers begin with none at all. row: for a tracker that keeps the first row
         of each id, which then is one of its own for what was gained later."""
         known = self.account.seen.setdefault(key, NONE)
-        gained = less(counts, known)
-        if counts[OUTPUT] < known[OUTPUT] or not any(gained):
+        more = less(counts, known)
+        if counts[OUTPUT] < known[OUTPUT] or not any(more):
             return
-        self.account.seen[key] = plus(known, gained)
-        self.usage.add(model, gained)
+        self.account.seen[key] = plus(known, more)
+        self.usage.add(model, more)
         if row and identifier(row.name):
             first = self.firsts.setdefault(key[:ID_CHARS], key)
             name = row.name if first == key else f"{row.name}.{row.request}"
             name += f".{counts[OUTPUT]}" if any(known) else ""
-            self.usage.rows.append([name, model, int(row.at * 1000), *gained])
+            self.usage.rows.append([name, model, int(row.at * 1000), *more])
 
     def count_user(self, row: UserRow, main: bool) -> None:
         """Count failed tools and interrupts; note that a prompt begins a turn."""
@@ -2320,12 +2322,13 @@ class Charge:
         fields = usage.fields(account.model)
         self.add_turn(fields)
         totals = {name: n + fields[name] for name, n in account.totals.items()}
-        since = {name: n - account.at_end[name] for name, n in totals.items()}
-        messages = usage.messages(self.ping["event_id"], int(self.at * 1000))
+        beside = {
+            "messages": usage.messages(self.ping["event_id"], int(self.at * 1000)),
+            "totals": totals,
+            "since_end": gained(totals, account.at_end),
+        }
         account.totals = totals
-        if ends:
-            account.at_end = totals
-        beside = {"messages": messages, "totals": totals, "since_end": since}
+        account.at_end = totals if ends else account.at_end
         return {**fields, **gate_beside(beside, self.outbox.needs)}
 
     def add_turn(self, fields: Fields) -> None:
@@ -2412,8 +2415,8 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     account = Account.load(path)
     reading = Reading(account, float("inf"), ends)
     reading.read()
-    gained = account.ledger[1:] != account.baseline[1:]
-    news = gained and account.ledger and account.baseline
+    settles = account.ledger and account.baseline
+    news = settles and account.ledger[1:] != account.baseline[1:]
     ended = account.totals == account.at_end or "since_end" not in outbox.needs
     if ended and not news and not reading.usage.models:
         return
