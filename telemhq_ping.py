@@ -1859,37 +1859,29 @@ ROWS: dict[str, Callable[[Fields], Row]] = {
 }
 
 
-class Transcript:
-    """How far one of a session's transcripts was read.
-
-    inode: as text, for JSON readers lose digits. ended_at: the time of the last row
-    that ended a turn, seconds since 1970.
-    """
-
-    def __init__(self, inode: str = "", offset: int = 0, ended_at: float = 0) -> None:
-        self.inode, self.offset, self.ended_at = inode, offset, ended_at
-
-    def rows(self, path: str, ends: float) -> Iterator[Row]:
-        """The rows gained. One at which the reader stops is read again next time.
-        OSError or ValueError: it cannot be read; TimeoutError: not to its end by `ends`
-        (monotonic)."""
-        with open(open_regular(path), "rb") as file:
-            inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
-            file.seek(max(0, self.offset - 1))
-            if inode != self.inode or (self.offset and file.read(1) != b"\n"):
-                self.offset = file.seek(0)  # another file, or not what it was
-            self.inode = inode
-            for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
-                begins, whole = whole, line.endswith(b"\n")
-                # The parts of one that is too long are no lines.
-                row = Row.parse(line) if begins and whole and matters(line) else None
-                if row is not None:
-                    at = row.at = row.at or at
-                    yield row
-                if whole:
-                    self.offset = file.tell()
-                if time.monotonic() > ends:
-                    raise TimeoutError("the rest is for the next ping")
+def rows_behind(path: str, place: Fields, ends: float) -> Iterator[Row]:
+    """The rows of a transcript behind a place, which moves on; one at which the reader
+    stops is read again next time. place: offset, and inode (a text, for JSON readers
+    lose digits); {}: the begin. OSError or ValueError: it cannot be read; TimeoutError:
+    not to its end by `ends` (monotonic)."""
+    with open(open_regular(path), "rb") as file:
+        inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
+        offset = place.get("offset", 0)
+        file.seek(max(0, offset - 1))
+        if inode != place.get("inode") or (offset and file.read(1) != b"\n"):
+            offset = file.seek(0)  # another file, or not what it was
+        place.update(inode=inode, offset=offset)
+        for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
+            begins, whole = whole, line.endswith(b"\n")
+            # The parts of one that is too long are no lines.
+            row = Row.parse(line) if begins and whole and matters(line) else None
+            if row is not None:
+                at = row.at = row.at or at
+                yield row
+            if whole:
+                place["offset"] = file.tell()
+            if time.monotonic() > ends:
+                raise TimeoutError("the rest is for the next ping")
 
 
 # -- Accounts: tokens, charged once ----------------------------------------------------
@@ -1971,13 +1963,13 @@ class Account:
 
     transcript: where the session's own is. identity, own: of the last ping, for a
     SessionLost. since: older rows are history (seconds since 1970). transcripts: name
-    -> Transcript's arguments. seen: key of an answer -> its counts, or HISTORY; short
-    id of a tool call -> CALLED, HISTORY when it failed. in_history: the main chain's
-    last answer is. baseline: the ledger at the end of history, and what was told since;
-    [] when nobody knows it. ledger: the client's, while it is the last word.
-    settled_at: older rows are in the baseline. stopped_at: the last end of a turn;
-    prompted_at: the last prompt. totals: told in all; at_end: when the session last
-    ended. charged: event_id -> what it was told, fields and what stands beside.
+    -> the place read to, and ended_at: of the last row that ended a turn. seen: key of
+    an answer -> its counts, or HISTORY; short id of a tool call -> CALLED, HISTORY when
+    it failed. in_history: the main chain's last answer is. baseline: the ledger at the
+    end of history, and what was told since; [] when nobody knows it. ledger: the
+    client's, while it is the last word. settled_at: older rows are in the baseline.
+    stopped_at, prompted_at: the last end of a turn, the last prompt. totals: told in
+    all; at_end: when the session last ended. charged: event_id -> what it is told.
     """
 
     def __init__(self, path: str, since: float = 0) -> None:
@@ -1987,7 +1979,7 @@ class Account:
         self.own: Fields = {}
         self.settled_at = self.stopped_at = self.prompted_at = 0.0
         self.in_history = False
-        self.transcripts: dict[str, list[Any]] = {}
+        self.transcripts: dict[str, Fields] = {}
         self.seen: dict[str, Any] = {}
         self.baseline: list[Any] = NO_LEDGER
         self.ledger: list[Any] = []
@@ -2042,7 +2034,7 @@ class Account:
             left = less(left, more)
             usage.add(model, more)
         self.baseline = self.ledger
-        self.settled_at = max(ended_at for _, _, ended_at in self.transcripts.values())
+        self.settled_at = max(p["ended_at"] for p in self.transcripts.values())
         usage.costs = gained(costs, base_costs)
         usage.numbers.update(gained(sums, base_sums))
 
@@ -2066,7 +2058,7 @@ def ledger_until(path: str, key: str, ends: float) -> list[Any]:
     nobody knows. key: of the last answer that was copied."""
     found, copied = NO_LEDGER, False
     try:
-        for row in Transcript().rows(path, ends):
+        for row in rows_behind(path, {}, ends):
             if isinstance(row, LedgerRow):
                 found = row.ledger
             elif isinstance(row, AnswerRow):
@@ -2084,11 +2076,9 @@ class Reading:
     be a history that nobody knows yet. parent: of a fork: (its parent's file, key of
     the last answer copied)."""
 
-    def __init__(
-        self, account: Account, until: float, ends: float, tool_names: bool = True
-    ) -> None:
+    def __init__(self, account: Account, until: float, ends: float) -> None:
         self.account, self.until, self.usage = account, until, Usage()
-        self.tool_names = tool_names
+        self.tool_names = True
         self.ends = min(ends, time.monotonic() + READ_S)
         self.first = bool(account.since) and not account.transcripts
         self.parent: tuple[str, str] | None = None
@@ -2120,7 +2110,7 @@ class Reading:
         stands before was told by whoever served the earlier run; 0: there was none."""
         since = begun = 0.0
         ended = False
-        for row in Transcript().rows(self.account.transcript, self.ends):
+        for row in rows_behind(self.account.transcript, {}, self.ends):
             if row.at > self.until:
                 break
             if isinstance(row, LedgerRow):
@@ -2136,23 +2126,19 @@ class Reading:
         """Count what one transcript has gained, up to the event's time: the client
         writes agents' rows a little later."""
         account, main = self.account, not name
-        transcript = Transcript(*account.transcripts.get(name, ()))
-        try:
-            for row in transcript.rows(path, self.ends):
-                if row.at > self.until + (LAG_S if name else 0):
-                    break  # a later ping's
-                if isinstance(row, AnswerRow):
-                    if self.count_answer(row, main) and row.final:
-                        transcript.ended_at = max(transcript.ended_at, row.at)
-                elif isinstance(row, UserRow):
-                    self.count_user(row, main)
-                elif isinstance(row, LedgerRow) and main:
-                    account.ledger = row.ledger
-                    if account.in_history:
-                        account.baseline = row.ledger
-        finally:
-            if transcript.inode:
-                account.transcripts[name] = list(vars(transcript).values())
+        place = account.transcripts.setdefault(name, {"ended_at": 0.0})
+        for row in rows_behind(path, place, self.ends):
+            if row.at > self.until + (LAG_S if name else 0):
+                break  # a later ping's
+            if isinstance(row, AnswerRow):
+                if self.count_answer(row, main) and row.final:
+                    place["ended_at"] = max(place["ended_at"], row.at)
+            elif isinstance(row, UserRow):
+                self.count_user(row, main)
+            elif isinstance(row, LedgerRow) and main:
+                account.ledger = row.ledger
+                if account.in_history:
+                    account.baseline = row.ledger
 
     def is_history(self, row: AnswerRow) -> bool:
         """Whether an answer not seen before was told, or used, before our time."""
@@ -2272,11 +2258,8 @@ class Charge:
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
         self.account = open_account(outbox, name, record.ping)
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
-        until_s, tool_names = (
-            until.get(self.event, self.at),
-            self.local.get("tool_names"),
-        )
-        self.reading = Reading(self.account, until_s, ends, tool_names is not False)
+        self.reading = Reading(self.account, until.get(self.event, self.at), ends)
+        self.reading.tool_names = self.local.get("tool_names") is not False
 
     def count(self) -> None:
         """Note what is new; for a SessionLost, too. OSError or ValueError: the
@@ -2367,8 +2350,8 @@ class Charge:
                 return True
         elif self.event != "Stop":
             return True
-        found = account.transcripts.get(name)
-        return bool(found) and found[2] > account.stopped_at  # type: ignore[index]
+        ended_at: float = account.transcripts.get(name, {}).get("ended_at", 0.0)
+        return ended_at > account.stopped_at
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
