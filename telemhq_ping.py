@@ -2161,7 +2161,6 @@ class Reading:
         if main:
             self.note(row, past, new)
         if past:
-            seen.update(dict.fromkeys(row.calls, HISTORY))
             return False
         self.gain(row.key, row.model, row.counts, row)
         for n, (model, counts) in enumerate(row.inner):
@@ -2838,12 +2837,13 @@ class Pass:
         names, usage = self.names, USAGE_EVENTS
         names.sort(key=lambda name: (PingName(name).event in usage, name))
         lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
-        for name in lost:
-            self.count_loss(name, "outbox full")
-        if lost:
-            self.state.save()  # before they go: this life may end meanwhile
-        for name in lost:
-            remove(self.outbox.file(name))
+        for start in range(0, len(lost), 100):
+            some = lost[start : start + 100]
+            for name in some:
+                self.count_loss(name, "outbox full")
+            self.state.save()  # before they go: we may be killed meanwhile
+            for name in some:
+                remove(self.outbox.file(name))
         self.names = sorted(names[len(lost) :])
         known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
         known.sort(key=lambda pair: -pair[1].charges)
@@ -2908,10 +2908,8 @@ class Pass:
             self.sender.fail(self.noted.popitem()[1])
         if self.tried:
             self.state.save()
-            self.sender.courier.log(
-                f"delivered {self.delivered} of {len(self.names)}, "
-                f"last answer: {self.last_answer}"
-            )
+            told = f"delivered {self.delivered} of {len(self.names)}"
+            self.sender.courier.log(f"{told}, last answer: {self.last_answer}")
 
     def attempt(self, name: str) -> bool:
         """Try one ping; False when the pass is over."""
