@@ -1911,52 +1911,6 @@ def gained(now: Fields, before: Fields) -> Fields:
     return {name: max(0, round(n - before.get(name, 0), 10)) for name, n in now.items()}
 
 
-class Usage:
-    """What was read and is to be charged. models: model -> counts. tools: name ->
-    calls. numbers: a ping's others, by their names. costs: model -> USD. rows: for a
-    tracker that keeps answers, [id, model, time in ms, the counts] of what each has
-    gained."""
-
-    def __init__(self) -> None:
-        self.models: Models = {}
-        self.tools: dict[str, int] = {}
-        self.numbers: Fields = {"tool_calls": 0, "tool_failures": 0}
-        self.costs: Fields = {}
-        self.rows: list[list[Any]] = []
-
-    def add(self, model: str, counts: list[int]) -> None:
-        """Count tokens of a model."""
-        if any(counts):
-            self.models = added(self.models, {model: counts})
-
-    def fields(self, model: str) -> Fields:
-        """The fields of a ping. model: the main chain's last."""
-        fields = {**named(total(self.models)), **self.numbers}
-        models = {name: named(counts) for name, counts in self.models.items()}
-        for name in filter(self.costs.get, self.costs):
-            models.setdefault(name, {})["cost_usd"] = self.costs[name]
-        if models and list(models) != [model]:
-            fields["models"] = models
-        if self.tools:
-            used = sorted(self.tools.items(), key=lambda pair: (-pair[1], pair[0]))
-            fields["tools"] = dict(used[:20])
-        if model:
-            fields["model"] = model
-        return fields
-
-    def messages(self, event_id: str, ms: int) -> list[list[Any]]:
-        """`rows` as BESIDE has them: together what the ping says, to the token. What no
-        answer has (the ledger's, or more than there may be) has a row for each model.
-        ms: the event's time."""
-        found, left = self.rows[: ROWS_MAX - 200], dict(self.models)
-        for _, model, _, *counts in found:
-            left[model] = less(left[model], counts)
-        for model, counts in left.items():
-            if any(counts):
-                found.append([f"{event_id}.{model}"[:128], model, ms, *counts])
-        return found
-
-
 class Account:
     """What of a session was charged at one destination. Every attribute but `path` is
     what its file holds, a plain value of JSON.
@@ -2020,7 +1974,7 @@ class Account:
         paths = sorted(glob(agents, recursive=True))
         return {"": self.transcript, **{os.path.relpath(p, top): p for p in paths}}
 
-    def settle(self, usage: Usage) -> None:
+    def settle(self, usage: Reading) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
         (compaction and titles are calls of no row), its cost and lines. It is sums that
         are compared: it may name a model otherwise than rows. It is the baseline from
@@ -2032,7 +1986,8 @@ class Account:
             known = told.get(model, NONE)
             more = [min(pair) for pair in zip(less(counts, known), left)]
             left = less(left, more)
-            usage.add(model, more)
+            if any(more):
+                usage.models = added(usage.models, {model: more})
         self.baseline = self.ledger
         self.settled_at = max(p["ended_at"] for p in self.transcripts.values())
         usage.costs = gained(costs, base_costs)
@@ -2070,19 +2025,45 @@ def ledger_until(path: str, key: str, ends: float) -> list[Any]:
     return found if copied else []
 
 
+def end_of_earlier_runs(path: str, until: float, ends: float) -> float:
+    """When that began which follows the last ledger with an answer behind it: what
+    stands before was told by whoever served the earlier run; 0: there was none."""
+    since = begun = 0.0
+    ended = False
+    for row in rows_behind(path, {}, ends):
+        if row.at > until:
+            break
+        if isinstance(row, LedgerRow):
+            ended, begun = True, 0.0
+        elif ended:
+            begun = begun or row.at
+            # (After SIGINT, the one broken off stands behind the last ledger.)
+            if isinstance(row, AnswerRow) and row.stopped:
+                since, ended = begun, False
+    return since
+
+
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
+
     until: the time of the event. ends: monotonic, when it is given up. first: there may
     be a history that nobody knows yet. parent: of a fork: (its parent's file, key of
-    the last answer copied)."""
+    the last answer copied). models: model -> counts; costs: -> USD. tools: name ->
+    calls. numbers: a ping's others. rows: for a tracker that keeps answers, [id, model,
+    time in ms, the counts] of what each has gained.
+    """
 
     def __init__(self, account: Account, until: float, ends: float) -> None:
-        self.account, self.until, self.usage = account, until, Usage()
-        self.tool_names = True
+        self.account, self.until, self.tool_names = account, until, True
         self.ends = min(ends, time.monotonic() + READ_S)
         self.first = bool(account.since) and not account.transcripts
         self.parent: tuple[str, str] | None = None
         self.elsewhere: set[str] | None = None
+        self.models: Models = {}
+        self.costs: Fields = {}
+        self.tools: dict[str, int] = {}
+        self.numbers: Fields = {"tool_calls": 0, "tool_failures": 0}
+        self.rows: list[list[Any]] = []
         # The first answer of each id: some routers give many answers the same.
         self.firsts = {key[:ID_CHARS]: key for key in reversed(account.seen)}
 
@@ -2093,7 +2074,8 @@ class Reading:
         account = self.account
         try:
             if self.first:
-                account.since = max(account.since, self.end_of_earlier_runs())
+                begun = end_of_earlier_runs(account.transcript, self.until, self.ends)
+                account.since = max(account.since, begun)
             for name, path in account.files().items():
                 if not name or os.path.isfile(path):
                     self.read_one(name, path)
@@ -2104,23 +2086,6 @@ class Reading:
             account.baseline = ledger_until(path, self.parent[1], self.ends)
         self.first, self.parent = False, None
         return True
-
-    def end_of_earlier_runs(self) -> float:
-        """When that began which follows the last ledger with an answer behind it: what
-        stands before was told by whoever served the earlier run; 0: there was none."""
-        since = begun = 0.0
-        ended = False
-        for row in rows_behind(self.account.transcript, {}, self.ends):
-            if row.at > self.until:
-                break
-            if isinstance(row, LedgerRow):
-                ended, begun = True, 0.0
-            elif ended:
-                begun = begun or row.at
-                # (After SIGINT, the one broken off stands behind the last ledger.)
-                if isinstance(row, AnswerRow) and row.stopped:
-                    since, ended = begun, False
-        return since
 
     def read_one(self, name: str, path: str) -> None:
         """Count what one transcript has gained, up to the event's time: the client
@@ -2168,10 +2133,10 @@ class Reading:
         for call, name in row.calls.items():
             if call not in seen:
                 seen[call] = CALLED
-                self.usage.numbers["tool_calls"] += 1
+                self.numbers["tool_calls"] += 1
                 if identifier(name):
                     tool = tool_shown(name, self.tool_names)
-                    self.usage.tools[tool] = self.usage.tools.get(tool, 0) + 1
+                    self.tools[tool] = self.tools.get(tool, 0) + 1
         return True
 
     def note(self, row: AnswerRow, past: bool, new: bool) -> None:
@@ -2201,12 +2166,12 @@ class Reading:
         if counts[OUTPUT] < known[OUTPUT] or not any(more):
             return
         self.account.seen[key] = plus(known, more)
-        self.usage.add(model, more)
+        self.models = added(self.models, {model: more})
         if row and identifier(row.name):
             first = self.firsts.setdefault(key[:ID_CHARS], key)
             name = row.name if first == key else f"{row.name}.{row.request}"
             name += f".{counts[OUTPUT]}" if any(known) else ""
-            self.usage.rows.append([name, model, int(row.at * 1000), *more])
+            self.rows.append([name, model, int(row.at * 1000), *more])
 
     def count_user(self, row: UserRow, main: bool) -> None:
         """Count failed tools and interrupts; note that a prompt begins a turn."""
@@ -2214,14 +2179,29 @@ class Reading:
         for call in row.failed:
             if seen.get(call) == CALLED:
                 seen[call] = HISTORY
-                self.usage.numbers["tool_failures"] += 1
+                self.numbers["tool_failures"] += 1
         if main and row.at >= account.since:
             if row.interrupt and row.interrupt not in seen:
                 seen[row.interrupt] = CALLED
-                numbers = self.usage.numbers
+                numbers = self.numbers
                 numbers["interrupts"] = numbers.get("interrupts", 0) + 1
             if row.prompt:
                 account.prompted_at = max(account.prompted_at, row.at)
+
+    def fields(self, model: str) -> Fields:
+        """The fields of a ping. model: the main chain's last."""
+        fields = {**named(total(self.models)), **self.numbers}
+        models = {name: named(counts) for name, counts in self.models.items()}
+        for name in filter(self.costs.get, self.costs):
+            models.setdefault(name, {})["cost_usd"] = self.costs[name]
+        if models and list(models) != [model]:
+            fields["models"] = models
+        if self.tools:
+            used = sorted(self.tools.items(), key=lambda pair: (-pair[1], pair[0]))
+            fields["tools"] = dict(used[:20])
+        if model:
+            fields["model"] = model
+        return fields
 
 
 def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
@@ -2245,6 +2225,19 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
     known = {"startup": 0.0, "clear": 0.0, "resume": at, "fork": at}
     source = str(ping.get("source"))  # of a SessionStart
     return Account(path, known.get(source, max(installed, at - DAY_S)))
+
+
+def messages(usage: Reading, event_id: str, ms: int) -> list[list[Any]]:
+    """Its rows as BESIDE has them: together what the ping says, to the token. What no
+    answer has (the ledger's, or more than there may be) has a row for each model. ms:
+    the event's time."""
+    found, left = usage.rows[: ROWS_MAX - 200], dict(usage.models)
+    for _, model, _, *counts in found:
+        left[model] = less(left[model], counts)
+    for model, counts in left.items():
+        if any(counts):
+            found.append([f"{event_id}.{model}"[:128], model, ms, *counts])
+    return found
 
 
 class Charge:
@@ -2291,7 +2284,7 @@ class Charge:
     def tell(self) -> Fields:
         """The usage fields, and what stands beside, of all that was used since the last
         charge."""
-        account, usage = self.account, self.reading.usage
+        account, usage = self.account, self.reading
         ends = self.event in ("SessionEnd", "SessionLost")
         complete = self.read_and_wait()
         if account.baseline:
@@ -2305,7 +2298,7 @@ class Charge:
         self.add_turn(fields)
         totals = {name: n + fields[name] for name, n in account.totals.items()}
         beside = {
-            "messages": usage.messages(self.ping["event_id"], int(self.at * 1000)),
+            "messages": messages(usage, self.ping["event_id"], int(self.at * 1000)),
             "totals": totals,
             "since_end": gained(totals, account.at_end),
         }
@@ -2400,7 +2393,7 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     settles = account.ledger and account.baseline
     news = settles and account.ledger[1:] != account.baseline[1:]
     ended = account.totals == account.at_end or "since_end" not in outbox.needs
-    if ended and not news and not reading.usage.models:
+    if ended and not news and not reading.models:
         return
     shown = dict(account.identity)
     transcript_hash = path_hash(account.transcript, settings.hash_key)
