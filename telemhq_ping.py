@@ -1746,15 +1746,12 @@ def counts_in(usage: Fields) -> list[int]:
     return [int(number_in(usage, name)) for name in COUNTS]
 
 
-def plus(counts: list[int], more: list[int]) -> list[int]:
-    """The sum, count by count."""
-    return [a + b for a, b in zip(counts, more)]
-
-
 def added(models: Models, more: Models) -> Models:
-    """The sum, model by model."""
-    sums = {name: plus(models.get(name, NONE), more[name]) for name in more}
-    return {**models, **sums}
+    """The sum, model by model, count by count."""
+    sums = dict(models)
+    for name, counts in more.items():
+        sums[name] = [a + b for a, b in zip(sums.get(name, NONE), counts)]
+    return sums
 
 
 class Row:
@@ -1784,8 +1781,8 @@ class AnswerRow(Row):
 
     key: what the answer is known by; name: the id that it has for a person; request:
     the API's. copied: from another session; origin: which, as far as it tells;
-    branched: by /branch. stopped: it is whole; final: the turn ends with it. calls:
-    tool calls, short id -> name. inner: (model, counts) of other models' calls in it.
+    branched: by /branch. stop_reason: None while it is not whole. calls: of tools,
+    short id -> name. inner: (model, counts) of other models' calls in it.
     """
 
     def __init__(self, fields: Fields) -> None:
@@ -1794,15 +1791,13 @@ class AnswerRow(Row):
         self.name = str(message.get("id") or self.request or fields["uuid"])
         self.key = short_id(self.name) + short_id(self.request)[:4]
         self.counts = counts_in(message["usage"])
-        model, stop_reason = message.get("model"), message.get("stop_reason")
-        if model == "<synthetic>" or fields.get("isApiErrorMessage"):
+        if message.get("model") == "<synthetic>" or fields.get("isApiErrorMessage"):
             raise ValueError("words of the client's own")
-        self.model = model_shown(model)
+        self.model = model_shown(message.get("model"))
+        self.stop_reason = message.get("stop_reason")
         self.origin = fields.get("requestSessionId", session)
         self.branched = bool(fields.get("forkedFrom"))
         self.copied = self.origin != session or self.branched
-        self.stopped = stop_reason is not None
-        self.final = stop_reason not in (None, "tool_use")
         self.calls: Fields = {}
         content = message.get("content")
         for block in content if isinstance(content, list) else ():
@@ -1921,9 +1916,9 @@ class Account:
     an answer -> its counts, or HISTORY; short id of a tool call -> CALLED, HISTORY when
     it failed. in_history: the main chain's last answer is. baseline: the ledger at the
     end of history, and what was told since; [] when nobody knows it. ledger: the
-    client's, while it is the last word. settled_at: older rows are in the baseline.
-    stopped_at, prompted_at: the last end of a turn, the last prompt. totals: told in
-    all; at_end: when the session last ended. charged: event_id -> what it is told.
+    client's, while it is the last word. stopped_at, prompted_at: the last end of a
+    turn, the last prompt. totals: told in all; at_end: when the session last ended.
+    charged: event_id -> what it is told.
     """
 
     def __init__(self, path: str, since: float = 0) -> None:
@@ -1931,7 +1926,7 @@ class Account:
         self.transcript = self.model = self.branch = ""
         self.identity: Fields = {}
         self.own: Fields = {}
-        self.settled_at = self.stopped_at = self.prompted_at = 0.0
+        self.stopped_at = self.prompted_at = 0.0
         self.in_history = False
         self.transcripts: dict[str, Fields] = {}
         self.seen: dict[str, Any] = {}
@@ -1989,7 +1984,6 @@ class Account:
             if any(more):
                 usage.models = added(usage.models, {model: more})
         self.baseline = self.ledger
-        self.settled_at = max(p["ended_at"] for p in self.transcripts.values())
         usage.costs = gained(costs, base_costs)
         usage.numbers.update(gained(sums, base_sums))
 
@@ -2038,7 +2032,7 @@ def end_of_earlier_runs(path: str, until: float, ends: float) -> float:
         elif ended:
             begun = begun or row.at
             # (After SIGINT, the one broken off stands behind the last ledger.)
-            if isinstance(row, AnswerRow) and row.stopped:
+            if isinstance(row, AnswerRow) and row.stop_reason is not None:
                 since, ended = begun, False
     return since
 
@@ -2058,7 +2052,7 @@ class Reading:
         self.ends = min(ends, time.monotonic() + READ_S)
         self.first = bool(account.since) and not account.transcripts
         self.parent: tuple[str, str] | None = None
-        self.elsewhere: set[str] | None = None
+        self.elsewhere: set[str] | None = None if self.first else set()
         self.models: Models = {}
         self.costs: Fields = {}
         self.tools: dict[str, int] = {}
@@ -2075,7 +2069,7 @@ class Reading:
         try:
             if self.first:
                 begun = end_of_earlier_runs(account.transcript, self.until, self.ends)
-                account.since = max(account.since, begun)
+                account.since, self.first = max(account.since, begun), False
             for name, path in account.files().items():
                 if not name or os.path.isfile(path):
                     self.read_one(name, path)
@@ -2084,7 +2078,7 @@ class Reading:
         if self.parent and not account.baseline:  # now, for that one may go on
             path = os.path.join(os.path.dirname(account.transcript), self.parent[0])
             account.baseline = ledger_until(path, self.parent[1], self.ends)
-        self.first, self.parent = False, None
+        self.parent = None
         return True
 
     def read_one(self, name: str, path: str) -> None:
@@ -2096,8 +2090,9 @@ class Reading:
             if row.at > self.until + (LAG_S if name else 0):
                 break  # a later ping's
             if isinstance(row, AnswerRow):
-                if self.count_answer(row, main) and row.final:
-                    place["ended_at"] = max(place["ended_at"], row.at)
+                counts = self.count_answer(row, main)
+                if counts and row.stop_reason not in (None, "tool_use"):
+                    place["ended_at"] = row.at
             elif isinstance(row, UserRow):
                 self.count_user(row, main)
             elif isinstance(row, LedgerRow) and main:
@@ -2110,18 +2105,16 @@ class Reading:
         account = self.account
         if row.copied or row.at < account.since:
             return True
-        if self.first and self.elsewhere is None:
+        if self.elsewhere is None:
             self.elsewhere = account.seen_elsewhere(row.key)
-        return self.first and row.key in (self.elsewhere or ())
+        return row.key in self.elsewhere
 
     def count_answer(self, row: AnswerRow, main: bool) -> bool:
         """Count an answer's tokens, once, and its tool calls; False: it is history."""
-        account, seen = self.account, self.account.seen
+        seen = self.account.seen
         new = row.key not in seen
         if new and self.is_history(row):
             seen[row.key] = HISTORY
-        elif new and row.at <= account.settled_at:
-            seen[row.key] = row.counts  # the ledger had it
         past = seen.get(row.key) == HISTORY
         if main:
             self.note(row, past, new)
@@ -2145,7 +2138,7 @@ class Reading:
         if not past:
             account.in_history, account.model = False, row.model
             account.branch = str(row.branch) if branch_name(row.branch) else ""
-            if row.stopped:
+            if row.stop_reason is not None:
                 account.ledger = []  # no last word any more
         elif new:
             # /branch begins a ledger anew; of others it is found behind the history.
@@ -2165,7 +2158,7 @@ class Reading:
         more = less(counts, known)
         if counts[OUTPUT] < known[OUTPUT] or not any(more):
             return
-        self.account.seen[key] = plus(known, more)
+        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
         self.models = added(self.models, {model: more})
         if row and identifier(row.name):
             first = self.firsts.setdefault(key[:ID_CHARS], key)
@@ -2186,7 +2179,7 @@ class Reading:
                 numbers = self.numbers
                 numbers["interrupts"] = numbers.get("interrupts", 0) + 1
             if row.prompt:
-                account.prompted_at = max(account.prompted_at, row.at)
+                account.prompted_at = row.at
 
     def fields(self, model: str) -> Fields:
         """The fields of a ping. model: the main chain's last."""
@@ -2290,7 +2283,7 @@ class Charge:
         if account.baseline:
             told, *sums = account.baseline
             account.baseline = [added(told, usage.models), *sums]
-        if ends and account.baseline and account.ledger:
+        if ends and complete and account.baseline and account.ledger:
             account.settle(usage)
         elif not complete or self.event == "SessionLost":
             usage.numbers["usage_complete"] = False
