@@ -117,7 +117,6 @@ LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
 ID_CHARS = 12  # of a hash, 48 bits: among 64,000 two are the same once in 100,000 times
 LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
 POLL_S = 0.05  # between two looks at a transcript that is awaited
-READ_S = 20.0  # reading for one ping; the rest is for the session's next
 CHARGE_TRIES = 3  # an I/O error passes, or does not
 WAIT_MAX_S = 3600.0  # a ping that cannot be charged for a full disk goes without
 DAY_S = 86400.0  # a session without a word for so long is lost
@@ -1756,11 +1755,8 @@ def added(models: Models, more: Models) -> Models:
 
 class Row:
     """A line of a transcript that counts, or begins a turn. What it lacks or has
-    otherwise than expected raises: the format is internal to the client.
-
-    at: when it was written, seconds since 1970; where it does not tell, as the row
-    before it.
-    """
+    otherwise than expected raises: the format is internal to the client. at: when it
+    was written, seconds since 1970; where it does not tell, as the row before it."""
 
     at = 0.0
 
@@ -1812,11 +1808,8 @@ class AnswerRow(Row):
 
 
 class UserRow(Row):
-    """A prompt, results of tools, or what the client put in.
-
-    failed: short ids of the tool calls that failed. interrupt: what it is known by, ""
-    when it tells of none. prompt: it begins a turn of the session.
-    """
+    """A prompt, results of tools, or what the client put in. failed: short ids of the
+    tool calls that failed. interrupt: it tells of one. prompt: it begins a turn."""
 
     def __init__(self, fields: Fields) -> None:
         content = fields["message"].get("content")
@@ -1825,10 +1818,9 @@ class UserRow(Row):
         failed = [block for block in results if block.get("is_error") is True]
         self.failed = [short_id(str(block.get("tool_use_id"))) for block in failed]
         said = "".join([str(block.get("text")) for block in blocks])
-        told = said.startswith(INTERRUPTED)
-        self.interrupt = short_id(str(fields.get("uuid"))) if told else ""
+        self.interrupt = said.startswith(INTERRUPTED)
         inserted = fields.get("isMeta") or fields.get("isCompactSummary")
-        self.prompt = not (results or told or inserted)
+        self.prompt = not (results or self.interrupt or inserted)
 
 
 class LedgerRow(Row):
@@ -2048,8 +2040,8 @@ class Reading:
     """
 
     def __init__(self, account: Account, until: float, ends: float) -> None:
-        self.account, self.until, self.tool_names = account, until, True
-        self.ends = min(ends, time.monotonic() + READ_S)
+        self.account, self.until, self.ends = account, until, ends
+        self.tool_names = True
         self.first = bool(account.since) and not account.transcripts
         self.parent: tuple[str, str] | None = None
         self.elsewhere: set[str] | None = None if self.first else set()
@@ -2174,10 +2166,8 @@ class Reading:
                 seen[call] = HISTORY
                 self.numbers["tool_failures"] += 1
         if main and row.at >= account.since:
-            if row.interrupt and row.interrupt not in seen:
-                seen[row.interrupt] = CALLED
-                numbers = self.numbers
-                numbers["interrupts"] = numbers.get("interrupts", 0) + 1
+            if row.interrupt:
+                self.numbers["interrupts"] = self.numbers.get("interrupts", 0) + 1
             if row.prompt:
                 account.prompted_at = row.at
 
@@ -2234,13 +2224,14 @@ def messages(usage: Reading, event_id: str, ms: int) -> list[list[Any]]:
 
 
 class Charge:
-    """One try to give a ping its session's new usage. ends: monotonic, for all of it.
-    at: the event's time."""
+    """One try to give a ping its session's new usage. at: the event's time. ends: the
+    session does."""
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
         self.outbox, self.name, self.record = outbox, name, record
         self.ping, self.local = record.ping, record.local
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
+        self.ends = self.event in ("SessionEnd", "SessionLost")
         self.account = open_account(outbox, name, record.ping)
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
         self.reading = Reading(self.account, until.get(self.event, self.at), ends)
@@ -2278,12 +2269,11 @@ class Charge:
         """The usage fields, and what stands beside, of all that was used since the last
         charge."""
         account, usage = self.account, self.reading
-        ends = self.event in ("SessionEnd", "SessionLost")
         complete = self.read_and_wait()
         if account.baseline:
             told, *sums = account.baseline
             account.baseline = [added(told, usage.models), *sums]
-        if ends and complete and account.baseline and account.ledger:
+        if self.ends and complete and account.baseline and account.ledger:
             account.settle(usage)
         elif not complete or self.event == "SessionLost":
             usage.numbers["usage_complete"] = False
@@ -2296,7 +2286,7 @@ class Charge:
             "since_end": gained(totals, account.at_end),
         }
         account.totals = totals
-        account.at_end = totals if ends else account.at_end
+        account.at_end = totals if self.ends else account.at_end
         return {**fields, **gate_beside(beside, self.outbox.needs)}
 
     def add_turn(self, fields: Fields) -> None:
@@ -2326,7 +2316,7 @@ class Charge:
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
-        if self.event in ("SessionEnd", "SessionLost"):
+        if self.ends:
             return not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
             agent, top = str(self.local.get("agent_transcript")), account.transcript
@@ -2342,9 +2332,7 @@ class Charge:
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
     """What the file of a ping holds, with the usage in it. Its `local` is not empty.
     ends: monotonic. None: it must wait, for the disk refuses what must be remembered.
-
-    Where nothing can be read, nothing is charged: it is for the session's next ping.
-    """
+    Where nothing can be read, nothing is charged: it is for the session's next ping."""
     charges = record.ping.get("event") in USAGE_EVENTS
     off, saving = record.local.get("usage") is False, False
     path = outbox.account_path(session_name(record.ping["session_id"]))
@@ -2383,10 +2371,10 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     account = Account.load(path)
     reading = Reading(account, float("inf"), ends)
     reading.read()
-    settles = account.ledger and account.baseline
-    news = settles and account.ledger[1:] != account.baseline[1:]
+    known, now = account.baseline[1:], account.ledger[1:]  # cost and lines
+    news = reading.models or (known and now and known != now)
     ended = account.totals == account.at_end or "since_end" not in outbox.needs
-    if ended and not news and not reading.models:
+    if ended and not news:
         return
     shown = dict(account.identity)
     transcript_hash = path_hash(account.transcript, settings.hash_key)
