@@ -1773,13 +1773,11 @@ class Row:
 
 
 class AnswerRow(Row):
-    """One content block of an answer of the API, with the whole answer's usage.
-
-    key: what the answer is known by; name: the id that it has for a person; request:
-    the API's. copied: from another session; origin: which, as far as it tells;
-    branched: by /branch. stop_reason: None while it is not whole. calls: of tools,
-    short id -> name. inner: (model, counts) of other models' calls in it.
-    """
+    """One content block of an answer of the API, with the whole answer's usage. key:
+    what the answer is known by; name, request: the message's and the API's own ids.
+    copied: from another session; origin: which, if it tells; branched: by /branch.
+    stop_reason: None while it is not whole. calls: of tools, short id -> name. inner:
+    (model, counts) of other models' calls in it."""
 
     def __init__(self, fields: Fields) -> None:
         message, session = fields["message"], fields.get("sessionId")
@@ -1839,11 +1837,7 @@ class LedgerRow(Row):
         self.ledger = [models, costs, sums]
 
 
-ROWS: dict[str, Callable[[Fields], Row]] = {
-    "assistant": AnswerRow,
-    "user": UserRow,
-    "cost-state": LedgerRow,
-}
+ROWS = {"assistant": AnswerRow, "user": UserRow, "cost-state": LedgerRow}
 
 
 def rows_behind(path: str, place: Fields, ends: float) -> Iterator[Row]:
@@ -1902,15 +1896,13 @@ class Account:
     """What of a session was charged at one destination. Every attribute but `path` is
     what its file holds, a plain value of JSON.
 
-    transcript: where the session's own is. identity, own: of the last ping, for a
-    SessionLost. since: older rows are history (seconds since 1970). transcripts: name
-    -> the place read to, and ended_at: of the last row that ended a turn. seen: key of
-    an answer -> its counts, or HISTORY; short id of a tool call -> CALLED, HISTORY when
-    it failed. in_history: the main chain's last answer is. baseline: the ledger at the
-    end of history, and what was told since; [] when nobody knows it. ledger: the
-    client's, while it is the last word. stopped_at, prompted_at: the last end of a
-    turn, the last prompt. totals: told in all; at_end: when the session last ended.
-    charged: event_id -> what it is told.
+    identity, own: of the last ping, for a SessionLost. since: older rows are history.
+    transcripts: name -> the place read to, and when the last row came that ended a
+    turn. seen: key of an answer -> its counts, or HISTORY; short id of a tool call ->
+    CALLED, HISTORY when it failed. in_history: the main chain's last answer is.
+    baseline: the ledger at the end of history, and what was told since; [] when nobody
+    knows it. ledger: the client's, while it is the last word. totals: told in all;
+    at_end: when the session last ended. charged: event_id -> what it is told.
     """
 
     def __init__(self, path: str, since: float = 0) -> None:
@@ -2031,13 +2023,10 @@ def end_of_earlier_runs(path: str, until: float, ends: float) -> float:
 
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
-
-    until: the time of the event. ends: monotonic, when it is given up. first: there may
-    be a history that nobody knows yet. parent: of a fork: (its parent's file, key of
-    the last answer copied). models: model -> counts; costs: -> USD. tools: name ->
-    calls. numbers: a ping's others. rows: for a tracker that keeps answers, [id, model,
-    time in ms, the counts] of what each has gained.
-    """
+    until: the time of the event. ends: monotonic. first: there may be a history that
+    nobody knows yet. parent: of a fork: its parent's file, key of the last answer
+    copied. models: model -> counts; costs: -> USD. tools: name -> calls. numbers: a
+    ping's others. rows: as BESIDE has them, of what each answer has gained."""
 
     def __init__(self, account: Account, until: float, ends: float) -> None:
         self.account, self.until, self.ends = account, until, ends
@@ -2173,7 +2162,7 @@ class Reading:
 
     def fields(self, model: str) -> Fields:
         """The fields of a ping. model: the main chain's last."""
-        fields = {**named(total(self.models)), **self.numbers}
+        fields = {**named(total(self.models)), **self.numbers, "model": model}
         models = {name: named(counts) for name, counts in self.models.items()}
         for name in filter(self.costs.get, self.costs):
             models.setdefault(name, {})["cost_usd"] = self.costs[name]
@@ -2182,16 +2171,14 @@ class Reading:
         if self.tools:
             used = sorted(self.tools.items(), key=lambda pair: (-pair[1], pair[0]))
             fields["tools"] = dict(used[:20])
-        if model:
-            fields["model"] = model
         return fields
 
 
 def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
-    """The account of a ping's session. One that meets a session in its middle begins
-    where we were installed, for Esc and a denied permission fire no hook; but a day
-    before at most. OSError: it cannot be read, and must not be replaced. ValueError: it
-    is damaged; it has begun anew, and this ping goes without."""
+    """The account of a ping's session. One that meets it in its middle begins where we
+    were installed, for Esc and a denied permission fire no hook; a day before at most.
+    OSError: it cannot be read, and must not be replaced. ValueError: it was damaged,
+    and has begun anew."""
     path = outbox.account_path(session_name(ping["session_id"]))
     at = PingName(name).ns / 1e9
     try:
@@ -2211,9 +2198,8 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
 
 
 def messages(usage: Reading, event_id: str, ms: int) -> list[list[Any]]:
-    """Its rows as BESIDE has them: together what the ping says, to the token. What no
-    answer has (the ledger's, or more than there may be) has a row for each model. ms:
-    the event's time."""
+    """Its rows: together what the ping says, to the token. What no answer has (the
+    ledger's, or more than there may be) has a row for each model. ms: the time."""
     found, left = usage.rows[: ROWS_MAX - 200], dict(usage.models)
     for _, model, _, *counts in found:
         left[model] = less(left[model], counts)
@@ -2266,8 +2252,7 @@ class Charge:
         return record
 
     def tell(self) -> Fields:
-        """The usage fields, and what stands beside, of all that was used since the last
-        charge."""
+        """All that was used since the last charge: usage fields, what stands beside."""
         account, usage = self.account, self.reading
         complete = self.read_and_wait()
         if account.baseline:
