@@ -2006,18 +2006,14 @@ def ledger_until(path: str, key: str, ends: float) -> list[Any]:
 def end_of_earlier_runs(path: str, until: float, ends: float) -> float:
     """When that began which follows the last ledger with an answer behind it: what
     stands before was told by whoever served the earlier run; 0: there was none."""
-    since = begun = 0.0
-    ended = False
+    since, begun = 0.0, -1.0  # no ledger yet
     for row in rows_behind(path, {}, ends):
         if row.at > until:
             break
-        if isinstance(row, LedgerRow):
-            ended, begun = True, 0.0
-        elif ended:
-            begun = begun or row.at
-            # (After SIGINT, the one broken off stands behind the last ledger.)
-            if isinstance(row, AnswerRow) and row.stop_reason is not None:
-                since, ended = begun, False
+        begun = 0.0 if isinstance(row, LedgerRow) else begun or row.at
+        # (After SIGINT, the one broken off stands behind the last ledger.)
+        if isinstance(row, AnswerRow) and row.stop_reason is not None:
+            since = max(since, begun)
     return since
 
 
