@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from urllib.request import OpenerDirector
 
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
+    Models = Dict[str, list[int]]  # model -> counts, in the order of COUNTS
     Shape = Callable[[object], bool]
     Tell = Callable[[str], None]  # says a line to a person, or swallows it
 
@@ -110,10 +111,8 @@ SENT_MAX_BYTES = 5 << 20  # some 5,000 pings; with the file before it, 10,000
 BLOCK_BYTES = 4 << 20  # of a transcript, read at once
 LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
 ID_CHARS = 12  # of a hash, 48 bits: among 64,000 two are the same once in 100,000 times
-STAMP_S = 0.001  # rows tell their time in milliseconds
 LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
 POLL_S = 0.05  # between two looks at a transcript that is awaited
-READ_S = 20.0  # reading for one ping; the rest is for the session's next
 CHARGE_TRIES = 3  # an I/O error passes, or does not
 WAIT_MAX_S = 3600.0  # a ping that cannot be charged for a full disk goes without
 DAY_S = 86400.0  # a session without a word for so long is lost
@@ -1542,27 +1541,24 @@ def hook() -> NoReturn:
 
 # -- Transcripts: rows that count ------------------------------------------------------
 
-NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"interruptedMessageId"')
-COUNTS = (  # the ping's name, the transcript's, the ledger's
-    ("input_tokens", "input_tokens", "inputTokens"),
-    ("output_tokens", "output_tokens", "outputTokens"),
-    ("cached_input_tokens", "cache_read_input_tokens", "cacheReadInputTokens"),
-    (
-        "cache_creation_input_tokens",
-        "cache_creation_input_tokens",
-        "cacheCreationInputTokens",
-    ),
-    ("reasoning_tokens", "thinking_tokens", "thinkingTokens"),
-)
-LEDGER_SUMS = (  # the ping's name, the ledger's
-    ("cost_usd", "totalCostUSD"),
-    ("lines_added", "totalLinesAdded"),
-    ("lines_removed", "totalLinesRemoved"),
-)
-NO_LEDGER: list[Any] = [{}, {}, [0, 0, 0]]
-NONE = [0] * len(COUNTS)
-OUTPUT = 1  # the output tokens' place in COUNTS
 INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
+NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', INTERRUPTED.encode())
+COUNTS = (  # in the order of TOKENS, which has their total behind them
+    "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens "
+    "thinking_tokens"
+).split()
+LEDGER_COUNTS = (
+    "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens "
+    "thinkingTokens"
+).split()
+LEDGER_SUMS = {  # the ping's name -> the ledger's
+    "cost_usd": "totalCostUSD",
+    "lines_added": "totalLinesAdded",
+    "lines_removed": "totalLinesRemoved",
+}
+NO_LEDGER: list[Any] = [{}, {}, {}]
+NONE = [0] * len(COUNTS)
+OUTPUT = 1  # the output tokens' place
 
 
 def matters(line: bytes) -> bool:
@@ -1573,80 +1569,76 @@ def matters(line: bytes) -> bool:
 
 
 def short_id(text: str) -> str:
-    """What is kept of an id: 48 bits, enough to know it again."""
-    from hashlib import sha256  # imported already, by urllib
-
-    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:ID_CHARS]
+    """What is kept of an id: ID_CHARS, enough to know it again."""
+    return path_hash(text, "")
 
 
-def counts_in(found: Fields, column: int) -> list[int]:
-    """The counts of a row's usage (column 1) or of a model in the ledger (2), in the
-    order of COUNTS."""
-    details = found.get("output_tokens_details")
-    found = {**found, **details} if isinstance(details, dict) else found
-    given = [found.get(names[column]) for names in COUNTS]
-    return [int(n) if number(n) else 0 for n in given]  # type: ignore[arg-type]
+def number_in(found: Fields, name: str) -> Any:
+    """The number under `name`, 0 when there is none."""
+    value = found.get(name)
+    return value if number(value) else 0
 
 
-def plus(counts: list[int], more: list[int]) -> list[int]:
-    """The sum, count by count."""
-    return [a + b for a, b in zip(counts, more)]
+def counts_in(usage: Fields) -> list[int]:
+    """The counts of an answer's usage."""
+    usage = {**usage, **object_in(usage, "output_tokens_details")}
+    return [int(number_in(usage, name)) for name in COUNTS]
+
+
+def added(models: Models, more: Models) -> Models:
+    """The sum, model by model, count by count."""
+    sums = dict(models)
+    for name, counts in more.items():
+        sums[name] = [a + b for a, b in zip(sums.get(name, NONE), counts)]
+    return sums
 
 
 class Row:
     """A line of a transcript that counts, or begins a turn. What it lacks or has
-    otherwise than expected raises: the format is internal to the client.
+    otherwise than expected raises: the format is internal to the client. at: when it
+    was written, seconds since 1970; where it does not tell, as the row before it."""
 
-    at: when it was written, seconds since 1970; where it does not tell, as the row
-    before it.
-    """
-
-    def __init__(self, fields: Fields) -> None:
-        self.at = seconds_of(fields["timestamp"]) if "timestamp" in fields else 0.0
-        self.sidechain = bool(fields.get("isSidechain"))
+    at = 0.0
 
     @staticmethod
     def parse(line: bytes) -> Row | None:
         """The row that a line holds, None when it holds none of ours."""
         try:
             fields = decode_json(line.decode("utf-8", "replace"))
-            return ROWS[fields["type"]](fields)
+            row = ROWS[fields["type"]](fields)
+            row.at = seconds_of(fields.get("timestamp"))
+            return row
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
 
 class AnswerRow(Row):
-    """One content block of an answer of the API, with the whole answer's usage.
-
-    key: what the answer is known by; name: the id that it has for a person; request:
-    the API's. real: no words of the client's own. copied: from another session;
-    origin: which, as far as it tells; branched: by /branch. stopped: it is whole;
-    final: the turn ends with it. calls: tool calls, short id -> name. inner: (model,
-    counts) of other models' calls inside it.
-    """
+    """One content block of an answer of the API, with the whole answer's usage. key:
+    what the answer is known by; name, request: the message's and the API's own ids.
+    copied: from another session; origin: which, if it tells; branched: by /branch.
+    stop_reason: None while it is not whole. calls: of tools, short id -> name. inner:
+    (model, counts) of other models' calls in it."""
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
         message, session = fields["message"], fields.get("sessionId")
         self.request = str(fields.get("requestId") or "")
         self.name = str(message.get("id") or self.request or fields["uuid"])
         self.key = short_id(self.name) + short_id(self.request)[:4]
-        self.counts = counts_in(message["usage"], 1)
-        model, stop_reason = message.get("model"), message.get("stop_reason")
-        self.real = model != "<synthetic>" and not fields.get("isApiErrorMessage")
-        self.model = model_shown(model)
+        self.counts = counts_in(message["usage"])
+        if message.get("model") == "<synthetic>" or fields.get("isApiErrorMessage"):
+            raise ValueError("words of the client's own")
+        self.model = model_shown(message.get("model"))
+        self.stop_reason = message.get("stop_reason")
         self.origin = fields.get("requestSessionId", session)
         self.branched = bool(fields.get("forkedFrom"))
         self.copied = self.origin != session or self.branched
-        self.stopped = stop_reason is not None
-        self.final = stop_reason not in (None, "tool_use")
-        self.calls: dict[str, object] = {}
+        self.calls: Fields = {}
         content = message.get("content")
         for block in content if isinstance(content, list) else ():
             if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
                 self.calls[short_id(block["id"])] = block.get("name")
         self.inner = [
-            (model_shown(call.get("model")), counts_in(call, 1))
+            (model_shown(call.get("model")), counts_in(call))
             for call in message["usage"].get("iterations") or ()
             if call.get("type") == "advisor_message"
         ]
@@ -1654,89 +1646,70 @@ class AnswerRow(Row):
 
 
 class UserRow(Row):
-    """A prompt, results of tools, or what the client put in.
-
-    failed: short ids of the tool calls that failed. interrupt: what it is known by, ""
-    when it tells of none. prompt: it begins a turn of the session.
-    """
+    """A prompt, results of tools, or what the client put in. failed: short ids of the
+    tool calls that failed. interrupt: it tells of one. prompt: it begins a turn."""
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
         content = fields["message"].get("content")
         blocks = content if isinstance(content, list) else []
         results = [block for block in blocks if block.get("type") == "tool_result"]
         failed = [block for block in results if block.get("is_error") is True]
         self.failed = [short_id(str(block.get("tool_use_id"))) for block in failed]
-        texts = [str(block.get("text")) for block in blocks if not results]
-        self.interrupt = ""
-        if "interruptedMessageId" in fields or "".join(texts).startswith(INTERRUPTED):
-            self.interrupt = short_id(f"{fields.get('uuid')} {fields.get('timestamp')}")
+        said = "".join([str(block.get("text")) for block in blocks])
+        self.interrupt = said.startswith(INTERRUPTED)
         inserted = fields.get("isMeta") or fields.get("isCompactSummary")
         self.prompt = not (results or self.interrupt or inserted)
 
 
 class LedgerRow(Row):
     """The client's own sums of a session so far. ledger: [model -> counts, model ->
-    USD, the sums of LEDGER_SUMS]."""
+    USD, name in LEDGER_SUMS -> sum]."""
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
-        models: dict[str, list[int]] = {}
+        models: Models = {}
         costs: dict[str, float] = {}
         for name, used in fields["modelUsage"].items():
-            shown, cost = model_shown(name), used.get("costUSD")
-            models[shown] = plus(models.get(shown, NONE), counts_in(used, 2))
-            costs[shown] = costs.get(shown, 0) + (cost if number(cost) else 0)
-        sums = [fields.get(theirs) for _, theirs in LEDGER_SUMS]
-        self.ledger = [models, costs, [n if number(n) else 0 for n in sums]]
+            shown = model_shown(name)
+            counts = [int(number_in(used, count)) for count in LEDGER_COUNTS]
+            models = added(models, {shown: counts})
+            costs[shown] = costs.get(shown, 0) + number_in(used, "costUSD")
+        sums = {ours: number_in(fields, name) for ours, name in LEDGER_SUMS.items()}
+        self.ledger = [models, costs, sums]
 
 
-ROWS: dict[str, Callable[[Fields], Row]] = {
-    "assistant": AnswerRow,
-    "user": UserRow,
-    "cost-state": LedgerRow,
-}
+ROWS = {"assistant": AnswerRow, "user": UserRow, "cost-state": LedgerRow}
 
 
-class Transcript:
-    """How far one of a session's transcripts was read.
-
-    inode: as text, for JSON readers lose digits. ended_at: the time of the last row
-    that ended a turn, seconds since 1970.
-    """
-
-    def __init__(self, inode: str = "", offset: int = 0, ended_at: float = 0) -> None:
-        self.inode, self.offset, self.ended_at = inode, offset, ended_at
-
-    def rows(self, path: str, ends: float) -> Iterator[Row]:
-        """The rows gained. One at which the reader stops is read again next time.
-        OSError or ValueError: it cannot be read; TimeoutError: not to its end by `ends`
-        (monotonic)."""
-        with open(open_regular(path), "rb") as file:
-            inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
-            file.seek(max(0, self.offset - 1))
-            if inode != self.inode or (self.offset and file.read(1) != b"\n"):
-                self.offset = file.seek(0)  # another file, or not what it was
-            self.inode, position = inode, self.offset
-            for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
-                position += len(line)
-                begins, whole = whole, line.endswith(b"\n")
-                # The parts of one that is too long are no lines.
-                row = Row.parse(line) if begins and whole and matters(line) else None
-                if row is not None:
-                    at = row.at = row.at or at
-                    yield row
-                if whole:
-                    self.offset = position
-                if time.monotonic() > ends:
-                    raise TimeoutError("the rest is for the next ping")
+def rows_behind(path: str, place: Fields, ends: float) -> Iterator[Row]:
+    """The rows of a transcript behind a place, which moves on; one at which the reader
+    stops is read again next time. place: offset, and inode (a text, for JSON readers
+    lose digits); {}: the begin. OSError or ValueError: it cannot be read; TimeoutError:
+    not to its end by `ends` (monotonic)."""
+    with open(open_regular(path), "rb") as file:
+        inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
+        offset = place.get("offset", 0)
+        file.seek(max(0, offset - 1))
+        if inode != place.get("inode") or (offset and file.read(1) != b"\n"):
+            offset = file.seek(0)  # another file, or not what it was
+        place.update(inode=inode, offset=offset)
+        for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
+            begins, whole = whole, line.endswith(b"\n")
+            # The parts of one that is too long are no lines.
+            row = Row.parse(line) if begins and whole and matters(line) else None
+            if row is not None:
+                at = row.at = row.at or at
+                yield row
+            if whole:
+                place["offset"] = file.tell()
+            if time.monotonic() > ends:
+                raise TimeoutError("the rest is for the next ping")
 
 
 # -- Accounts: tokens, charged once ----------------------------------------------------
 
 USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd", "SessionLost")
-HISTORY, CALLED, FAILED = "history", "call", "failed"  # what else stands in `seen`
-IDENTITY = ("project", "session_id", "cwd_hash", "transcript_path_hash")
+HISTORY, CALLED = "history", "call"  # what else stands in `seen`
+IDENTITY = "project session_id cwd_hash transcript_path_hash timestamp".split()
 
 
 def less(counts: list[int], others: list[int]) -> list[int]:
@@ -1744,89 +1717,32 @@ def less(counts: list[int], others: list[int]) -> list[int]:
     return [max(0, a - b) for a, b in zip(counts, others)]
 
 
-def total(*parts: dict[str, list[int]]) -> list[int]:
-    """The sum over all models of all `parts` (model -> counts)."""
-    found = NONE
-    for part in parts:
-        for counts in part.values():
-            found = plus(found, counts)
-    return found
+def total(models: Models) -> list[int]:
+    """The sum over all models (model -> counts)."""
+    return [sum(column) for column in zip(NONE, *models.values())]
 
 
 def named(counts: list[int]) -> Fields:
-    """Counts as a ping has them: all of COUNTS, and the total."""
-    found = {names[0]: n for names, n in zip(COUNTS, counts)}
-    return {**found, "total_tokens": sum(counts) - found["reasoning_tokens"]}
+    """Counts as a ping has them, with their total: reasoning is part of the output."""
+    return dict(zip(TOKENS, [*counts, sum(counts[:-1])]))
 
 
-class Usage:
-    """What was read and is to be charged. models: model -> counts. tools: name ->
-    calls. rows: for a tracker that keeps answers, [id, model, time in ms, the counts]
-    of what each has gained."""
-
-    def __init__(self) -> None:
-        self.models: dict[str, list[int]] = {}
-        self.tools: dict[str, int] = {}
-        self.rows: list[list[Any]] = []
-        self.tool_calls = self.tool_failures = self.interrupts = 0
-
-    def add(self, model: str, counts: list[int]) -> None:
-        """Count tokens of a model."""
-        if any(counts):
-            self.models[model] = plus(self.models.get(model, NONE), counts)
-
-    def fields(self, model: str, tool_names: bool, costs: dict[str, float]) -> Fields:
-        """The fields of a ping. model: the main chain's last. costs: model -> USD."""
-        fields = named(total(self.models))
-        fields.update(tool_calls=self.tool_calls, tool_failures=self.tool_failures)
-        if self.interrupts:
-            fields["interrupts"] = self.interrupts
-        models = {name: named(counts) for name, counts in self.models.items()}
-        for name, cost in costs.items():
-            models.setdefault(name, {})["cost_usd"] = cost
-        if models and list(models) != [model]:
-            fields["models"] = models
-        tools: dict[str, int] = {}
-        for name, calls in self.tools.items():
-            shown = tool_shown(name, tool_names)
-            tools[shown] = tools.get(shown, 0) + calls
-        if tools:
-            used = sorted(tools.items(), key=lambda pair: (-pair[1], pair[0]))
-            fields["tools"] = dict(used[:20])
-        if model:
-            fields["model"] = model
-        return fields
-
-    def messages(self, event_id: str, ms: int) -> list[list[Any]]:
-        """`rows` as BESIDE has them: together what the ping says, to the token. What no
-        answer has (the ledger's, or more than there may be) has a row for each model.
-        ms: the event's time."""
-        found, left = self.rows[: ROWS_MAX - 200], dict(self.models)
-        for _, model, _, *counts in found:
-            left[model] = less(left[model], counts)
-        for model, counts in left.items():
-            name = f"{event_id}.{model}"
-            if not identifier(name, "@[]"):  # it is too long
-                name = f"{event_id}.{short_id(model)}"
-            found += [[name, model, ms, *counts]] if any(counts) else []
-        return found
+def gained(now: Fields, before: Fields) -> Fields:
+    """What numbers have gained, name by name; never negative."""
+    return {name: max(0, round(n - before.get(name, 0), 10)) for name, n in now.items()}
 
 
 class Account:
     """What of a session was charged at one destination. Every attribute but `path` is
     what its file holds, a plain value of JSON.
 
-    transcript: where the session's own is. identity, own: of the last ping, for a
-    SessionLost. since: older rows are history (seconds since 1970). was_read: its
-    history is known. transcripts: name -> Transcript's arguments. seen: key of an
-    answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
-    in_history: the main chain's last answer is. parent: of a fork: session, key of the
-    last answer copied. baseline: the ledger at the end
-    of history; [] when nobody knows it. told: model -> counts, since then. ledger: the
-    client's, while it is the last word. row_at: of the newest row; settled_at: of the
-    newest that the baseline has. last_at, stopped_at: the last charge, the last end of
-    a turn; prompted_at: the last prompt. total, tool_calls: told in all; at_end: when
-    the session last ended. charged: event_id -> [fields, what stands beside].
+    identity, own: of the last ping, for a SessionLost. since: older rows are history.
+    transcripts: name -> the place read to, and when the last row came that ended a
+    turn. seen: key of an answer -> its counts, or HISTORY; short id of a tool call ->
+    CALLED, HISTORY when it failed. in_history: the main chain's last answer is.
+    baseline: the ledger at the end of history, and what was told since; [] when nobody
+    knows it. ledger: the client's, while it is the last word. totals: told in all;
+    at_end: when the session last ended. charged: event_id -> what it is told.
     """
 
     def __init__(self, path: str, since: float = 0) -> None:
@@ -1834,25 +1750,22 @@ class Account:
         self.transcript = self.model = self.branch = ""
         self.identity: Fields = {}
         self.own: Fields = {}
-        self.row_at = self.settled_at = 0.0
-        self.last_at = self.stopped_at = self.prompted_at = 0.0
-        self.was_read = self.in_history = False
-        self.transcripts: dict[str, list[Any]] = {}
-        self.seen: dict[str, str] = {}
-        self.parent: list[str] = []
+        self.stopped_at = self.prompted_at = 0.0
+        self.in_history = False
+        self.transcripts: dict[str, Fields] = {}
+        self.seen: dict[str, Any] = {}
         self.baseline: list[Any] = NO_LEDGER
         self.ledger: list[Any] = []
-        self.told: dict[str, list[int]] = {}
-        self.total, self.at_end, self.tool_calls = NONE, NONE, 0
-        self.charged: dict[str, list[Fields]] = {}
+        self.totals: Fields = dict.fromkeys((*TOKENS, "tool_calls"), 0)
+        self.at_end = self.totals
+        self.charged: Fields = {}
 
     @classmethod
     def load(cls, path: str) -> Account:
         """OSError as it comes; ValueError: the file holds no account."""
         account, found = cls(path), read_object(path, ACCOUNT_MAX_BYTES)
-        for name in account.kept():
-            kind = type(getattr(account, name))
-            if not isinstance(found.get(name), (int, kind) if kind is float else kind):
+        for name, value in account.kept().items():
+            if type(found.get(name)) is not type(value):
                 raise ValueError("no account")
             setattr(account, name, found[name])
         return account
@@ -1873,52 +1786,37 @@ class Account:
     def files(self) -> dict[str, str]:
         """Name -> path of the session's transcripts: its own, "", and its agents', at
         any depth. The names stay where the files move."""
+        from glob import escape, glob
+
         top = self.transcript[: -len(".jsonl")]
-        paths = [
-            os.path.join(directory, name)
-            for directory, _, names in os.walk(os.path.join(top, "subagents"))
-            for name in sorted(names)
-            if name.startswith("agent-") and name.endswith(".jsonl")
-        ]
-        agents = {os.path.relpath(path, top): path for path in paths}
-        return {"": self.transcript, **agents}
+        agents = os.path.join(escape(top), "subagents", "**", "agent-*.jsonl")
+        paths = sorted(glob(agents, recursive=True))
+        return {"": self.transcript, **{os.path.relpath(p, top): p for p in paths}}
 
-    def count_of(self, key: str) -> list[int]:
-        """What of an answer was counted."""
-        known = self.seen.get(key)
-        return [int(n) for n in known.split(",")] if known else NONE
-
-    def settle(self, usage: Usage) -> tuple[Fields, dict[str, float]]:
+    def settle(self, usage: Reading) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
-        (compaction and titles are calls of no row); ({cost and lines gained}, model ->
-        cost). It is sums that are compared: it may name a model otherwise than rows. It
-        is the baseline from now on."""
+        (compaction and titles are calls of no row), its cost and lines. It is sums that
+        are compared: it may name a model otherwise than rows. It is the baseline from
+        now on."""
         models, costs, sums = self.ledger
-        base, base_costs, base_sums = self.baseline
-        parts = (base, self.told, dict(usage.models))
-        left = less(total(models), total(*parts))
+        told, base_costs, base_sums = self.baseline
+        left = less(total(models), total(told))
         for model, counts in models.items():
-            known = total(*({model: part.get(model, NONE)} for part in parts))
+            known = told.get(model, NONE)
             more = [min(pair) for pair in zip(less(counts, known), left)]
             left = less(left, more)
-            usage.add(model, more)
-        self.baseline, self.told = self.ledger, {}
-        self.settled_at = self.row_at
-        gained = [max(0, round(a - b, 10)) for a, b in zip(sums, base_sums)]
-        costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
-        return (
-            {ours: n for (ours, _), n in zip(LEDGER_SUMS, gained)},
-            {model: cost for model, cost in costs.items() if cost > 0},
-        )
+            if any(more):
+                usage.models = added(usage.models, {model: more})
+        self.baseline = self.ledger
+        usage.costs = gained(costs, base_costs)
+        usage.numbers.update(gained(sums, base_sums))
 
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
-        directory, own = os.path.split(self.path)
+        from glob import escape, glob
+
         found: set[str] = set()
-        for name in os.listdir(directory) if os.path.isdir(directory) else ():
-            path = os.path.join(directory, name)
-            if own in name:  # or what a killed sender left unfinished of it
-                continue
+        for path in glob(os.path.join(escape(os.path.dirname(self.path)), "*.json")):
             try:
                 if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
@@ -1927,101 +1825,113 @@ class Account:
         return found
 
 
+def ledger_until(path: str, key: str, ends: float) -> list[Any]:
+    """The last ledger in the file of a fork's parent before any answer that was not
+    copied, which is what the client goes on from (none there: it begins anew); [] when
+    nobody knows. key: of the last answer that was copied."""
+    found, copied = NO_LEDGER, False
+    try:
+        for row in rows_behind(path, {}, ends):
+            if isinstance(row, LedgerRow):
+                found = row.ledger
+            elif isinstance(row, AnswerRow):
+                if copied and row.key != key:
+                    break
+                copied = copied or row.key == key
+    except (OSError, ValueError):
+        return []
+    return found if copied else []
+
+
+def end_of_earlier_runs(path: str, until: float, ends: float) -> float:
+    """When that began which follows the last ledger with an answer behind it: what
+    stands before was told by whoever served the earlier run; 0: there was none."""
+    since, begun = 0.0, -1.0  # no ledger yet
+    for row in rows_behind(path, {}, ends):
+        if row.at > until:
+            break
+        begun = 0.0 if isinstance(row, LedgerRow) else begun or row.at
+        # (After SIGINT, the one broken off stands behind the last ledger.)
+        if isinstance(row, AnswerRow) and row.stop_reason is not None:
+            since = max(since, begun)
+    return since
+
+
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
-    until: the time of the event. ends: monotonic. keeps: for a tracker that keeps
-    answers."""
+    until: the time of the event. ends: monotonic. first: there may be a history that
+    nobody knows yet. parent: of a fork: its parent's file, key of the last answer
+    copied. models: model -> counts; costs: -> USD. tools: name -> calls. numbers: a
+    ping's others. rows: as BESIDE has them, of what each answer has gained."""
 
-    def __init__(
-        self, account: Account, until: float, ends: float, keeps: bool = False
-    ) -> None:
+    def __init__(self, account: Account, until: float, ends: float) -> None:
         self.account, self.until, self.ends = account, until, ends
-        self.keeps, self.usage = keeps, Usage()
-        self.elsewhere: set[str] | None = None
+        self.tool_names = True
+        self.first = bool(account.since) and not account.transcripts
+        self.parent: tuple[str, str] | None = None
+        self.elsewhere: set[str] | None = None if self.first else set()
+        self.models: Models = {}
+        self.costs: Fields = {}
+        self.tools: dict[str, int] = {}
+        self.numbers: Fields = {"tool_calls": 0, "tool_failures": 0}
+        self.rows: list[list[Any]] = []
         # The first answer of each id: some routers give many answers the same.
-        keys = reversed(account.seen) if keeps else ()
-        self.firsts = {key[:ID_CHARS]: key for key in keys}
+        self.firsts = {key[:ID_CHARS]: key for key in reversed(account.seen)}
 
     def read(self) -> bool:
         """Count what was gained; False: a part. The session's own comes first: agents'
-        files may begin with copies of its rows. OSError or ValueError: that one cannot
-        be read."""
-        account, whole = self.account, True
-        for name, path in account.files().items():
-            try:
-                if account.since and not (name or account.was_read):
-                    account.since = max(account.since, self.end_of_earlier_runs())
-                self.read_one(name, path)
-            except TimeoutError:
-                return False
-            except (OSError, ValueError):
-                if not name:
-                    raise
-                whole = whole and not os.path.isfile(path)
-        account.was_read = True
-        return whole
-
-    def end_of_earlier_runs(self) -> float:
-        """When that began which follows the last ledger with an answer behind it: what
-        stands before was told by whoever served the earlier run; 0: there was none."""
-        since = begun = 0.0
-        ended = False
-        for row in Transcript().rows(self.account.transcript, self.ends):
-            if row.at > self.until + STAMP_S:
-                break
-            if isinstance(row, LedgerRow):
-                ended, begun = True, 0.0
-            elif ended:
-                begun = begun or row.at
-                # (After SIGINT, the one broken off stands behind the last ledger.)
-                if isinstance(row, AnswerRow) and row.stopped:
-                    since, ended = begun, False
-        return since
+        files may begin with copies of its rows. OSError or ValueError: one cannot be
+        read."""
+        account = self.account
+        try:
+            if self.first:
+                begun = end_of_earlier_runs(account.transcript, self.until, self.ends)
+                account.since, self.first = max(account.since, begun), False
+            for name, path in account.files().items():
+                if not name or os.path.isfile(path):
+                    self.read_one(name, path)
+        except TimeoutError:
+            return False
+        if self.parent and not account.baseline:  # now, for that one may go on
+            path = os.path.join(os.path.dirname(account.transcript), self.parent[0])
+            account.baseline = ledger_until(path, self.parent[1], self.ends)
+        self.parent = None
+        return True
 
     def read_one(self, name: str, path: str) -> None:
         """Count what one transcript has gained, up to the event's time: the client
         writes agents' rows a little later."""
-        account = self.account
-        transcript = Transcript(*account.transcripts.get(name, ()))
-        try:
-            for row in transcript.rows(path, self.ends):
-                main = not name and not row.sidechain
-                if row.at > self.until + (0 if main else LAG_S) + STAMP_S:
-                    break  # a later ping's
-                account.row_at = max(account.row_at, row.at)
-                if isinstance(row, AnswerRow):
-                    counts = row.real and self.count_answer(row, main)
-                    if counts and row.final and (main or name):
-                        transcript.ended_at = max(transcript.ended_at, row.at)
-                elif isinstance(row, UserRow):
-                    self.count_user(row, main)
-                elif isinstance(row, LedgerRow) and main:
-                    account.ledger = row.ledger
-                    if account.in_history:
-                        account.baseline = row.ledger
-        finally:
-            if transcript.inode:
-                account.transcripts[name] = list(vars(transcript).values())
+        account, main = self.account, not name
+        place = account.transcripts.setdefault(name, {"ended_at": 0.0})
+        for row in rows_behind(path, place, self.ends):
+            if row.at > self.until + (LAG_S if name else 0):
+                break  # a later ping's
+            if isinstance(row, AnswerRow):
+                counts = self.count_answer(row, main)
+                if counts and row.stop_reason not in (None, "tool_use"):
+                    place["ended_at"] = row.at
+            elif isinstance(row, UserRow):
+                self.count_user(row, main)
+            elif isinstance(row, LedgerRow) and main:
+                account.ledger = row.ledger
+                if account.in_history:
+                    account.baseline = row.ledger
 
     def is_history(self, row: AnswerRow) -> bool:
         """Whether an answer not seen before was told, or used, before our time."""
         account = self.account
         if row.copied or row.at < account.since:
             return True
-        if account.was_read:
-            return False
         if self.elsewhere is None:
             self.elsewhere = account.seen_elsewhere(row.key)
         return row.key in self.elsewhere
 
     def count_answer(self, row: AnswerRow, main: bool) -> bool:
         """Count an answer's tokens, once, and its tool calls; False: it is history."""
-        account, seen = self.account, self.account.seen
+        seen = self.account.seen
         new = row.key not in seen
         if new and self.is_history(row):
             seen[row.key] = HISTORY
-        elif new and row.at <= account.settled_at:
-            seen[row.key] = ",".join(map(str, row.counts))  # the ledger had it
         past = seen.get(row.key) == HISTORY
         if main:
             self.note(row, past, new)
@@ -2030,12 +1940,13 @@ class Reading:
         self.gain(row.key, row.model, row.counts, row)
         for n, (model, counts) in enumerate(row.inner):
             self.gain(short_id(f"{row.key} {n}"), model, counts)
-        for call, tool in row.calls.items():
+        for call, name in row.calls.items():
             if call not in seen:
                 seen[call] = CALLED
-                self.usage.tool_calls += 1
-                if isinstance(tool, str) and identifier(tool):
-                    self.usage.tools[tool] = self.usage.tools.get(tool, 0) + 1
+                self.numbers["tool_calls"] += 1
+                if identifier(name):
+                    tool = tool_shown(name, self.tool_names)
+                    self.tools[tool] = self.tools.get(tool, 0) + 1
         return True
 
     def note(self, row: AnswerRow, past: bool, new: bool) -> None:
@@ -2044,15 +1955,15 @@ class Reading:
         if not past:
             account.in_history, account.model = False, row.model
             account.branch = str(row.branch) if branch_name(row.branch) else ""
-            if row.stopped:
+            if row.stop_reason is not None:
                 account.ledger = []  # no last word any more
         elif new:
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
-            copied = row.copied and identifier(row.origin)
             account.in_history = not row.branched
-            account.parent = [str(row.origin), row.key] if copied else []
-            account.told, account.ledger = {}, []
+            copied = row.copied and identifier(row.origin)
+            self.parent = (f"{row.origin}.jsonl", row.key) if copied else None
+            account.ledger = []
 
     def gain(
         self, key: str, model: str, counts: list[int], row: AnswerRow | None = None
@@ -2060,142 +1971,148 @@ class Reading:
         """Count what an answer has gained: in older rows the output may be partial, and
         some routers begin with none at all. row: for a tracker that keeps the first row
         of each id, which then is one of its own for what was gained later."""
-        known = self.account.count_of(key)
-        gained = less(counts, known)
-        if counts[OUTPUT] < known[OUTPUT] or not any(gained):
-            self.account.seen.setdefault(key, ",".join(map(str, counts)))
+        known = self.account.seen.setdefault(key, NONE)
+        more = less(counts, known)
+        if counts[OUTPUT] < known[OUTPUT] or not any(more):
             return
-        self.account.seen[key] = ",".join(map(str, plus(known, gained)))
-        self.usage.add(model, gained)
-        if row and self.keeps and identifier(row.name):
+        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
+        self.models = added(self.models, {model: more})
+        if row and identifier(row.name):
             first = self.firsts.setdefault(key[:ID_CHARS], key)
             name = row.name if first == key else f"{row.name}.{row.request}"
             name += f".{counts[OUTPUT]}" if any(known) else ""
-            self.usage.rows.append([name, model, int(row.at * 1000), *gained])
+            self.rows.append([name, model, int(row.at * 1000), *more])
 
     def count_user(self, row: UserRow, main: bool) -> None:
         """Count failed tools and interrupts; note that a prompt begins a turn."""
         account, seen = self.account, self.account.seen
         for call in row.failed:
             if seen.get(call) == CALLED:
-                seen[call] = FAILED
-                self.usage.tool_failures += 1
+                seen[call] = HISTORY
+                self.numbers["tool_failures"] += 1
         if main and row.at >= account.since:
-            if row.interrupt and row.interrupt not in seen:
-                seen[row.interrupt] = CALLED
-                self.usage.interrupts += 1
+            if row.interrupt:
+                self.numbers["interrupts"] = self.numbers.get("interrupts", 0) + 1
             if row.prompt:
-                account.prompted_at = max(account.prompted_at, row.at)
+                account.prompted_at = row.at
+
+    def fields(self, model: str) -> Fields:
+        """The fields of a ping. model: the main chain's last."""
+        fields = {**named(total(self.models)), **self.numbers, "model": model}
+        models = {name: named(counts) for name, counts in self.models.items()}
+        for name in filter(self.costs.get, self.costs):
+            models.setdefault(name, {})["cost_usd"] = self.costs[name]
+        if models and list(models) != [model]:
+            fields["models"] = models
+        if self.tools:
+            used = sorted(self.tools.items(), key=lambda pair: (-pair[1], pair[0]))
+            fields["tools"] = dict(used[:20])
+        return fields
 
 
-def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool]:
-    """(the account of a ping's session, whether it is a damaged one's successor).
-    OSError: it cannot be read, and must not be replaced. One that meets a session in
-    its middle begins where we were installed, for Esc and a denied permission fire no
-    hook; but a day before at most."""
+def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
+    """The account of a ping's session. One that meets it in its middle begins where we
+    were installed, for Esc and a denied permission fire no hook; a day before at most.
+    OSError: it cannot be read, and must not be replaced. ValueError: it was damaged,
+    and has begun anew."""
     path = outbox.account_path(session_name(ping["session_id"]))
-    at, source = PingName(name).ns / 1e9, ping.get("source")
+    at = PingName(name).ns / 1e9
     try:
-        return Account.load(path), False
+        return Account.load(path)
     except ValueError:
         account = Account(path, time.time())
         account.baseline = []
-        return account, True
+        account.save()
+        raise
     except FileNotFoundError:
         pass
-    starts = ping.get("event") == "SessionStart"
-    known = filter(os.path.exists, (THIS_FILE, outbox.path("lock")))
-    installed = min([at, *(os.stat(path).st_ctime for path in known)])
-    account = Account(path, max(installed, at - DAY_S))
-    if starts and source in ("resume", "fork"):
-        account.since = at
-    if starts and source in ("startup", "clear"):
-        account.since, account.was_read = 0.0, True  # it has no history
-    return account, False
+    ours = (THIS_FILE, outbox.path("lock"))
+    installed = min(at, *(os.stat(path).st_ctime for path in ours))
+    known = {"startup": 0.0, "clear": 0.0, "resume": at, "fork": at}
+    source = str(ping.get("source"))  # of a SessionStart
+    return Account(path, known.get(source, max(installed, at - DAY_S)))
+
+
+def messages(usage: Reading, event_id: str, ms: int) -> list[list[Any]]:
+    """Its rows: together what the ping says, to the token. What no answer has (the
+    ledger's, or more than there may be) has a row for each model. ms: the time."""
+    found, left = usage.rows[: ROWS_MAX - 200], dict(usage.models)
+    for _, model, _, *counts in found:
+        left[model] = less(left[model], counts)
+    for model, counts in left.items():
+        if any(counts):
+            found.append([f"{event_id}.{model}"[:128], model, ms, *counts])
+    return found
 
 
 class Charge:
-    """One try to give a ping its session's new usage. ends: monotonic, for all of it.
-
-    at: the event's time. stopped_at: when the session's turn before ended, 0: not
-    known. saving: what fails now is writing. damaged: nobody knows what was told.
-    """
+    """One try to give a ping its session's new usage. at: the event's time. ends: the
+    session does."""
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
         self.outbox, self.name, self.record = outbox, name, record
         self.ping, self.local = record.ping, record.local
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
-        self.account, self.damaged = open_account(outbox, name, record.ping)
-        stopped_at = self.account.stopped_at
-        self.stopped_at = stopped_at if stopped_at < self.at else 0.0
+        self.ends = self.event in ("SessionEnd", "SessionLost")
+        self.account = open_account(outbox, name, record.ping)
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
-        ends = min(ends, time.monotonic() + READ_S)
-        keeps = "messages" in outbox.needs
-        self.reading = Reading(
-            self.account, until.get(self.event, self.at), ends, keeps
-        )
-        self.saving = False
+        self.reading = Reading(self.account, until.get(self.event, self.at), ends)
+        self.reading.tool_names = self.local.get("tool_names") is not False
 
-    def run(self) -> Record:
+    def count(self) -> None:
+        """Note what is new; for a SessionLost, too. OSError or ValueError: the
+        transcript cannot be read."""
+        account, event_id = self.account, self.ping["event_id"]
+        if self.local.get("usage") is False:
+            account.since = max(account.since, self.at)
+            return
+        path = str(self.local["transcript"])
+        if os.path.isfile(path) or not account.transcript:
+            account.transcript = path
+        account.own = self.record.beside.get("own", {})
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+        if self.event in USAGE_EVENTS and event_id not in account.charged:
+            account.charged[event_id] = self.tell()
+
+    def keep(self) -> Record:
         """The ping with its usage: now or, after a crash, again. The account is saved
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
-        account, event_id = self.account, str(self.ping["event_id"])
-        if self.local.get("usage") is False:
-            account.since = max(account.since, self.at)
-        else:
-            self.meet()
-            if self.event in USAGE_EVENTS and event_id not in account.charged:
-                account.charged[event_id] = self.tell()
-        self.saving = True
-        account.save()
-        if event_id not in account.charged:
+        self.account.save()
+        told = self.account.charged.get(self.ping["event_id"])
+        if told is None:
             return self.record
-        fields, beside = account.charged[event_id]
-        beside = gate_beside({**self.record.beside, **beside}, self.outbox.needs)
-        record = Record(gate({**self.ping, **fields}), {}, beside)
+        beside = gate_beside({**self.record.beside, **told}, self.outbox.needs)
+        record = Record(gate({**self.ping, **told}), {}, beside)
         self.outbox.rewrite(self.name, record)
         return record
 
-    def meet(self) -> None:
-        """Note what a SessionLost would tell, and where the transcript is."""
-        account, path = self.account, str(self.local["transcript"])
-        if os.path.isfile(path) or not account.transcript:
-            account.transcript = path
-        account.own, account.last_at = self.record.beside.get("own", {}), self.at
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
-
-    def tell(self) -> list[Fields]:
-        """[the usage fields, what stands beside] of all that was used since the last
-        charge. OSError or ValueError: the transcript cannot be read."""
-        account, usage = self.account, self.reading.usage
-        ends = self.event in ("SessionEnd", "SessionLost")
-        complete = self.read_and_wait() and not self.damaged
-        fields: Fields = {}
-        costs: dict[str, float] = {}
-        if ends and account.baseline and account.ledger and not self.damaged:
-            fields, costs = account.settle(usage)
-        else:
-            for model, counts in usage.models.items():
-                account.told[model] = plus(account.told.get(model, NONE), counts)
-            if not complete or self.event == "SessionLost":
-                fields["usage_complete"] = False
-        account.total = plus(account.total, total(usage.models))
-        account.tool_calls += usage.tool_calls
-        beside = {
-            "messages": usage.messages(self.ping["event_id"], int(self.at * 1000)),
-            "totals": {**named(account.total), "tool_calls": account.tool_calls},
-            "since_end": named(less(account.total, account.at_end)),
-        }
-        account.at_end = account.total if ends else account.at_end
-        tool_names = self.local.get("tool_names") is not False
-        fields.update(usage.fields(account.model, tool_names, costs))
+    def tell(self) -> Fields:
+        """All that was used since the last charge: usage fields, what stands beside."""
+        account, usage = self.account, self.reading
+        complete = self.read_and_wait()
+        if account.baseline:
+            told, *sums = account.baseline
+            account.baseline = [added(told, usage.models), *sums]
+        if self.ends and complete and account.baseline and account.ledger:
+            account.settle(usage)
+        elif not complete or self.event == "SessionLost":
+            usage.numbers["usage_complete"] = False
+        fields = usage.fields(account.model)
         self.add_turn(fields)
-        return [fields, gate_beside(beside, self.outbox.needs)]
+        totals = {name: n + fields[name] for name, n in account.totals.items()}
+        beside = {
+            "messages": messages(usage, self.ping["event_id"], int(self.at * 1000)),
+            "totals": totals,
+            "since_end": gained(totals, account.at_end),
+        }
+        account.totals = totals
+        account.at_end = totals if self.ends else account.at_end
+        return {**fields, **gate_beside(beside, self.outbox.needs)}
 
     def add_turn(self, fields: Fields) -> None:
         """Add what is known of the turn that ends; note that it does."""
-        account, begun = self.account, self.stopped_at
+        account, begun = self.account, self.account.stopped_at
         # Else another hook had the turn go on from there.
         if not self.ping.get("stop_hook_active"):
             begun = account.prompted_at if account.prompted_at > begun else 0.0
@@ -2210,25 +2127,18 @@ class Charge:
         """Read until all has come, or the event is LAG_S old: the client writes a
         turn's last row, a session's ledger after it. Whether all has."""
         lag = min(LAG_S, self.at + LAG_S - time.time())
-        give_up, tries = time.monotonic() + lag, 0
+        give_up = min(time.monotonic() + lag, self.reading.ends)
         while True:
-            whole, tries = self.reading.read(), tries + 1
-            came, now = self.has_come(), time.monotonic()
-            if (whole and came) or now >= self.reading.ends:
-                return whole and came
-            if now >= give_up and (whole or tries >= CHARGE_TRIES):
-                return False
+            came = self.reading.read() and self.has_come()
+            if came or time.monotonic() >= give_up:
+                return came
             time.sleep(POLL_S)
 
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
-        if account.parent and not account.baseline:  # soon, for the parent may go on
-            account.baseline = self.parents_ledger(*account.parent)
-        account.parent = []
-        if self.event in ("SessionEnd", "SessionLost"):
-            lost = self.event == "SessionLost"
-            return lost or not account.baseline or bool(account.ledger)
+        if self.ends:
+            return not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
             agent, top = str(self.local.get("agent_transcript")), account.transcript
             name = os.path.relpath(agent, top[: -len(".jsonl")])
@@ -2236,53 +2146,34 @@ class Charge:
                 return True
         elif self.event != "Stop":
             return True
-        found = account.transcripts.get(name)
-        return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
-
-    def parents_ledger(self, session: str, key: str) -> list[Any]:
-        """Of a fork: the last ledger in its parent's file before any answer that was
-        not copied, which is what the client goes on from (none there: it begins anew);
-        [] when nobody knows. key: of the last answer that was copied."""
-        found, copied = NO_LEDGER, False
-        directory = os.path.dirname(self.account.transcript)
-        path = os.path.join(directory, session + ".jsonl")
-        try:
-            for row in Transcript().rows(path, self.reading.ends):
-                if isinstance(row, LedgerRow):
-                    found = row.ledger
-                elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
-                    if copied and row.key != key:
-                        break
-                    copied = copied or row.key == key
-        except (OSError, ValueError):
-            return []
-        return found if copied else []
+        ended_at: float = account.transcripts.get(name, {}).get("ended_at", 0.0)
+        return ended_at > account.stopped_at
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
     """What the file of a ping holds, with the usage in it. Its `local` is not empty.
     ends: monotonic. None: it must wait, for the disk refuses what must be remembered.
-
-    Where nothing can be read, nothing is charged: it is for the session's next ping.
-    """
+    Where nothing can be read, nothing is charged: it is for the session's next ping."""
     charges = record.ping.get("event") in USAGE_EVENTS
+    off, saving = record.local.get("usage") is False, False
     path = outbox.account_path(session_name(record.ping["session_id"]))
-    for tries in range(CHARGE_TRIES):
-        time.sleep(POLL_S if tries else 0)
-        one = None
-        try:
-            if not charges and record.local.get("usage", True) and os.path.exists(path):
-                os.utime(path)  # its session is not lost
-                return record
-            one = Charge(outbox, name, record, ends)
-            return one.run()
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            break  # there is no such transcript
-        except OSError:
-            continue
-    if not charges or record.local.get("usage") is False:
+    if not (charges or off) and os.path.exists(path):
+        os.utime(path)  # its session is not lost
         return record
-    if one and one.saving and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
+    for _ in range(CHARGE_TRIES):
+        saving = False
+        try:
+            one = Charge(outbox, name, record, ends)
+            one.count()
+            saving = True
+            return one.keep()
+        except (FileNotFoundError, ValueError):
+            break  # there is no such transcript; the account is damaged
+        except OSError:
+            time.sleep(POLL_S)
+    if off or not charges:
+        return record
+    if saving and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
         return None
     fields = {**record.ping, "usage_complete": False}
     record = Record(gate(fields), {}, record.beside)
@@ -2299,24 +2190,29 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of what it will tell, so that a crash makes no two; today's settings shape it.
     """
     account = Account.load(path)
-    reading = Reading(account, float("inf"), min(ends, time.monotonic() + READ_S))
+    reading = Reading(account, float("inf"), ends)
     reading.read()
-    news = account.baseline and account.ledger and account.baseline != account.ledger
-    ended = account.total == account.at_end or "since_end" not in outbox.needs
-    if ended and not news and not reading.usage.models:
+    known, now = account.baseline[1:], account.ledger[1:]  # cost and lines
+    news = reading.models or (known and now and known != now)
+    ended = account.totals == account.at_end or "since_end" not in outbox.needs
+    if ended and not news:
         return
-    shown, mark = dict(account.identity), [account.total, reading.usage.models, news]
+    shown = dict(account.identity)
     transcript_hash = path_hash(account.transcript, settings.hash_key)
     if shown.get("transcript_path_hash") != transcript_hash:
         shown.pop("cwd_hash", None)  # hashed under another key; its path is not known
-    shown.update(ORIGIN, event="SessionLost", status="success")
-    shown["event_id"] = sha256_hex((encode_json(mark) + path).encode())[:32]
-    shown["transcript_path_hash"] = transcript_hash
-    shown["timestamp"] = iso_time(int(account.last_at * 1e9))
-    shown["machine"] = settings.machine
+    shown.update(
+        ORIGIN,
+        event="SessionLost",
+        status="success",
+        event_id=sha256_hex(encode_json(account.kept()).encode())[:32],
+        transcript_path_hash=transcript_hash,
+        machine=settings.machine,
+    )
     local = {"transcript": account.transcript, "tool_names": settings.tool_names}
     record = Record(gate(shown), {**local, "git": settings.git}, {"own": account.own})
-    outbox.rewrite(PingName.make(int(account.last_at * 1e9), shown), record)
+    ns = int(seconds_of(shown["timestamp"]) * 1e9)
+    outbox.rewrite(PingName.make(ns, shown), record)
 
 
 # -- Delivery: one request, one verdict ------------------------------------------------
