@@ -2517,19 +2517,17 @@ def verdict_of(status: int) -> str:
 
 def retry_after_s(text: str | None, now: float) -> float:
     """Seconds that a Retry-After asks for (RFC 9110, 10.2.3), 0 when it is unusable."""
-    text = (text or "").strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text[:20]), RETRY_AFTER_MAX_S)
-    if not text:
-        return 0.0
     from calendar import timegm
     from email.utils import parsedate
 
+    text = (text or "").strip()
     try:
-        date = parsedate(text)
-        wait = timegm(date) - now if date else 0.0
+        if text.isascii() and text.isdigit():
+            wait = float(text[:20])
+        else:
+            wait = timegm(parsedate(text)) - now  # type: ignore[arg-type]
     except (TypeError, ValueError, IndexError, OverflowError):
-        return 0.0
+        return 0.0  # neither
     return min(max(wait, 0.0), RETRY_AFTER_MAX_S)
 
 
@@ -2554,7 +2552,6 @@ def make_opener(url: str) -> OpenerDirector:
 
     scheme, host, _ = split_url(url)
     opener = request.OpenerDirector()
-    opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
     if scheme == "https":
         if not hasattr(request, "HTTPSHandler"):
@@ -2575,12 +2572,12 @@ def verifying_context() -> SSLContext:
     for macOS, until its "Install Certificates.command" has run) takes the system's."""
     import ssl
 
-    context, paths = ssl.create_default_context(), ssl.get_default_verify_paths()
+    context, paths = ssl.create_default_context(), [SYSTEM_CERTIFICATES]
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
-    chosen = {paths.openssl_cafile_env, paths.openssl_capath_env} & set(os.environ)
-    found = paths.cafile or paths.capath or context.cert_store_stats()["x509_ca"]
-    more = [os.environ.get("NODE_EXTRA_CA_CERTS", "")]
-    for path in more if chosen or found else [*more, SYSTEM_CERTIFICATES]:
+    chosen = {"SSL_CERT_FILE", "SSL_CERT_DIR"}.intersection(os.environ)
+    if chosen or context.cert_store_stats()["x509_ca"]:
+        paths = []
+    for path in [*paths, os.environ.get("NODE_EXTRA_CA_CERTS", "")]:
         try:
             context.load_verify_locations(path)
         except (OSError, ValueError):
@@ -2602,11 +2599,8 @@ def post(
         response: Any = opener.open(posted, timeout=timeout_s)
         with response:
             answer = answer_of(response)
-            try:
-                if reads and answer.verdict == DELIVERED:
-                    answer.body = response.read1(reads)
-            except (OSError, HTTPException, ValueError):
-                pass  # what breaks off now has been accepted
+            if reads and answer.verdict == DELIVERED:
+                answer.body = response.read1(reads)
             return answer
     except URLError as error:  # urllib wraps what fails up to the end of sending
         broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
@@ -2639,9 +2633,8 @@ def no_answer(cause: object, verdict: str) -> Answer:
     if ssl and isinstance(cause, ssl.SSLError) and "EOF" not in text:
         return Answer(HOLD, f"TLS: {getattr(cause, 'reason', '') or what}")
     proxy = text.partition("Tunnel connection failed: ")[2][:3]
-    if proxy.isdigit():  # a proxy's status says nothing against the ping
-        passing = verdict_of(int(proxy)) in (NOT_NOW, RETRY)
-        return Answer(NOT_NOW if passing else HOLD, f"proxy: HTTP {proxy}")
+    if proxy:  # its status says nothing against the ping
+        return Answer(HOLD if proxy < "5" else NOT_NOW, f"proxy: HTTP {proxy}")
     return Answer(verdict, what)
 
 
