@@ -57,7 +57,7 @@ elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
 if sys.flags.no_site:
-    gc.disable()  # a hook makes no garbage worth a twentieth of its time; a sender does
+    gc.disable()  # costs a hook a twentieth of its time; a minute's garbage is little
 
 import os
 import stat
@@ -2714,16 +2714,11 @@ def add_line(path: str, line: str, most: int) -> None:
     """Add a line to a file, which makes way for a new one when it has `most` bytes. It
     never fails: no disk may stop delivery."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | NO_FOLLOW
-    raw = line.encode("utf-8", "replace")
     try:
-        fd = os.open(path, flags, 0o600)
-        try:
-            size = os.fstat(fd).st_size
-            if os.write(fd, raw) < len(raw):
-                os.ftruncate(fd, size)  # a full disk: the line or nothing
-        finally:
-            os.close(fd)
-        if size + len(raw) > most:
+        with open(os.open(path, flags, 0o600), "ab") as file:
+            file.write(line.encode("utf-8", "replace"))
+            size = file.tell()
+        if size > most:
             rename(path, path + ".1")
     except OSError:
         pass  # a FIFO, a directory, a full disk
@@ -3135,20 +3130,15 @@ class Sender:
 
 
 def send(settings: Settings, tell: Tell) -> None:
-    """Deliver as the command line says: HOW FD DESTINATION, with other destinations
-    that are to have a sender behind it. HOW: see start_sender. DESTINATION: the name of
-    its directory; FD: its lock, -1 when none was handed on."""
-    gc.enable()
-    if hasattr(gc, "set_threshold"):  # PyPy has none
-        gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
+    """Deliver as the command line says: HOW, then FD DESTINATION, and the same of other
+    destinations that are to have a sender. HOW: see start_sender. DESTINATION: the name
+    of its directory; FD: its lock, -1 when none was handed on."""
     how, fd, name, *others = sys.argv[3:]
-    once, life_s = how != "detached", LIFE_S if how == "detached" else ONCE_S
-    ends = time.monotonic() + life_s
-    for other_fd, other in zip(others[::2], others[1::2]):
-        try:
-            start_sender({other: Lock(int(other_fd))}, settings.environ)
-        except OSError:
-            continue  # the next hook tries it again
+    once = how != "detached"
+    ends = time.monotonic() + (ONCE_S if once else LIFE_S)
+    if others:  # the next one starts the rest
+        held = {other: Lock(int(fd)) for fd, other in zip(others[::2], others[1::2])}
+        start_sender(held, settings.environ)
     trackers, problems = find_trackers(settings, read_secret)
     found = [tracker for tracker in trackers if tracker.directory_name() == name]
     if not found:
@@ -3157,9 +3147,6 @@ def send(settings: Settings, tell: Tell) -> None:
     outbox.need_sound()
     lock = Lock(int(fd)) if int(fd) >= 0 else outbox.take_lock()
     sender = Sender(outbox, found[0], settings, ends, tell, once)
-    if how == "debug" and outbox.backoff_left_s():
-        why = sender.state.problem or "after an outage"
-        tell(f"a back-off lasts {outbox.backoff_left_s():.0f} s more ({why})")
     if not once and os.name == "posix":
         os.nice(5)  # the session's own work comes first
     try:
