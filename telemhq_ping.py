@@ -2185,7 +2185,6 @@ class Reading:
         if main:
             self.note(row, past, new)
         if past:
-            seen.update(dict.fromkeys(row.calls, HISTORY))
             return False
         self.gain(row.key, row.model, row.counts, row)
         for n, (model, counts) in enumerate(row.inner):
@@ -2726,17 +2725,17 @@ class Pass:
         names, suspects = self.outbox.waiting(), self.state.suspects
         lost = sorted(names, key=lambda name: PingName(name).event in USAGE_EVENTS)
         lost = lost[: max(0, len(names) - OUTBOX_MAX_PINGS)]
-        for name in lost:
-            self.count_loss(name, "outbox full")
+        for start in range(0, len(lost), 100):
+            for name in lost[start : start + 100]:
+                self.count_loss(name, "outbox full")
+            self.state.save()  # before they go: we may be killed meanwhile
+            for name in lost[start : start + 100]:
+                remove(self.outbox.file(name))
         self.names = sorted(set(names).difference(lost))
         for name in set(suspects).difference(self.names):
             del suspects[name]
         for name, _ in suspects.most_common()[SUSPECTS_MAX:]:
             del suspects[name]
-        if lost:
-            self.state.save()  # before they go: this life may end meanwhile
-        for name in lost:
-            remove(self.outbox.file(name))
 
     def count_loss(self, name: str, reason: str) -> None:
         """Count a ping that will not be delivered, and the tokens charged to it."""
