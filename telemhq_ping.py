@@ -2639,11 +2639,10 @@ class State:
     """state.json: what a destination remembers from pass to pass.
 
     failures: passes that failed, in a row. set_at, not_before: when the back-off was
-    set, and ends. delivered_at, swept_at, suspects_at: the last delivery, the last
-    sweep, the last try of charged suspects. verdict, problem: of the last failure.
-    (Times: seconds since 1970, 0: never.) suspects: names in the outbox of pings that
-    failed -> how often that was their own fault, for another was delivered; 0: not
-    judged yet. losses: reason -> pings lost.
+    set, and ends. delivered_at, swept_at, suspects_at: the last delivery, sweep, try of
+    charged suspects. (Seconds since 1970, 0: never.) verdict, problem: of the last
+    failure. suspects: name of a ping that failed -> how often it was charged; 0: it was
+    not judged yet. losses: reason -> pings lost.
     """
 
     failures = set_at = not_before = delivered_at = swept_at = suspects_at = 0.0
@@ -2802,8 +2801,8 @@ class Pass:
         refused = all(answer.verdict == REFUSED for answer in self.noted.values())
         return REFUSALS_BORNE if self.delivered and refused else FAILURES_BORNE
 
-    def walk(self) -> Answer | None:
-        """Try one after the other; the answer with which a back-off begins."""
+    def walk(self) -> None:
+        """Try all that is due, until an answer says that now is no time."""
         for name in self.order():
             if self.sender.is_over():
                 break
@@ -2813,8 +2812,10 @@ class Pass:
                 record = self.charged(name)
                 answer = record and self.sender.deliver(name, record)
                 if answer and not self.weigh(name, answer):
-                    return answer
-        return None if self.delivered or not self.noted else self.noted.popitem()[1]
+                    self.sender.fail(answer)
+                    return
+        if self.noted and not self.delivered:
+            self.sender.fail(self.noted.popitem()[1])
 
     def weigh(self, name: str, answer: Answer) -> bool:
         """Find out whose fault an answer is; False when the pass is over."""
@@ -2909,8 +2910,7 @@ class Sender:
         return answer
 
     def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
-        """Add a delivered ping to sent.jsonl, for its user to look up what left; with
-        its bodies, where those are not the ping itself."""
+        """Add a delivered ping to sent.jsonl; its bodies, where those are another."""
         found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
         bodies = [(request.body or b"").decode() for request in requests]
         if bodies != [encode_json(ping)]:
@@ -2955,12 +2955,10 @@ class Sender:
             os._exit(self.status)
 
     def one_pass(self) -> None:
-        """Try all that waits and is due, until an answer says that now is no time."""
+        """Tidy, try what waits, remember what became of it."""
         self.on_pass = on_pass = Pass(self)
         on_pass.tidy()
-        failed = on_pass.walk()
-        if failed:
-            self.fail(failed)
+        on_pass.walk()
         on_pass.state.save()
         self.log(f"delivered {on_pass.delivered} of {len(on_pass.names)}")
 
@@ -3034,9 +3032,8 @@ def live(sender: Sender, lock: Lock | None) -> None:
 
 
 def send(settings: Settings, tell: Tell) -> None:
-    """Deliver as the command line says: HOW, then FD DESTINATION, and the same of other
-    destinations that are to have a sender. HOW: see start_sender. DESTINATION: the name
-    of its directory; FD: its lock, -1 when none was handed on."""
+    """Deliver as start_sender's command says: HOW, then each destination's lock (-1:
+    none was handed on) and name; those behind the first are to have other senders."""
     how, fd, name, *others = sys.argv[3:]
     once = how != "detached"
     ends = time.monotonic() + (ONCE_S if once else LIFE_S)
