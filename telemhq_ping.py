@@ -57,7 +57,7 @@ elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
 if sys.flags.no_site:
-    gc.disable()  # a hook makes no garbage worth a twentieth of its time; a sender does
+    gc.disable()  # costs a hook a twentieth of its time; a minute's garbage is little
 
 import os
 import stat
@@ -100,7 +100,6 @@ UNFINISHED_S = 3600.0  # a file unfinished for so long has lost its writer
 BACKOFF_MAX_S = 900.0  # 15 min: the end of an outage is noticed soon enough
 HOLD_S = (900.0, 21600.0)  # 15 min to 6 h: a person must mend the cause
 RETRY_AFTER_MAX_S = 86400.0  # a day: no server may silence us for longer
-FAILURES_MAX = 64  # counted no further: the longest back-off is reached long before
 FAILURES_BORNE = 3  # in a row, of different events: then it may be the tracker's fault
 REFUSALS_BORNE = 25  # where others were delivered: all of one kind may be refused
 SUSPECT_PAUSE_S = 300.0  # between two tries of a ping that has been found at fault
@@ -2217,8 +2216,8 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
 
 # -- Delivery: one request, one verdict ------------------------------------------------
 
-DELIVERED, NOT_NOW, RETRY, HOLD = "delivered", "not now", "retry", "hold"
-REFUSED, NOTHING = "refused", "nothing"  # the latter: the tracker wants nothing of it
+DELIVERED, NOT_NOW, RETRY = "delivered", "not now", "retry"
+HOLD, REFUSED = "hold", "refused"
 VERDICTS = {  # of statuses that do not go with their hundred
     **dict.fromkeys((408, 425, 429), NOT_NOW),  # the tracker's own word: later
     409: RETRY,  # the same ping's first try is still at work
@@ -2232,17 +2231,14 @@ SYSTEM_CERTIFICATES = "/etc/ssl/cert.pem"  # macOS, BSD, Alpine; elsewhere none 
 class Answer:
     """What became of one request.
 
-    what: for a person. status: HTTP's, 0 when none came. retry_after_s: how long the
-    tracker asked us to wait. body: what a 2xx begins with, as far as it says something.
+    what: for a person. retry_after_s: how long the tracker asked us to wait. body: what
+    a 2xx begins with, as far as it says something.
     """
 
     body = b""
 
-    def __init__(
-        self, verdict: str, what: str, status: int = 0, retry_after_s: float = 0
-    ) -> None:
-        self.verdict, self.what, self.status = verdict, what, status
-        self.retry_after_s = retry_after_s
+    def __init__(self, verdict: str, what: str, retry_after_s: float = 0) -> None:
+        self.verdict, self.what, self.retry_after_s = verdict, what, retry_after_s
 
 
 def verdict_of(status: int) -> str:
@@ -2252,28 +2248,26 @@ def verdict_of(status: int) -> str:
 
 def retry_after_s(text: str | None, now: float) -> float:
     """Seconds that a Retry-After asks for (RFC 9110, 10.2.3), 0 when it is unusable."""
-    text = (text or "").strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text[:20]), RETRY_AFTER_MAX_S)
-    if not text:
-        return 0.0
     from calendar import timegm
     from email.utils import parsedate
 
+    text = (text or "").strip()
     try:
-        date = parsedate(text)
-        wait = timegm(date) - now if date else 0.0
+        if text.isascii() and text.isdigit():
+            wait = float(text[:20])
+        else:
+            wait = timegm(parsedate(text)) - now  # type: ignore[arg-type]
     except (TypeError, ValueError, IndexError, OverflowError):
-        return 0.0
+        return 0.0  # neither
     return min(max(wait, 0.0), RETRY_AFTER_MAX_S)
 
 
-def backoff_s(verdict: str, failures: int, asked_s: float = 0) -> float:
+def backoff_s(verdict: str, failures: float, asked_s: float = 0) -> float:
     """Seconds to wait after the n-th failure in a row: jittered, for machines must not
     come back together, and not before the server asked for."""
     from random import uniform
 
-    power = 2.0 ** min(failures, 20)
+    power = 2.0 ** int(min(failures, 20))
     if verdict in HOLDS:
         wait = min(HOLD_S[0] * power / 2, HOLD_S[1]) * uniform(0.5, 1)
     else:
@@ -2289,7 +2283,6 @@ def make_opener(url: str) -> OpenerDirector:
 
     scheme, host = split_url(url)
     opener = request.OpenerDirector()
-    opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
     if scheme == "https":
         if not hasattr(request, "HTTPSHandler"):
@@ -2310,12 +2303,12 @@ def verifying_context() -> SSLContext:
     for macOS, until its "Install Certificates.command" has run) takes the system's."""
     import ssl
 
-    context, paths = ssl.create_default_context(), ssl.get_default_verify_paths()
+    context, paths = ssl.create_default_context(), [SYSTEM_CERTIFICATES]
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
-    chosen = {paths.openssl_cafile_env, paths.openssl_capath_env} & set(os.environ)
-    found = paths.cafile or paths.capath or context.cert_store_stats()["x509_ca"]
-    more = [os.environ.get("NODE_EXTRA_CA_CERTS", "")]
-    for path in more if chosen or found else [*more, SYSTEM_CERTIFICATES]:
+    chosen = {"SSL_CERT_FILE", "SSL_CERT_DIR"}.intersection(os.environ)
+    if chosen or context.cert_store_stats()["x509_ca"]:
+        paths = []
+    for path in [*paths, os.environ.get("NODE_EXTRA_CA_CERTS", "")]:
         try:
             context.load_verify_locations(path)
         except (OSError, ValueError):
@@ -2337,11 +2330,8 @@ def post(
         response: Any = opener.open(posted, timeout=timeout_s)
         with response:
             answer = answer_of(response)
-            try:
-                if reads and answer.verdict == DELIVERED:
-                    answer.body = response.read1(reads)
-            except (OSError, HTTPException, ValueError):
-                pass  # what breaks off now has been accepted
+            if reads and answer.verdict == DELIVERED:
+                answer.body = response.read1(reads)
             return answer
     except URLError as error:  # urllib wraps what fails up to the end of sending
         broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
@@ -2352,8 +2342,7 @@ def post(
 
 def answer_of(response: Any) -> Answer:
     """What a response says. Interim ones (102, 103) come before it: http.client skips
-    100 only. Whatever asks for a wait is the tracker's own word, and no ping's fault.
-    """
+    100 only. Whatever asks for a wait is the tracker's own word, no ping's fault."""
     while 100 <= response.status < 200 and response.status != 101:
         response.headers = None
         response.begin()  # the watchdog ends what goes on
@@ -2361,7 +2350,7 @@ def answer_of(response: Any) -> Answer:
     verdict, wait = verdict_of(status), retry_after_s(asked, time.time())
     if wait and verdict != DELIVERED:
         verdict = NOT_NOW
-    return Answer(verdict, f"HTTP {status}", status, wait)
+    return Answer(verdict, f"HTTP {status}", wait)
 
 
 def no_answer(cause: object, verdict: str) -> Answer:
@@ -2374,43 +2363,31 @@ def no_answer(cause: object, verdict: str) -> Answer:
     if ssl and isinstance(cause, ssl.SSLError) and "EOF" not in text:
         return Answer(HOLD, f"TLS: {getattr(cause, 'reason', '') or what}")
     proxy = text.partition("Tunnel connection failed: ")[2][:3]
-    if proxy.isdigit():  # a proxy's status says nothing against the ping
-        passing = verdict_of(int(proxy)) in (NOT_NOW, RETRY)
-        return Answer(NOT_NOW if passing else HOLD, f"proxy: HTTP {proxy}")
+    if proxy:  # its status says nothing against the ping
+        return Answer(HOLD if proxy < "5" else NOT_NOW, f"proxy: HTTP {proxy}")
     return Answer(verdict, what)
 
 
 # -- Sender: empties one outbox --------------------------------------------------------
-
-NO_ANSWER = "no whole answer in time"
-BURSTS = (  # events of which another may follow within seconds
-    "PreToolUse PostToolUse PostToolUseFailure PostToolBatch PermissionRequest "
-    "PermissionDenied SubagentStart"
-).split()
-
-
-class Suspect:
-    """A ping that failed. charges: how often that was its own fault, for another was
-    delivered; 0: not judged yet. tried_at: the last time, seconds since 1970."""
-
-    def __init__(self, charges: int, tried_at: float) -> None:
-        self.charges, self.tried_at = charges, tried_at
 
 
 class State:
     """state.json: what a destination remembers from pass to pass.
 
     failures: passes that failed, in a row. set_at, not_before: when the back-off was
-    set, and ends. delivered_at, swept_at: the last delivery, the last sweep. verdict,
-    problem, problem_at: of the last failure. (Times: seconds since 1970, 0: never.)
-    suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
+    set, and ends. delivered_at, swept_at, suspects_at: the last delivery, sweep, try of
+    charged suspects. (Seconds since 1970, 0: never.) verdict, problem: of the last
+    failure. suspects: name of a ping that failed -> how often it was charged; 0: it was
+    not judged yet. losses: reason -> pings lost.
     """
 
-    failures = set_at = not_before = delivered_at = swept_at = problem_at = 0.0
+    failures = set_at = not_before = delivered_at = swept_at = suspects_at = 0.0
     verdict = problem = ""
 
     def __init__(self, path: str) -> None:
         """Whatever the file holds, every attribute has a value that makes sense."""
+        from collections import Counter
+
         try:
             found = read_object(path, STATE_MAX_BYTES)
         except (OSError, ValueError):
@@ -2419,32 +2396,19 @@ class State:
             default = getattr(State, name, None)
             if number(value) if default == 0 else isinstance(default, type(value)):
                 setattr(self, name, value)
-        self.path, self.failures = path, min(self.failures, FAILURES_MAX)
-        losses = object_in(found, "losses")
-        self.losses = {k: int(n) for k, n in losses.items() if number(n)}
-        self.suspects = {
-            name: Suspect(int(pair[0]), pair[1])
-            for name, pair in object_in(found, "suspects").items()
-            if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair))
-        }
+        self.path = path
+        self.suspects, self.losses = (
+            Counter({k: int(n) for k, n in object_in(found, name).items() if number(n)})
+            for name in ("suspects", "losses")
+        )
 
     def save(self) -> None:
         """Write the file; a disk that refuses must not stop delivery."""
         found = {name: value for name, value in vars(self).items() if name != "path"}
-        suspects = self.suspects.items()
-        found["suspects"] = {name: [s.charges, s.tried_at] for name, s in suspects}
         try:
             write_file(self.path, encode_json(found).encode())
         except OSError:
             pass
-
-    def suspect(self, name: str) -> Suspect:
-        """The suspect of that name; a new one when there is none yet."""
-        return self.suspects.setdefault(name, Suspect(0, time.time()))
-
-    def lost(self, reason: str, count: int = 1) -> None:
-        """Count pings that will never be delivered."""
-        self.losses[reason] = self.losses.get(reason, 0) + count
 
 
 def state_of(outbox: Outbox) -> State:
@@ -2456,61 +2420,218 @@ def add_line(path: str, line: str, most: int) -> None:
     """Add a line to a file, which makes way for a new one when it has `most` bytes. It
     never fails: no disk may stop delivery."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | NO_FOLLOW
-    raw = line.encode("utf-8", "replace")
     try:
-        fd = os.open(path, flags, 0o600)
-        try:
-            size = os.fstat(fd).st_size
-            if os.write(fd, raw) < len(raw):
-                os.ftruncate(fd, size)  # a full disk: the line or nothing
-        finally:
-            os.close(fd)
-        if size + len(raw) > most:
+        with open(os.open(path, flags, 0o600), "ab") as file:
+            file.write(line.encode("utf-8", "replace"))
+            size = file.tell()
+        if size > most:
             rename(path, path + ".1")
     except OSError:
         pass  # a FIFO, a directory, a full disk
 
 
-class Courier:
-    """Delivers a sender's pings, one at a time. tell: for a person. by_session: a
-    session's name -> names of its pings that are not charged yet. sending: the name of
-    the ping whose request is on its way; deadline: monotonic, of that request."""
+class Pass:
+    """One walk along an outbox: pings that never failed, oldest first; then those that
+    failed and were not judged; then those that were charged.
 
-    def __init__(self, sender: Sender, tracker: Tracker, tell: Tell) -> None:
+    A failure may be the ping's fault or the tracker's: another ping that is delivered
+    tells. So failures are noted, and a delivery judges them: what was refused is set
+    aside, what else failed is charged. When only failures come, of different events,
+    the pass ends with a back-off, and nobody is to blame. noted: name -> its answer,
+    since the last delivery. done: names that are no news; trying: the last. in_burst:
+    what was delivered last ends nothing, so that others are likely to follow.
+    """
+
+    def __init__(self, sender: Sender) -> None:
         self.sender, self.outbox = sender, sender.outbox
-        self.tracker, self.tell = tracker, tell
-        self.opener: OpenerDirector | None = None
-        self.by_session: dict[str, list[str]] = {}
-        self.sending, self.deadline = "", float("inf")
+        self.state = state_of(sender.outbox)
+        self.names: list[str] = []
+        self.done: set[str] = set()
+        self.noted: dict[str, Answer] = {}
+        self.trying, self.delivered, self.in_burst = "", 0, False
+
+    def tidy(self) -> None:
+        """List what waits, and make way: of more than OUTBOX_MAX_PINGS the oldest
+        without usage are lost, then the oldest; of the suspects those are remembered
+        that wait, and were charged most: in an outage everything looks suspect."""
+        for name in os.listdir(self.outbox.path("outbox")):
+            if name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
+                remove(self.outbox.file(name))
+        names, suspects = self.outbox.waiting(), self.state.suspects
+        lost = sorted(names, key=lambda name: PingName(name).event in USAGE_EVENTS)
+        lost = lost[: max(0, len(names) - OUTBOX_MAX_PINGS)]
+        for start in range(0, len(lost), 100):
+            for name in lost[start : start + 100]:
+                self.count_loss(name, "outbox full")
+            self.state.save()  # before they go: we may be killed meanwhile
+            for name in lost[start : start + 100]:
+                remove(self.outbox.file(name))
+        self.names = sorted(set(names).difference(lost))
+        for name in set(suspects).difference(self.names):
+            del suspects[name]
+        for name, _ in suspects.most_common()[SUSPECTS_MAX:]:
+            del suspects[name]
+
+    def count_loss(self, name: str, reason: str) -> None:
+        """Count a ping that will not be delivered, and the tokens charged to it."""
+        self.state.losses[reason] += 1
+        try:
+            ping = self.outbox.record(name).ping
+            self.state.losses["tokens"] += ping["total_tokens"]
+        except (OSError, ValueError, KeyError):
+            pass
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Move what can never be delivered out of the others' way."""
+        self.count_loss(name, reason)
+        self.state.save()
+        self.outbox.set_aside(name)
+
+    def order(self) -> Iterator[str]:
+        """The names, in the order of their tries. The last failure that is borne is one
+        of another event, the newest: a witness like the others would say little."""
+        suspects = self.state.suspects
+        fresh = [name for name in self.names if name not in suspects]
+        for name in fresh:
+            if len(self.noted) == self.borne() - 1:
+                failed = PingName(next(iter(self.noted))).event
+                for other in reversed(fresh):
+                    if other not in self.done and PingName(other).event != failed:
+                        self.charge_before(other)
+                        yield other
+                        break
+            yield name
+        due = not 0 <= time.time() - self.state.suspects_at < SUSPECT_PAUSE_S
+        if due:
+            self.state.suspects_at = time.time()
+        known = reversed(suspects.most_common())
+        yield from [name for name, charges in known if due or not charges]
+        self.done.update(suspects)
+
+    def charge_before(self, witness: str) -> None:
+        """Charge the older pings of the session of one that is tried before them, so
+        that the tokens are each turn's own."""
+        session = PingName(witness).session
+        for name in sorted({*self.names} - self.done):
+            if name < witness and PingName(name).session == session:
+                self.charged(name)
+
+    def charged(self, name: str) -> Record | None:
+        """The ping to send, its usage charged: whatever a transcript holds, the ping
+        goes. None when there is none under `name`, or it must wait."""
+        record = None
+        try:
+            record = self.outbox.record(name)
+            if record.local:
+                return charge(self.outbox, name, record, self.sender.ends)
+        except OSError:
+            pass  # gone, or an I/O error: perhaps another time
+        except Exception as error:  # noqa: BLE001
+            if record is None:
+                self.set_aside(name, "no ping")
+            self.sender.log(f"{type(error).__name__} at {name}")
+        return record
+
+    def borne(self) -> int:
+        """How many failures in a row end the pass."""
+        refused = all(answer.verdict == REFUSED for answer in self.noted.values())
+        return REFUSALS_BORNE if self.delivered and refused else FAILURES_BORNE
+
+    def walk(self) -> None:
+        """Try all that is due, until an answer says that now is no time."""
+        for name in self.order():
+            if self.sender.is_over():
+                break
+            if name not in self.done:
+                self.trying = name
+                self.done.add(name)
+                record = self.charged(name)
+                answer = record and self.sender.deliver(name, record)
+                if answer and not self.weigh(name, answer):
+                    self.sender.fail(answer)
+                    return
+        if self.noted and not self.delivered:
+            self.sender.fail(self.noted.popitem()[1])
+
+    def weigh(self, name: str, answer: Answer) -> bool:
+        """Find out whose fault an answer is; False when the pass is over."""
+        state, charges = self.state, self.state.suspects.get(name)
+        if answer.verdict == DELIVERED:
+            self.delivered += 1
+            self.in_burst = PingName(name).event not in USAGE_EVENTS
+            state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
+            for failed, its_answer in self.noted.items():
+                self.judge(failed, its_answer)
+            self.noted = {}
+        elif answer.verdict == NOT_NOW:
+            if answer.what.startswith("HTTP 5"):
+                state.suspects.setdefault(name, 0)  # others go first, next time
+            return False
+        elif charges or (charges == 0 and self.delivered):
+            if self.delivered:  # the tracker is well
+                self.judge(name, answer)
+        else:
+            self.noted[name] = answer
+            state.suspects.setdefault(name, 0)
+            return len(self.noted) < self.borne()
+        return True
+
+    def judge(self, name: str, answer: Answer) -> None:
+        """The tracker is well: refuse the ping for good, or charge it."""
+        self.state.suspects[name] += 1
+        old = time.time() - PingName(name).ns / 1e9 > POISON_AGE_S
+        if answer.verdict == REFUSED:
+            self.set_aside(name, f"refused: {answer.what}")
+        elif self.state.suspects[name] >= POISON_CHARGES and old:
+            self.set_aside(name, "always fails")
+
+
+class Sender:
+    """A sender's life, from pass to pass.
+
+    ends: monotonic: no request begins after it. tell: for a person. once: somebody
+    waits: for no back-off, and for ONCE_LAST_S beyond the end at most. status: the exit
+    status when a request that overstays ends the process. deadline: monotonic, of the
+    request on its way.
+    """
+
+    opener: OpenerDirector | None = None
+    deadline = float("inf")
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        tracker: Tracker,
+        settings: Settings,
+        ends: float,
+        tell: Tell,
+        once: bool = False,
+        status: int = 0,
+    ) -> None:
+        self.outbox, self.tracker, self.settings = outbox, tracker, settings
+        self.ends, self.tell, self.once, self.status = ends, tell, once, status
+        self.on_pass = Pass(self)
+
+    def is_over(self) -> bool:
+        """Whether this life is."""
+        return time.monotonic() >= self.ends
+
+    def news(self) -> bool:
+        """Whether a ping waits that has come since the last pass began."""
+        return not self.on_pass.done.issuperset(self.outbox.waiting())
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
         line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
         add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
 
-    def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
-        """Add a delivered ping to sent.jsonl, for its user to look up what left; with
-        its bodies, where those are not the ping itself."""
-        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
-        bodies = [(request.body or b"").decode() for request in requests]
-        text = encode_json(ping)
-        if bodies != [text]:
-            found["bodies"] = bodies
-        line = f'{encode_json(found)[:-1]},"ping":{text}}}\n'
-        add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
-
-    def deliver(self, name: str) -> Answer | None:
-        """Send a ping; None when there is nothing to send under `name`, or no time.
-        ValueError: it is no ping."""
-        record = self.charged(name)
-        if record is None:
-            return None
-        requests = self.tracker.requests(record.ping, record.beside)
-        answer = None if requests else Answer(NOTHING, "nothing to send")
+    def deliver(self, name: str, record: Record) -> Answer | None:
+        """Send a ping; None when there is nothing to send, or no time."""
+        requests, answer = self.tracker.requests(record.ping, record.beside), None
         for request in requests[record.accepted :]:
-            if answer and self.sender.is_over():
+            if self.is_over():
                 return None
-            answer = self.send(name, record.ping, request)
+            answer = self.send(record.ping, request)
             if answer.verdict != DELIVERED:
                 return answer
             record.accepted += 1
@@ -2519,40 +2640,43 @@ class Courier:
                     self.outbox.rewrite(name, record)
             except OSError:
                 pass  # a full disk: after a crash they are repeated
-        if answer and requests:
-            # Before its file goes: after a crash it may stand there twice, but never
-            # not at all.
+        if answer:
             self.keep(record.ping, requests, answer)
-        remove(self.outbox.file(name))  # only now
+        remove(self.outbox.file(name))  # only now: after a crash, kept or sent twice
         return answer
 
-    def send(self, name: str, ping: Fields, request: Request) -> Answer:
-        """Send one request of a ping; it has a deadline of its own."""
-        timeout_s, begun = self.sender.settings.timeout_s, time.monotonic()
-        limit = DEADLINE * timeout_s
-        if self.sender.once:
-            limit = max(0.1, min(limit, self.sender.ends + ONCE_LAST_S - begun))
-        if not self.opener:
-            import _thread
+    def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
+        """Add a delivered ping to sent.jsonl; its bodies, where those are another."""
+        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
+        bodies = [(request.body or b"").decode() for request in requests]
+        if bodies != [encode_json(ping)]:
+            found["bodies"] = bodies
+        line = encode_json({**found, "ping": ping}) + "\n"
+        add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
+    def send(self, ping: Fields, request: Request) -> Answer:
+        """Send one request of a ping; it has a deadline of its own."""
+        from _thread import start_new_thread
+
+        timeout_s, begun = self.settings.timeout_s, time.monotonic()
+        limit = DEADLINE * timeout_s
+        if self.once:
+            limit = min(limit, self.ends + ONCE_LAST_S - begun)
+        if not self.opener:
             try:
                 self.opener = make_opener(self.tracker.url)
             except (Skipped, ImportError) as why:  # some ship a part of the library
                 return Answer(HOLD, str(why))
-            try:
-                _thread.start_new_thread(self.watch, ())
-            except RuntimeError:
-                pass  # no thread to be had: urllib's own timeouts must do
-        self.sending, self.deadline = name, begun + limit
+            start_new_thread(self.watch, ())
+        self.deadline = begun + limit
         answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
         self.deadline = float("inf")
         if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
-            answer = Answer(REFUSED, f"{answer.what}, rejected", answer.status)
+            answer = Answer(REFUSED, f"{answer.what}, rejected")
         took_ms = (time.monotonic() - begun) * 1000
-        said = answer.verdict if answer.verdict in (DELIVERED, REFUSED) else "kept"
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
-            f"{answer.what} in {took_ms:.0f} ms, {said}"
+            f"{answer.what} in {took_ms:.0f} ms, {answer.verdict}"
         )
         return answer
 
@@ -2562,334 +2686,96 @@ class Courier:
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
         try:
-            answer, on_pass = Answer(RETRY, NO_ANSWER), self.sender.on_pass
-            if on_pass.weigh(self.sending, answer) and self.sending in on_pass.noted:
-                self.sender.fail(answer)
-            on_pass.state.save()
-            self.tell(f"{NO_ANSWER}; the ping waits")
+            self.break_off("no whole answer in time")
         finally:
-            os._exit(self.sender.status)
+            os._exit(self.status)
 
-    def charged(self, name: str) -> Record | None:
-        """The ping to send, its usage charged, and before it that of its session's
-        older ones, so that the tokens are each turn's own; None when there is none
-        under `name`, or it must wait."""
-        try:
-            record = self.outbox.record(name)
-            session = self.by_session[PingName(name).session] if record.local else []
-            while session and session[0] < name:
-                if self.sender.is_over():
-                    return None
-                older = session.pop(0)
-                try:
-                    self.charge(older, self.outbox.record(older))
-                except (OSError, ValueError):
-                    continue
-            return self.charge(name, record)
-        except OSError:  # gone, or an I/O error: perhaps another time
-            return None
-
-    def charge(self, name: str, record: Record) -> Record | None:
-        """The ping with its usage in it; whatever a transcript holds, the ping goes."""
-        try:
-            if record.local:
-                return charge(self.outbox, name, record, self.sender.ends)
-        except Exception as error:  # noqa: BLE001
-            self.log(f"usage left out: {type(error).__name__}")
-        return record
-
-
-class Pass:
-    """One walk along an outbox: pings that have never failed, oldest first; then those
-    that failed and were not judged; then those that were charged.
-
-    A failure may be the ping's fault or the tracker's: another ping that is delivered
-    tells. So failures are noted, and a delivery judges them: what was refused is set
-    aside, what else failed is charged. When only failures come, of different events,
-    the pass ends with a back-off, and nobody is to blame. So no ping stands in the way
-    of the others, and no bad day of the tracker empties an outbox. noted: name -> its
-    answer, since the last delivery. last_event: of the last ping delivered.
-    """
-
-    def __init__(self, sender: Sender) -> None:
-        self.sender, self.outbox, self.state = sender, sender.outbox, sender.state
-        self.names = self.outbox.waiting()
-        self.noted: dict[str, Answer] = {}
-        self.tried = self.delivered = 0
-        self.last_event = self.last_answer = ""
-        self.done: set[str] = set()
-
-    def tidy(self) -> None:
-        """Make way: what is no ping is set aside; of more than OUTBOX_MAX_PINGS the
-        oldest without usage are lost, then the oldest; suspects that wait no more are
-        forgotten, and those least charged, for in an outage everything looks suspect.
-        """
-        for name in os.listdir(self.outbox.path("outbox")):
-            if not PingName.is_one(name) and not name.startswith("."):
-                self.set_aside(name, "no ping")
-            elif name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
-                remove(self.outbox.file(name))
-        names, usage = self.names, USAGE_EVENTS
-        names.sort(key=lambda name: (PingName(name).event in usage, name))
-        lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
-        for start in range(0, len(lost), 100):
-            some = lost[start : start + 100]
-            for name in some:
-                self.count_loss(name, "outbox full")
-            self.state.save()  # before they go: we may be killed meanwhile
-            for name in some:
-                remove(self.outbox.file(name))
-        self.names = sorted(names[len(lost) :])
-        known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
-        known.sort(key=lambda pair: -pair[1].charges)
-        self.state.suspects = dict(known[:SUSPECTS_MAX])
-
-    def count_loss(self, name: str, reason: str) -> None:
-        """Count a ping that will not be delivered, and the tokens charged to it."""
-        self.state.lost(reason)
-        try:
-            if PingName(name).event in USAGE_EVENTS:
-                ping = self.outbox.record(name).ping
-                self.state.lost("tokens", int(ping["total_tokens"]))
-        except (OSError, ValueError, KeyError):
-            pass
-
-    def set_aside(self, name: str, reason: str) -> None:
-        """Move what can never be delivered out of the others' way."""
-        self.count_loss(name, reason)
-        self.state.suspects.pop(name, None)
-        self.state.save()
-        self.outbox.set_aside(name)
-
-    def order(self) -> Iterator[str]:
-        """The names, in the order in which they are tried. The last failure that is
-        borne is one of another event, the newest: a witness that is like the others
-        would say little."""
-        suspects, now = self.state.suspects, time.time()
-        fresh = [name for name in self.names if name not in suspects]
-        for name in fresh:
-            if len(self.noted) == self.borne() - 1:
-                failed = PingName(next(iter(self.noted))).event
-                for other in reversed(fresh):
-                    if other not in self.done and PingName(other).event != failed:
-                        yield other
-                        break
-            yield name
-        known = list(suspects.items())
-        yield from [name for name, suspect in known if not suspect.charges]
-        for name, suspect in known:
-            paused = 0 <= now - suspect.tried_at < SUSPECT_PAUSE_S
-            if suspect.charges and not paused:
-                yield name
-
-    def borne(self) -> int:
-        """How many failures in a row end the pass."""
-        refused = all(answer.verdict == REFUSED for answer in self.noted.values())
-        return REFUSALS_BORNE if self.delivered and refused else FAILURES_BORNE
-
-    def go(self) -> None:
-        """Walk to the end, or until an answer says that now is no time."""
-        self.tidy()
-        by_session = self.sender.courier.by_session = {}
-        for name in self.names:
-            by_session.setdefault(PingName(name).session, []).append(name)
-        goes_on = True
-        for name in self.order():
-            if self.sender.is_over() or not goes_on:
-                break
-            if name not in self.done:
-                goes_on = self.attempt(name)
-        if goes_on and self.noted and not self.delivered:
-            self.sender.fail(self.noted.popitem()[1])
-        if self.tried:
-            self.state.save()
-            told = f"delivered {self.delivered} of {len(self.names)}"
-            self.sender.courier.log(f"{told}, last answer: {self.last_answer}")
-
-    def attempt(self, name: str) -> bool:
-        """Try one ping; False when the pass is over."""
-        self.done.add(name)
-        try:
-            answer = self.sender.courier.deliver(name)
-        except ValueError:
-            self.set_aside(name, "no ping")
-            return True
-        if answer is None or answer.verdict == NOTHING:
-            return True
-        self.tried += 1
-        self.last_answer = answer.what
-        return self.weigh(name, answer)
-
-    def weigh(self, name: str, answer: Answer) -> bool:
-        """Find out whose fault an answer is; False when the pass is over."""
-        state, suspect = self.state, self.state.suspects.get(name)
-        if answer.verdict == DELIVERED:
-            self.delivered += 1
-            self.last_event = PingName(name).event
-            state.suspects.pop(name, None)
-            state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
-            for failed, its_answer in self.noted.items():
-                self.judge(failed, its_answer)
-            self.noted = {}
-        elif answer.verdict == NOT_NOW:
-            if answer.status >= 500:
-                state.suspect(name)  # others go first, next time
-            self.sender.fail(answer)
-            return False
-        elif suspect and (suspect.charges or self.delivered):
-            suspect.tried_at = time.time()
-            if self.delivered:  # the tracker is well
-                self.judge(name, answer)
-        else:
-            self.noted[name] = answer
-            state.suspect(name)
-            if len(self.noted) >= self.borne():
-                self.sender.fail(answer)
-                return False
-        return True
-
-    def judge(self, name: str, answer: Answer) -> None:
-        """The tracker is well: refuse the ping for good, or charge it."""
-        if answer.verdict == REFUSED:
-            self.set_aside(name, f"refused: {answer.what}")
-            return
-        suspect, now = self.state.suspect(name), time.time()
-        suspect.charges, suspect.tried_at = suspect.charges + 1, now
-        old = now - PingName(name).ns / 1e9 > POISON_AGE_S
-        if suspect.charges >= POISON_CHARGES and old:
-            self.set_aside(name, "always fails")
-
-
-class Sender:
-    """A sender's life, from pass to pass.
-
-    ends: monotonic: no request begins after it. once: somebody waits: for no back-off,
-    and for ONCE_LAST_S beyond the end at most. status: the exit status when a request
-    that overstays ends the process. known: names of pings that are no news.
-    """
-
-    def __init__(
-        self,
-        outbox: Outbox,
-        tracker: Tracker,
-        settings: Settings,
-        ends: float,
-        tell: Tell = silent,
-        once: bool = False,
-        status: int = 0,
-    ) -> None:
-        self.outbox, self.settings, self.ends = outbox, settings, ends
-        self.once, self.status = once, status
-        self.state = state_of(outbox)
-        self.known: set[str] = set()
-        self.courier, self.on_pass = Courier(self, tracker, tell), Pass(self)
-
-    def is_over(self) -> bool:
-        """Whether this life is."""
-        return time.monotonic() >= self.ends
-
-    def is_gone(self) -> bool:
-        """Whether the outbox was removed: by uninstall, most likely."""
-        return not os.path.isdir(self.outbox.path("outbox"))
-
-    def news(self) -> bool:
-        """Whether a ping waits that has come since the last pass began."""
-        return not self.known.issuperset(self.outbox.waiting())
+    def one_pass(self) -> None:
+        """Tidy, try what waits, remember what became of it."""
+        self.on_pass = on_pass = Pass(self)
+        on_pass.tidy()
+        on_pass.walk()
+        on_pass.state.save()
+        self.log(f"delivered {on_pass.delivered} of {len(on_pass.names)}")
 
     def fail(self, answer: Answer) -> None:
         """Count a pass that failed, and start a back-off. The row of failures begins
         anew when it is a person's turn to mend something, or no more."""
-        now, state = time.time(), self.state
+        now, state = time.time(), self.on_pass.state
         mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
-        state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
-        wait = backoff_s(answer.verdict, int(state.failures), answer.retry_after_s)
+        state.failures = 1 if mended else state.failures + 1
+        wait = backoff_s(answer.verdict, state.failures, answer.retry_after_s)
         state.set_at, state.not_before = now, now + wait
         state.verdict, state.problem = answer.verdict, answer.what
-        state.problem_at = now
         state.save()
-        self.courier.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
+        self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
-    def one_pass(self) -> None:
-        """Try all that waits and is due, until an answer says that now is no time."""
-        self.state = state_of(self.outbox)
-        self.on_pass = Pass(self)
-        self.on_pass.go()
-        # What there was no time for is news, to the next sender.
-        self.known.update(self.on_pass.done if self.is_over() else self.on_pass.names)
+    def break_off(self, what: str) -> None:
+        """Note that this process ends with the ping that is tried."""
+        answer = Answer(RETRY, what)
+        self.on_pass.weigh(self.on_pass.trying, answer)
+        self.fail(answer)
+        self.tell(f"{what}; the ping waits")
 
-    def finds_more(self) -> bool:
-        """Whether there is news: after a tool's event, others of which come within
-        seconds, it is waited for with the lock in hand, so that hooks meanwhile start
-        no process. Else the daily sweep may find some."""
-        until = min(time.monotonic() + LINGER_S, self.ends)
-        if self.on_pass.last_event in BURSTS and not self.once:
-            while time.monotonic() < until and not self.is_gone() and not self.news():
-                time.sleep(LOOK_S)
-        if not self.news():
-            self.sweep()
-        return self.news()
 
-    def live(self, lock: Lock | None) -> None:
-        """Pass after pass, to the end of this life. After each the lock is given back,
-        and then the outbox listed once more: a hook that found the lock busy counts on
-        that. When this life is over then, news begin a new one."""
-        while lock is not None:
-            again = self.once or not self.outbox.backoff_left_s()
-            while again:
-                self.one_pass()
-                ends = self.is_over() or self.outbox.backoff_left_s()
-                again = not ends and self.finds_more()
-            lock.release()
-            wait = self.outbox.backoff_left_s()
-            if wait and (self.once or time.monotonic() + wait >= self.ends):
-                return
-            if not wait and not self.news():
-                return
-            if wait:
-                time.sleep(wait)
-            lock = None if self.is_gone() else self.outbox.take_lock()
-            if lock and not wait and self.is_over():
-                start_sender({self.outbox.name(): lock}, self.settings.environ)
-                return
-
-    def sweep(self) -> None:
-        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
-        now, accounts = time.time(), self.outbox.path("accounts")
-        if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
+def sweep(sender: Sender) -> None:
+    """Once a day: tell of sessions that were lost, forget the oldest accounts."""
+    now, state = time.time(), sender.on_pass.state
+    accounts = sender.outbox.path("accounts")
+    if 0 <= now - state.swept_at < DAY_S or not os.path.isdir(accounts):
+        return
+    names = os.listdir(accounts)
+    paths = [os.path.join(accounts, name) for name in names if name[0] != "."]
+    for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
+        remove(path)
+    for path in paths if sender.settings.usage else ():
+        if sender.is_over():
             return
-        names = [name for name in os.listdir(accounts) if not name.startswith(".")]
-        paths = [os.path.join(accounts, name) for name in names]
-        for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
-            remove(path)
-        for path in paths if self.settings.usage else ():
-            if self.is_over():
-                return
-            try:
-                if age_s(path) > DAY_S:
-                    report_lost(self.outbox, path, self.settings, self.ends)
-            except (OSError, ValueError):
-                continue  # it, or its transcript, is damaged or gone
-            except Exception as error:  # noqa: BLE001 - it must not hide the others
-                self.courier.log(f"lost session: {type(error).__name__}")
-        self.state.swept_at = now
-        self.state.save()
+        try:
+            if age_s(path) > DAY_S:
+                report_lost(sender.outbox, path, sender.settings, sender.ends)
+        except Exception as error:  # noqa: BLE001 - it must not hide the others
+            sender.log(f"lost session: {type(error).__name__}")
+    state.swept_at = now
+    state.save()
+
+
+def live(sender: Sender, lock: Lock | None) -> None:
+    """Pass after pass, to the end of a sender's life. After each the lock is given
+    back, and then the outbox listed once more: a hook that found the lock busy counts
+    on that. When this life is over then, news begin a new one."""
+    outbox = sender.outbox
+    while lock is not None:
+        if sender.once or not outbox.backoff_left_s():
+            sender.one_pass()
+            until = min(time.monotonic() + LINGER_S, sender.ends)
+            waits = sender.on_pass.in_burst and not sender.once
+            while waits and time.monotonic() < until and not sender.news():
+                time.sleep(LOOK_S)  # meanwhile hooks start no process
+            if not sender.news():
+                sweep(sender)
+        lock.release()
+        wait = outbox.backoff_left_s()
+        if wait and (sender.once or time.monotonic() + wait >= sender.ends):
+            return
+        if not wait and not sender.news():
+            return
+        time.sleep(wait)
+        lock = outbox.take_lock()
+        if lock and sender.is_over():
+            start_sender({outbox.name(): lock}, sender.settings.environ)
+            return
 
 
 def send(settings: Settings, tell: Tell) -> None:
-    """Deliver as the command line says: HOW FD DESTINATION, with other destinations
-    that are to have a sender behind it. HOW: see start_sender. DESTINATION: the name of
-    its directory; FD: its lock, -1 when none was handed on."""
-    gc.enable()
-    if hasattr(gc, "set_threshold"):  # PyPy has none
-        gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
+    """Deliver as start_sender's command says: HOW, then each destination's lock (-1:
+    none was handed on) and name; those behind the first are to have other senders."""
     how, fd, name, *others = sys.argv[3:]
-    once, life_s = how != "detached", LIFE_S if how == "detached" else ONCE_S
-    ends = time.monotonic() + life_s
-    for other_fd, other in zip(others[::2], others[1::2]):
-        try:
-            start_sender({other: Lock(int(other_fd))}, settings.environ)
-        except OSError:
-            continue  # the next hook tries it again
+    once = how != "detached"
+    ends = time.monotonic() + (ONCE_S if once else LIFE_S)
+    if others:  # the next one starts the rest
+        held = {other: Lock(int(fd)) for fd, other in zip(others[::2], others[1::2])}
+        start_sender(held, settings.environ)
     trackers, problems = find_trackers(settings)
     found = [tracker for tracker in trackers if tracker.directory_name() == name]
     if not found:
@@ -2898,17 +2784,12 @@ def send(settings: Settings, tell: Tell) -> None:
     outbox.need_sound()
     lock = Lock(int(fd)) if int(fd) >= 0 else outbox.take_lock()
     sender = Sender(outbox, found[0], settings, ends, tell, once)
-    if how == "debug" and outbox.backoff_left_s():
-        why = sender.state.problem or "after an outage"
-        tell(f"a back-off lasts {outbox.backoff_left_s():.0f} s more ({why})")
     if not once and os.name == "posix":
         os.nice(5)  # the session's own work comes first
     try:
-        sender.live(lock)
+        live(sender, lock)
     except Exception as error:  # noqa: BLE001 - or each hook would start one in vain
-        if not sender.is_gone():
-            sender.state.suspect(sender.courier.sending)
-            sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
+        sender.break_off(f"internal error: {type(error).__name__}")
 
 
 def sender() -> NoReturn:
@@ -3905,7 +3786,7 @@ def doctor(options: Namespace) -> int:
     for outbox in outboxes(around.settings.state_dir) if options.clear else ():
         lock = wait_for_lock(outbox, time.monotonic() + LIFE_S)
         state = state_of(outbox)
-        state.losses = {}
+        state.losses.clear()
         state.save()
         lock.release()
     return 0 if run_checks(around, options.send, options.run_all) else 1

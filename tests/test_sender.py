@@ -469,11 +469,11 @@ def test_a_hook_at_any_step_of_a_burst(
 def test_an_outbox_that_was_removed_ends_the_sender(
     home: Home, receiver: Receiver
 ) -> None:
-    """Uninstalled in the middle of a burst: it ends, and nothing appears again."""
+    """Uninstalled in the middle of a burst: it ends soon, and nothing appears again."""
     home.hook(TOOL, receiver.url)
     wait_until(lambda: delivered(home, receiver, 1))
     shutil.rmtree(home.state)
-    home.quiet(4)
+    home.quiet(8)
     assert not home.state.exists()
 
 
