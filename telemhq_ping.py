@@ -2330,8 +2330,11 @@ def post(
         response: Any = opener.open(posted, timeout=timeout_s)
         with response:
             answer = answer_of(response)
-            if reads and answer.verdict == DELIVERED:
-                answer.body = response.read1(reads)
+            try:
+                if reads and answer.verdict == DELIVERED:
+                    answer.body = response.read1(reads)
+            except (OSError, HTTPException, ValueError):
+                pass  # what breaks off now has been accepted
             return answer
     except URLError as error:  # urllib wraps what fails up to the end of sending
         broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
@@ -2666,6 +2669,7 @@ class Sender:
             try:
                 self.opener = make_opener(self.tracker.url)
             except (Skipped, ImportError) as why:  # some ship a part of the library
+                self.tell(str(why))
                 return Answer(HOLD, str(why))
             start_new_thread(self.watch, ())
         self.deadline = begun + limit
@@ -2674,9 +2678,10 @@ class Sender:
         if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
             answer = Answer(REFUSED, f"{answer.what}, rejected")
         took_ms = (time.monotonic() - begun) * 1000
+        said = answer.verdict if answer.verdict in (DELIVERED, REFUSED) else "kept"
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
-            f"{answer.what} in {took_ms:.0f} ms, {answer.verdict}"
+            f"{answer.what} in {took_ms:.0f} ms, {said}"
         )
         return answer
 
