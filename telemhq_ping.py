@@ -2530,7 +2530,7 @@ class Pass:
         except OSError:
             pass  # gone, or an I/O error: perhaps another time
         except Exception as error:  # noqa: BLE001
-            if record is None:
+            if record is None and isinstance(error, ValueError):
                 self.set_aside(name, "no ping")
             self.sender.log(f"{type(error).__name__} at {name}")
         return record
@@ -2665,15 +2665,14 @@ class Sender:
         limit = DEADLINE * timeout_s
         if self.once:
             limit = min(limit, self.ends + ONCE_LAST_S - begun)
-        if not self.opener:
-            try:
+        try:
+            if not self.opener:
                 self.opener = make_opener(self.tracker.url)
-            except (Skipped, ImportError) as why:  # some ship a part of the library
-                self.tell(str(why))
-                return Answer(HOLD, str(why))
-            start_new_thread(self.watch, ())
-        self.deadline = begun + limit
-        answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
+                start_new_thread(self.watch, ())
+            self.deadline, reads = begun + limit, self.tracker.reads
+            answer = post(self.opener, request, min(timeout_s, limit), reads)
+        except (Skipped, ImportError) as why:  # some ship a part of the library
+            answer = Answer(HOLD, str(why))
         self.deadline = float("inf")
         if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
             answer = Answer(REFUSED, f"{answer.what}, rejected")
@@ -2713,6 +2712,7 @@ class Sender:
         state.set_at, state.not_before = now, now + wait
         state.verdict, state.problem = answer.verdict, answer.what
         state.save()
+        self.on_pass.done.update(self.on_pass.names)  # no news, even on a full disk
         self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
     def break_off(self, what: str) -> None:

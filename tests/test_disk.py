@@ -335,8 +335,9 @@ def test_what_is_no_file_blocks_nobody(
     run_sender(home, receiver.url)
     assert len(receiver.requests) == 2
     receiver.answer = 503
+    place(home, receiver.url)
     home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
-    assert (len(receiver.requests), len(home.waiting())) == (3, 1)
+    assert (len(receiver.requests), len(home.waiting())) == (4, 2)
     assert precious.read_text() == "mine"
 
 
