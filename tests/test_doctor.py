@@ -209,7 +209,7 @@ LINES: dict[str, Callable[[Home], object]] = {
     "!! telemhq: 2 lost, refused: HTTP 422; `doctor --clear`": lambda home: (
         home.set_state(losses={"refused: HTTP 422": 2})
     ),
-    "!! ~/.claude/telemhq is a symbolic link: mend that, or set TELEMHQ_STAT": linked,
+    "!! ~/.claude/telemhq is no directory, or a symbolic link: mend that": linked,
     "!! ~/.claude/telemhq/.*/outbox can be written by others": lambda home: (
         home.destination() / "outbox"
     ).chmod(0o777),
