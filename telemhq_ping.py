@@ -3296,7 +3296,9 @@ def play(
         for outbox in outboxes(environ["TELEMHQ_STATE_DIR"]):
             if ping:  # its sender looks for more: what is none ends that at once
                 write_file(outbox.file(PingName.make(time.time_ns(), ping)), b"")
-            wait_for_lock(outbox).release()
+            lock = wait_for_lock(outbox)
+            time.sleep(LOOK_S)  # a sender that tries it now ends
+            lock.release()
     return said, ping, f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
 
 
