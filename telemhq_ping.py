@@ -2815,13 +2815,13 @@ def kind_of(outbox: Outbox) -> str:
     return outbox.name().rpartition("-")[0]
 
 
-def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
+def destinations(settings: Settings) -> list[Tracker]:
     """The trackers that pings can go to; Skipped when there is none."""
     trackers, problems = find_trackers(settings)
     if not trackers:
         raise Skipped("; ".join(problems))
     for text in problems:
-        tell(text)
+        print(text)
     return trackers
 
 
@@ -2862,8 +2862,7 @@ def adopt(former: Outbox, present: Outbox, name: str) -> None:
 
 
 def deliveries(outbox: Outbox) -> list[Fields]:
-    """The lines of sent.jsonl, the oldest first, each ping once: after a crash it may
-    stand there twice."""
+    """The lines of sent.jsonl, each ping once: after a crash it may be there twice."""
     import json
 
     found: dict[str, Fields] = {}
@@ -3219,7 +3218,7 @@ def flush(options: Namespace) -> int:
     os.environ.update(settings.environ)  # urllib looks for proxies there
     if around.url_is_kept and settings.destinations == [TelemHQ.kind]:
         raise Skipped("only Claude Code knows the plugin's URL: start a session")
-    for tracker in destinations(settings, print):
+    for tracker in destinations(settings):
         outbox = outbox_of(settings, tracker)
         outbox.need_sound()
         if options.adopt:
@@ -3266,8 +3265,7 @@ def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
 def play(
     command: list[str], event: Fields, environ: dict[str, str]
 ) -> tuple[str, Fields, str]:
-    """Run a hook: (what it printed, the ping that arrived or {}, times). One that hangs
-    is ended."""
+    """Run a hook, 15 s at most: (what it printed, the ping that arrived, times)."""
     import subprocess
     import tempfile
 
@@ -3511,7 +3509,7 @@ def send_test(around: Surroundings) -> Iterator[Check]:
     settings, ns = around.settings, time.time_ns()
     event = {"hook_event_name": "Test", "cwd": os.getcwd()}
     ping = make_ping(event, settings, project_of(event, settings), ns, 0)
-    for tracker in destinations(settings, print):
+    for tracker in destinations(settings):
         if tracker.wants(ping):
             kind, outbox = tracker.kind, outbox_of(settings, tracker)
             name = enqueue(outbox, tracker, ns, ping, {})
@@ -3907,8 +3905,7 @@ COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
 
 
 def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
-    """What was delivered of all outboxes, or of those of that kind or name; Skipped
-    when that is nothing."""
+    """What left all outboxes, or those of that kind or name; Skipped: nothing."""
     kept = outboxes(Surroundings().settings.state_dir)
     kept = [outbox for outbox in kept if name in (None, outbox.name(), kind_of(outbox))]
     found = [(outbox, deliveries(outbox)) for outbox in kept]
