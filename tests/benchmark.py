@@ -1,16 +1,13 @@
 """How fast, how big: measure the hook and its sender, print one table.
 
-    python3 tests/benchmark.py            medians of 25 interleaved runs; seven minutes
-    python3 tests/benchmark.py --quick    5 runs; to see it work
+    python3 tests/benchmark.py [--quick] [hook] [cpu] [drain] [fleet]
 
-Not a test: it fails for nothing. Ratios are of one run, for machines differ. Linux, or
-macOS, where the CPU of senders is not known. What it starts it ends; traffic is
-loopback only.
+Without words all parts: medians of 25 interleaved runs (--quick: 5), seven minutes.
+Ratios are of one run, for machines differ. (On macOS the CPU of senders is not known.)
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import os
@@ -18,7 +15,6 @@ import pathlib
 import platform
 import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -47,9 +43,8 @@ if TYPE_CHECKING:
     Rows = List[Tuple[str, float, str, str]]  # what, how much, asked, aim
 PYTHON = sys.executable
 BARE = [PYTHON, "-I", "-S"]
-PASS = f"{PYTHON} -I -S -c pass"
-SAMPLE = f"{PYTHON} -I -S ~/.claude/hooks/sample.py"
-AS_SCRIPT = f"{PYTHON} -I -S ~/.claude/hooks/telemhq_ping.py"
+PASS, BESIDE = f"{PYTHON} -I -S -c pass", f"{PYTHON} -I -S ~/.claude/hooks/"
+SAMPLE, AS_SCRIPT = BESIDE + "sample.py", BESIDE + SCRIPT.name
 # The job as most such hooks do it: parse, hash, POST, wait for the answer.
 SYNCHRONOUS = """
 import hashlib, json, os, sys, urllib.request
@@ -68,8 +63,7 @@ for line in open(sys.argv[1], "rb"):
     with r.urlopen(r.Request(sys.argv[2], *sent), timeout=10) as response:
         response.read()
 """
-# Runs a command; tells its wall time and peak memory. A process of its own, for on
-# Linux a child's peak counts from its parent's size.
+# Tells a command's wall time and peak memory; on Linux that counts from its parent's.
 LAUNCHER = """
 import os, sys, time
 begun = time.perf_counter()
@@ -77,7 +71,8 @@ null = [(os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)]
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=null)
 _, status, used = os.wait4(pid, 0)
 unit = 1 if sys.platform == "darwin" else 1024
-print(time.perf_counter() - begun, used.ru_maxrss * unit, status)
+assert status == 0
+print(time.perf_counter() - begun, used.ru_maxrss * unit)
 """
 STOP, TOOL = event("Stop"), event("PostToolUse-Bash")
 
@@ -103,8 +98,7 @@ def home_with_script(path: pathlib.Path) -> Home:
 
 
 class Server:
-    """Answers every POST with 200 after `delay_s`, in a process of its own: it shares
-    no interpreter with what is measured."""
+    """Answers every POST with 200 after `delay_s`, in a process of its own."""
 
     def __init__(self, delay_s: float) -> None:
         words = [PYTHON, __file__, "--serve", str(delay_s)]
@@ -274,7 +268,6 @@ def burst(given: dict[str, Any]) -> None:
     samples."""
     if ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl")  # 36: PR_SET_CHILD_SUBREAPER
-    signal.alarm(600)
     samples, cpu = set(), [0.0, 0.0]
     stdin, begun = json.dumps(given["sent"]).encode(), time.monotonic()
 
@@ -337,8 +330,7 @@ def measured(command: list[str], env: dict[str, str]) -> tuple[float, float]:
     run = subprocess.run(
         words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True
     )
-    wall, peak, status = run.stdout.split()
-    assert status == b"0", command
+    wall, peak = run.stdout.split()
     return float(wall), int(peak) / 1e6
 
 
@@ -402,19 +394,7 @@ def measure_fleet(*_: object) -> Rows:
 
 
 def main() -> None:
-    assert __doc__
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few runs")
-    parser.add_argument("--only", default="hook,cpu,drain,fleet", help="some of these")
-    parser.add_argument("--serve", type=float, help=argparse.SUPPRESS)
-    parser.add_argument("--burst", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.serve is not None:
-        return serve(options.serve)
-    if options.burst:
-        return burst(json.load(sys.stdin))
-    quick, load = options.quick, os.getloadavg()[0]
-    rows: Rows = []
+    quick, load, rows = "--quick" in sys.argv, os.getloadavg()[0], []
     parts: dict[str, tuple[Callable[..., Rows], int]] = {
         "hook": (measure_hook, 5 if quick else 25),
         "cpu": (measure_cpu, 10 if quick else 40),
@@ -422,16 +402,19 @@ def main() -> None:
         "fleet": (measure_fleet, 0),
     }
     with tempfile.TemporaryDirectory() as name:
-        for part in options.only.split(","):
+        for part in [word for word in sys.argv if word in parts] or parts:
             measure, much = parts[part]
             rows += measure(pathlib.Path(name), much)
-    print(f"CPython {platform.python_version()}, {platform.platform()},")
-    print(f"{os.cpu_count()} CPUs, load {load:.1f}, then {os.getloadavg()[0]:.1f}\n")
+    print(f"CPython {platform.python_version()}, {platform.system()}, load {load:.1f}")
     print(f"{'':<66} {'measured':>8} {'asked':>6} {'aim':>6}")
     for what, value, asked, aim in rows:
         print(f"{what:<66} {value:8.2f} {asked:>6} {aim:>6}")
-    return None
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--serve"]:
+        serve(float(sys.argv[2]))
+    elif sys.argv[1:2] == ["--burst"]:
+        burst(json.load(sys.stdin))
+    else:
+        main()

@@ -272,20 +272,20 @@ def test_a_backoff_longer_than_its_life_ends_a_sender(home: Home) -> None:
 
 
 def test_a_life_is_a_minute(home: Home, receiver: Receiver) -> None:
-    """After 60 s a sender ends; what it has not tried waits for the next hook's."""
-    place(home, receiver.url, 10)
+    """After 60 s a sender ends; a fresh one goes on with what it had no time for."""
+    found = place(home, receiver.url, 10)
     leap = """
 real, gone = time.monotonic, []
 time.monotonic = lambda: real() + 100 * (len(gone) >= 3)
 wrap(os, "unlink", after=lambda path, *_: "/outbox/" in str(path) and gone.append(path))
 """
     run_sender(home, receiver.url, leap)
-    assert len(receiver.requests) == 3
-    assert not home.state_json()["failures"]
-    home.hook(event("Stop"), receiver.url)
-    receiver.wait_for(11)
+    log = home.destination() / "sender.log"
+    assert "delivered 3 of 10" in log.read_text()
     wait_until(lambda: not home.waiting())
-    assert len(set(ids(receiver))) == 11
+    home.quiet()
+    assert ids(receiver) == found
+    assert len({line.split()[1] for line in log.read_text().splitlines()}) == 2
 
 
 def test_an_unexpected_error_backs_off(home: Home, receiver: Receiver) -> None:
@@ -374,10 +374,11 @@ def test_fifty_thousand_in_the_foreground(home: Home, receiver: Receiver) -> Non
     run = home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
     assert time.monotonic() - begun < 10
     assert (run.returncode, run.stdout, run.stderr) == SILENT
-    wait_until(lambda: len(home.waiting()) <= 5000, 60, 0.2)
-    home.end()
-    assert home.state_json()["losses"]["outbox full"] == 45_001
-    assert 5000 <= len(home.waiting()) + len(receiver.requests) <= 5001
+    home.hook(event("Stop"), receiver.url)  # a slow machine's sender was ended
+    wait_until(lambda: not home.waiting(), 60, 0.2)
+    # What one has counted that was ended before it went, is counted once more.
+    assert 45_001 <= home.state_json()["losses"]["outbox full"] <= 45_102
+    assert 5000 <= len(receiver.requests) <= 5002
 
 
 @pytest.mark.fault(62)
@@ -468,11 +469,11 @@ def test_a_hook_at_any_step_of_a_burst(
 def test_an_outbox_that_was_removed_ends_the_sender(
     home: Home, receiver: Receiver
 ) -> None:
-    """Uninstalled in the middle of a burst: it ends, and nothing appears again."""
+    """Uninstalled in the middle of a burst: it ends soon, and nothing appears again."""
     home.hook(TOOL, receiver.url)
     wait_until(lambda: delivered(home, receiver, 1))
     shutil.rmtree(home.state)
-    home.quiet(4)
+    home.quiet(8)
     assert not home.state.exists()
 
 

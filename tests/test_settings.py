@@ -132,6 +132,7 @@ GOOD_URLS = (
 HTTP_ELSEWHERE = (
     *("http://telemhq.com/x", "http://10.0.0.1:8080/x", "http://0.0.0.0/x"),
     *("http://127.evil.com/x", "http://127.0.0.1.evil.com/x", "http://127.0.0.256/x"),
+    "http://127.0.0.1.2/x",
     *("http://localhost.evil.com/x", "http://notlocalhost/x", "http://1270.0.0.1/x"),
     *("http://evil.com/127.0.0.1", "http://evil.com#localhost", "http://[::2]/x"),
 )
