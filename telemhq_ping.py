@@ -107,7 +107,6 @@ SUSPECTS_MAX = 200  # remembered; more than any pass makes
 POISON_CHARGES, POISON_AGE_S = 8, 3600.0  # both: neither a burst nor an outage blames
 LOG_MAX_BYTES = 256 << 10  # some 2,000 passes
 SENT_MAX_BYTES = 5 << 20  # some 5,000 pings; with the file before it, 10,000
-BLOCK_BYTES = 4 << 20  # of a transcript, read at once
 LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
 ID_CHARS = 12  # of a hash, 48 bits: among 64,000 two are the same once in 100,000 times
 LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
