@@ -2750,7 +2750,8 @@ def live(sender: Sender, lock: Lock | None) -> None:
     on that. When this life is over then, news begin a new one."""
     outbox = sender.outbox
     while lock is not None:
-        if sender.once or not outbox.backoff_left_s():
+        again = sender.once or not outbox.backoff_left_s()
+        while again:
             sender.one_pass()
             until = min(time.monotonic() + LINGER_S, sender.ends)
             waits = sender.on_pass.in_burst and not sender.once
@@ -2758,6 +2759,7 @@ def live(sender: Sender, lock: Lock | None) -> None:
                 time.sleep(LOOK_S)  # meanwhile hooks start no process
             if not sender.news():
                 sweep(sender)
+            again = sender.news() and not (sender.is_over() or outbox.backoff_left_s())
         lock.release()
         wait = outbox.backoff_left_s()
         if wait and (sender.once or time.monotonic() + wait >= sender.ends):
