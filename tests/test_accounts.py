@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable
 import pytest
 
 import trackers
-from support import SCRIPT, Receiver, event, script_command
+from support import SCRIPT, Receiver, script_command
 from transcripts import (
     DAY_S,
     END,
@@ -23,7 +23,6 @@ from transcripts import (
     Session,
     cost_of,
     interrupted,
-    iso,
     ledger,
     message,
     prompt,
@@ -39,7 +38,7 @@ from transcripts import (
 if TYPE_CHECKING:
     import pathlib
 
-    from support import Home, Request
+    from support import Request
 
 __all__ = ["session"]  # fixtures
 
@@ -106,6 +105,11 @@ def met(how: str, at: float) -> Told:
     return Told(f"SessionStart-{how}", at)
 
 
+def agents(row: dict[str, Any]) -> Callable[[Session], None]:
+    """A row of an agent."""
+    return lambda session: session.add(row, to=session.agent())
+
+
 BROKEN_OFF = message(2, 0, stop=None), interrupted(2.1)
 SHEET: dict[str, list[Any]] = {
     "new, from its start, however old its rows are": [
@@ -150,6 +154,15 @@ SHEET: dict[str, list[Any]] = {
         *[prompt(0), message(1, 1, stop="tool_use"), ledger({OPUS: 3}), *BROKEN_OFF],
         *[end(3, 3, {OPUS: 3}), turn(10, 4), ledger({OPUS: 7}), end(13, 4, {OPUS: 4})],
     ],
+    "rows after an event are the next ping's, an agent's if 2 s later": [
+        *[met("startup", -1), turn(0, 1), message(2, 2), message(2.005, 4)],
+        *[turn(3, 8), agents(message(3.9, 16)), agents(message(4.1, 32))],
+        *[stop(2, 19), stop(10, 44)],
+    ],
+    "SessionEnd takes what is stamped up to 2 s after it, not a later run's": [
+        *[met("startup", -1), turn(0, 1), message(3.5, 2), ledger({OPUS: 3})],
+        *[turn(30, 4), end(2, 3, {OPUS: 3}), stop(40, 4)],
+    ],
     "a ledger that answers follow is no last word": [
         *[met("startup", -1), turn(0, 1), ledger({OPUS: 9}), turn(10, 2)],
         *[end(12, 3, None, False), turn(20, 4), ledger({OPUS: 19})],
@@ -174,6 +187,8 @@ def test_sheet(session: Session, session_of: str) -> None:
     for step in SHEET[session_of]:
         if isinstance(step, Told):
             step.check(session)
+        elif callable(step):
+            step(session)
         else:
             session.add(*(step if isinstance(step, tuple) else (step,)))
 
@@ -264,26 +279,23 @@ def test_branch_with_more_turns_than_its_parent(session: Session) -> None:
 
 @pytest.mark.fault(90)
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "running"])
-@pytest.mark.parametrize("says_more", [True, False])
 @pytest.mark.parametrize("runs", [1, 2])
 def test_parent_that_goes_on_after_the_fork(
-    session: Session, runs: int, ended: bool, says_more: bool
+    session: Session, runs: int, ended: bool
 ) -> None:
     """A fork's ledger goes on from the last one that its parent's file had then; that
     of a parent in its first run begins anew. What the parent says later is its own."""
-    known = {OPUS: 7, HAIKU: 8}
+    before = {OPUS: 7, HAIKU: 8} if ended or runs == 2 else {}
     parent_of(session, ledgers=ended or runs == 2)
     if runs == 2:
-        rows = [ledger({OPUS: 1024 + 7, HAIKU: 8})] * ended
-        known[OPUS] += 1024 * ended
-        session.charge("Stop", 22, *turn(20, 1024), *rows)
+        session.charge("Stop", 22, *turn(20, 1024))
+        if ended:
+            before[OPUS] += 1024
+            session.add(ledger(before))
     fork = session.fork()
     fork.hook("SessionStart-fork", 100)
-    if says_more:
-        session.add(*turn(90, 4096), ledger({OPUS: 4096 + 1024 * runs, HAIKU: 8}))
-    fork.charge("Stop", 102, message(101, 0))
-    session.add(ledger({OPUS: 4096 + 1024 * runs, HAIKU: 8}))
-    assert ends_of(fork, known if ended or runs == 2 else {}) == OWN
+    session.add(*turn(90, 4096), ledger({OPUS: 4096 + 1024 * runs, HAIKU: 8}))
+    assert ends_of(fork, before) == OWN
 
 
 def test_fork_whose_parents_file_is_gone(session: Session) -> None:
@@ -323,40 +335,19 @@ def test_fork_whose_rows_are_not_marked(session: Session, start: str | None) -> 
 # -- Settling --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("delivered", ["each", "after the end"])
-def test_ledger_settles_what_is_in_no_row(session: Session, delivered: str) -> None:
-    """Compaction and titles are calls of no row: SessionEnd has them, the cost of each
-    model and the lines; also when all is delivered after the session's end."""
-    session.hook(START, -1)
-    session.add(*turn(0, 1))
-    session.hook("Stop", 2)
-    if delivered == "each":
-        session.send()
-    session.add(*turn(10, 2), ledger({OPUS: 7, HAIKU: 8}, (31, 12)))
-    session.hook("Stop", 12)
-    session.hook(END, 13)
-    session.send()
-    first, second, end = session.receiver.pings[1:]
-    assert sizes([first, second, end]) == [("Stop", 1), ("Stop", 2), ("SessionEnd", 12)]
-    assert end["models"] == {
-        OPUS: {**used(4), "cost_usd": cost_of({OPUS: 7})},
-        HAIKU: {**used(8), "cost_usd": cost_of({HAIKU: 8})},
-    }
-    lines = [end[name] for name in ("cost_usd", "lines_added", "lines_removed")]
-    assert lines == [cost_of({OPUS: 7, HAIKU: 8}), 31, 12]
-    assert (end["model"], complete(end)) == (OPUS, [True])
-    assert not any({"cost_usd", "lines_added"} & set(p) for p in (first, second))
-
-
-def test_models_have_their_cost_without_new_tokens(session: Session) -> None:
-    """A model whose tokens were told at Stop has its cost at the end all the same;
-    where one model is all, the ping's own fields say it."""
-    session.hook(START, -1)
+def test_ledger_settles_what_is_in_no_row(session: Session) -> None:
+    """Compaction and titles are calls of no row: SessionEnd has them, the lines, and
+    the cost of each model, with new tokens or without; where one model is all, the
+    ping's own fields say it."""
     session.charge("Stop", 3, *turn(0, 1), message(2, 2, model=HAIKU))
-    end = session.charge(END, 5, ledger({OPUS: 1, HAIKU: 2}))
-    costs = {name: counts.get("cost_usd") for name, counts in end["models"].items()}
-    assert costs == {OPUS: cost_of({OPUS: 1}), HAIKU: cost_of({HAIKU: 2})}
-    end = session.charge(END, 13, *turn(10, 4), ledger({OPUS: 5, HAIKU: 2}))
+    end = session.charge(END, 13, *turn(10, 2), ledger({OPUS: 7, HAIKU: 2}, (31, 12)))
+    assert end["models"] == {
+        OPUS: {**used(6), "cost_usd": cost_of({OPUS: 7})},
+        HAIKU: {"cost_usd": cost_of({HAIKU: 2})},
+    }
+    found = [end[name] for name in ("model", "lines_added", "lines_removed")]
+    assert found == [OPUS, 31, 12]
+    end = session.charge(END, 23, *turn(20, 4), ledger({OPUS: 11, HAIKU: 2}))
     assert (end["cost_usd"], "models" in end) == (cost_of({OPUS: 4}), False)
 
 
@@ -379,49 +370,21 @@ def test_two_runs_in_one_outage(session: Session) -> None:
     """Each run's tokens and cost are on its own SessionEnd, each turn's on its own
     Stop, though nothing could be delivered for a day."""
     session.hook(START, -1)
-    for run in range(2):
-        at = run * 3600
+    runs = (0, 1, {OPUS: 7, HAIKU: 64}), (60, 8, {OPUS: 63, HAIKU: 192})
+    for at, size, sums in runs:
         for n in range(3):
-            tools = [f"Tool{run}{n}"]
-            session.add(*turn(at + 100 * n, 1 << (3 * run + n), tools=tools))
-            session.hook("Stop", at + 100 * n + 1.5)
-        session.add(ledger({OPUS: (7, 63)[run], HAIKU: (64, 192)[run]}, (run, 1)))
-        session.hook(END, at + 400)
-        if not run:
-            session.hook("SessionStart-resume", 3590)
+            session.add(*turn(at + 10 * n, size << n, tools=[f"Tool{at}"]))
+            session.hook("Stop", at + 10 * n + 1.5)
+        session.add(ledger(sums, (at, 1)))
+        session.hook(END, at + 40)
+        session.hook("SessionStart-resume", at + 50)
     pings = [p for p in session.send() if p["event"] != "SessionStart"]
     assert [size_of(p) for p in pings] == [1, 2, 4, 64, 8, 16, 32, 128]
-    assert pings[5]["tools"] == {"Tool11": 1}
-    assert [p.get("duration_ms") for p in pings[:3]] == [1500] * 3
-    ends = [p for p in pings if p["event"] == "SessionEnd"]
+    assert (pings[2]["duration_ms"], pings[4]["tools"]) == (1500, {"Tool60": 1})
     costs = [cost_of({OPUS: 7, HAIKU: 64}), cost_of({OPUS: 56, HAIKU: 128})]
-    assert [p["cost_usd"] for p in ends] == costs
-    assert [p["lines_added"] for p in ends] == [0, 1]
+    assert [pings[n]["cost_usd"] for n in (3, 7)] == costs
+    assert [pings[n]["lines_added"] for n in (3, 7)] == [0, 60]
     assert complete(*pings) == [True] * 8
-
-
-# -- Until when ------------------------------------------------------------------------
-
-
-def test_rows_after_an_event_are_the_next_pings(session: Session) -> None:
-    """The main chain's from the event on, an agent's 2 s later: it is written late. A
-    row of the event's very millisecond is its own."""
-    session.hook(START, -1)
-    session.add(*turn(0, 1), message(2, 2), message(2.005, 4), *turn(3, 8))
-    session.add(message(3.9, 16), message(4.1, 32), to=session.agent())
-    session.hook("Stop", 2)
-    session.hook("Stop", 10)
-    assert sizes(session.send())[1:] == [("Stop", 19), ("Stop", 44)]
-
-
-def test_session_end_takes_what_is_stamped_up_to_2_s_after_it(session: Session) -> None:
-    """And not what a later run says."""
-    session.hook(START, -1)
-    session.add(*turn(0, 1), message(3.5, 2), ledger({OPUS: 3}), *turn(30, 4))
-    session.hook(END, 2)
-    session.hook("Stop", 40)
-    _, end, stop = session.send()
-    assert (size_of(end), end["cost_usd"], size_of(stop)) == (3, cost_of({OPUS: 3}), 4)
 
 
 # -- Waiting ---------------------------------------------------------------------------
@@ -431,50 +394,37 @@ LATE = {  # event: what is there, what the client writes 0.25 s later
     "Stop, max_tokens": ([prompt(0)], message(1, 4, stop="max_tokens")),
     "Stop, a block": ([prompt(0), message(1, 4, "a", None)], message(1, 4, "a")),
     "SubagentStop": ([prompt(0)], message(1, 4)),
-    END: ([prompt(0), message(1, 4)], ledger({OPUS: 4})),
-    "SessionEnd-clear": ([prompt(0), message(1, 4)], ledger({OPUS: 4})),
+    END: ([prompt(0), message(1, 4)], ledger({OPUS: 5})),
+    "SessionEnd-clear": ([prompt(0), message(1, 4)], ledger({OPUS: 5})),
 }
 
 
+@pytest.mark.fault(92)
 @pytest.mark.parametrize("late", [True, False], ids=["late", "never"])
 @pytest.mark.parametrize("case", LATE)
 def test_sender_waits_for_what_the_client_writes_late(
     session: Session, case: str, late: bool
 ) -> None:
     """Stop fires before the turn's last row is in the file, SubagentStop before the
-    agent's, /clear before the ledger. What has not come when the event is 2 s old is
+    agent's, /clear before the ledger. (A row that ended a turn before is not the one,
+    also where that was a StopFailure.) What has not come when the event is 2 s old is
     told, and rides on the session's next ping."""
     rows, row = LATE[case]
     name, path = case.partition(",")[0], session.path
-    session.hook(START, -1)
+    session.hook(START, -11)
+    session.charge("StopFailure", -8, *turn(-10, 1, stop="max_tokens"))
     if name == "SubagentStop":
-        session.add(*turn(0, 1))
         path = session.agent()
     session.add(*rows, to=path)
-    session.hook(name, 2, agent_transcript_path=str(session.agent()))
-    when = 2.25 if late else 4.5
-    ping = session.send(2.05, later=[(when, path, [row])])[-1]
-    own = 1 if name == "SubagentStop" else 0
+    session.hook(name, 2, agent_transcript_path=str(path))
+    (ping,) = session.send(2.05, later=[(2.25 if late else 4.5, path, [row])])
     there = 4 if late or len(rows) > 1 else 0
-    assert (size_of(ping), complete(ping)) == (own + there, [late])
+    assert (size_of(ping), complete(ping)) == (there, [late])
     if "SessionEnd" in case:
-        assert ping.get("cost_usd") == (cost_of({OPUS: 4}) if late else None)
+        assert ping.get("cost_usd") == (cost_of({OPUS: 5}) if late else None)
     elif not late:
         session.add(row, to=path)
         assert size_of(session.charge("StopFailure", 9)) == 4 - there
-
-
-@pytest.mark.fault(92)
-def test_stop_waits_for_a_row_of_its_own(session: Session) -> None:
-    """A row that ended a turn before is not the one, also where that turn ended in a
-    StopFailure (max_tokens)."""
-    session.hook(START, -1)
-    session.charge("StopFailure", 2, *turn(0, 1, stop="max_tokens"))
-    session.add(prompt(10))
-    session.hook("Stop", 12)
-    late = [(12.3, session.path, [message(11.9, 2)])]
-    ping = session.send(12.05, later=late)[-1]
-    assert (size_of(ping), complete(ping)) == (2, [True])
 
 
 NOT_AWAITED: dict[str, tuple[str, list[Any], Any]] = {
@@ -493,13 +443,10 @@ def test_nothing_else_is_waited_for(session: Session, case: str) -> None:
     if rows:
         session.add(*rows)
     session.hook(name, 2, agent_transcript_path=str(session.agent("compact")))
-    late = message(1.5, 1024)
-    (ping,) = session.send(2.05, later=[(3, session.path, [late])])
+    (ping,) = session.send(2.05, later=[(3, session.path, [message(1.5, 1024)])])
     assert size_of(ping) == size
-    if not rows:
-        assert usage_in(ping) == NO_USAGE
-    else:
-        assert complete(ping) == [True]
+    assert rows or usage_in(ping) == NO_USAGE
+    assert complete(ping) == [bool(rows)]
 
 
 # -- Destinations, trackers, settings --------------------------------------------------
@@ -559,51 +506,38 @@ def test_adopted_pings_tell_no_token_twice(
         session.hook(END, 32, url=second.url)
         session.send(url=second.url)
         assert not session.home.waiting()
-        found = {p["event_id"]: p for p in second.pings}
-        sent = sum(size_of(p) or 0 for p in found.values())
-        assert sent == (14 if charged and before else 15)  # the former one was told 1
+        found = {p["event_id"]: size_of(p) or 0 for p in second.pings}
+        total = 14 if charged and before else 15  # the former one was told 1
+        assert sum(found.values()) == total
 
 
 def test_rows_for_wigtoken_have_ids_of_their_own(session: Session) -> None:
-    """The answer's real id; with the API's request where a router repeats it; with its
-    output for what it gained later: the first row of an id wins there."""
+    """The answer's real id; with the API's request where a router repeats it."""
     with trackers.Wigtoken() as place:
         env: dict[str, Any] = {**place.env(), "TELEMHQ_DESTINATIONS": "wigtoken"}
-        session.add(*turn(0, 1, key="a"), message(1.2, 2, "r", requestId="req_1"))
-        session.add(message(1.5, 4, "r", requestId="req_2"))
+        session.add(prompt(0), message(1, 1, "r"), message(1.5, 2, "r", requestId="2"))
         session.hook("Stop", 2, **env)
         (directory,) = session.home.state.glob("wigtoken-*")
         session.send(name=directory.name, **env)
-        session.add(message(11, 9, "a"), message(12, 16, "b"))
-        session.hook("Stop", 13, **env)
-        session.send(name=directory.name, **env)
-        rows = [row for _, body in place.accepted for row in body["messages"]]
+        (rows,) = [body["messages"] for _, body in place.accepted]
         found = {row["message_id"]: row["input_tokens"] for row in rows}
-        wanted = {"msg_a": 1, "msg_r": 2, "msg_r.req_2": 4, "msg_a.27": 8, "msg_b": 16}
-        assert (found, place.faults, place.duplicates) == (wanted, [], 0)
+        assert (found, place.faults) == ({"msg_r": 1, "msg_r.2": 2}, [])
 
 
 @pytest.mark.fault(41)
 def test_each_ping_keeps_the_settings_of_its_hook(session: Session) -> None:
     """The sender is another session's child: nothing that shapes a ping is its own."""
-    sender: dict[str, Any] = {
-        "TELEMHQ_USAGE": 0,
-        "TELEMHQ_PROJECT": "sender",
-        "TELEMHQ_GIT": 0,
-    }
-    sender.update(TELEMHQ_MACHINE="sender", TELEMHQ_TOOL_NAMES=0)
+    sender: dict[str, Any] = {"TELEMHQ_USAGE": 0, "TELEMHQ_PROJECT": "sender"}
+    sender.update(TELEMHQ_GIT=0, TELEMHQ_MACHINE="sender", TELEMHQ_TOOL_NAMES=0)
     session.add(*turn(0, 1, tools=["mcp__acme__drop"]))
     session.hook("Stop", 2, TELEMHQ_GIT=1, TELEMHQ_MACHINE="full")
-    quiet = Session(session.home, session.receiver)
-    quiet.add(*turn(0, 2))
-    quiet.hook("Stop", 2, TELEMHQ_USAGE=0, TELEMHQ_PROJECT="quiet")
-    (ping,) = session.send(**sender)
-    (other,) = quiet.new()
-    names = ("project", "machine", "git_branch", "tools")
-    found = [ping.get(name) for name in names]
-    assert found == ["api", "full", "main", {"mcp__acme__drop": 1}]
-    assert [other.get(name) for name in names] == ["quiet", None, None, None]
-    assert (size_of(ping), size_of(other)) == (1, None)
+    session.hook("Stop", 3, TELEMHQ_USAGE=0, TELEMHQ_PROJECT="quiet")
+    pings, names = session.send(**sender), ("project", "machine", "git_branch", "tools")
+    assert [[ping.get(name) for name in names] for ping in pings] == [
+        ["api", "full", "main", {"mcp__acme__drop": 1}],
+        ["quiet", None, None, None],
+    ]
+    assert list(map(size_of, pings)) == [1, None]
 
 
 # A sender that opens a transcript dies.
@@ -639,34 +573,26 @@ def test_usage_0_opens_no_transcript(session: Session, hook: str) -> None:
 
 def test_lost_session_makes_one_ping(session: Session) -> None:
     """A session that was killed makes one SessionLost a day later: its usage, project,
-    ids and hashes; the next days nothing more."""
+    ids and hashes; the next days nothing more. Lost again, it makes another."""
     session.hook(START, -1)
     stop = session.charge("Stop", 2, *turn(0, 1))
     session.add(prompt(10), message(11, 2, "c", "tool_use", tools=["Bash"]))
     session.add(message(3000, 4, stop=None), to=session.agent())
+    (own,) = session.accounts()
+    own.with_name("0123456789abcdef.json").write_bytes(b"a damaged account")
     assert session.send(at=DAY_S * 0.9) == []
     (lost,) = session.send(at=DAY_S + 4000, TELEMHQ_MACHINE="midi")
-    assert (lost["event"], size_of(lost), lost["status"]) == (
-        "SessionLost",
-        6,
-        "success",
-    )
-    assert (lost["usage_complete"], lost["tools"]) == (False, {"Bash": 1})
+    names = ("event", "status", "machine", "usage_complete", "tools")
+    wanted = ["SessionLost", "success", "midi", False, {"Bash": 1}]
+    assert ([lost[name] for name in names], size_of(lost)) == (wanted, 6)
     names = ("project", "session_id", "cwd_hash", "transcript_path_hash", "model")
     assert [lost[name] for name in names] == [stop[name] for name in names]
-    assert lost["machine"] == "midi"
     for day in (2, 3, 40):
         assert session.send(at=DAY_S * day + 9000) == []
-
-
-@pytest.mark.parametrize("name", [START, "Notification", "PreToolUse-Bash"])
-def test_lost_session_may_have_had_any_event(session: Session, name: str) -> None:
-    """And is settled by the ledger where there is one."""
-    session.charge(name, 0.5)
-    session.add(*turn(1, 1), ledger({OPUS: 1, HAIKU: 2}))
-    (lost,) = session.send(at=LATER)
-    assert (size_of(lost), lost["cost_usd"]) == (3, cost_of({OPUS: 1, HAIKU: 2}))
-    assert lost["timestamp"] >= iso(session.begun)
+    session.charge("Stop", 41 * DAY_S + 2, *turn(41 * DAY_S, 8))
+    session.add(*turn(41 * DAY_S + 10, 16))
+    (again,) = session.send(at=43 * DAY_S)
+    assert (size_of(again), again["event_id"] != lost["event_id"]) == (16, True)
 
 
 @pytest.mark.parametrize("ended", [True, False])
@@ -677,21 +603,6 @@ def test_session_that_is_not_lost(session: Session, ended: bool) -> None:
     session.hook(END if ended else "Stop", 2)
     assert [p["event"] for p in session.send(at=2 * DAY_S)] != ["SessionLost"]
     assert session.send(at=4 * DAY_S) == []
-
-
-def test_lost_session_that_goes_on_after_all_is_exact(session: Session) -> None:
-    """It goes on where it was; lost again, it makes another ping."""
-    session.charge(START, -1)
-    session.add(*turn(0, 1))
-    ids = {session.send(at=LATER)[0]["event_id"]}
-    assert size_of(session.charge("Stop", LATER + 200, *turn(LATER + 100, 2))) == 2
-    session.add(*turn(LATER + 300, 4))
-    ids.add(session.send(at=2 * LATER)[0]["event_id"])
-    session.charge(
-        END, 2 * LATER + 600, *turn(2 * LATER + 500, 8), ledger({OPUS: 15, HAIKU: 16})
-    )
-    assert told(session) == (31, cost_of({OPUS: 15, HAIKU: 16}))
-    assert len(ids) == 2
 
 
 @pytest.mark.fault(52)
@@ -751,28 +662,26 @@ def test_newest_500_accounts_are_kept(session: Session) -> None:
 
 FAILING = """
 import errno
-def failing(name, part, code, nth=1):
-    real, calls = getattr(os, name), [0]
-    def wrapped(*args, **kwargs):
-        if args and part in str(args[0]):
-            calls[0] += 1
-            if calls[0] == nth or not nth:
-                raise OSError(getattr(errno, code), os.strerror(1), args[0])
-        return real(*args, **kwargs)
-    setattr(os, name, wrapped)
+def failing(part, code, times=1):
+    real, left = os.open, [times]
+    def wrapped(path, *args, **kwargs):
+        if part in str(path) and left[0]:
+            left[0] -= 1
+            raise OSError(getattr(errno, code), os.strerror(1), path)
+        return real(path, *args, **kwargs)
+    os.open = wrapped
 """
 
 
 @pytest.mark.fault(45)
-@pytest.mark.parametrize("code", ["EIO", "EACCES", "EMFILE"])
-def test_unreadable_account_is_never_replaced(session: Session, code: str) -> None:
+def test_unreadable_account_is_never_replaced(session: Session) -> None:
     """The ping goes without usage and says so; the next has it all, nothing twice."""
     session.charge("Stop", 2, *turn(0, 1))
     (path,) = session.accounts()
     before = path.read_bytes()
     session.add(*turn(10, 2))
     session.hook("Stop", 12)
-    patch = FAILING + f"failing('open', {str(path)!r}, {code!r}, 0)"
+    patch = FAILING + f"failing({str(path)!r}, 'EIO', -1)"
     (ping,) = session.send(patch=patch)
     assert usage_in(ping) == NO_USAGE
     assert path.read_bytes() == before
@@ -785,14 +694,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "binary": lambda raw: bytes(255 - byte for byte in raw),
     "cut off": lambda raw: raw[: len(raw) // 2],
     "NULs": lambda raw: b"\0" * len(raw),
-    "an empty object": lambda _: b"{}",
     "a list": lambda _: b"[]",
-    "numbers for all": lambda raw: json.dumps(
-        dict.fromkeys(json.loads(raw), 7)
-    ).encode(),
-    "texts for all": lambda raw: json.dumps(
-        dict.fromkeys(json.loads(raw), "7")
-    ).encode(),
     "lists for all": lambda raw: json.dumps(
         {key: [7] for key in json.loads(raw)}
     ).encode(),
@@ -821,27 +723,16 @@ def test_damaged_account_opens_anew_at_now(session: Session, case: str) -> None:
     assert not session.home.waiting()
 
 
-def test_damaged_accounts_hide_no_lost_session(session: Session) -> None:
-    """Lost sessions are found among accounts that cannot be read."""
-    session.charge(START, -1)
-    session.add(*turn(0, 1))
-    (own,) = session.accounts()
-    for i, make in enumerate([*DAMAGES.values()][:-1] * 4):
-        own.with_name(f"{i:016x}.json").write_bytes(make(own.read_bytes()))
-    assert sizes(session.send(at=LATER)) == [("SessionLost", 1)]
-
-
 @pytest.mark.fault(47)
-@pytest.mark.parametrize("code", ["EIO", "EMFILE"])
 @pytest.mark.parametrize("name", ["Stop", END])
 def test_failed_open_of_a_transcript_is_tried_again(
-    session: Session, name: str, code: str
+    session: Session, name: str
 ) -> None:
     """However old the event is, before anything is told."""
     session.charge("Stop", 2, *turn(0, 1))
     session.add(*turn(10, 2), ledger({OPUS: 3}))
     session.hook(name, 12)
-    patch = FAILING + f"failing('open', {session.path.name!r}, {code!r})"
+    patch = FAILING + f"failing({session.path.name!r}, 'EMFILE')"
     (ping,) = session.send(patch=patch)
     assert (size_of(ping), complete(ping)) == (2, [True])
 
@@ -859,7 +750,7 @@ def test_what_cannot_be_read_is_never_told_as_zero(session: Session, what: str) 
     path = session.path if what == "session" else session.agent()
     for at, name in (12, "Stop"), (20, END):
         session.hook(name, at)
-        patch = FAILING + f"failing('open', {path.name!r}, 'EIO', 0)"
+        patch = FAILING + f"failing({path.name!r}, 'EIO', -1)"
         assert complete(*session.send(patch=patch)) == [settled and name == END]
     events = [ping["event"] for ping in session.send(at=LATER)]
     assert events == ["SessionLost"] * (not settled)
@@ -867,7 +758,7 @@ def test_what_cannot_be_read_is_never_told_as_zero(session: Session, what: str) 
     assert told(session)[0] == 15
 
 
-# -- What is lost is counted; the whole way --------------------------------------------
+# -- What is lost is counted -----------------------------------------------------------
 
 
 def test_tokens_of_a_refused_ping_are_counted_as_lost(session: Session) -> None:
@@ -884,29 +775,3 @@ def test_tokens_of_a_refused_ping_are_counted_as_lost(session: Session) -> None:
     losses = session.home.state_json()["losses"]
     assert losses["tokens"] == used(2)["total_tokens"]
     assert sum(losses.values()) - losses["tokens"] == 1
-
-
-def test_whole_way_of_a_session(home: Home, receiver: Receiver) -> None:
-    """Real hooks, detached senders, a client that writes late, in real time: the sums
-    are the ledger's."""
-    live = Session(home, receiver, time.time())
-
-    def fire(name: str, *late: Any, to: pathlib.Path | None = None) -> None:
-        known = {"session_id": live.id, "transcript_path": str(live.path)}
-        known["agent_transcript_path"] = str(live.agent())
-        done = home.hook(event(name, **known), receiver.url)
-        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
-        sent = len(receiver.requests)
-        time.sleep(0.2)
-        live.add(*late, to=to)
-        receiver.wait_for(sent + 1, 30)
-
-    live.add(prompt(0), message(0, 1, stop="tool_use", tools=["Agent"]))
-    live.add(message(0, 2, stop="tool_use"), to=live.agent())
-    fire("Stop", message(0, 4))
-    late = message(time.time() - live.begun, 8)
-    fire("SubagentStop", late, to=live.agent())
-    fire("SessionEnd-clear", ledger({OPUS: 15, HAIKU: 16}))
-    assert [size_of(ping) for ping in receiver.pings] == [7, 8, 16]
-    assert told(live) == (31, cost_of({OPUS: 15, HAIKU: 16}))
-    assert complete(*receiver.pings) == [True] * 3
