@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -43,14 +44,6 @@ if TYPE_CHECKING:
 __all__ = ["session"]  # fixtures
 
 LATER = DAY_S + 600  # a sender looks for lost sessions again
-NO_USAGE = {"usage_complete": False}
-USAGE_FIELDS = {*MULTIPLES, "models", "tools", "tool_calls", "tool_failures"}
-USAGE_FIELDS |= {"cost_usd", "lines_added", "lines_removed", "usage_complete"}
-
-
-def usage_in(ping: dict[str, Any]) -> dict[str, Any]:
-    """All that a ping tells of usage."""
-    return {name: ping[name] for name in USAGE_FIELDS & set(ping)}
 
 
 def told(session: Session) -> tuple[Any, float]:
@@ -68,52 +61,44 @@ def complete(*pings: dict[str, Any]) -> list[bool]:
 # -- A sheet of sessions: rows, events, and what each event's ping tells ---------------
 
 
-class Told:
-    """An event that a session is charged for, and what its ping tells: a size, whether
-    that is all, the cost of which sizes (None: none)."""
-
-    def __init__(
-        self,
-        name: str,
-        at: float,
-        size: int | None = None,
-        cost: dict[str, int] | None = None,
-        complete: bool = True,
-        **env: Any,
-    ) -> None:
-        self.name, self.at, self.env = name, at, env
-        self.wanted = size, complete, None if cost is None else cost_of(cost)
-
-    def check(self, session: Session) -> None:
-        ping = session.charge(self.name, self.at, **self.env)
-        found = size_of(ping), ping.get("usage_complete", True), ping.get("cost_usd")
-        assert found == self.wanted, (self.name, self.at)
+Step = Callable[[Session], None]
 
 
-def stop(at: float, size: int | None, **env: Any) -> Told:
-    """A Stop."""
-    return Told("Stop", at, size, **env)
+def tells(
+    name: str,
+    at: float,
+    size: int | None = None,
+    cost: dict[str, int] | None = None,
+    complete: bool = True,
+    **env: Any,
+) -> Step:
+    """An event that a session is charged for, and what its ping tells: a size, the cost
+    of which sizes (None: none), whether that is all."""
+    wanted = size, None if cost is None else cost_of(cost), complete
+
+    def check(session: Session) -> None:
+        ping = session.charge(name, at, **env)
+        found = size_of(ping), ping.get("cost_usd"), ping.get("usage_complete", True)
+        assert found == wanted, (name, at)
+
+    return check
 
 
-def end(at: float, size: int, cost: dict[str, int] | None, whole: bool = True) -> Told:
-    """A SessionEnd."""
-    return Told(END, at, size, cost, whole)
+stop, end = functools.partial(tells, "Stop"), functools.partial(tells, END)
+start = functools.partial(tells, START)
+resumed = functools.partial(tells, "SessionStart-resume")
 
 
-def met(how: str, at: float) -> Told:
-    """A SessionStart."""
-    return Told(f"SessionStart-{how}", at)
-
-
-def agents(row: dict[str, Any]) -> Callable[[Session], None]:
+def agents(row: dict[str, Any]) -> Step:
     """A row of an agent."""
     return lambda session: session.add(row, to=session.agent())
 
 
+HOWS = "resume", "fork", "startup", "clear", "compact"
 BROKEN_OFF = message(2, 0, stop=None), interrupted(2.1)
 SHEET: dict[str, list[Any]] = {
     "new, from its start, however old its rows are": [
-        *[turn(-2 * DAY_S, 4), met("clear", 1), turn(2, 1), stop(4, 5)],
+        *[turn(-2 * DAY_S, 4), tells("SessionStart-clear", 1), turn(2, 1), stop(4, 5)],
         *[ledger({OPUS: 5}), end(9, 0, {OPUS: 5})],
     ],
     "met in its middle, from a day before": [
@@ -127,23 +112,23 @@ SHEET: dict[str, list[Any]] = {
         *[end(13, 8, {OPUS: 7, HAIKU: 8})],
     ],
     "what was used with TELEMHQ_USAGE=0 is history": [
-        *[met("startup", -1), turn(0, 1), stop(2, None, TELEMHQ_USAGE=0), turn(10, 2)],
+        *[start(-1), turn(0, 1), stop(2, None, TELEMHQ_USAGE=0), turn(10, 2)],
         *[stop(12, None, TELEMHQ_USAGE=0), turn(20, 4), stop(22, 4)],
         *[ledger({OPUS: 7}), end(23, 0, None)],
     ],
     "no later SessionStart begins it anew": [
-        *[met("startup", -1), turn(0, 1), stop(2, 1), turn(10, 2), ledger({OPUS: 3})],
-        *[end(20, 2, {OPUS: 3}), turn(30, 4), met("resume", 40), met("fork", 41)],
-        *[met("startup", 42), met("clear", 43), met("compact", 44), stop(45, 4)],
-        *[turn(50, 8), ledger({OPUS: 15}), end(60, 8, {OPUS: 12})],
+        *[start(-1), turn(0, 1), stop(2, 1), turn(10, 2), ledger({OPUS: 3})],
+        *[end(20, 2, {OPUS: 3}), turn(30, 4)],
+        *[tells(f"SessionStart-{how}", 40) for how in HOWS],
+        *[stop(45, 4), turn(50, 8), ledger({OPUS: 15}), end(60, 8, {OPUS: 12})],
     ],
     "resumed: the ledger that ends its history is the baseline": [
-        *[turn(0, 1), message(3, 2), ledger({OPUS: 3, HAIKU: 4}), met("resume", 100)],
+        *[turn(0, 1), message(3, 2), ledger({OPUS: 3, HAIKU: 4}), resumed(100)],
         *[turn(102, 8), stop(104, 8), ledger({OPUS: 11 + 16, HAIKU: 4 + 32})],
         *[end(110, 16 + 32, {OPUS: 24, HAIKU: 32})],
     ],
     "resumed after a kill: nobody knows what its ledger has of before": [
-        *[turn(0, 1), ledger({OPUS: 1}), turn(3, 2), met("resume", 100)],
+        *[turn(0, 1), ledger({OPUS: 1}), turn(3, 2), resumed(100)],
         *[turn(102, 8), stop(104, 8), ledger({OPUS: 64}), end(110, 0, None)],
     ],
     "an earlier run was told elsewhere": [
@@ -155,16 +140,16 @@ SHEET: dict[str, list[Any]] = {
         *[end(3, 3, {OPUS: 3}), turn(10, 4), ledger({OPUS: 7}), end(13, 4, {OPUS: 4})],
     ],
     "rows after an event are the next ping's, an agent's if 2 s later": [
-        *[met("startup", -1), turn(0, 1), message(2, 2), message(2.005, 4)],
+        *[start(-1), turn(0, 1), message(2, 2), message(2.005, 4)],
         *[turn(3, 8), agents(message(3.9, 16)), agents(message(4.1, 32))],
         *[stop(2, 19), stop(10, 44)],
     ],
     "SessionEnd takes what is stamped up to 2 s after it, not a later run's": [
-        *[met("startup", -1), turn(0, 1), message(3.5, 2), ledger({OPUS: 3})],
+        *[start(-1), turn(0, 1), message(3.5, 2), ledger({OPUS: 3})],
         *[turn(30, 4), end(2, 3, {OPUS: 3}), stop(40, 4)],
     ],
     "a ledger that answers follow is no last word": [
-        *[met("startup", -1), turn(0, 1), ledger({OPUS: 9}), turn(10, 2)],
+        *[start(-1), turn(0, 1), ledger({OPUS: 9}), turn(10, 2)],
         *[end(12, 3, None, False), turn(20, 4), ledger({OPUS: 19})],
         *[end(30, 16, {OPUS: 19})],
     ],
@@ -185,9 +170,7 @@ for sums, more in LEDGERS:
 def test_sheet(session: Session, session_of: str) -> None:
     """Each ping tells what the sheet says."""
     for step in SHEET[session_of]:
-        if isinstance(step, Told):
-            step.check(session)
-        elif callable(step):
+        if callable(step):
             step(session)
         else:
             session.add(*(step if isinstance(step, tuple) else (step,)))
@@ -445,7 +428,6 @@ def test_nothing_else_is_waited_for(session: Session, case: str) -> None:
     session.hook(name, 2, agent_transcript_path=str(session.agent("compact")))
     (ping,) = session.send(2.05, later=[(3, session.path, [message(1.5, 1024)])])
     assert size_of(ping) == size
-    assert rows or usage_in(ping) == NO_USAGE
     assert complete(ping) == [bool(rows)]
 
 
@@ -559,7 +541,8 @@ def test_usage_0_opens_no_transcript(session: Session, hook: str) -> None:
     for name in (START, "Stop", "SessionEnd-clear"):
         session.hook(name, 2, TELEMHQ_USAGE=hook)
     pings = session.send(patch=DEADLY)
-    assert [usage_in(ping) for ping in pings] == [{}, {}, {}]
+    names = {"total_tokens", "models", "tools", "tool_calls", "usage_complete"}
+    assert [names & set(ping) for ping in pings] == [set()] * 3
     other = Session(session.home, session.receiver)
     other.charge(START, 0)
     other.add(*turn(1, 1))
@@ -683,7 +666,7 @@ def test_unreadable_account_is_never_replaced(session: Session) -> None:
     session.hook("Stop", 12)
     patch = FAILING + f"failing({str(path)!r}, 'EIO', -1)"
     (ping,) = session.send(patch=patch)
-    assert usage_in(ping) == NO_USAGE
+    assert (size_of(ping), complete(ping)) == (None, [False])
     assert path.read_bytes() == before
     session.charge(END, 30, *turn(20, 4), ledger({OPUS: 7}))
     assert told(session) == (7, cost_of({OPUS: 7}))

@@ -125,24 +125,6 @@ def test_each_event_arrives_as_one_ping(tmp_path: Any) -> None:
     nothing_leaves(seen)
 
 
-def play_telemhq_block(world: World) -> None:
-    command = "python3 ~/.claude/hooks/telemhq_ping.py"
-    group = {"hooks": [{"type": "command", "command": command}]}
-    world.install({"hooks": {event: [group] for event in ("Stop", "StopFailure")}})
-    world.messages.script = SCRIPT
-    world.talk("PLAIN", "UNAUTHORISED", "PLAIN")
-    world.settle()
-
-
-def test_the_block_on_telemhqs_page_works_unchanged(tmp_path: Any) -> None:
-    """Who pasted TelemHQ's block sees turns and failures, and the client nothing."""
-    seen = claude_code.run(play_telemhq_block, tmp_path)
-    found = [(ping["event"], ping["status"]) for ping in seen.pings]
-    done = ("Stop", "success")
-    assert found == [done, ("StopFailure", "failed"), done]
-    assert seen.noticed() == []
-
-
 def play_failing_runs(world: World) -> None:
     world.install_example()
     world.messages.script = SCRIPT
@@ -170,12 +152,11 @@ def play_slow_server(world: World) -> None:
         time.sleep(2)
         return 200
 
-    for _ in range(3):
-        for answer in (200, two_seconds):
-            world.receiver.answer = answer
-            world.claude("WORK")
-            world.receiver.answer = 200
-            world.settle()
+    for answer in (200, two_seconds) * 2:
+        world.receiver.answer = answer
+        world.claude("WORK")
+        world.receiver.answer = 200
+        world.settle()
 
 
 def test_a_slow_server_does_not_slow_the_session(tmp_path: Any) -> None:
@@ -183,10 +164,6 @@ def test_a_slow_server_does_not_slow_the_session(tmp_path: Any) -> None:
     seen = claude_code.run(play_slow_server, tmp_path)
     seconds = [run["seconds"] for run in seen.runs]
     assert min(seconds[1::2]) - min(seconds[0::2]) < 1, seconds
-    infos = [info for row in seen.rows() for info in row.get("hookInfos", ())]
-    took = sorted(info["durationMs"] for info in infos)
-    assert len(took) == 6, took
-    assert took[3] < 1000, took
 
 
 # -- Tokens and cost: claude -p, and sessions of several turns -------------------------
