@@ -204,11 +204,9 @@ class Messages:
 # -- The world the client lives in ------------------------------------------------
 
 
-def hooks(*events: str, matcher: str | None = None) -> dict[str, Any]:
+def hooks(*events: str) -> dict[str, Any]:
     """A settings block: the example's command for other events."""
-    group = dict(json.loads(EXAMPLE.read_text("utf-8"))["hooks"]["Stop"][0])
-    if matcher:
-        group["matcher"] = matcher
+    (group,) = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]["Stop"]
     return {"hooks": {event: [group] for event in events}}
 
 
@@ -242,9 +240,6 @@ class World:
             self.url,
             ANTHROPIC_BASE_URL=self.messages.url,
             ANTHROPIC_API_KEY=API_KEY,
-            DISABLE_TELEMETRY=1,
-            DISABLE_AUTOUPDATER=1,
-            DISABLE_ERROR_REPORTING=1,
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1,
             CLAUDE_CODE_MAX_RETRIES=0,
             IS_SANDBOX=1,
@@ -367,13 +362,11 @@ class Terminal:
     """An interactive session of the client, in a tmux of its own."""
 
     def __init__(self, world: World, *options: str) -> None:
-        self.world = world
-        name = f"telemhq-{os.getpid()}-{len(world.terminals)}"
-        self.tmux = [shutil.which("tmux") or "tmux", "-L", name, "-f", os.devnull]
+        self.world, place = world, f"tmux{len(world.terminals)}"
+        self.tmux = ["tmux", "-S", str(world.home.path / place), "-f", os.devnull]
         self.answer_first_questions()
-        told = "-P", "-F", "#{pane_pid} #{socket_path}", "-x", "120", "-y", "40"
-        begun = self.ask("new-session", "-d", *told, client(), *options)
-        self.pid, self.socket = begun.strip().split(" ", 1)
+        told = "-P", "-F", "#{pane_pid}", "-x", "120", "-y", "40"
+        self.pid = int(self.ask("new-session", "-d", *told, client(), *options))
         world.terminals.append(self)
         self.wait_for("\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT}")
 
@@ -428,13 +421,11 @@ class Terminal:
         wait_until(lambda: not self.runs(), SHOWN_S, every=0.1)
 
     def close(self) -> None:
-        """End what still runs, by id; tmux leaves its socket behind."""
+        """End what still runs, by id."""
         if self.runs():
             self.ask("kill-server")
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(self.pid), signal.SIGKILL)
-        with contextlib.suppress(OSError):
-            os.unlink(self.socket)
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class Seen:
