@@ -124,16 +124,16 @@ print(open("kept").read())
 def test_a_lock_is_busy_or_free(desk: Desk) -> None:
     """Held by another it is busy; an error that says nothing of that counts as free."""
     source = """
-first = t.Lock.take("lock")
-print(bool(first), t.Lock.take("lock"), end=" ")
+first = t.Outbox(".").take_lock()
+print(bool(first), t.Outbox(".").take_lock(), end=" ")
 first.release()
-again = t.Lock.take("lock")
+again = t.Outbox(".").take_lock()
 print(bool(again), end=" ")
 import msvcrt
 def locking(*_):
     raise OSError(22, "Invalid argument")
 msvcrt.locking = locking
-print(bool(t.Lock.take("lock")))
+print(bool(t.Outbox(".").take_lock()))
 """
     assert desk.ask(source) == "True None True True"
 
