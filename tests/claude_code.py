@@ -204,12 +204,6 @@ class Messages:
 # -- The world the client lives in ------------------------------------------------
 
 
-def hooks(*events: str) -> dict[str, Any]:
-    """A settings block: the example's command for other events."""
-    (group,) = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]["Stop"]
-    return {"hooks": {event: [group] for event in events}}
-
-
 class World:
     """One HOME with the script installed, the receiver, the stand-in, the client."""
 
@@ -223,16 +217,15 @@ class World:
         self.terminals: list[Terminal] = []
         (self.home.path / ".claude" / "hooks").mkdir(parents=True)
 
-    def install(self, *blocks: dict[str, Any]) -> None:
-        """Copy the script, and paste these blocks into the user's settings.json."""
+    def install(self, *events: str) -> None:
+        """Copy the script; the user's settings.json has the example's hooks, and the
+        same for these events."""
         folder = self.home.path / ".claude" / "hooks"
         shutil.copy(str(SCRIPT), str(folder / SCRIPT.name))
-        found: dict[str, list[Any]] = {}
-        for block in blocks:
-            for event, groups in block["hooks"].items():
-                found.setdefault(event, []).extend(groups)
-        settings = folder.parent / "settings.json"
-        settings.write_text(json.dumps({"hooks": found}))
+        settings = json.loads(EXAMPLE.read_text("utf-8"))
+        for event in events:
+            settings["hooks"][event] = settings["hooks"]["Stop"]
+        (folder.parent / "settings.json").write_text(json.dumps(settings))
 
     def env(self) -> dict[str, str]:
         """The client's environment: clean, offline, the tracker's URL exported."""
@@ -264,9 +257,8 @@ class World:
 
     def claude(self, prompt: str, *options: str) -> Any:
         """One session of one prompt, `claude -p`; gives the client's own result."""
-        begun = time.monotonic()
         stdout, stderr = self.start("json", *options, prompt).communicate()
-        return self.ended(json.loads(stdout), stderr, time.monotonic() - begun)
+        return self.ended(json.loads(stdout), stderr)
 
     def talk(self, *prompts: str) -> dict[str, Any]:
         """One session of several turns; gives the client's own last result."""
@@ -275,25 +267,18 @@ class World:
         talk.end()
         return result
 
-    def ended(self, result: Any, stderr: bytes, seconds: float) -> Any:
+    def ended(self, result: Any, stderr: bytes) -> Any:
         """Keep what the client said about one run."""
         said = stderr.decode("utf-8", "replace")
-        self.runs.append({"result": result, "stderr": said, "seconds": seconds})
+        self.runs.append({"result": result, "stderr": said})
         return result
-
-    def transcript(self, session_id: str) -> pathlib.Path:
-        """The path of a session's transcript."""
-        projects = self.home.path / ".claude" / "projects"
-        return next(projects.glob(f"*/{session_id}.jsonl"))
-
-    def install_example(self, *events: str) -> None:
-        """The example's events, and these."""
-        self.install(json.loads(EXAMPLE.read_text("utf-8")), hooks(*events))
 
     def ledger(self, session_id: str) -> dict[str, Any]:
         """What the client itself says of a session, in the end: its last ledger."""
         found: dict[str, Any] = {"modelUsage": {}, "totalCostUSD": 0}
-        for line in self.transcript(session_id).read_bytes().splitlines():
+        projects = self.home.path / ".claude" / "projects"
+        (path,) = projects.glob(f"*/{session_id}.jsonl")
+        for line in path.read_bytes().splitlines():
             row = json.loads(line)
             found = row if row.get("type") == "cost-state" else found
         return {**found, "session_id": session_id}
@@ -327,35 +312,29 @@ class Talk:
 
     def __init__(self, world: World, *options: str) -> None:
         options += ("--verbose", "--input-format", "stream-json")
-        self.world, self.begun = world, time.monotonic()
+        self.world = world
         self.result: dict[str, Any] = {}
         self.child = world.start("stream-json", *options)
 
-    def say(self, prompt: str, answered: bool = True) -> dict[str, Any]:
-        """Give one prompt; wait for the turn's result, unless told not to."""
+    def say(self, prompt: str) -> dict[str, Any]:
+        """Give one prompt; wait for the turn's result."""
         row = {"type": "user", "message": {"role": "user", "content": prompt}}
         assert self.child.stdin
         assert self.child.stdout
         assert self.child.stderr
         self.child.stdin.write(json.dumps(row).encode() + b"\n")
         self.child.stdin.flush()
-        told: dict[str, Any] = {}
-        while answered and told.get("type") != "result":
+        self.result = {}
+        while self.result.get("type") != "result":
             line = self.child.stdout.readline()
             assert line, f"the client ended: {self.child.stderr.read()!r}"
-            told = json.loads(line)
-        self.result = told or self.result
+            self.result = json.loads(line)
         return self.result
 
     def end(self) -> None:
         """End of input: the client ends the session by itself."""
         _, stderr = self.child.communicate()
-        self.world.ended(self.result, stderr, time.monotonic() - self.begun)
-
-    def kill(self) -> None:
-        """kill -9."""
-        self.child.kill()
-        self.child.communicate()
+        self.world.ended(self.result, stderr)
 
 
 class Terminal:

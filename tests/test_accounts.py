@@ -18,7 +18,6 @@ from transcripts import (
     DAY_S,
     END,
     HAIKU,
-    MULTIPLES,
     OPUS,
     START,
     Session,
@@ -148,6 +147,16 @@ SHEET: dict[str, list[Any]] = {
         *[start(-1), turn(0, 1), message(3.5, 2), ledger({OPUS: 3})],
         *[turn(30, 4), end(2, 3, {OPUS: 3}), stop(40, 4)],
     ],
+    "neither tokens nor cost are ever negative": [
+        *[
+            turn(0, 1),
+            message(2, 2),
+            stop(3, 3),
+            ledger({OPUS: 3}),
+            end(5, 0, {OPUS: 3}),
+        ],
+        *[turn(10, 4), ledger({OPUS: 1}), end(13, 4, {})],
+    ],
     "a ledger that answers follow is no last word": [
         *[start(-1), turn(0, 1), ledger({OPUS: 9}), turn(10, 2)],
         *[end(12, 3, None, False), turn(20, 4), ledger({OPUS: 19})],
@@ -247,8 +256,7 @@ def test_branch_with_more_turns_than_its_parent(session: Session) -> None:
     """A branch of a branch, longer than what it began with; the parents go on."""
     branch = parent_of(session, ledgers=False).fork("/branch")
     branch.hook("SessionStart-fork", 100)
-    for i in range(3):
-        branch.charge("Stop", 102 + 10 * i, *turn(100 + 10 * i, 16))
+    branch.charge("Stop", 132, *turn(110, 16), *turn(120, 16), *turn(130, 16))
     second = branch.fork("/branch")
     second.hook("SessionStart-fork", 200)
     second.charge("Stop", 202, *turn(200, 32))
@@ -334,20 +342,6 @@ def test_ledger_settles_what_is_in_no_row(session: Session) -> None:
     assert (end["cost_usd"], "models" in end) == (cost_of({OPUS: 4}), False)
 
 
-def test_difference_is_never_negative(session: Session) -> None:
-    """A count of which the ledger has less than was told is left; others are settled.
-    Nor is the cost, when it says less than the one before."""
-    row = ledger({OPUS: 8}, (5, 5))
-    row["modelUsage"][OPUS].update(inputTokens=1, thinkingTokens=0)
-    session.charge("Stop", 3, *turn(0, 2))
-    end = session.charge(END, 5, row)
-    counts = [end[name] for name in MULTIPLES]
-    assert counts == [0, *[6 * n for n in (3, 5, 7)], 0, 6 * 15]
-    end = session.charge(END, 13, *turn(10, 1), ledger({OPUS: 4}))
-    found = [end[name] for name in ("cost_usd", "lines_added", "lines_removed")]
-    assert found == [0, 0, 0]
-
-
 @pytest.mark.fault(91)
 def test_two_runs_in_one_outage(session: Session) -> None:
     """Each run's tokens and cost are on its own SessionEnd, each turn's on its own
@@ -410,19 +404,19 @@ def test_sender_waits_for_what_the_client_writes_late(
         assert size_of(session.charge("StopFailure", 9)) == 4 - there
 
 
-NOT_AWAITED: dict[str, tuple[str, list[Any], Any]] = {
-    "StopFailure": ("StopFailure", [*turn(0, 1, stop="tool_use")], 1),
-    "an agent without a file": ("SubagentStop", [*turn(0, 1)], 1),
-    "no transcript": ("Stop", [], None),
-    "no transcript, an end": (END, [], None),
-}
+NOT_AWAITED: list[tuple[str, Any, Any]] = [  # event, rows, size
+    ("StopFailure", turn(0, 1, stop="tool_use"), 1),
+    ("SubagentStop", turn(0, 1), 1),  # of an agent without a file
+    *[("Stop", (), None), (END, (), None)],
+]
 
 
-@pytest.mark.parametrize("case", NOT_AWAITED)
-def test_nothing_else_is_waited_for(session: Session, case: str) -> None:
+@pytest.mark.parametrize("name, rows, size", NOT_AWAITED)
+def test_nothing_else_is_waited_for(
+    session: Session, name: str, rows: Any, size: int | None
+) -> None:
     """Nor for a transcript that is not there (--no-session-persistence): its pings say
     that they have no counts."""
-    name, rows, size = NOT_AWAITED[case]
     if rows:
         session.add(*rows)
     session.hook(name, 2, agent_transcript_path=str(session.agent("compact")))
@@ -447,22 +441,17 @@ def test_two_hooks_that_report_one_session(session: Session) -> None:
         session.send(url=second.url)
         second.answer, second.requests = 200, []
         session.add(*turn(20, 4), ledger({OPUS: 7, HAIKU: 8}))
-        for url in (session.receiver.url, second.url):
-            session.hook(END, 30, url=url)
-            session.send(at=DAY_S, url=url)
         for place in (session.receiver, second):
-            found = {p["event_id"]: p for p in place.pings}
-            assert sorted(size_of(p) for p in found.values()) == [1, 2, 12]
-            costs = summed(found.values(), "cost_usd")
-            assert costs == [cost_of({OPUS: 7, HAIKU: 8})]
+            session.hook(END, 30, url=place.url)
+            session.send(at=DAY_S, url=place.url)
+            found = {p["event_id"]: p for p in place.pings}.values()
+            assert sorted(map(size_of, found)) == [1, 2, 12]
+            assert summed(found, "cost_usd") == [cost_of({OPUS: 7, HAIKU: 8})]
 
 
 @pytest.mark.fault(48)
-@pytest.mark.parametrize("before", [True, False], ids=["at once", "after a turn"])
 @pytest.mark.parametrize("charged", [True, False], ids=["charged", "not charged"])
-def test_adopted_pings_tell_no_token_twice(
-    session: Session, charged: bool, before: bool
-) -> None:
+def test_adopted_pings_tell_no_token_twice(session: Session, charged: bool) -> None:
     """`flush --adopt` moves what waits for a former URL while the session goes on under
     the new one, charged or not: none is lost, and none told twice to one URL."""
     session.hook(START, -1)
@@ -475,8 +464,7 @@ def test_adopted_pings_tell_no_token_twice(
     with Receiver() as second:
         session.add(*turn(20, 4))
         session.hook("Stop", 22, url=second.url)
-        if not before:
-            session.send(url=second.url)
+        session.send(url=second.url)
         done = subprocess.run(
             script_command("flush", "--adopt", "--yes"),
             env=session.home.env(second.url),
@@ -489,8 +477,7 @@ def test_adopted_pings_tell_no_token_twice(
         session.send(url=second.url)
         assert not session.home.waiting()
         found = {p["event_id"]: size_of(p) or 0 for p in second.pings}
-        total = 14 if charged and before else 15  # the former one was told 1
-        assert sum(found.values()) == total
+        assert sum(found.values()) == 15  # the former one was told 1
 
 
 def test_rows_for_wigtoken_have_ids_of_their_own(session: Session) -> None:
@@ -532,14 +519,13 @@ os.open = deadly
 
 
 @pytest.mark.fault(41, 52)
-@pytest.mark.parametrize("hook", ["0", "no!"])
-def test_usage_0_opens_no_transcript(session: Session, hook: str) -> None:
-    """For pings of a hook with TELEMHQ_USAGE=0 (or not understood) none is opened, by
-    whatever session's sender; nor by a sweep of today with it."""
+def test_usage_0_opens_no_transcript(session: Session) -> None:
+    """For pings of a hook with TELEMHQ_USAGE=0 none is opened, by whatever session's
+    sender; nor by a sweep of today with it."""
     session.add(*turn(0, 1), ledger({OPUS: 3}))
     session.add(message(1, 2), to=session.agent())
     for name in (START, "Stop", "SessionEnd-clear"):
-        session.hook(name, 2, TELEMHQ_USAGE=hook)
+        session.hook(name, 2, TELEMHQ_USAGE=0)
     pings = session.send(patch=DEADLY)
     names = {"total_tokens", "models", "tools", "tool_calls", "usage_complete"}
     assert [names & set(ping) for ping in pings] == [set()] * 3
@@ -576,16 +562,6 @@ def test_lost_session_makes_one_ping(session: Session) -> None:
     session.add(*turn(41 * DAY_S + 10, 16))
     (again,) = session.send(at=43 * DAY_S)
     assert (size_of(again), again["event_id"] != lost["event_id"]) == (16, True)
-
-
-@pytest.mark.parametrize("ended", [True, False])
-def test_session_that_is_not_lost(session: Session, ended: bool) -> None:
-    """One with nothing unreported; nor one whose end waits in the outbox."""
-    session.charge(START, -1)
-    session.add(*turn(0, 1), *([ledger({OPUS: 1})] * ended))
-    session.hook(END if ended else "Stop", 2)
-    assert [p["event"] for p in session.send(at=2 * DAY_S)] != ["SessionLost"]
-    assert session.send(at=4 * DAY_S) == []
 
 
 @pytest.mark.fault(52)
@@ -676,7 +652,6 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda _: b"",
     "binary": lambda raw: bytes(255 - byte for byte in raw),
     "cut off": lambda raw: raw[: len(raw) // 2],
-    "NULs": lambda raw: b"\0" * len(raw),
     "a list": lambda _: b"[]",
     "lists for all": lambda raw: json.dumps(
         {key: [7] for key in json.loads(raw)}
