@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import pytest
 
 import trackers
-from support import SCRIPT, Receiver, script_command
+from support import SCRIPT, Home, Receiver, script_command
 from transcripts import (
     DAY_S,
     END,
@@ -45,11 +47,20 @@ __all__ = ["session"]  # fixtures
 LATER = DAY_S + 600  # a sender looks for lost sessions again
 
 
+def pings_of(session: Session) -> list[dict[str, Any]]:
+    """The session's pings, one for each event_id; a repeat must be the same bytes."""
+    bodies: dict[str, bytes] = {}
+    for request in session.receiver.requests:
+        if request.ping.get("session_id") == session.id:
+            event_id = request.ping["event_id"]
+            assert bodies.setdefault(event_id, request.body) == request.body
+    return [json.loads(body) for body in bodies.values()]
+
+
 def told(session: Session) -> tuple[Any, float]:
-    """The size and the cost of all the session's pings, repeats once."""
-    pings = {p["event_id"]: p for p in session.receiver.pings}
-    mine = [p for p in pings.values() if p.get("session_id") == session.id]
-    return sum(size_of(p) or 0 for p in mine), summed(mine, "cost_usd")[0]
+    """The size and the cost of all the session's pings."""
+    pings = pings_of(session)
+    return sum(size_of(p) or 0 for p in pings), summed(pings, "cost_usd")[0]
 
 
 def complete(*pings: dict[str, Any]) -> list[bool]:
@@ -621,13 +632,13 @@ def test_newest_500_accounts_are_kept(session: Session) -> None:
 
 FAILING = """
 import errno
-def failing(part, code, times=1):
+def failing(part, code, times=-1, writes=False):
     real, left = os.open, [times]
-    def wrapped(path, *args, **kwargs):
-        if part in str(path) and left[0]:
+    def wrapped(path, flags, *args, **kwargs):
+        if part in str(path) and left[0] and (flags & os.O_WRONLY or not writes):
             left[0] -= 1
             raise OSError(getattr(errno, code), os.strerror(1), path)
-        return real(path, *args, **kwargs)
+        return real(path, flags, *args, **kwargs)
     os.open = wrapped
 """
 
@@ -640,7 +651,7 @@ def test_unreadable_account_is_never_replaced(session: Session) -> None:
     before = path.read_bytes()
     session.add(*turn(10, 2))
     session.hook("Stop", 12)
-    patch = FAILING + f"failing({str(path)!r}, 'EIO', -1)"
+    patch = FAILING + f"failing({str(path)!r}, 'EIO')"
     (ping,) = session.send(patch=patch)
     assert (size_of(ping), complete(ping)) == (None, [False])
     assert path.read_bytes() == before
@@ -690,7 +701,7 @@ def test_failed_open_of_a_transcript_is_tried_again(
     session.charge("Stop", 2, *turn(0, 1))
     session.add(*turn(10, 2), ledger({OPUS: 3}))
     session.hook(name, 12)
-    patch = FAILING + f"failing({session.path.name!r}, 'EMFILE')"
+    patch = FAILING + f"failing({session.path.name!r}, 'EMFILE', 1)"
     (ping,) = session.send(patch=patch)
     assert (size_of(ping), complete(ping)) == (2, [True])
 
@@ -707,11 +718,133 @@ def test_what_cannot_be_read_is_never_told_as_zero(session: Session, what: str) 
     path = session.path if what == "session" else session.agent()
     for at, name in (12, "Stop"), (20, END):
         session.hook(name, at)
-        patch = FAILING + f"failing({path.name!r}, 'EIO', -1)"
+        patch = FAILING + f"failing({path.name!r}, 'EIO')"
         assert complete(*session.send(patch=patch)) == [False]
     assert [ping["event"] for ping in session.send(at=LATER)] == ["SessionLost"]
     session.charge("Stop", LATER + 2, *turn(LATER, 8))
     assert told(session)[0] == 15
+
+
+# -- A sender that dies, or is refused by the disk, at every single step ---------------
+
+KILLED, FULL = "killed", "no space"
+
+# Lets the nth step that changes a file fail; `report` gets a byte for each there is.
+STEPS = """
+import errno, signal
+nth, how, report = {!r}, {!r}, {!r}
+steps, real_write = [], os.write
+told = os.open(report, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+
+def step(name, real):
+    def wrapped(*arguments, **keywords):
+        if name == "open" and not arguments[1] & (os.O_WRONLY | os.O_RDWR):
+            return real(*arguments, **keywords)
+        steps.append(real_write(told, b"."))
+        if len(steps) == nth and how == "killed":
+            if name == "write":  # half-way
+                real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        full = name not in ("unlink", "utime")  # a full disk has these
+        if full and len(steps) == nth:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments, **keywords)
+    return wrapped
+
+for name in ("open", "write", "replace", "rename", "unlink", "utime", "mkdir"):
+    setattr(os, name, step(name, getattr(os, name)))
+"""
+
+
+def at_every_step(
+    receiver: Receiver,
+    path: pathlib.Path,
+    how: str,
+    prepare: Callable[[Session], float | None],
+) -> Iterator[Session]:
+    """For n = 1, 2, …: a session in a HOME of its own, made by `prepare(session)` (it
+    gives the sender's time), whose sender's nth step fails; until all steps have."""
+    for nth in itertools.count(1):
+        one = Session(Home(path / f"home{nth}"), receiver)
+        at, report = prepare(one), path / "steps"
+        patch = STEPS.format(nth, how, str(report))
+        one.send(at=at, patch=patch, status=(0, signal.SIGKILL if how == KILLED else 0))
+        if report.stat().st_size < nth:
+            break
+        yield one
+    assert nth > 12  # opened, written, renamed: an account, a ping, the state
+
+
+def prepare_session(one: Session) -> None:
+    """A whole session, its pings waiting."""
+    one.hook("Notification", -1)
+    one.add(*turn(0, 1), ledger({OPUS: 1, HAIKU: 8}))
+    one.hook("Stop", 1.5)
+    one.hook(END, 3)
+
+
+@pytest.mark.fault(38, 80)
+@pytest.mark.parametrize("how", [KILLED, FULL])
+def test_sender_that_fails_at_any_step_charges_once(
+    receiver: Receiver, tmp_path: pathlib.Path, how: str
+) -> None:
+    """Whatever step of charging a sender dies at, or the disk refuses: what was used is
+    told exactly once over all pings, cost included, and a ping that is repeated is the
+    same bytes."""
+    for one in at_every_step(receiver, tmp_path, how, prepare_session):
+        # Meanwhile the session goes on, with a row that belongs to the pings before.
+        one.add(message(1.7, 2), *turn(10, 4), ledger({OPUS: 7, HAIKU: 8}))
+        one.hook(END, 20)
+        one.send(at=1000)
+        names = sorted(ping["event"] for ping in pings_of(one))
+        assert names == ["Notification", "SessionEnd", "SessionEnd", "Stop"]
+        assert told(one) == (15, cost_of({OPUS: 7, HAIKU: 8}))
+        assert not one.home.waiting()
+
+
+@pytest.mark.fault(80)
+def test_disk_that_is_full_for_hours(session: Session) -> None:
+    """A ping waits an hour at most for its account, then it goes without usage and says
+    so; the rest, cost and ledger included, is told by the sweep."""
+    session.hook(START, -1)
+    session.charge("Stop", 2, *turn(0, 1))
+    (account,) = session.accounts()
+    session.add(*turn(10, 2), ledger({OPUS: 3, HAIKU: 4}))
+    session.hook(END, 12)
+    patch = FAILING + f"failing({str(account.parent)!r}, 'ENOSPC', writes=True)"
+    assert session.send(at=60, patch=patch) == []
+    assert len(session.home.waiting()) == 1
+    (ping,) = session.send(at=4000, patch=patch)
+    assert (size_of(ping), ping["usage_complete"]) == (None, False)
+    (lost,) = session.send(at=DAY_S * 2)
+    assert (lost["event"], size_of(lost)) == ("SessionLost", 6)
+    assert lost["cost_usd"] == cost_of({OPUS: 3, HAIKU: 4})
+
+
+def prepare_lost_session(one: Session) -> float:
+    """A session with an account, then killed, a day ago."""
+    one.charge(START, -1)
+    one.add(*turn(0, 1), *turn(10, 2))
+    return DAY_S + 600
+
+
+@pytest.mark.fault(38)
+@pytest.mark.parametrize("how", [KILLED, FULL])
+def test_lost_session_is_told_once(
+    receiver: Receiver, tmp_path: pathlib.Path, how: str
+) -> None:
+    """A crash while a SessionLost is made cannot make two: what is repeated has the
+    same id and the same bytes. Should the session go on, nothing is told twice."""
+    for one in at_every_step(receiver, tmp_path, how, prepare_lost_session):
+        for day in (4, 6):
+            one.send(at=day * DAY_S)
+        assert [ping["event"] for ping in pings_of(one)] == [
+            "SessionStart",
+            "SessionLost",
+        ]
+        one.charge("Stop", 7 * DAY_S, *turn(7 * DAY_S - 2, 4))
+        assert [size_of(ping) for ping in pings_of(one)] == [None, 3, 4]
+        assert not one.home.waiting()
 
 
 # -- What is lost is counted -----------------------------------------------------------
