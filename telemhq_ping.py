@@ -673,9 +673,19 @@ def url_in(settings: Settings, name: str, default: str = "") -> str:
     return url
 
 
-def secret_in(settings: Settings, name: str) -> str:
-    """A token that may stand in a header; Skipped says what is wrong, and not it."""
-    text = settings.environ.get(name, "").strip()
+def secret_in(settings: Settings, name: str, path: str = "") -> str:
+    """A token that may stand in a header, in a variable or else in a file (~ is home)
+    that only its owner can read; Skipped says what is wrong, and not it."""
+    text, file = settings.environ.get(name, ""), absolute(path) or ""
+    if not text and os.path.isfile(file):
+        found = os.stat(file)
+        if os.name == "posix" and (
+            found.st_mode & 0o077 or found.st_uid != os.getuid()
+        ):
+            raise Skipped(f"{path} can be read by others: chmod 600 mends that")
+        with open(file, encoding="ascii", errors="replace") as opened:
+            text = opened.read(PATH_MAX_CHARS)
+    text = text.strip()
     if not text:
         raise Skipped(f"{name} is not set")
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -907,7 +917,7 @@ class ClaudeMetrics(Tracker):
     )
     needs = ("totals",)
     asked = "/session"
-    URL = "http://127.0.0.1:8000/api/v1"
+    URL, FILE = "http://127.0.0.1:8000/api/v1", "~/.claude-metrics/token"
     PATHS = (  # to where an event is told; one with tokens is an execution, too
         ("/execution", ("Stop", "StopFailure")),
         ("/tool", ("PostToolUse", "PostToolUseFailure")),
@@ -933,7 +943,9 @@ class ClaudeMetrics(Tracker):
         url = (
             url_in(settings, "CLAUDE_METRICS_API_URL", self.URL).rstrip("/") + "/events"
         )
-        super().__init__(url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN"))
+        super().__init__(
+            url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN", self.FILE)
+        )
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
