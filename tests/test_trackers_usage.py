@@ -13,7 +13,7 @@ from typing import Any, Iterator
 
 import pytest
 
-from support import FIXTURES, Home, Request, start_patched
+from support import FIXTURES, Home, Request, patched
 from trackers import Fleet, is_iso
 
 OPUS, HAIKU = "claude-opus-5-5", "claude-haiku-5"
@@ -293,11 +293,8 @@ def test_killed_between_the_requests_of_one_ping(
     recorder, wigtoken = fleet.places["recorder"], fleet.places["wigtoken"]
     for name in fleet.names.values():
         patch = KILL % (nth, when)
-        process = start_patched(
-            fleet.home, patch, "detached", "-1", name, **fleet.environ
-        )
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
+        done = patched(fleet.home, patch, "detached", "-1", name, **fleet.environ)
+        assert done.returncode == -signal.SIGKILL
     fleet.hook("Stop", transcript_path="", TELEMHQ_FOREGROUND=1)
     names = [point["name"] for point in recorder.points]
     assert len(set(names)) == 4
