@@ -239,17 +239,6 @@ def test_the_hooks_pipes_end_while_the_sender_still_works(home: Home) -> None:
         assert not LINUX or len(home.processes()) == 1
 
 
-def descendants(pid: int) -> list[int]:
-    """The ids of a process's children, and theirs, by parent id (Linux)."""
-    found, todo = [], [pid]
-    while todo:
-        children = f"/proc/{todo[0]}/task/{todo.pop(0)}/children"
-        with contextlib.suppress(OSError), open(children) as file:
-            todo += map(int, file.read().split())
-            found += todo
-    return found
-
-
 @pytest.mark.fault(2, 12, 42)
 @linux_only
 def test_a_hook_killed_with_all_its_descendants_loses_nothing(
@@ -267,7 +256,7 @@ def test_a_hook_killed_with_all_its_descendants_loses_nothing(
             time.sleep(delay_ms / 1000)
         while not delay_ms and process.poll() is None and not home.waiting():
             pass  # at the first sight of the file, sender or not
-        victims = descendants(process.pid)
+        victims = home.processes()
         with contextlib.suppress(ProcessLookupError):  # as on a timeout
             os.killpg(process.pid, signal.SIGKILL)
         for pid in victims:

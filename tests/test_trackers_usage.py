@@ -15,7 +15,7 @@ import pytest
 import transcripts
 from support import FIXTURES, Home, Request, patched
 from trackers import Fleet, is_iso
-from transcripts import HAIKU, OPUS, ledger, message
+from transcripts import HAIKU, OPUS, iso, ledger, message
 
 EXACT = ("parallel", "resume", "subagent", "tools")
 
@@ -103,7 +103,7 @@ def test_every_tracker_shows_the_clients_own_sums(fleet: Fleet, name: str) -> No
     assert all(is_iso(row["ts"]) for row in rows.values())
     for place in fleet.places.values():
         everything = place.everything()
-        for secret in (b"CANARY", b"/home/dev", os.fsencode(fleet.home.path)):
+        for secret in ("CANARY", "/home/dev", str(fleet.home.path)):
             assert secret not in everything
     for file in fleet.home.state.rglob("*"):
         assert "SECRET" not in str(file)
@@ -124,7 +124,16 @@ def test_what_no_message_has_is_a_row_a_model(fleet: Fleet, session: Session) ->
     rows = fleet.places["wigtoken"].rows
     own = {key: row["input_tokens"] for key, row in rows.items() if "msg_" in key}
     assert own == {"msg_1": 1, "msg_2": 8}
-    assert (rows["msg_2"]["model"], rows["msg_2"]["machine"]) == ("other", "laptop")
+    assert rows["msg_2"] == {
+        "machine": "laptop",
+        "message_id": "msg_2",
+        "model": "other",
+        "ts": iso(session.begun),
+        "input_tokens": 8,
+        "output_tokens": 24,
+        "cache_read_input_tokens": 40,
+        "cache_creation_input_tokens": 56,
+    }
     rest: dict[str, int] = {}
     for key in set(rows) - set(own):
         model = rows[key]["model"]
@@ -132,7 +141,7 @@ def test_what_no_message_has_is_a_row_a_model(fleet: Fleet, session: Session) ->
         rest[model] = rest.get(model, 0) + rows[key]["input_tokens"]
     assert rest == {OPUS: 15, HAIKU: 2}
     fleet.check(*sums(26))
-    assert all(b"CANARY" not in place.everything() for place in fleet.places.values())
+    assert all("CANARY" not in place.everything() for place in fleet.places.values())
 
 
 def test_a_session_that_goes_on_is_told_on(fleet: Fleet, session: Session) -> None:

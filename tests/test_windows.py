@@ -121,23 +121,6 @@ print(open("kept").read())
     assert desk.ask(source) == "new"
 
 
-def test_a_lock_is_busy_or_free(desk: Desk) -> None:
-    """Held by another it is busy; an error that says nothing of that counts as free."""
-    source = """
-first = t.Lock.take("lock")
-print(bool(first), t.Lock.take("lock"), end=" ")
-first.release()
-again = t.Lock.take("lock")
-print(bool(again), end=" ")
-import msvcrt
-def locking(*_):
-    raise OSError(22, "Invalid argument")
-msvcrt.locking = locking
-print(bool(t.Lock.take("lock")))
-"""
-    assert desk.ask(source) == "True None True True"
-
-
 def test_install_doctor_and_demo_end_well(desk: Desk) -> None:
     """What install writes works, and doctor says so in characters that show; demo's
     directory goes with it."""

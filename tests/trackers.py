@@ -83,12 +83,9 @@ class Strict(Receiver):
         """The tokens that it would show: input, output, cached, creation."""
         raise NotImplementedError
 
-    def everything(self) -> bytes:
-        """All bytes that it ever got."""
-        return b"\n".join(
-            request.path.encode() + str(request.headers).encode() + request.body
-            for request in list(self.requests)
-        )
+    def everything(self) -> str:
+        """All that it ever got."""
+        return "".join(f"{r.path}{r.headers}{r.body!r}" for r in list(self.requests))
 
 
 class Wigtoken(Strict):
