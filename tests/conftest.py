@@ -37,15 +37,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Claude Code's sessions take longest, so they begin first; and those of a file,
     which share fixtures, stay in one process."""
-    for item in items:
-        if drives_client(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=drives_client, reverse=True)
-
-
-def drives_client(item: pytest.Item) -> bool:
-    """Whether a test's file drives the real Claude Code."""
-    return hasattr(getattr(item, "module", None), "World")
+    driven = [item for item in items if hasattr(getattr(item, "module", 0), "World")]
+    for item in driven:
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: item not in driven)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

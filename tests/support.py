@@ -48,21 +48,9 @@ def hook_command() -> list[str]:
     return ["/bin/sh", "-c", command()]
 
 
-# Python compiles a script at every run, which takes longer than what most commands do.
-FROM_BYTECODE = """
-import sys
-import __main__
-from importlib.machinery import SourceFileLoader
-del sys.argv[0]
-__main__.__file__ = sys.argv[0]
-exec(SourceFileLoader("__main__", sys.argv[0]).get_code("__main__"), vars(__main__))
-"""
-
-
 def script_command(*arguments: str, python: str = sys.executable) -> list[str]:
-    """The command of a person who runs the script, from the bytecode that the hooks
-    leave beside it."""
-    return [python, "-c", FROM_BYTECODE, str(SCRIPT), *arguments]
+    """The command of a person who runs the script."""
+    return [python, str(SCRIPT), *arguments]
 
 
 def sender_command(*arguments: str, python: str = sys.executable) -> list[str]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import re
+import symtable
 from typing import Iterator
 
 import pytest
@@ -25,11 +27,6 @@ Definition = (ast.FunctionDef, ast.ClassDef)
 def line_of(title: str) -> int:
     """The line of the first banner that begins so."""
     return next(i for i in BANNERS if LINES[i - 1].startswith(f"# -- {title}"))
-
-
-def section_of(line: int) -> int:
-    """The number of the section that holds a line; 0: what stands before the first."""
-    return sum(1 for banner in BANNERS if banner <= line)
 
 
 def definitions() -> Iterator[ast.FunctionDef | ast.ClassDef]:
@@ -90,45 +87,21 @@ def test_each_function_can_be_seen_at_once() -> None:
     assert (long, silent) == ([], [])
 
 
-def names_in(node: ast.AST, load: bool) -> dict[str, int]:
-    """Names that are read in a definition, or given a meaning there -> a line."""
-    found: dict[str, int] = {}
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Name):
-            if isinstance(inner.ctx, ast.Load) == load:
-                found.setdefault(inner.id, inner.lineno)
-        elif not load and isinstance(inner, ast.arg):
-            found[inner.arg] = inner.lineno
-        elif not load and isinstance(inner, (ast.Import, ast.ImportFrom)):
-            for alias in inner.names:
-                found[alias.asname or alias.name] = inner.lineno
-        elif not load and isinstance(inner, ast.ExceptHandler) and inner.name:
-            found[inner.name] = inner.lineno
-    return found
+def global_names(table: symtable.SymbolTable) -> set[str]:
+    """The global names that a module, or a function or class in it, refers to."""
+    symbols = [found for found in table.get_symbols() if found.is_referenced()]
+    own = {found.get_name() for found in symbols if found.is_global()}
+    return own.union(*map(global_names, table.get_children()))
 
 
-def defined_at() -> dict[str, int]:
-    """Names defined at the top level -> the line that defines them first."""
-    found: dict[str, int] = {}
-    for node in TREE.body:
-        own = isinstance(node, Definition)
-        names = {node.name: node.lineno} if own else names_in(node, load=False)  # type: ignore[attr-defined]
-        for name, line in names.items():
-            found.setdefault(name, line)
-    return found
-
-
-def test_each_section_uses_only_what_stands_above_it() -> None:
+@pytest.mark.parametrize("end", [*BANNERS[1:], len(LINES)])
+def test_each_section_uses_only_what_stands_above_it(end: int) -> None:
     """An auditor who has read down to a banner knows all that what stands above it can
     do: no section names a function, class or constant of one below."""
-    lines = defined_at()
-    wrong = []
-    for node in TREE.body:
-        own = names_in(node, load=False) if isinstance(node, Definition) else {}
-        for name, line in names_in(node, load=True).items():
-            if section_of(lines.get(name, 0)) > section_of(line) and name not in own:
-                wrong.append(f"line {line}: {name}")
-    assert wrong == []
+    table = symtable.symtable("\n".join(LINES[: end - 1]), SCRIPT.name, "exec")
+    symbols = [s for s in table.get_symbols() if s.is_assigned() or s.is_imported()]
+    known = {symbol.get_name() for symbol in symbols} | {*dir(builtins), "__file__"}
+    assert global_names(table) - known == set()
 
 
 def test_no_code_hides_in_a_text() -> None:

@@ -87,19 +87,6 @@ def test_events_wait_on_disk_and_are_delivered_in_the_background(
     assert request.headers["Idempotency-Key"] == request.ping["event_id"]
 
 
-@every_python
-def test_foreground_and_debug_deliver_before_they_exit(
-    home: Home, receiver: Receiver, python: str
-) -> None:
-    """TELEMHQ_FOREGROUND=1, TELEMHQ_HOOK_DEBUG=1: delivered when the hook has ended."""
-    done = home.hook(STOP, receiver.url, python=python, TELEMHQ_FOREGROUND=1)
-    assert (outcome(done), len(receiver.pings)) == (SILENT, 1)
-    done = home.hook(STOP, receiver.url, python=python, TELEMHQ_HOOK_DEBUG=1)
-    assert (done.returncode, done.stdout, len(receiver.pings)) == (0, b"", 2)
-    assert b"HTTP 200" in done.stderr
-    home.quiet(5)
-
-
 FINE = {  # stdin of which a ping can be made
     "wrong types": b'{"hook_event_name": "X", "cwd": 5, "session_id": {}}',
     "BOM": b"\xef\xbb\xbf" + STOP + b"\r\n",

@@ -31,18 +31,15 @@ SILENT = (0, b"", b"")
 
 # -- The start of a sender ------------------------------------------------------------
 
+RAISES = """
+def posix_spawn(*_, setsid, **__):
+    raise {}
+os.posix_spawn = posix_spawn
+"""
 NO_SPAWN = {
     "PyPy, Termux": "import gc\ndel os.posix_spawn, gc.set_threshold, time.tzset\n",
-    "musl": """
-def posix_spawn(*_, setsid, **__):
-    raise NotImplementedError("setsid")
-os.posix_spawn = posix_spawn
-""",
-    "macOS before 10.15": """
-def posix_spawn(*_, setsid, **__):
-    raise OSError(22, "Invalid argument")
-os.posix_spawn = posix_spawn
-""",
+    "musl": RAISES.format("NotImplementedError('setsid')"),
+    "macOS before 10.15": RAISES.format("OSError(22, 'Invalid argument')"),
 }
 
 

@@ -37,6 +37,7 @@ class Strict(Receiver):
     faults: what no client may do. accepted: the bodies that were answered with 2xx."""
 
     kind = ""
+    variables = ""  # that make it a destination; PLACE: its address; SECRET
     secret = "SECRET_0123456789"
 
     def __init__(self) -> None:
@@ -48,7 +49,9 @@ class Strict(Receiver):
 
     def env(self) -> dict[str, str]:
         """The variables that make it a destination."""
-        raise NotImplementedError
+        text = self.variables.replace("PLACE", self.place)
+        filled = text.replace("SECRET", self.secret)
+        return dict(re.findall(r"(\w+?)=(\S+)", filled))
 
     def serve(self, request: Request) -> Any:
         """Answer by the contract, unless `disturb` has an answer of its own."""
@@ -92,19 +95,13 @@ class Wigtoken(Strict):
     """wigtoken, server 0.3."""
 
     kind = "wigtoken"
+    variables = "WIGTOKEN_SERVER=PLACE WIGTOKEN_TOKEN=SECRET WIGTOKEN_MACHINE=laptop"
     secret = "wts_SECRET_0123456789"  # read: real ones begin so
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
         self.duplicates = 0
         super().__init__()
-
-    def env(self) -> dict[str, str]:
-        return {
-            "WIGTOKEN_SERVER": self.place,
-            "WIGTOKEN_TOKEN": self.secret,
-            "WIGTOKEN_MACHINE": "laptop",
-        }
 
     def take(self, path: str, body: Any) -> tuple[int, Any]:
         if path != "/api/ingest/messages":  # run
@@ -137,19 +134,16 @@ class Recorder(Strict):
     """Recorder: its recipe, its CLI and its SDK; the server is not public."""
 
     kind = "recorder"
+    variables = (
+        "RECORDER_URL=PLACE RECORDER_PAT=SECRET "
+        "RECORDER_PREFIX=System/Code/{project}/Tokens"
+    )
     secret = "pat_SECRET_0123456789"  # unknown: what a token looks like
     NAMES = ("Input", "Output", "CacheRead", "CacheCreate")  # read: the recipe's four
 
     def __init__(self) -> None:
         self.points: list[dict[str, Any]] = []
         super().__init__()
-
-    def env(self) -> dict[str, str]:
-        return {
-            "RECORDER_URL": self.place,
-            "RECORDER_PAT": self.secret,
-            "RECORDER_PREFIX": "System/Code/{project}/Tokens",
-        }
 
     def take(self, path: str, body: Any) -> tuple[int, Any]:
         if path != "/api/v1/records":  # read
@@ -176,17 +170,15 @@ class Collector(Strict):
     is in test_rotel.py.)"""
 
     kind = "otlp"
+    variables = (
+        "TELEMHQ_OTLP_ENDPOINT=PLACE "
+        "TELEMHQ_OTLP_HEADERS=Authorization=Bearer%20SECRET,x-scope=me"
+    )
     reject = False  # answer with a partial success
 
     def __init__(self) -> None:
         self.records: list[dict[str, Any]] = []
         super().__init__()
-
-    def env(self) -> dict[str, str]:
-        return {
-            "TELEMHQ_OTLP_ENDPOINT": self.place,
-            "TELEMHQ_OTLP_HEADERS": f"Authorization=Bearer {self.secret},x-scope=me",
-        }
 
     def value(self, name: str, value: dict[str, Any]) -> Any:
         """What an AnyValue holds; a fault when it is none."""
@@ -245,6 +237,7 @@ class ClaudeMetrics(Strict):
     the server, a Laravel application, is not public."""
 
     kind = "claude-metrics"
+    variables = "CLAUDE_METRICS_API_URL=PLACE/api/v1 CLAUDE_METRICS_API_TOKEN=SECRET"
     NEEDED = {  # noqa: RUF012 - run: what the plugin never leaves out
         "execution": ("response_text", "status"),
         "tool": ("tool_name", "success"),
@@ -255,12 +248,6 @@ class ClaudeMetrics(Strict):
         self.events: dict[str, dict[str, Any]] = {}
         self.sessions: dict[str, dict[str, Any]] = {}
         super().__init__()
-
-    def env(self) -> dict[str, str]:
-        return {
-            "CLAUDE_METRICS_API_URL": f"{self.place}/api/v1",
-            "CLAUDE_METRICS_API_TOKEN": self.secret,
-        }
 
     def judge(self, request: Request) -> Any:
         # read: else Laravel answers what it does not accept with a redirect
