@@ -57,7 +57,7 @@ elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
 if sys.flags.no_site:
-    gc.disable()  # a hook makes no garbage worth a twentieth of its time; a sender does
+    gc.disable()  # costs a hook a twentieth of its time; a minute's garbage is little
 
 import os
 import stat
@@ -74,9 +74,9 @@ if TYPE_CHECKING:
     from urllib.request import OpenerDirector
 
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
+    Models = Dict[str, list[int]]  # model -> counts, in the order of COUNTS
     Shape = Callable[[object], bool]
     Tell = Callable[[str], None]  # says a line to a person, or swallows it
-    ReadSecret = Callable[[str], str]  # what a file holds that only its owner can read
 
 __version__ = "1.1.0"
 
@@ -92,18 +92,14 @@ TIMEOUT_S = (10.0, 1.0, 30.0)  # one socket operation: default, least, most
 DEADLINE = 3.0  # a request's, in timeouts: urllib spends one on each dead address
 OUTBOX_MAX_PINGS = 5000  # some 4 MB, a day of heavy use while the tracker is away
 REFUSED_MAX_PINGS = 100  # kept to be looked at, not to be sent
-PING_MAX_BYTES = 64 << 10  # ours are 1 to 4 KB
-RECORD_MAX_BYTES = 2 << 20  # the same with ROWS_MAX messages beside it
-SECRET_MAX_BYTES = 4096  # a token in a file
+RECORD_MAX_BYTES = 2 << 20  # a ping has 1 to 4 KB, ROWS_MAX messages the rest
 ROWS_MAX = 4000  # messages beside a ping, 0.1 KB each; more are added up, by model
-OWN_MAX_CHARS = 300  # a text of the user's with the project's name in it
-PATH_MAX_CHARS = 4096  # PATH_MAX on Linux; a longer path opens nothing
+PATH_MAX_CHARS = 4096  # PATH_MAX on Linux
 STATE_MAX_BYTES = 4 << 20  # ours is some KB
 UNFINISHED_S = 3600.0  # a file unfinished for so long has lost its writer
 BACKOFF_MAX_S = 900.0  # 15 min: the end of an outage is noticed soon enough
 HOLD_S = (900.0, 21600.0)  # 15 min to 6 h: a person must mend the cause
 RETRY_AFTER_MAX_S = 86400.0  # a day: no server may silence us for longer
-FAILURES_MAX = 64  # counted no further: the longest back-off is reached long before
 FAILURES_BORNE = 3  # in a row, of different events: then it may be the tracker's fault
 REFUSALS_BORNE = 25  # where others were delivered: all of one kind may be refused
 SUSPECT_PAUSE_S = 300.0  # between two tries of a ping that has been found at fault
@@ -114,10 +110,8 @@ SENT_MAX_BYTES = 5 << 20  # some 5,000 pings; with the file before it, 10,000
 BLOCK_BYTES = 4 << 20  # of a transcript, read at once
 LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
 ID_CHARS = 12  # of a hash, 48 bits: among 64,000 two are the same once in 100,000 times
-STAMP_S = 0.001  # rows tell their time in milliseconds
 LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
 POLL_S = 0.05  # between two looks at a transcript that is awaited
-READ_S = 20.0  # reading for one ping; the rest is for the session's next
 CHARGE_TRIES = 3  # an I/O error passes, or does not
 WAIT_MAX_S = 3600.0  # a ping that cannot be charged for a full disk goes without
 DAY_S = 86400.0  # a session without a word for so long is lost
@@ -136,18 +130,13 @@ class Skipped(Exception):
 # them next to nothing. Whatever goes wrong with a private one, the public one is asked.
 
 
-def int_or_none(digits: str) -> int | None:
-    """A JSON integer. One of 20 digits is no count, and int() may refuse it."""
-    return int(digits) if len(digits) < 20 else None
-
-
 class ScannerContext:
     """What CPython's JSON scanner asks its decoder for (array_hook: since 3.15)."""
 
     strict = False
     object_hook = object_pairs_hook = array_hook = None
     parse_float = parse_constant = float
-    parse_int = staticmethod(int_or_none)
+    parse_int = int
 
 
 def decode_json(text: str) -> Any:
@@ -161,7 +150,7 @@ def decode_json(text: str) -> Any:
         from json import JSONDecoder
 
     try:
-        return JSONDecoder(strict=False, parse_int=int_or_none).raw_decode(text)[0]
+        return JSONDecoder(strict=False).raw_decode(text)[0]
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -169,29 +158,16 @@ def decode_json(text: str) -> Any:
 def encode_json(value: object) -> str:
     """`value` (dict, list, str, bool, None, finite number) as compact ASCII JSON."""
     try:
-        from _json import encode_basestring_ascii
+        from _json import encode_basestring_ascii as quoted
+        from _json import make_encoder
 
-        return encoded(value, encode_basestring_ascii)
+        # No look-out for cycles, no indentation, nothing sorted, no look-out for NaN.
+        encoder = make_encoder(None, str, quoted, None, ":", ",", False, False, True)
+        return "".join(encoder(value, 0))
     except Exception:  # noqa: BLE001 - that module has changed, or is not there
         from json import dumps
 
     return dumps(value, separators=(",", ":"))
-
-
-def encoded(value: object, quoted: Callable[[str], str]) -> str:
-    """The same, with what makes a text a JSON string."""
-    if isinstance(value, str):
-        return quoted(value)
-    if isinstance(value, dict):
-        pairs = [f"{quoted(k)}:{encoded(found, quoted)}" for k, found in value.items()]
-        return "{" + ",".join(pairs) + "}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join([encoded(found, quoted) for found in value]) + "]"
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return repr(value)
 
 
 def sha256_hex(raw: bytes, key: bytes = b"") -> str:
@@ -215,8 +191,8 @@ def path_hash(path: str, key: str) -> str:
     return sha256_hex(path.encode("utf-8", "surrogatepass"), secret)[:12]
 
 
-DIGITS, LOWER = "0123456789", "abcdefghijklmnopqrstuvwxyz"
-LETTERS_DIGITS = frozenset(DIGITS + LOWER + LOWER.upper())
+LOWER = "abcdefghijklmnopqrstuvwxyz"
+LETTERS_DIGITS = frozenset("0123456789" + LOWER + LOWER.upper())
 
 
 def identifier(value: object, more: str = "") -> bool:
@@ -239,13 +215,9 @@ def boolean(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def clean(text: str, longest: int = 128) -> str:
-    """`text` without control characters and lone surrogates, cut."""
-
-    def shows(c: str) -> bool:
-        return " " <= c < "\x7f" or "\x9f" < c < "\ud800" or c > "\udfff"
-
-    return "".join(filter(shows, text))[:longest]
+def clean(text: str) -> str:
+    """`text` without what does not show (controls, lone surrogates), cut."""
+    return "".join(filter(str.isprintable, text))[:128]
 
 
 def iso_time(ns: int) -> str:
@@ -267,8 +239,7 @@ def seconds_of(stamp: object) -> float:
 # -- Settings --------------------------------------------------------------------------
 
 PLUGIN_URL = "CLAUDE_PLUGIN_OPTION_PING_URL"  # what the plugin's user was asked for
-SWITCH = dict.fromkeys(("1", "yes", "on", "true"), True)
-SWITCH.update(dict.fromkeys(("0", "no", "off", "false"), False))
+ON, OFF = ("1", "yes", "on", "true"), ("0", "no", "off", "false", "")
 
 
 class Settings:
@@ -291,7 +262,7 @@ class Settings:
         )
         self.machine: str | None = self.choice(
             "TELEMHQ_MACHINE",
-            lambda v: v if identifier(v) else None,
+            lambda v: identifier(v) and v,
             "only letters, digits and _ . : - may be in it",
         )
         seconds = self.choice("TELEMHQ_TIMEOUT", duration, "it is no number of seconds")
@@ -302,33 +273,33 @@ class Settings:
         self.state_dir: str | None = chosen or (
             os.path.join(config, "telemhq") if config else None
         )
-        named = environ.get("TELEMHQ_DESTINATIONS", "").lower().split(",")
-        named = list(dict.fromkeys(filter(None, map(str.strip, named))))
-        self.destinations = named or ["telemhq"]
+        named = environ.get("TELEMHQ_DESTINATIONS", "").lower().replace(",", " ")
+        self.destinations = list(dict.fromkeys(named.split())) or ["telemhq"]
 
     def choice(self, name: str, accept: Callable[[str], Any], problem: str) -> Any:
         """What `accept` makes of a variable; None when that is nothing."""
         value = self.environ.get(name)
-        found = accept(value) if value else None
-        if value and not found:
+        if not value:
+            return None
+        found = accept(value)
+        if not found:
             self.ignored.append(f"{name} is ignored: {problem}")
         return found or None
 
     def switch(self, name: str, unset: bool = False) -> bool:
         """A variable that is 1 or 0; what is neither counts as 0."""
         value = self.environ.get(name, "").lower()
-        if value and value not in SWITCH:
+        if value not in (*ON, *OFF):
             self.ignored.append(f"{name} is ignored: it must be 1 or 0")
-        return SWITCH.get(value, False) if value else unset
+        return value in ON if value else unset
 
 
 def duration(text: str) -> float | None:
     """Seconds, clamped to what TIMEOUT_S allows; None when `text` is no number."""
     try:
-        value = float(text)
+        return max(TIMEOUT_S[1], min(float(text), TIMEOUT_S[2]))
     except ValueError:
         return None
-    return min(max(value, TIMEOUT_S[1]), TIMEOUT_S[2]) if value == value else None
 
 
 def absolute(path: str) -> str | None:
@@ -339,8 +310,8 @@ def absolute(path: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
-def split_url(url: str) -> tuple[str, str, str]:
-    """(scheme, host, port's text) of an absolute URL; ValueError says what is wrong."""
+def split_url(url: str) -> tuple[str, str]:
+    """(scheme, host) of an absolute URL; ValueError says what is wrong."""
     if not url.isascii() or any(c <= " " or c in '\x7f\\"<>^`{|}' for c in url):
         raise ValueError("it has a space or another character that no URL may hold")
     scheme, found, rest = url.partition("://")
@@ -349,23 +320,19 @@ def split_url(url: str) -> tuple[str, str, str]:
     host = rest.replace("?", "/").replace("#", "/").split("/")[0]
     if "@" in host:
         raise ValueError("it must not hold user:password@")
-    port, good = "", LETTERS_DIGITS.union("-._")
     if ":" in host and not host.endswith("]"):
         host, _, port = host.rpartition(":")
-        if not (port.isdigit() and len(port) < 6 and 0 < int(port) < 65536):
-            raise ValueError("its port is not a number from 1 to 65535")
-    if host.startswith("[") and host.endswith("]"):  # [::1]
-        host, good = host[1:-1], frozenset(DIGITS + "abcdefABCDEF:.")
-    if not host or not good.issuperset(host) or ".." in "." + host:
+        if not (port.isdigit() and int(port) < 65536):
+            raise ValueError("its port is no number up to 65535")
+    host = host.strip("[]")  # of an IPv6 address
+    if not host or not LETTERS_DIGITS.union("-._:").issuperset(host):
         raise ValueError("it names no host")
-    return scheme.lower(), host.lower(), port
+    return scheme.lower(), host.lower()
 
 
 def loopback(host: str) -> bool:
-    """Whether `host` is this machine, by name or plain address."""
-    first, *others = host.split(".")
-    plain = len(others) == 3 and all(p.isdigit() and int(p) < 256 for p in others)
-    return host in ("localhost", "::1") or (first == "127" and plain)
+    """Whether `host` is this machine, by the names that people use."""
+    return host in ("localhost", "127.0.0.1", "::1")
 
 
 def origin(url: str) -> str:
@@ -376,9 +343,9 @@ def origin(url: str) -> str:
 # -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
 
 
-def line_of_text(value: object, longest: int = 128) -> bool:
-    """1 to `longest` characters, no control characters among them."""
-    return isinstance(value, str) and value != "" and clean(value, longest) == value
+def line_of_text(value: object) -> bool:
+    """1 to 128 characters that show."""
+    return isinstance(value, str) and value != "" and clean(value) == value
 
 
 def model_name(value: object) -> bool:
@@ -391,20 +358,9 @@ def branch_name(value: object) -> bool:
     return identifier(value, "/")
 
 
-def all_of(value: object, characters: str, longest: int) -> bool:
-    """A text of these characters only, 1 to `longest` of them."""
-    text = value if isinstance(value, str) else ""
-    return 0 < len(text) <= longest and not text.strip(characters)
-
-
 def error_code(value: object) -> bool:
-    """A code such as rate_limit, at most 40 characters."""
-    return all_of(value, LOWER + "_", 40)
-
-
-def short_hash(value: object) -> bool:
-    """Up to 12 hex digits."""
-    return all_of(value, DIGITS + "abcdef", 12)
+    """A code such as rate_limit: an identifier of lower-case letters and _."""
+    return identifier(value) and not str(value).strip(LOWER + "_")
 
 
 def counts(value: object, keys: Shape = identifier, shape: Shape = number) -> bool:
@@ -424,8 +380,7 @@ TOKENS = (
 
 def counts_by_model(value: object) -> bool:
     """An object: model's name -> its TOKENS, and what they cost."""
-    known = (*TOKENS, "cost_usd").__contains__
-    return counts(value, model_name, lambda inner: counts(inner, known))
+    return counts(value, model_name, counts)
 
 
 # All that can ever leave: field -> the only shape it may have.
@@ -438,7 +393,7 @@ for names, shape in (
     ("model", model_name),
     ("git_branch", branch_name),
     ("error", error_code),
-    ("cwd_hash transcript_path_hash", short_hash),
+    ("cwd_hash transcript_path_hash", identifier),
     ("is_interrupt stop_hook_active usage_complete", boolean),
     ("duration_ms exit_code error_chars prompt_chars", number),
     ("last_assistant_message_chars background_tasks event_bytes", number),
@@ -461,53 +416,39 @@ CLIENT_AGENTS = frozenset(  # Claude Code's own agent types: 2.1.329's and older
 )
 
 
-def own_texts(value: object) -> bool:
-    """What a user chose for a tracker: identifier -> one line of text."""
-    return counts(value, identifier, lambda text: line_of_text(text, OWN_MAX_CHARS))
-
-
 def message_rows(value: object) -> bool:
-    """A list, bounded, of [id, model, time (ms since 1970), the counts of an API
-    message in the order of TOKENS, without their total]."""
-    return (
-        isinstance(value, list)
-        and len(value) <= ROWS_MAX
-        and all(isinstance(row, list) and len(row) == 3 + 5 for row in value)
-        and all(model_name(row[0]) and model_name(row[1]) for row in value)
-        and all(all(map(number, row[2:])) for row in value)
+    """A list of [id, model, time (ms since 1970), the counts of an API message in the
+    order of TOKENS, without their total]."""
+    return all(
+        isinstance(row, list)
+        and len(row) == 3 + 5
+        and all(map(model_name, row[:2]))
+        and all(map(number, row[2:]))
+        for row in (value if isinstance(value, list) else [value])
     )
 
 
-def session_counts(value: object) -> bool:
-    """An object of TOKENS, and the calls of tools."""
-    return counts(value, (*TOKENS, "tool_calls").__contains__)
-
-
 BESIDE: dict[str, Shape] = {  # beside a ping, for a tracker that needs it, never in it
-    "own": own_texts,  # what its own variables said when the ping was made
+    # What its own variables said when the ping was made: name -> one line of text.
+    "own": lambda value: counts(value, identifier, line_of_text),
     "messages": message_rows,  # those whose tokens the ping was charged
-    "totals": session_counts,  # the session's, so far
-    "since_end": session_counts,  # the same since it last ended
+    "totals": counts,  # the session's, so far
+    "since_end": counts,  # the same since it last ended
 }
 
 
-def gate(fields: Fields) -> Fields:
+def gate(fields: Fields, shapes: dict[str, Shape] = GATE) -> Fields:
     """Of `fields` what GATE names, in its shape. Every body is made by this."""
     return {
         name: fields[name]
-        for name, shape in GATE.items()
+        for name, shape in shapes.items()
         if name in fields and shape(fields[name])
     }
 
 
-def gate_beside(fields: object, needs: tuple[str, ...]) -> Fields:
+def gate_beside(fields: Fields, needs: tuple[str, ...]) -> Fields:
     """Of what stands beside a ping only what its tracker needs, in its shape."""
-    given = fields if isinstance(fields, dict) else {}
-    return {
-        name: given[name]
-        for name in needs
-        if name in given and BESIDE[name](given[name])
-    }
+    return gate(fields, {name: BESIDE[name] for name in needs})
 
 
 def model_shown(name: object) -> str:
@@ -520,21 +461,6 @@ def tool_shown(name: str, tool_names: bool) -> str:
     return "mcp" if not tool_names and name.startswith("mcp__") else name
 
 
-def agent_shown(agent_type: str, tool_names: bool) -> str:
-    """An agent's type as it may leave: a custom one's name is its user's text."""
-    return agent_type if tool_names or agent_type in CLIENT_AGENTS else "custom"
-
-
-def inside(path: str, directory: str) -> bool:
-    """Whether `path` is `directory` or below it, whatever links lead there (/tmp is one
-    on macOS)."""
-    for spelled in (os.path.normpath, os.path.realpath):
-        top = spelled(directory).rstrip(os.sep) + os.sep
-        if len(path) <= PATH_MAX_CHARS and (spelled(path) + os.sep).startswith(top):
-            return True
-    return False
-
-
 def main_repository(directory: str) -> str:
     """Of a git worktree its repository's name, else "". A worktree's .git is a file:
     `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
@@ -543,10 +469,10 @@ def main_repository(directory: str) -> str:
         return ""
     with open(path, "rb") as file:
         text = file.read(PATH_MAX_CHARS).decode()
-    worktrees = os.path.dirname(os.path.join(directory, text[7:].strip()))
-    if not text.startswith("gitdir:") or os.path.basename(worktrees) != "worktrees":
+    repository, found, tree = text[len("gitdir: ") :].rpartition("/worktrees/")
+    if not found or "/" in tree:  # a submodule's
         return ""
-    top, name = os.path.split(os.path.dirname(os.path.normpath(worktrees)))
+    top, name = os.path.split(os.path.normpath(os.path.join(directory, repository)))
     if name.startswith("."):  # .git, or .bare by a common habit
         return os.path.basename(top)
     return name[:-4] if name.endswith(".git") else name
@@ -556,32 +482,23 @@ def project_of(event: Fields, settings: Settings) -> str:
     """The project's name; neither a `cd src` nor a worktree makes another project."""
     if settings.project:
         return settings.project
-    cwd = event.get("cwd") if isinstance(event.get("cwd"), str) else ""
-    top, name = settings.environ.get("CLAUDE_PROJECT_DIR"), ""
+    cwd, top = event.get("cwd"), settings.environ.get("CLAUDE_PROJECT_DIR", "")
+    if not isinstance(cwd, str) or not cwd:
+        return "unknown"
+    directory, top = os.path.normpath(cwd), os.path.normpath(top)
+    if (directory + os.sep).startswith(top.rstrip(os.sep) + os.sep):
+        directory = top
+    name = directory.replace("\\", "/").split("/")[-1]
     try:
-        directory = top if cwd and top and inside(cwd, top) else cwd
-        if directory:
-            name = os.path.normpath(directory).replace("\\", "/").split("/")[-1]
-            name = main_repository(directory) or name
+        name = main_repository(directory) or name
     except (OSError, ValueError):
         pass  # it cannot be read; a NUL in it
     name = clean(name)
     return name if name.strip(" .") else "unknown"
 
 
-def no_event(event: Fields) -> str:
-    """Why an event is none of Claude Code's, "" when it is one. Cursor runs hooks of
-    ~/.claude/settings.json too, with events of its own."""
-    name = event.get("hook_event_name")
-    if "cursor_version" in event:
-        return "the event is Cursor's, not Claude Code's"
-    if not isinstance(name, str) or not "A" <= name[:1] <= "Z":
-        return "the event has no name as Claude Code's have: it is none of them"
-    return ""
-
-
 def error_fields(event: Fields) -> Fields:
-    """`error` and its numbers. A tool's error text holds its output, and paths."""
+    """Of what failed its `error`, with numbers: a tool's text holds its output."""
     name, error = event.get("hook_event_name"), event.get("error")
     if name == "StopFailure":
         return {"error": error}  # one of Claude Code's own codes, or the gate drops it
@@ -605,7 +522,8 @@ def text_fields(event: Fields, settings: Settings) -> Fields:
     if "tool_name" in texts:
         fields["tool_name"] = tool_shown(texts["tool_name"], settings.tool_names)
     if texts.get("agent_type"):
-        fields["agent_type"] = agent_shown(texts["agent_type"], settings.tool_names)
+        told = settings.tool_names or texts["agent_type"] in CLIENT_AGENTS
+        fields["agent_type"] = texts["agent_type"] if told else "custom"
     for key in ("cwd", "transcript_path"):
         if texts.get(key):
             fields[f"{key}_hash"] = path_hash(texts[key], settings.hash_key)
@@ -622,12 +540,12 @@ def make_ping(
     since 1970. event_bytes: its size on stdin."""
     name, effort = event.get("hook_event_name"), event.get("effort")
     tasks = event.get("background_tasks")
-    failed = name in ("PostToolUseFailure", "StopFailure") or event.get("error")
-    fields = {key: event[key] for key in COPIED if key in event}
-    fields.update(text_fields(event, settings), **error_fields(event), **ORIGIN)
+    errors = error_fields(event)
+    fields = {key: event.get(key) for key in COPIED}
+    fields.update(text_fields(event, settings), **errors, **ORIGIN)
     fields.update(
         event=name,
-        status="failed" if failed else "success",
+        status="failed" if errors else "success",
         project=project,
         event_id=os.urandom(16).hex(),
         timestamp=iso_time(ns),
@@ -643,8 +561,7 @@ def make_ping(
 
 def opens(path: object) -> bool:
     """Whether a path in an event may be a transcript's."""
-    short = isinstance(path, str) and len(path) <= PATH_MAX_CHARS
-    return short and str(path).endswith(".jsonl")
+    return isinstance(path, str) and path.endswith(".jsonl")
 
 
 def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
@@ -654,9 +571,8 @@ def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
         return {}
     if not settings.usage:
         return {"usage": False}
-    local: Fields = {"transcript": transcript, "git": settings.git}
-    if not settings.tool_names:
-        local["tool_names"] = False
+    shown: Fields = {"tool_names": settings.tool_names, "git": settings.git}
+    local = {"transcript": transcript, **shown}
     if opens(agent):
         local["agent_transcript"] = agent
     return local
@@ -670,7 +586,6 @@ def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
 # Those that open an account, and those that tokens are charged to.
 SESSION_EVENTS = ("SessionStart", "Stop", "StopFailure", "SubagentStop", "SessionEnd")
 ALLOW_HTTP = "http:// can be read on the way; use https:// (or TELEMHQ_ALLOW_HTTP=1)"
-NO_USAGE = "TELEMHQ_USAGE=0 leaves it nothing to send"
 JSON_BODY = {
     "Content-Type": "application/json",
     "User-Agent": f"telemhq-ping/{__version__}",
@@ -687,22 +602,21 @@ class Request:
 class Tracker:
     """A service that takes pings, as far as all of them are alike.
 
-    kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with; secrets:
-    those that must never be shown. events: those that it wants (none: all). needs: what
-    of BESIDE it is given. url: where it is; secret: what it knows us by. reads: how
-    much of a 200's body says more than 200. idle: why it wants nothing, though set up.
-    own: texts for its bodies, by its own variables. nothing: a body that records
-    nothing (None: a GET does that). Skipped: why none can be made of the settings.
+    kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with: the URL,
+    what must never be shown, others. events: those that it wants (none: all). needs:
+    what of BESIDE it is given. asked: the path where a GET shows whether it takes us.
+    reads: how much of a 200's body says more than 200. url: where it is; secret: what
+    it knows us by. own: texts for its bodies, by its own variables. nothing: a body
+    that records nothing, where a GET says less. Skipped: why none can be made of the
+    settings.
     """
 
     kind = ""
     variables: tuple[str, ...] = ()
-    secrets: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    url_is_secret = False
+    asked = ""
     reads = 0
-    idle = ""
 
     def __init__(self, url: str, secret: str = "") -> None:
         self.url, self.secret = url, secret
@@ -719,13 +633,13 @@ class Tracker:
 
     def wants(self, ping: Fields) -> bool:
         """Whether a ping concerns it: others are not even queued."""
-        return not self.idle and (not self.events or ping.get("event") in self.events)
+        return not self.events or ping.get("event") in self.events
 
     def frozen(self, ping: Fields) -> dict[str, str]:
         """Its own texts, to wait beside the ping: the sender may be another session's,
         with other settings."""
         project = str(ping.get("project"))
-        return {k: text.replace("{project}", project) for k, text in self.own.items()}
+        return {k: clean(t.replace("{project}", project)) for k, t in self.own.items()}
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """What is sent of a ping, in this order; the same bytes at every repeat."""
@@ -739,33 +653,30 @@ class Tracker:
         """A request that records nothing, and shows whether the tracker takes us."""
         if self.nothing:
             return self.post("", self.nothing)
-        return Request(self.url, self.headers, None)
+        return Request(self.url + self.asked, self.headers, None)
 
     def post(self, path: str, fields: Fields) -> Request:
         """A request with a JSON body."""
         return Request(self.url + path, self.headers, encode_json(fields).encode())
 
 
-def url_in(settings: Settings, name: str, default: str = "", base: bool = True) -> str:
-    """The URL in a variable, `base`: to which a path is added; Skipped when it is none
-    that a ping may go to."""
+def url_in(settings: Settings, name: str, default: str = "") -> str:
+    """The URL in a variable; Skipped when it is none that a ping may go to."""
     url = settings.environ.get(name) or default
     if not url:
         raise Skipped(f"{name} is not set")
     try:
-        scheme, host, _ = split_url(url)
+        scheme, host = split_url(url)
         if scheme == "http" and not (settings.allow_http or loopback(host)):
             raise ValueError(ALLOW_HTTP)
-        if base and ("?" in url or "#" in url):
-            raise ValueError("it must be a base URL, without ? and #")
     except ValueError as error:
         raise Skipped(f"{name} is not usable: {error}") from None
-    return url.rstrip("/") if base else url
+    return url
 
 
-def secret_in(settings: Settings, name: str, default: str = "") -> str:
+def secret_in(settings: Settings, name: str) -> str:
     """A token that may stand in a header; Skipped says what is wrong, and not it."""
-    text = (settings.environ.get(name) or default).strip()
+    text = settings.environ.get(name, "").strip()
     if not text:
         raise Skipped(f"{name} is not set")
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -777,11 +688,10 @@ class TelemHQ(Tracker):
     """TelemHQ (public docs): the ping is the body, the token is in the URL's path."""
 
     kind = "telemhq"
-    variables = secrets = ("TELEMHQ_PING_URL",)
-    url_is_secret = True
+    variables = ("TELEMHQ_PING_URL",)
 
-    def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        super().__init__(url_in(settings, "TELEMHQ_PING_URL", settings.url, base=False))
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(url_in(settings, "TELEMHQ_PING_URL", settings.url))
 
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
         """The ping as it is; a repeat of it has the same Idempotency-Key."""
@@ -796,20 +706,18 @@ class Wigtoken(Tracker):
 
     kind = "wigtoken"
     variables = ("WIGTOKEN_SERVER", "WIGTOKEN_TOKEN", "WIGTOKEN_MACHINE")
-    secrets = ("WIGTOKEN_TOKEN",)
     events = SESSION_EVENTS
     needs = ("own", "messages")
     ROWS_MAX = 1000  # more in a request: 413
 
-    def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        url = url_in(settings, "WIGTOKEN_SERVER") + "/api/ingest/messages"
+    def __init__(self, settings: Settings) -> None:
+        url = url_in(settings, "WIGTOKEN_SERVER").rstrip("/") + "/api/ingest/messages"
         super().__init__(url, secret_in(settings, "WIGTOKEN_TOKEN"))
-        self.idle = "" if settings.usage else NO_USAGE
         machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
         if not machine:
             raise Skipped("WIGTOKEN_MACHINE is not set; the server demands a name")
-        if not identifier(machine) or ":" in machine or len(machine) > 100:
-            text = "only letters, digits and _ . - may be in it, at most 100"
+        if not identifier(machine) or ":" in machine:
+            text = "only letters, digits and _ . - may be in it"
             raise Skipped(f"WIGTOKEN_MACHINE is not usable: {text}")
         self.own = {"machine": machine}
         self.nothing = {**self.own, "messages": []}
@@ -828,7 +736,7 @@ class Wigtoken(Tracker):
             }
             for message, model, ms, *counts in beside.get("messages", ())
         ]
-        machine = {**self.own, **beside.get("own", {})}["machine"]
+        machine = (beside.get("own") or self.own)["machine"]
         most = range(0, len(rows), self.ROWS_MAX)
         parts = [rows[first : first + self.ROWS_MAX] for first in most]
         return [self.post("", {"machine": machine, "messages": part}) for part in parts]
@@ -840,22 +748,19 @@ class Recorder(Tracker):
     repeat: the comment tells one."""
 
     kind = "recorder"
-    variables = ("RECORDER_PAT", "RECORDER_URL", "RECORDER_PREFIX")
-    secrets = ("RECORDER_PAT",)
+    variables = ("RECORDER_URL", "RECORDER_PAT", "RECORDER_PREFIX")
     events = SESSION_EVENTS  # or a session that ends without a word is never told
     needs = ("own", "since_end")
     URL = "https://api.recorder.nasebanal.com"
     NAMES = ("/Input", "/Output", "/CacheRead", "/CacheCreate")  # as TOKENS has them
 
-    def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        url = url_in(settings, "RECORDER_URL", self.URL) + "/api/v1/records"
+    def __init__(self, settings: Settings) -> None:
+        url = url_in(settings, "RECORDER_URL", self.URL).rstrip("/") + "/api/v1/records"
         super().__init__(url, secret_in(settings, "RECORDER_PAT"))
-        self.idle = "" if settings.usage else NO_USAGE
         prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
         if not line_of_text(prefix):
-            self.idle = (
-                "RECORDER_PREFIX is not set for this project (to a line of text)"
-            )
+            text = "is not set for this project (to a line of text)"
+            raise Skipped(f"RECORDER_PREFIX {text}")
         self.own = {"prefix": prefix}
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
@@ -888,6 +793,12 @@ OTLP_NAMES = {  # the GenAI conventions' or the client's own telemetry's -> the 
     "gen_ai.usage.cache_creation.input_tokens": "cache_creation_input_tokens",
     "gen_ai.usage.output_tokens": "output_tokens",
 }
+OTLP_TYPES: dict[type, str] = {
+    str: "stringValue",
+    bool: "boolValue",
+    int: "intValue",
+    float: "doubleValue",
+}
 OTLP_ELSEWHERE = ("input_tokens", "timestamp", "event", "hook_version")
 
 
@@ -898,12 +809,11 @@ class OTLP(Tracker):
 
     kind = "otlp"
     variables = ("TELEMHQ_OTLP_ENDPOINT", "TELEMHQ_OTLP_HEADERS")
-    secrets = ("TELEMHQ_OTLP_HEADERS",)
     reads = 4096
     INFO, ERROR = 9, 17
 
-    def __init__(self, settings: Settings, _: ReadSecret) -> None:
-        url = url_in(settings, "TELEMHQ_OTLP_ENDPOINT")
+    def __init__(self, settings: Settings) -> None:
+        url = url_in(settings, "TELEMHQ_OTLP_ENDPOINT").rstrip("/")
         super().__init__(url if url.endswith("/v1/logs") else url + "/v1/logs")
         self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
         try:
@@ -922,8 +832,8 @@ class OTLP(Tracker):
             name, equals, value = map(str.strip, pair.partition("="))
             first, *rest = value.split("%")
             value = first + "".join(chr(int(p[:2], 16)) + p[2:] for p in rest)
-            good = LETTERS_DIGITS.union("-_.").issuperset(name) and value.isascii()
-            if not (name and equals and good and value.isprintable()):
+            good = identifier(name) and value.isascii() and value.isprintable()
+            if not (equals and good):
                 raise ValueError("no header")
             found[name] = value
         return found
@@ -965,14 +875,9 @@ class OTLP(Tracker):
                 inner = {f"{name}.{key}": deeper for key, deeper in value.items()}
                 found += self.attributes(inner)
                 continue
-            typed: Fields = {"stringValue": value}
-            if isinstance(value, bool):
-                typed = {"boolValue": value}
-            elif isinstance(value, float) or name.endswith("cost_usd"):
-                typed = {"doubleValue": float(value)}
-            elif isinstance(value, int):
-                typed = {"intValue": str(value)}
-            found.append({"key": name, "value": typed})
+            kind = float if name.endswith("cost_usd") else type(value)
+            told = str(value) if kind is int else kind(value)
+            found.append({"key": name, "value": {OTLP_TYPES[kind]: told}})
         return found
 
     def refuses(self, body: bytes) -> bool:
@@ -982,6 +887,13 @@ class OTLP(Tracker):
             return int(partial["rejectedLogRecords"]) > 0
         except (ValueError, KeyError, TypeError):
             return False
+
+
+METRICS_KINDS = {
+    "Notification": "notification",
+    "PreCompact": "pre_compact",
+    "SubagentStop": "subagent_stop",
+}
 
 
 class ClaudeMetrics(Tracker):
@@ -994,14 +906,13 @@ class ClaudeMetrics(Tracker):
         "CLAUDE_METRICS_API_TOKEN",
         "CLAUDE_METRICS_DISABLED",
     )
-    secrets = ("CLAUDE_METRICS_API_TOKEN",)
     needs = ("totals",)
+    asked = "/session"
     URL = "http://127.0.0.1:8000/api/v1"
-    TOKEN_FILE = "~/.claude-metrics/token"
     PATHS = (  # to where an event is told; one with tokens is an execution, too
         ("/execution", ("Stop", "StopFailure")),
         ("/tool", ("PostToolUse", "PostToolUseFailure")),
-        ("/system", ("Notification", "PreCompact", "SubagentStop")),
+        ("/system", tuple(METRICS_KINDS)),
         ("/session", ("SessionStart", "Stop", "SessionEnd", "SessionLost")),
     )
     events = tuple(event for _, events in PATHS for event in events)
@@ -1017,17 +928,13 @@ class ClaudeMetrics(Tracker):
         "tool_calls_total=tool_calls"
     )
 
-    def __init__(self, settings: Settings, read_secret: ReadSecret) -> None:
-        if SWITCH.get(settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower()):
+    def __init__(self, settings: Settings) -> None:
+        if settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower() in ON:
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
-        url = url_in(settings, "CLAUDE_METRICS_API_URL", self.URL) + "/events"
-        name, kept = "CLAUDE_METRICS_API_TOKEN", ""
-        try:
-            kept = "" if settings.environ.get(name) else read_secret(self.TOKEN_FILE)
-        except OSError as error:
-            text = f"is not set, and {self.TOKEN_FILE} of no use: {error.strerror}"
-            raise Skipped(f"{name} {text}") from None
-        super().__init__(url, secret_in(settings, name, kept))
+        url = (
+            url_in(settings, "CLAUDE_METRICS_API_URL", self.URL).rstrip("/") + "/events"
+        )
+        super().__init__(url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN"))
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
@@ -1051,9 +958,10 @@ class ClaudeMetrics(Tracker):
             own = picked({"reason": "lost", **ping}, names.get(ping["event"], ends))
             totals = with_all_input(beside.get("totals", {}))
             return {**found, **own, **picked(totals, self.TOTALS)}
-        key = sha256_hex(f"{ping['event_id']}{path}".encode())
-        uuid = f"{key[:8]}-{key[8:12]}-4{key[13:16]}-8{key[17:20]}-{key[20:32]}"
-        found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=uuid)
+        from uuid import NAMESPACE_URL, uuid5
+
+        key = str(uuid5(NAMESPACE_URL, f"{ping['event_id']}{path}"))
+        found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=key)
         if path == "/execution":
             tools = ping.get("tools", {}).items()
             used = [{"name": name, "count": calls} for name, calls in tools]
@@ -1062,13 +970,8 @@ class ClaudeMetrics(Tracker):
         if path == "/tool":
             success = ping.get("status") == "success"
             return {**found, **picked(ping, self.TOOL), "success": success}
-        kind = "".join(f"_{c.lower()}" if c.isupper() else c for c in ping["event"])
         payload = picked(ping, "notification_type trigger agent_id agent_type")
-        return {**found, "kind": kind[1:], "payload": payload}
-
-    def check(self) -> Request:
-        """A GET where only POSTs are taken."""
-        return Request(self.url + "/session", self.headers, None)
+        return {**found, "kind": METRICS_KINDS[ping["event"]], "payload": payload}
 
 
 def picked(ping: Fields, names: str) -> Fields:
@@ -1089,23 +992,20 @@ def with_all_input(counts: Fields) -> Fields:
     return {**counts, "all_input": sum(int(counts.get(name, 0)) for name in names)}
 
 
-TRACKERS: dict[str, Callable[[Settings, ReadSecret], Tracker]] = {
+TRACKERS: dict[str, Callable[[Settings], Tracker]] = {
     found.kind: found for found in (TelemHQ, Wigtoken, Recorder, OTLP, ClaudeMetrics)
 }
 
 
-def find_trackers(
-    settings: Settings, read_secret: ReadSecret
-) -> tuple[list[Tracker], list[str]]:
-    """The trackers that the settings name; and why others that they name are none.
-    read_secret: OSError when a file holds none that only its owner can read."""
+def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
+    """The trackers that the settings name; and why others that they name are none."""
     trackers, problems = [], []
     for name in settings.destinations:
         try:
             if name not in TRACKERS:
                 known = ", ".join(TRACKERS)
                 raise Skipped(f"TELEMHQ_DESTINATIONS: {name!r} is none of {known}")
-            trackers.append(TRACKERS[name](settings, read_secret))
+            trackers.append(TRACKERS[name](settings))
         except Skipped as why:
             problems.append(str(why))
     return trackers, problems
@@ -1125,10 +1025,8 @@ def unsound(directory: str) -> str:
         return ""
     except OSError as error:
         return error.strerror or "cannot be read"
-    if stat.S_ISLNK(found.st_mode):
-        return "is a symbolic link"
     if not stat.S_ISDIR(found.st_mode):
-        return "is no directory"
+        return "is no directory, or a symbolic link"
     if os.name == "posix" and found.st_uid != os.geteuid():
         return "belongs to someone else"
     if os.name == "posix" and found.st_mode & 0o022:
@@ -1136,22 +1034,12 @@ def unsound(directory: str) -> str:
     return ""
 
 
-def write_file(path: str, content: bytes, make_directory: bool = False) -> None:
-    """Make `path` hold `content`, all or nothing, 0600 (the umask is 077).
-
-    make_directory: also when its directory is missing. Only hooks may do that: what
-    `uninstall` has removed must not come back from a sender still at work.
-    """
+def write_file(path: str, content: bytes) -> None:
+    """Make `path` hold `content`, all or nothing, 0600 (the umask is 077)."""
     directory, name = os.path.split(path)
     unfinished = os.path.join(directory, f".{name}.{os.urandom(4).hex()}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW
-    try:
-        fd = os.open(unfinished, flags, 0o600)
-    except FileNotFoundError:
-        if not make_directory:
-            raise
-        os.makedirs(directory, 0o700, exist_ok=True)
-        fd = os.open(unfinished, flags, 0o600)
+    fd = os.open(unfinished, flags, 0o600)
     try:
         with open(fd, "wb") as file:
             file.write(content)
@@ -1196,19 +1084,6 @@ def read_object(path: str, most: int) -> Fields:
     return found
 
 
-def read_secret(path: str) -> str:
-    """What a file (~ is home) holds that only its owner can read; else OSError."""
-    fd = os.open(absolute(path) or "", os.O_RDONLY | NO_WAIT)
-    try:
-        found = os.fstat(fd)
-        mine = os.name != "posix" or found.st_uid == os.geteuid()
-        if not mine or (os.name == "posix" and found.st_mode & 0o077):
-            raise PermissionError(1, "others can read it, chmod 600 mends that")
-        return os.read(fd, SECRET_MAX_BYTES).decode("ascii", "replace")
-    finally:
-        os.close(fd)
-
-
 def remove(path: str) -> bool:
     """Delete a file or an empty directory; whether that worked."""
     for delete in (os.unlink, os.rmdir):
@@ -1234,28 +1109,6 @@ class Lock:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
-
-    @classmethod
-    def take(cls, path: str) -> Lock | None:
-        """The lock of that file; None while someone else holds it. Any error but "busy"
-        counts as free: rather one ping twice under its id than all of them never."""
-        fd = -1
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o600)
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            busy = isinstance(error, (BlockingIOError, PermissionError))
-            if fd >= 0 and (busy or (os.name == "nt" and not error.errno)):  # Wine's
-                os.close(fd)
-                return None
-        return cls(fd)
 
     def release(self, ours: bool = True) -> None:
         """Give it back, also from a hook just ending that still shares it; not `ours`:
@@ -1289,16 +1142,6 @@ class Record:
         self.ping, self.local, self.beside = ping, local, beside
         self.accepted = accepted
 
-    @classmethod
-    def load(cls, found: Fields, needs: tuple[str, ...]) -> Record:
-        """What a file holds, through the gate; ValueError: that is no ping."""
-        ping, accepted = gate(object_in(found, "ping")), found.get("accepted", 0)
-        if "event_id" not in ping:
-            raise ValueError("no ping")
-        beside = gate_beside(found.get("beside"), needs)
-        local = object_in(found, "local")
-        return cls(ping, local, beside, int(accepted) if number(accepted) else 0)
-
     def encode(self) -> bytes:
         """As the file holds it."""
         found: Fields = {"ping": self.ping, "local": self.local, "beside": self.beside}
@@ -1312,11 +1155,9 @@ class PingName:
     name its account. (With time and id alone it is a ping, too.)"""
 
     def __init__(self, name: str) -> None:
-        ns, _, rest = name[: -len(".json")].partition("-")
-        parts = rest.split("-")
+        ns, *parts = name[: -len(".json")].split("-")
         self.ns = int(ns)
         self.event, self.session = parts[:2] if len(parts) == 3 else ("", "")
-        self.event_id = parts[-1]
 
     @staticmethod
     def make(ns: int, ping: Fields) -> str:
@@ -1347,10 +1188,6 @@ class Outbox:
         """The directory's own name: it tells the tracker, and no secret."""
         return os.path.basename(self.directory)
 
-    def kind(self) -> str:
-        """The kind of the tracker that it is, or was, for."""
-        return self.name().rpartition("-")[0]
-
     def path(self, *names: str) -> str:
         """Path of something in the directory."""
         return os.path.join(self.directory, *names)
@@ -1374,7 +1211,11 @@ class Outbox:
     def put(self, ns: int, record: Record) -> str:
         """Add the ping of an event of that time; its name. It is whole or not there."""
         name = PingName.make(ns, record.ping)
-        write_file(self.file(name), record.encode(), make_directory=True)
+        try:
+            self.rewrite(name, record)
+        except FileNotFoundError:  # only here: what `uninstall` has removed must not
+            os.makedirs(self.path("outbox"), 0o700, exist_ok=True)  # come back
+            self.rewrite(name, record)
         return name
 
     def waiting(self) -> list[str]:
@@ -1386,8 +1227,13 @@ class Outbox:
 
     def record(self, name: str) -> Record:
         """What a file holds. OSError: it is gone; ValueError: it is no ping."""
-        most = RECORD_MAX_BYTES if self.needs else PING_MAX_BYTES
-        return Record.load(read_object(self.file(name), most), self.needs)
+        found = read_object(self.file(name), RECORD_MAX_BYTES)
+        ping, accepted = gate(object_in(found, "ping")), found.get("accepted", 0)
+        if "event_id" not in ping:
+            raise ValueError("no ping")
+        beside = gate_beside(object_in(found, "beside"), self.needs)
+        accepted = int(accepted) if number(accepted) else 0
+        return Record(ping, object_in(found, "local"), beside, accepted)
 
     def rewrite(self, name: str, record: Record) -> None:
         """Make the ping that waits under `name` this one, as it will be sent."""
@@ -1410,16 +1256,34 @@ class Outbox:
         is now the future is none: a clock that jumped must not stop delivery."""
         try:
             found = read_object(self.path("state.json"), STATE_MAX_BYTES)
-        except (OSError, ValueError):
-            found = {}
-        names, now = ("set_at", "not_before"), time.time()
-        set_at, ends = (found[n] if number(found.get(n)) else 0.0 for n in names)
+            set_at, ends = float(found["set_at"]), float(found["not_before"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+            return 0.0
+        now = time.time()
         left_s = min(ends, set_at + RETRY_AFTER_MAX_S) - now
         return max(0.0, left_s) if set_at <= now else 0.0
 
     def take_lock(self) -> Lock | None:
-        """The lock; None while someone else holds it."""
-        return Lock.take(self.path("lock"))
+        """The lock; None while someone else holds it. Any error but "busy" counts as
+        free: rather one ping twice under its id than all of them never."""
+        fd = -1
+        try:
+            flags = os.O_RDWR | os.O_CREAT | NO_FOLLOW
+            fd = os.open(self.path("lock"), flags, 0o600)
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            busy = isinstance(error, (BlockingIOError, PermissionError))
+            if fd >= 0 and (busy or (os.name == "nt" and not error.errno)):  # Wine's
+                os.close(fd)
+                return None
+        return Lock(fd)
 
 
 def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
@@ -1438,30 +1302,27 @@ THIS_FILE = os.path.abspath(__file__)  # now, for a hook leaves its directory
 def read_stdin() -> bytes:
     """All bytes of stdin, to its end: Claude Code shows an error when it is closed
     early. More than STDIN_MAX_BYTES are none."""
-    parts, size, part = [], 0, b"-"
-    while part and size <= STDIN_MAX_BYTES:
+    raw, part = bytearray(), b"-"
+    while part and len(raw) <= STDIN_MAX_BYTES:
         try:
             part = os.read(0, 1 << 16)  # as much as a pipe holds
         except OSError:
             part = b""
-        size += len(part)
-        parts.append(part)
-    return b"".join(parts) if size <= STDIN_MAX_BYTES else b""
+        raw += part
+    return bytes(raw) if len(raw) <= STDIN_MAX_BYTES else b""
 
 
-def event_on_stdin() -> tuple[Fields, int]:
-    """(event, its size in bytes); Skipped when there is none."""
-    raw = read_stdin()
+def event_in(raw: bytes) -> Fields:
+    """The event that stdin held; Skipped when that is none of Claude Code's."""
     try:
-        event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
-    except ValueError:
-        event = None
-    if not isinstance(event, dict):
-        raise Skipped("stdin held no JSON object, which Claude Code would send")
-    problem = no_event(event)
-    if problem:
-        raise Skipped(problem)
-    return event, len(raw)
+        event: Fields = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
+        ours = "A" <= event["hook_event_name"][:1] <= "Z"
+        # Cursor runs hooks of ~/.claude/settings.json too, with events of its own.
+        if ours and "cursor_version" not in event:
+            return event
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise Skipped("stdin held no event of Claude Code's: no JSON, no name, or Cursor's")
 
 
 def sender_command(*arguments: str) -> list[str]:
@@ -1512,70 +1373,54 @@ def start_sender(
 def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
     """Start a process without the import of subprocess, 8 ms; whether that works here.
     fds: what it inherits."""
-    try:
-        inherited = [int(name) for name in os.listdir("/dev/fd")]
-    except OSError:  # a container without /proc
-        inherited = list(range(256))
-    for fd in inherited:
-        try:
-            os.set_inheritable(fd, fd in (0, 1, 2, *fds))
-        except OSError:
-            continue  # not open, or the listing's own
     usual: Any = {"setsid": True, "setsigdef": [15]}  # SIGTERM: our shell may ignore it
     try:
+        for fd in map(int, os.listdir("/dev/fd")):
+            try:
+                os.set_inheritable(fd, fd in (0, 1, 2, *fds))
+            except OSError:
+                continue  # the listing's own
         quiet = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
         os.posix_spawn(command[0], command, environ, file_actions=quiet, **usual)
     except (AttributeError, NotImplementedError, OSError):
-        return False  # Windows, PyPy, Termux; setsid=: macOS 10.14, old C libraries
+        return False  # Windows, PyPy, Termux, no /proc; setsid=: old C libraries
     return True
 
 
-def start_senders(queued: dict[Outbox, str], settings: Settings) -> None:
-    """Have a sender started for each outbox where none runs and no back-off stands."""
+def free_locks(queued: dict[Outbox, str], settings: Settings) -> dict[Outbox, Lock]:
+    """The locks of the outboxes where no sender runs, and no back-off stands (which
+    debug mode ignores). Where one runs, it will see the file."""
     held = {}
     for outbox in queued:
-        if not outbox.backoff_left_s():
+        if settings.debug or not outbox.backoff_left_s():
             lock = outbox.take_lock()
-            if lock is not None:  # busy: a sender runs, and will see the file
-                held[outbox.name()] = lock
-    if held:
-        start_sender(held, settings.environ)
+            if lock is not None:
+                held[outbox] = lock
+    return held
 
 
 def deliver_in_foreground(
     queued: dict[Outbox, str], settings: Settings, ends: float
 ) -> None:
     """Have a sender make one pass over each outbox, and wait for its end; while another
-    has the lock, for that until it has sent our ping; until `ends` (monotonic) at most.
-    Where a back-off stands, not at all, but for debug mode's."""
-    senders: dict[Outbox, Any] = {}
+    has the lock, until that has sent our ping or a back-off stands; until `ends`
+    (monotonic) at most."""
     how = "debug" if settings.debug else "once"
-    while queued and time.monotonic() < ends:
-        for outbox, name in list(queued.items()):
-            if outbox in senders:
-                over = senders[outbox].poll() is not None
-            else:
-                waits = settings.debug or not outbox.backoff_left_s()
-                over = not waits or not os.path.exists(outbox.file(name))
-                lock = None if over else outbox.take_lock()
-                if lock is not None:
-                    held = {outbox.name(): lock}
-                    senders[outbox] = start_sender(held, settings.environ, how)
-            if over:
-                del queued[outbox]
+    senders: dict[Outbox, Any] = {
+        outbox: start_sender({outbox.name(): lock}, settings.environ, how)
+        for outbox, lock in free_locks(queued, settings).items()
+    }
+
+    def over(outbox: Outbox) -> bool:
+        if outbox in senders:
+            return senders[outbox].poll() is not None
+        waits = os.path.exists(outbox.file(queued[outbox]))
+        return not waits or outbox.backoff_left_s() > 0
+
+    while time.monotonic() < ends and not all(map(over, queued)):
         time.sleep(LOOK_S / 10)
     for sender in senders.values():
         sender.kill()  # no use to one that has ended
-
-
-def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
-    """The trackers that pings can go to; Skipped when there is none."""
-    trackers, problems = find_trackers(settings, read_secret)
-    if not trackers:
-        raise Skipped("; ".join(problems))
-    for text in problems:
-        tell(text)
-    return trackers
 
 
 def enqueue(
@@ -1596,30 +1441,28 @@ def report_event(settings: Settings, tell: Tell) -> None:
     ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
     for text in settings.ignored:
         tell(text)
-    try:
-        trackers = destinations(settings, tell)
-    except Skipped:
-        read_stdin()
-        raise
-    event, event_bytes = event_on_stdin()
-    ping = make_ping(event, settings, project_of(event, settings), ns, event_bytes)
+    raw = read_stdin()
+    trackers, problems = find_trackers(settings)
+    if not trackers:
+        raise Skipped("; ".join(problems))
+    event = event_in(raw)
+    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
     local = local_of(event, settings, ping)
-    queued, problems = {}, []
+    queued = {}
     for tracker in trackers:
         outbox = outbox_of(settings, tracker)
         try:
             if tracker.wants(ping):
                 queued[outbox] = enqueue(outbox, tracker, ns, ping, local)
+                tell(f"{ping['event']} {ping['event_id']} is in the outbox")
         except Skipped as why:
             problems.append(str(why))
-    if queued:
-        tell(f"{ping['event']} {ping['event_id']} is in the outbox")
     if settings.foreground:
-        deliver_in_foreground(dict(queued), settings, ends)
-        if any(os.path.exists(outbox.file(name)) for outbox, name in queued.items()):
-            tell("the ping waits in the outbox; a later hook delivers it")
+        deliver_in_foreground(queued, settings, ends)
     else:
-        start_senders(queued, settings)
+        held = {o.name(): lock for o, lock in free_locks(queued, settings).items()}
+        if held:
+            start_sender(held, settings.environ)
     if problems:
         raise Skipped("; ".join(problems))
 
@@ -1660,20 +1503,15 @@ def run_for_claude_code(work: Callable[[Settings, Tell], None]) -> NoReturn:
     os._exit(0)
 
 
-def bytecode_path() -> str:
-    """Where Python caches this file's bytecode (PEP 3147)."""
-    directory, name = os.path.split(THIS_FILE[: -len(".py")])
-    tag = sys.implementation.cache_tag
-    return os.path.join(directory, "__pycache__", f"{name}.{tag}.pyc")
-
-
-def mend_bytecode(path: str) -> None:
+def mend_bytecode() -> None:
     """Close a __pycache__ that a umask of 000 left open to others: Python would run
     what they put there. As a script, remove bytecode that cannot be loaded: Python
     never does, and the settings' command imports it in vain."""
-    cache, beside = os.path.dirname(path), os.path.dirname(THIS_FILE)
+    directory, name = os.path.split(THIS_FILE[: -len(".py")])
+    cache = os.path.join(directory, "__pycache__")
+    path = os.path.join(cache, f"{name}.{sys.implementation.cache_tag}.pyc")  # PEP 3147
     mode = os.stat(cache).st_mode
-    if mode & ~os.stat(beside).st_mode & 0o022:  # as open as the script's it may be
+    if mode & 0o022:
         os.chmod(cache, stat.S_IMODE(mode) & ~0o022)
         remove(path)
     if __name__ == "__main__":
@@ -1688,7 +1526,7 @@ def mend_bytecode(path: str) -> None:
 def hook() -> NoReturn:
     """What Claude Code runs."""
     try:
-        mend_bytecode(bytecode_path())
+        mend_bytecode()
     except OSError:
         pass  # there is none
     run_for_claude_code(report_event)
@@ -1702,27 +1540,24 @@ def hook() -> NoReturn:
 
 # -- Transcripts: rows that count ------------------------------------------------------
 
-NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', b'"interruptedMessageId"')
-COUNTS = (  # the ping's name, the transcript's, the ledger's
-    ("input_tokens", "input_tokens", "inputTokens"),
-    ("output_tokens", "output_tokens", "outputTokens"),
-    ("cached_input_tokens", "cache_read_input_tokens", "cacheReadInputTokens"),
-    (
-        "cache_creation_input_tokens",
-        "cache_creation_input_tokens",
-        "cacheCreationInputTokens",
-    ),
-    ("reasoning_tokens", "thinking_tokens", "thinkingTokens"),
-)
-LEDGER_SUMS = (  # the ping's name, the ledger's
-    ("cost_usd", "totalCostUSD"),
-    ("lines_added", "totalLinesAdded"),
-    ("lines_removed", "totalLinesRemoved"),
-)
-NO_LEDGER: list[Any] = [{}, {}, [0, 0, 0]]
-NONE = [0] * len(COUNTS)
-OUTPUT = 1  # the output tokens' place in COUNTS
 INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
+NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', INTERRUPTED.encode())
+COUNTS = (  # in the order of TOKENS, which has their total behind them
+    "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens "
+    "thinking_tokens"
+).split()
+LEDGER_COUNTS = (
+    "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens "
+    "thinkingTokens"
+).split()
+LEDGER_SUMS = {  # the ping's name -> the ledger's
+    "cost_usd": "totalCostUSD",
+    "lines_added": "totalLinesAdded",
+    "lines_removed": "totalLinesRemoved",
+}
+NO_LEDGER: list[Any] = [{}, {}, {}]
+NONE = [0] * len(COUNTS)
+OUTPUT = 1  # the output tokens' place
 
 
 def matters(line: bytes) -> bool:
@@ -1733,80 +1568,76 @@ def matters(line: bytes) -> bool:
 
 
 def short_id(text: str) -> str:
-    """What is kept of an id: 48 bits, enough to know it again."""
-    from hashlib import sha256  # imported already, by urllib
-
-    return sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:ID_CHARS]
+    """What is kept of an id: ID_CHARS, enough to know it again."""
+    return path_hash(text, "")
 
 
-def counts_in(found: Fields, column: int) -> list[int]:
-    """The counts of a row's usage (column 1) or of a model in the ledger (2), in the
-    order of COUNTS."""
-    details = found.get("output_tokens_details")
-    found = {**found, **details} if isinstance(details, dict) else found
-    given = [found.get(names[column]) for names in COUNTS]
-    return [int(n) if number(n) else 0 for n in given]  # type: ignore[arg-type]
+def number_in(found: Fields, name: str) -> Any:
+    """The number under `name`, 0 when there is none."""
+    value = found.get(name)
+    return value if number(value) else 0
 
 
-def plus(counts: list[int], more: list[int]) -> list[int]:
-    """The sum, count by count."""
-    return [a + b for a, b in zip(counts, more)]
+def counts_in(usage: Fields) -> list[int]:
+    """The counts of an answer's usage."""
+    usage = {**usage, **object_in(usage, "output_tokens_details")}
+    return [int(number_in(usage, name)) for name in COUNTS]
+
+
+def added(models: Models, more: Models) -> Models:
+    """The sum, model by model, count by count."""
+    sums = dict(models)
+    for name, counts in more.items():
+        sums[name] = [a + b for a, b in zip(sums.get(name, NONE), counts)]
+    return sums
 
 
 class Row:
     """A line of a transcript that counts, or begins a turn. What it lacks or has
-    otherwise than expected raises: the format is internal to the client.
+    otherwise than expected raises: the format is internal to the client. at: when it
+    was written, seconds since 1970; where it does not tell, as the row before it."""
 
-    at: when it was written, seconds since 1970; where it does not tell, as the row
-    before it.
-    """
-
-    def __init__(self, fields: Fields) -> None:
-        self.at = seconds_of(fields["timestamp"]) if "timestamp" in fields else 0.0
-        self.sidechain = bool(fields.get("isSidechain"))
+    at = 0.0
 
     @staticmethod
     def parse(line: bytes) -> Row | None:
         """The row that a line holds, None when it holds none of ours."""
         try:
             fields = decode_json(line.decode("utf-8", "replace"))
-            return ROWS[fields["type"]](fields)
+            row = ROWS[fields["type"]](fields)
+            row.at = seconds_of(fields.get("timestamp"))
+            return row
         except (ValueError, KeyError, TypeError, AttributeError):
             return None
 
 
 class AnswerRow(Row):
-    """One content block of an answer of the API, with the whole answer's usage.
-
-    key: what the answer is known by; name: the id that it has for a person; request:
-    the API's. real: no words of the client's own. copied: from another session;
-    origin: which, as far as it tells; branched: by /branch. stopped: it is whole;
-    final: the turn ends with it. calls: tool calls, short id -> name. inner: (model,
-    counts) of other models' calls inside it.
-    """
+    """One content block of an answer of the API, with the whole answer's usage. key:
+    what the answer is known by; name, request: the message's and the API's own ids.
+    copied: from another session; origin: which, if it tells; branched: by /branch.
+    stop_reason: None while it is not whole. calls: of tools, short id -> name. inner:
+    (model, counts) of other models' calls in it."""
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
         message, session = fields["message"], fields.get("sessionId")
         self.request = str(fields.get("requestId") or "")
         self.name = str(message.get("id") or self.request or fields["uuid"])
         self.key = short_id(self.name) + short_id(self.request)[:4]
-        self.counts = counts_in(message["usage"], 1)
-        model, stop_reason = message.get("model"), message.get("stop_reason")
-        self.real = model != "<synthetic>" and not fields.get("isApiErrorMessage")
-        self.model = model_shown(model)
+        self.counts = counts_in(message["usage"])
+        if message.get("model") == "<synthetic>" or fields.get("isApiErrorMessage"):
+            raise ValueError("words of the client's own")
+        self.model = model_shown(message.get("model"))
+        self.stop_reason = message.get("stop_reason")
         self.origin = fields.get("requestSessionId", session)
         self.branched = bool(fields.get("forkedFrom"))
         self.copied = self.origin != session or self.branched
-        self.stopped = stop_reason is not None
-        self.final = stop_reason not in (None, "tool_use")
-        self.calls: dict[str, object] = {}
+        self.calls: Fields = {}
         content = message.get("content")
         for block in content if isinstance(content, list) else ():
             if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
                 self.calls[short_id(block["id"])] = block.get("name")
         self.inner = [
-            (model_shown(call.get("model")), counts_in(call, 1))
+            (model_shown(call.get("model")), counts_in(call))
             for call in message["usage"].get("iterations") or ()
             if call.get("type") == "advisor_message"
         ]
@@ -1814,89 +1645,70 @@ class AnswerRow(Row):
 
 
 class UserRow(Row):
-    """A prompt, results of tools, or what the client put in.
-
-    failed: short ids of the tool calls that failed. interrupt: what it is known by, ""
-    when it tells of none. prompt: it begins a turn of the session.
-    """
+    """A prompt, results of tools, or what the client put in. failed: short ids of the
+    tool calls that failed. interrupt: it tells of one. prompt: it begins a turn."""
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
         content = fields["message"].get("content")
         blocks = content if isinstance(content, list) else []
         results = [block for block in blocks if block.get("type") == "tool_result"]
         failed = [block for block in results if block.get("is_error") is True]
         self.failed = [short_id(str(block.get("tool_use_id"))) for block in failed]
-        texts = [str(block.get("text")) for block in blocks if not results]
-        self.interrupt = ""
-        if "interruptedMessageId" in fields or "".join(texts).startswith(INTERRUPTED):
-            self.interrupt = short_id(f"{fields.get('uuid')} {fields.get('timestamp')}")
+        said = "".join([str(block.get("text")) for block in blocks])
+        self.interrupt = said.startswith(INTERRUPTED)
         inserted = fields.get("isMeta") or fields.get("isCompactSummary")
         self.prompt = not (results or self.interrupt or inserted)
 
 
 class LedgerRow(Row):
     """The client's own sums of a session so far. ledger: [model -> counts, model ->
-    USD, the sums of LEDGER_SUMS]."""
+    USD, name in LEDGER_SUMS -> sum]."""
 
     def __init__(self, fields: Fields) -> None:
-        super().__init__(fields)
-        models: dict[str, list[int]] = {}
+        models: Models = {}
         costs: dict[str, float] = {}
         for name, used in fields["modelUsage"].items():
-            shown, cost = model_shown(name), used.get("costUSD")
-            models[shown] = plus(models.get(shown, NONE), counts_in(used, 2))
-            costs[shown] = costs.get(shown, 0) + (cost if number(cost) else 0)
-        sums = [fields.get(theirs) for _, theirs in LEDGER_SUMS]
-        self.ledger = [models, costs, [n if number(n) else 0 for n in sums]]
+            shown = model_shown(name)
+            counts = [int(number_in(used, count)) for count in LEDGER_COUNTS]
+            models = added(models, {shown: counts})
+            costs[shown] = costs.get(shown, 0) + number_in(used, "costUSD")
+        sums = {ours: number_in(fields, name) for ours, name in LEDGER_SUMS.items()}
+        self.ledger = [models, costs, sums]
 
 
-ROWS: dict[str, Callable[[Fields], Row]] = {
-    "assistant": AnswerRow,
-    "user": UserRow,
-    "cost-state": LedgerRow,
-}
+ROWS = {"assistant": AnswerRow, "user": UserRow, "cost-state": LedgerRow}
 
 
-class Transcript:
-    """How far one of a session's transcripts was read.
-
-    inode: as text, for JSON readers lose digits. ended_at: the time of the last row
-    that ended a turn, seconds since 1970.
-    """
-
-    def __init__(self, inode: str = "", offset: int = 0, ended_at: float = 0) -> None:
-        self.inode, self.offset, self.ended_at = inode, offset, ended_at
-
-    def rows(self, path: str, ends: float) -> Iterator[Row]:
-        """The rows gained. One at which the reader stops is read again next time.
-        OSError or ValueError: it cannot be read; TimeoutError: not to its end by `ends`
-        (monotonic)."""
-        with open(open_regular(path), "rb") as file:
-            inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
-            file.seek(max(0, self.offset - 1))
-            if inode != self.inode or (self.offset and file.read(1) != b"\n"):
-                self.offset = file.seek(0)  # another file, or not what it was
-            self.inode, position = inode, self.offset
-            for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
-                position += len(line)
-                begins, whole = whole, line.endswith(b"\n")
-                # The parts of one that is too long are no lines.
-                row = Row.parse(line) if begins and whole and matters(line) else None
-                if row is not None:
-                    at = row.at = row.at or at
-                    yield row
-                if whole:
-                    self.offset = position
-                if time.monotonic() > ends:
-                    raise TimeoutError("the rest is for the next ping")
+def rows_behind(path: str, place: Fields, ends: float) -> Iterator[Row]:
+    """The rows of a transcript behind a place, which moves on; one at which the reader
+    stops is read again next time. place: offset, and inode (a text, for JSON readers
+    lose digits); {}: the begin. OSError or ValueError: it cannot be read; TimeoutError:
+    not to its end by `ends` (monotonic)."""
+    with open(open_regular(path), "rb") as file:
+        inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
+        offset = place.get("offset", 0)
+        file.seek(max(0, offset - 1))
+        if inode != place.get("inode") or (offset and file.read(1) != b"\n"):
+            offset = file.seek(0)  # another file, or not what it was
+        place.update(inode=inode, offset=offset)
+        for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
+            begins, whole = whole, line.endswith(b"\n")
+            # The parts of one that is too long are no lines.
+            row = Row.parse(line) if begins and whole and matters(line) else None
+            if row is not None:
+                at = row.at = row.at or at
+                yield row
+            if whole:
+                place["offset"] = file.tell()
+            if time.monotonic() > ends:
+                raise TimeoutError("the rest is for the next ping")
 
 
 # -- Accounts: tokens, charged once ----------------------------------------------------
 
 USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd", "SessionLost")
-HISTORY, CALLED, FAILED = "history", "call", "failed"  # what else stands in `seen`
-IDENTITY = ("project", "session_id", "cwd_hash", "transcript_path_hash")
+HISTORY, CALLED = "history", "call"  # what else stands in `seen`
+IDENTITY = "project session_id cwd_hash transcript_path_hash timestamp".split()
 
 
 def less(counts: list[int], others: list[int]) -> list[int]:
@@ -1904,89 +1716,32 @@ def less(counts: list[int], others: list[int]) -> list[int]:
     return [max(0, a - b) for a, b in zip(counts, others)]
 
 
-def total(*parts: dict[str, list[int]]) -> list[int]:
-    """The sum over all models of all `parts` (model -> counts)."""
-    found = NONE
-    for part in parts:
-        for counts in part.values():
-            found = plus(found, counts)
-    return found
+def total(models: Models) -> list[int]:
+    """The sum over all models (model -> counts)."""
+    return [sum(column) for column in zip(NONE, *models.values())]
 
 
 def named(counts: list[int]) -> Fields:
-    """Counts as a ping has them: all of COUNTS, and the total."""
-    found = {names[0]: n for names, n in zip(COUNTS, counts)}
-    return {**found, "total_tokens": sum(counts) - found["reasoning_tokens"]}
+    """Counts as a ping has them, with their total: reasoning is part of the output."""
+    return dict(zip(TOKENS, [*counts, sum(counts[:-1])]))
 
 
-class Usage:
-    """What was read and is to be charged. models: model -> counts. tools: name ->
-    calls. rows: for a tracker that keeps answers, [id, model, time in ms, the counts]
-    of what each has gained."""
-
-    def __init__(self) -> None:
-        self.models: dict[str, list[int]] = {}
-        self.tools: dict[str, int] = {}
-        self.rows: list[list[Any]] = []
-        self.tool_calls = self.tool_failures = self.interrupts = 0
-
-    def add(self, model: str, counts: list[int]) -> None:
-        """Count tokens of a model."""
-        if any(counts):
-            self.models[model] = plus(self.models.get(model, NONE), counts)
-
-    def fields(self, model: str, tool_names: bool, costs: dict[str, float]) -> Fields:
-        """The fields of a ping. model: the main chain's last. costs: model -> USD."""
-        fields = named(total(self.models))
-        fields.update(tool_calls=self.tool_calls, tool_failures=self.tool_failures)
-        if self.interrupts:
-            fields["interrupts"] = self.interrupts
-        models = {name: named(counts) for name, counts in self.models.items()}
-        for name, cost in costs.items():
-            models.setdefault(name, {})["cost_usd"] = cost
-        if models and list(models) != [model]:
-            fields["models"] = models
-        tools: dict[str, int] = {}
-        for name, calls in self.tools.items():
-            shown = tool_shown(name, tool_names)
-            tools[shown] = tools.get(shown, 0) + calls
-        if tools:
-            used = sorted(tools.items(), key=lambda pair: (-pair[1], pair[0]))
-            fields["tools"] = dict(used[:20])
-        if model:
-            fields["model"] = model
-        return fields
-
-    def messages(self, event_id: str, ms: int) -> list[list[Any]]:
-        """`rows` as BESIDE has them: together what the ping says, to the token. What no
-        answer has (the ledger's, or more than there may be) has a row for each model.
-        ms: the event's time."""
-        found, left = self.rows[: ROWS_MAX - 200], dict(self.models)
-        for _, model, _, *counts in found:
-            left[model] = less(left[model], counts)
-        for model, counts in left.items():
-            name = f"{event_id}.{model}"
-            if not identifier(name, "@[]"):  # it is too long
-                name = f"{event_id}.{short_id(model)}"
-            found += [[name, model, ms, *counts]] if any(counts) else []
-        return found
+def gained(now: Fields, before: Fields) -> Fields:
+    """What numbers have gained, name by name; never negative."""
+    return {name: max(0, round(n - before.get(name, 0), 10)) for name, n in now.items()}
 
 
 class Account:
     """What of a session was charged at one destination. Every attribute but `path` is
     what its file holds, a plain value of JSON.
 
-    transcript: where the session's own is. identity, own: of the last ping, for a
-    SessionLost. since: older rows are history (seconds since 1970). was_read: its
-    history is known. transcripts: name -> Transcript's arguments. seen: key of an
-    answer -> its counts, or HISTORY; short id of a tool call -> CALLED, FAILED.
-    in_history: the main chain's last answer is. parent: of a fork: session, key of the
-    last answer copied. baseline: the ledger at the end
-    of history; [] when nobody knows it. told: model -> counts, since then. ledger: the
-    client's, while it is the last word. row_at: of the newest row; settled_at: of the
-    newest that the baseline has. last_at, stopped_at: the last charge, the last end of
-    a turn; prompted_at: the last prompt. total, tool_calls: told in all; at_end: when
-    the session last ended. charged: event_id -> [fields, what stands beside].
+    identity, own: of the last ping, for a SessionLost. since: older rows are history.
+    transcripts: name -> the place read to, and when the last row came that ended a
+    turn. seen: key of an answer -> its counts, or HISTORY; short id of a tool call ->
+    CALLED, HISTORY when it failed. in_history: the main chain's last answer is.
+    baseline: the ledger at the end of history, and what was told since; [] when nobody
+    knows it. ledger: the client's, while it is the last word. totals: told in all;
+    at_end: when the session last ended. charged: event_id -> what it is told.
     """
 
     def __init__(self, path: str, since: float = 0) -> None:
@@ -1994,25 +1749,22 @@ class Account:
         self.transcript = self.model = self.branch = ""
         self.identity: Fields = {}
         self.own: Fields = {}
-        self.row_at = self.settled_at = 0.0
-        self.last_at = self.stopped_at = self.prompted_at = 0.0
-        self.was_read = self.in_history = False
-        self.transcripts: dict[str, list[Any]] = {}
-        self.seen: dict[str, str] = {}
-        self.parent: list[str] = []
+        self.stopped_at = self.prompted_at = 0.0
+        self.in_history = False
+        self.transcripts: dict[str, Fields] = {}
+        self.seen: dict[str, Any] = {}
         self.baseline: list[Any] = NO_LEDGER
         self.ledger: list[Any] = []
-        self.told: dict[str, list[int]] = {}
-        self.total, self.at_end, self.tool_calls = NONE, NONE, 0
-        self.charged: dict[str, list[Fields]] = {}
+        self.totals: Fields = dict.fromkeys((*TOKENS, "tool_calls"), 0)
+        self.at_end = self.totals
+        self.charged: Fields = {}
 
     @classmethod
     def load(cls, path: str) -> Account:
         """OSError as it comes; ValueError: the file holds no account."""
         account, found = cls(path), read_object(path, ACCOUNT_MAX_BYTES)
-        for name in account.kept():
-            kind = type(getattr(account, name))
-            if not isinstance(found.get(name), (int, kind) if kind is float else kind):
+        for name, value in account.kept().items():
+            if type(found.get(name)) is not type(value):
                 raise ValueError("no account")
             setattr(account, name, found[name])
         return account
@@ -2033,52 +1785,37 @@ class Account:
     def files(self) -> dict[str, str]:
         """Name -> path of the session's transcripts: its own, "", and its agents', at
         any depth. The names stay where the files move."""
+        from glob import escape, glob
+
         top = self.transcript[: -len(".jsonl")]
-        paths = [
-            os.path.join(directory, name)
-            for directory, _, names in os.walk(os.path.join(top, "subagents"))
-            for name in sorted(names)
-            if name.startswith("agent-") and name.endswith(".jsonl")
-        ]
-        agents = {os.path.relpath(path, top): path for path in paths}
-        return {"": self.transcript, **agents}
+        agents = os.path.join(escape(top), "subagents", "**", "agent-*.jsonl")
+        paths = sorted(glob(agents, recursive=True))
+        return {"": self.transcript, **{os.path.relpath(p, top): p for p in paths}}
 
-    def count_of(self, key: str) -> list[int]:
-        """What of an answer was counted."""
-        known = self.seen.get(key)
-        return [int(n) for n in known.split(",")] if known else NONE
-
-    def settle(self, usage: Usage) -> tuple[Fields, dict[str, float]]:
+    def settle(self, usage: Reading) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
-        (compaction and titles are calls of no row); ({cost and lines gained}, model ->
-        cost). It is sums that are compared: it may name a model otherwise than rows. It
-        is the baseline from now on."""
+        (compaction and titles are calls of no row), its cost and lines. It is sums that
+        are compared: it may name a model otherwise than rows. It is the baseline from
+        now on."""
         models, costs, sums = self.ledger
-        base, base_costs, base_sums = self.baseline
-        parts = (base, self.told, dict(usage.models))
-        left = less(total(models), total(*parts))
+        told, base_costs, base_sums = self.baseline
+        left = less(total(models), total(told))
         for model, counts in models.items():
-            known = total(*({model: part.get(model, NONE)} for part in parts))
+            known = told.get(model, NONE)
             more = [min(pair) for pair in zip(less(counts, known), left)]
             left = less(left, more)
-            usage.add(model, more)
-        self.baseline, self.told = self.ledger, {}
-        self.settled_at = self.row_at
-        gained = [max(0, round(a - b, 10)) for a, b in zip(sums, base_sums)]
-        costs = {k: round(c - base_costs.get(k, 0), 10) for k, c in costs.items()}
-        return (
-            {ours: n for (ours, _), n in zip(LEDGER_SUMS, gained)},
-            {model: cost for model, cost in costs.items() if cost > 0},
-        )
+            if any(more):
+                usage.models = added(usage.models, {model: more})
+        self.baseline = self.ledger
+        usage.costs = gained(costs, base_costs)
+        usage.numbers.update(gained(sums, base_sums))
 
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
-        directory, own = os.path.split(self.path)
+        from glob import escape, glob
+
         found: set[str] = set()
-        for name in os.listdir(directory) if os.path.isdir(directory) else ():
-            path = os.path.join(directory, name)
-            if own in name:  # or what a killed sender left unfinished of it
-                continue
+        for path in glob(os.path.join(escape(os.path.dirname(self.path)), "*.json")):
             try:
                 if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
@@ -2087,101 +1824,113 @@ class Account:
         return found
 
 
+def ledger_until(path: str, key: str, ends: float) -> list[Any]:
+    """The last ledger in the file of a fork's parent before any answer that was not
+    copied, which is what the client goes on from (none there: it begins anew); [] when
+    nobody knows. key: of the last answer that was copied."""
+    found, copied = NO_LEDGER, False
+    try:
+        for row in rows_behind(path, {}, ends):
+            if isinstance(row, LedgerRow):
+                found = row.ledger
+            elif isinstance(row, AnswerRow):
+                if copied and row.key != key:
+                    break
+                copied = copied or row.key == key
+    except (OSError, ValueError):
+        return []
+    return found if copied else []
+
+
+def end_of_earlier_runs(path: str, until: float, ends: float) -> float:
+    """When that began which follows the last ledger with an answer behind it: what
+    stands before was told by whoever served the earlier run; 0: there was none."""
+    since, begun = 0.0, -1.0  # no ledger yet
+    for row in rows_behind(path, {}, ends):
+        if row.at > until:
+            break
+        begun = 0.0 if isinstance(row, LedgerRow) else begun or row.at
+        # (After SIGINT, the one broken off stands behind the last ledger.)
+        if isinstance(row, AnswerRow) and row.stop_reason is not None:
+            since = max(since, begun)
+    return since
+
+
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
-    until: the time of the event. ends: monotonic. keeps: for a tracker that keeps
-    answers."""
+    until: the time of the event. ends: monotonic. first: there may be a history that
+    nobody knows yet. parent: of a fork: its parent's file, key of the last answer
+    copied. models: model -> counts; costs: -> USD. tools: name -> calls. numbers: a
+    ping's others. rows: as BESIDE has them, of what each answer has gained."""
 
-    def __init__(
-        self, account: Account, until: float, ends: float, keeps: bool = False
-    ) -> None:
+    def __init__(self, account: Account, until: float, ends: float) -> None:
         self.account, self.until, self.ends = account, until, ends
-        self.keeps, self.usage = keeps, Usage()
-        self.elsewhere: set[str] | None = None
+        self.tool_names = True
+        self.first = bool(account.since) and not account.transcripts
+        self.parent: tuple[str, str] | None = None
+        self.elsewhere: set[str] | None = None if self.first else set()
+        self.models: Models = {}
+        self.costs: Fields = {}
+        self.tools: dict[str, int] = {}
+        self.numbers: Fields = {"tool_calls": 0, "tool_failures": 0}
+        self.rows: list[list[Any]] = []
         # The first answer of each id: some routers give many answers the same.
-        keys = reversed(account.seen) if keeps else ()
-        self.firsts = {key[:ID_CHARS]: key for key in keys}
+        self.firsts = {key[:ID_CHARS]: key for key in reversed(account.seen)}
 
     def read(self) -> bool:
         """Count what was gained; False: a part. The session's own comes first: agents'
-        files may begin with copies of its rows. OSError or ValueError: that one cannot
-        be read."""
-        account, whole = self.account, True
-        for name, path in account.files().items():
-            try:
-                if account.since and not (name or account.was_read):
-                    account.since = max(account.since, self.end_of_earlier_runs())
-                self.read_one(name, path)
-            except TimeoutError:
-                return False
-            except (OSError, ValueError):
-                if not name:
-                    raise
-                whole = whole and not os.path.isfile(path)
-        account.was_read = True
-        return whole
-
-    def end_of_earlier_runs(self) -> float:
-        """When that began which follows the last ledger with an answer behind it: what
-        stands before was told by whoever served the earlier run; 0: there was none."""
-        since = begun = 0.0
-        ended = False
-        for row in Transcript().rows(self.account.transcript, self.ends):
-            if row.at > self.until + STAMP_S:
-                break
-            if isinstance(row, LedgerRow):
-                ended, begun = True, 0.0
-            elif ended:
-                begun = begun or row.at
-                # (After SIGINT, the one broken off stands behind the last ledger.)
-                if isinstance(row, AnswerRow) and row.stopped:
-                    since, ended = begun, False
-        return since
+        files may begin with copies of its rows. OSError or ValueError: one cannot be
+        read."""
+        account = self.account
+        try:
+            if self.first:
+                begun = end_of_earlier_runs(account.transcript, self.until, self.ends)
+                account.since, self.first = max(account.since, begun), False
+            for name, path in account.files().items():
+                if not name or os.path.isfile(path):
+                    self.read_one(name, path)
+        except TimeoutError:
+            return False
+        if self.parent and not account.baseline:  # now, for that one may go on
+            path = os.path.join(os.path.dirname(account.transcript), self.parent[0])
+            account.baseline = ledger_until(path, self.parent[1], self.ends)
+        self.parent = None
+        return True
 
     def read_one(self, name: str, path: str) -> None:
         """Count what one transcript has gained, up to the event's time: the client
         writes agents' rows a little later."""
-        account = self.account
-        transcript = Transcript(*account.transcripts.get(name, ()))
-        try:
-            for row in transcript.rows(path, self.ends):
-                main = not name and not row.sidechain
-                if row.at > self.until + (0 if main else LAG_S) + STAMP_S:
-                    break  # a later ping's
-                account.row_at = max(account.row_at, row.at)
-                if isinstance(row, AnswerRow):
-                    counts = row.real and self.count_answer(row, main)
-                    if counts and row.final and (main or name):
-                        transcript.ended_at = max(transcript.ended_at, row.at)
-                elif isinstance(row, UserRow):
-                    self.count_user(row, main)
-                elif isinstance(row, LedgerRow) and main:
-                    account.ledger = row.ledger
-                    if account.in_history:
-                        account.baseline = row.ledger
-        finally:
-            if transcript.inode:
-                account.transcripts[name] = list(vars(transcript).values())
+        account, main = self.account, not name
+        place = account.transcripts.setdefault(name, {"ended_at": 0.0})
+        for row in rows_behind(path, place, self.ends):
+            if row.at > self.until + (LAG_S if name else 0):
+                break  # a later ping's
+            if isinstance(row, AnswerRow):
+                counts = self.count_answer(row, main)
+                if counts and row.stop_reason not in (None, "tool_use"):
+                    place["ended_at"] = row.at
+            elif isinstance(row, UserRow):
+                self.count_user(row, main)
+            elif isinstance(row, LedgerRow) and main:
+                account.ledger = row.ledger
+                if account.in_history:
+                    account.baseline = row.ledger
 
     def is_history(self, row: AnswerRow) -> bool:
         """Whether an answer not seen before was told, or used, before our time."""
         account = self.account
         if row.copied or row.at < account.since:
             return True
-        if account.was_read:
-            return False
         if self.elsewhere is None:
             self.elsewhere = account.seen_elsewhere(row.key)
         return row.key in self.elsewhere
 
     def count_answer(self, row: AnswerRow, main: bool) -> bool:
         """Count an answer's tokens, once, and its tool calls; False: it is history."""
-        account, seen = self.account, self.account.seen
+        seen = self.account.seen
         new = row.key not in seen
         if new and self.is_history(row):
             seen[row.key] = HISTORY
-        elif new and row.at <= account.settled_at:
-            seen[row.key] = ",".join(map(str, row.counts))  # the ledger had it
         past = seen.get(row.key) == HISTORY
         if main:
             self.note(row, past, new)
@@ -2190,12 +1939,13 @@ class Reading:
         self.gain(row.key, row.model, row.counts, row)
         for n, (model, counts) in enumerate(row.inner):
             self.gain(short_id(f"{row.key} {n}"), model, counts)
-        for call, tool in row.calls.items():
+        for call, name in row.calls.items():
             if call not in seen:
                 seen[call] = CALLED
-                self.usage.tool_calls += 1
-                if isinstance(tool, str) and identifier(tool):
-                    self.usage.tools[tool] = self.usage.tools.get(tool, 0) + 1
+                self.numbers["tool_calls"] += 1
+                if identifier(name):
+                    tool = tool_shown(name, self.tool_names)
+                    self.tools[tool] = self.tools.get(tool, 0) + 1
         return True
 
     def note(self, row: AnswerRow, past: bool, new: bool) -> None:
@@ -2204,15 +1954,15 @@ class Reading:
         if not past:
             account.in_history, account.model = False, row.model
             account.branch = str(row.branch) if branch_name(row.branch) else ""
-            if row.stopped:
+            if row.stop_reason is not None:
                 account.ledger = []  # no last word any more
         elif new:
             # /branch begins a ledger anew; of others it is found behind the history.
             account.baseline = NO_LEDGER if row.branched else []
-            copied = row.copied and identifier(row.origin)
             account.in_history = not row.branched
-            account.parent = [str(row.origin), row.key] if copied else []
-            account.told, account.ledger = {}, []
+            copied = row.copied and identifier(row.origin)
+            self.parent = (f"{row.origin}.jsonl", row.key) if copied else None
+            account.ledger = []
 
     def gain(
         self, key: str, model: str, counts: list[int], row: AnswerRow | None = None
@@ -2220,142 +1970,148 @@ class Reading:
         """Count what an answer has gained: in older rows the output may be partial, and
         some routers begin with none at all. row: for a tracker that keeps the first row
         of each id, which then is one of its own for what was gained later."""
-        known = self.account.count_of(key)
-        gained = less(counts, known)
-        if counts[OUTPUT] < known[OUTPUT] or not any(gained):
-            self.account.seen.setdefault(key, ",".join(map(str, counts)))
+        known = self.account.seen.setdefault(key, NONE)
+        more = less(counts, known)
+        if counts[OUTPUT] < known[OUTPUT] or not any(more):
             return
-        self.account.seen[key] = ",".join(map(str, plus(known, gained)))
-        self.usage.add(model, gained)
-        if row and self.keeps and identifier(row.name):
+        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
+        self.models = added(self.models, {model: more})
+        if row and identifier(row.name):
             first = self.firsts.setdefault(key[:ID_CHARS], key)
             name = row.name if first == key else f"{row.name}.{row.request}"
             name += f".{counts[OUTPUT]}" if any(known) else ""
-            self.usage.rows.append([name, model, int(row.at * 1000), *gained])
+            self.rows.append([name, model, int(row.at * 1000), *more])
 
     def count_user(self, row: UserRow, main: bool) -> None:
         """Count failed tools and interrupts; note that a prompt begins a turn."""
         account, seen = self.account, self.account.seen
         for call in row.failed:
             if seen.get(call) == CALLED:
-                seen[call] = FAILED
-                self.usage.tool_failures += 1
+                seen[call] = HISTORY
+                self.numbers["tool_failures"] += 1
         if main and row.at >= account.since:
-            if row.interrupt and row.interrupt not in seen:
-                seen[row.interrupt] = CALLED
-                self.usage.interrupts += 1
+            if row.interrupt:
+                self.numbers["interrupts"] = self.numbers.get("interrupts", 0) + 1
             if row.prompt:
-                account.prompted_at = max(account.prompted_at, row.at)
+                account.prompted_at = row.at
+
+    def fields(self, model: str) -> Fields:
+        """The fields of a ping. model: the main chain's last."""
+        fields = {**named(total(self.models)), **self.numbers, "model": model}
+        models = {name: named(counts) for name, counts in self.models.items()}
+        for name in filter(self.costs.get, self.costs):
+            models.setdefault(name, {})["cost_usd"] = self.costs[name]
+        if models and list(models) != [model]:
+            fields["models"] = models
+        if self.tools:
+            used = sorted(self.tools.items(), key=lambda pair: (-pair[1], pair[0]))
+            fields["tools"] = dict(used[:20])
+        return fields
 
 
-def open_account(outbox: Outbox, name: str, ping: Fields) -> tuple[Account, bool]:
-    """(the account of a ping's session, whether it is a damaged one's successor).
-    OSError: it cannot be read, and must not be replaced. One that meets a session in
-    its middle begins where we were installed, for Esc and a denied permission fire no
-    hook; but a day before at most."""
+def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
+    """The account of a ping's session. One that meets it in its middle begins where we
+    were installed, for Esc and a denied permission fire no hook; a day before at most.
+    OSError: it cannot be read, and must not be replaced. ValueError: it was damaged,
+    and has begun anew."""
     path = outbox.account_path(session_name(ping["session_id"]))
-    at, source = PingName(name).ns / 1e9, ping.get("source")
+    at = PingName(name).ns / 1e9
     try:
-        return Account.load(path), False
+        return Account.load(path)
     except ValueError:
         account = Account(path, time.time())
         account.baseline = []
-        return account, True
+        account.save()
+        raise
     except FileNotFoundError:
         pass
-    starts = ping.get("event") == "SessionStart"
-    known = filter(os.path.exists, (THIS_FILE, outbox.path("lock")))
-    installed = min([at, *(os.stat(path).st_ctime for path in known)])
-    account = Account(path, max(installed, at - DAY_S))
-    if starts and source in ("resume", "fork"):
-        account.since = at
-    if starts and source in ("startup", "clear"):
-        account.since, account.was_read = 0.0, True  # it has no history
-    return account, False
+    ours = (THIS_FILE, outbox.path("lock"))
+    installed = min(at, *(os.stat(path).st_ctime for path in ours))
+    known = {"startup": 0.0, "clear": 0.0, "resume": at, "fork": at}
+    source = str(ping.get("source"))  # of a SessionStart
+    return Account(path, known.get(source, max(installed, at - DAY_S)))
+
+
+def messages(usage: Reading, event_id: str, ms: int) -> list[list[Any]]:
+    """Its rows: together what the ping says, to the token. What no answer has (the
+    ledger's, or more than there may be) has a row for each model. ms: the time."""
+    found, left = usage.rows[: ROWS_MAX - 200], dict(usage.models)
+    for _, model, _, *counts in found:
+        left[model] = less(left[model], counts)
+    for model, counts in left.items():
+        if any(counts):
+            found.append([f"{event_id}.{model}"[:128], model, ms, *counts])
+    return found
 
 
 class Charge:
-    """One try to give a ping its session's new usage. ends: monotonic, for all of it.
-
-    at: the event's time. stopped_at: when the session's turn before ended, 0: not
-    known. saving: what fails now is writing. damaged: nobody knows what was told.
-    """
+    """One try to give a ping its session's new usage. at: the event's time. ends: the
+    session does."""
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
         self.outbox, self.name, self.record = outbox, name, record
         self.ping, self.local = record.ping, record.local
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
-        self.account, self.damaged = open_account(outbox, name, record.ping)
-        stopped_at = self.account.stopped_at
-        self.stopped_at = stopped_at if stopped_at < self.at else 0.0
+        self.ends = self.event in ("SessionEnd", "SessionLost")
+        self.account = open_account(outbox, name, record.ping)
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
-        ends = min(ends, time.monotonic() + READ_S)
-        keeps = "messages" in outbox.needs
-        self.reading = Reading(
-            self.account, until.get(self.event, self.at), ends, keeps
-        )
-        self.saving = False
+        self.reading = Reading(self.account, until.get(self.event, self.at), ends)
+        self.reading.tool_names = self.local.get("tool_names") is not False
 
-    def run(self) -> Record:
+    def count(self) -> None:
+        """Note what is new; for a SessionLost, too. OSError or ValueError: the
+        transcript cannot be read."""
+        account, event_id = self.account, self.ping["event_id"]
+        if self.local.get("usage") is False:
+            account.since = max(account.since, self.at)
+            return
+        path = str(self.local["transcript"])
+        if os.path.isfile(path) or not account.transcript:
+            account.transcript = path
+        account.own = self.record.beside.get("own", {})
+        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+        if self.event in USAGE_EVENTS and event_id not in account.charged:
+            account.charged[event_id] = self.tell()
+
+    def keep(self) -> Record:
         """The ping with its usage: now or, after a crash, again. The account is saved
         with it, then the ping's file is rewritten, then it may be sent: so nothing is
         lost, and nothing told twice."""
-        account, event_id = self.account, str(self.ping["event_id"])
-        if self.local.get("usage") is False:
-            account.since = max(account.since, self.at)
-        else:
-            self.meet()
-            if self.event in USAGE_EVENTS and event_id not in account.charged:
-                account.charged[event_id] = self.tell()
-        self.saving = True
-        account.save()
-        if event_id not in account.charged:
+        self.account.save()
+        told = self.account.charged.get(self.ping["event_id"])
+        if told is None:
             return self.record
-        fields, beside = account.charged[event_id]
-        beside = gate_beside({**self.record.beside, **beside}, self.outbox.needs)
-        record = Record(gate({**self.ping, **fields}), {}, beside)
+        beside = gate_beside({**self.record.beside, **told}, self.outbox.needs)
+        record = Record(gate({**self.ping, **told}), {}, beside)
         self.outbox.rewrite(self.name, record)
         return record
 
-    def meet(self) -> None:
-        """Note what a SessionLost would tell, and where the transcript is."""
-        account, path = self.account, str(self.local["transcript"])
-        if os.path.isfile(path) or not account.transcript:
-            account.transcript = path
-        account.own, account.last_at = self.record.beside.get("own", {}), self.at
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
-
-    def tell(self) -> list[Fields]:
-        """[the usage fields, what stands beside] of all that was used since the last
-        charge. OSError or ValueError: the transcript cannot be read."""
-        account, usage = self.account, self.reading.usage
-        ends = self.event in ("SessionEnd", "SessionLost")
-        complete = self.read_and_wait() and not self.damaged
-        fields: Fields = {}
-        costs: dict[str, float] = {}
-        if ends and account.baseline and account.ledger and not self.damaged:
-            fields, costs = account.settle(usage)
-        else:
-            for model, counts in usage.models.items():
-                account.told[model] = plus(account.told.get(model, NONE), counts)
-            if not complete or self.event == "SessionLost":
-                fields["usage_complete"] = False
-        account.total = plus(account.total, total(usage.models))
-        account.tool_calls += usage.tool_calls
-        beside = {
-            "messages": usage.messages(self.ping["event_id"], int(self.at * 1000)),
-            "totals": {**named(account.total), "tool_calls": account.tool_calls},
-            "since_end": named(less(account.total, account.at_end)),
-        }
-        account.at_end = account.total if ends else account.at_end
-        tool_names = self.local.get("tool_names") is not False
-        fields.update(usage.fields(account.model, tool_names, costs))
+    def tell(self) -> Fields:
+        """All that was used since the last charge: usage fields, what stands beside."""
+        account, usage = self.account, self.reading
+        complete = self.read_and_wait()
+        if account.baseline:
+            told, *sums = account.baseline
+            account.baseline = [added(told, usage.models), *sums]
+        if self.ends and complete and account.baseline and account.ledger:
+            account.settle(usage)
+        elif not complete or self.event == "SessionLost":
+            usage.numbers["usage_complete"] = False
+        fields = usage.fields(account.model)
         self.add_turn(fields)
-        return [fields, gate_beside(beside, self.outbox.needs)]
+        totals = {name: n + fields[name] for name, n in account.totals.items()}
+        beside = {
+            "messages": messages(usage, self.ping["event_id"], int(self.at * 1000)),
+            "totals": totals,
+            "since_end": gained(totals, account.at_end),
+        }
+        account.totals = totals
+        account.at_end = totals if self.ends else account.at_end
+        return {**fields, **gate_beside(beside, self.outbox.needs)}
 
     def add_turn(self, fields: Fields) -> None:
         """Add what is known of the turn that ends; note that it does."""
-        account, begun = self.account, self.stopped_at
+        account, begun = self.account, self.account.stopped_at
         # Else another hook had the turn go on from there.
         if not self.ping.get("stop_hook_active"):
             begun = account.prompted_at if account.prompted_at > begun else 0.0
@@ -2370,25 +2126,18 @@ class Charge:
         """Read until all has come, or the event is LAG_S old: the client writes a
         turn's last row, a session's ledger after it. Whether all has."""
         lag = min(LAG_S, self.at + LAG_S - time.time())
-        give_up, tries = time.monotonic() + lag, 0
+        give_up = min(time.monotonic() + lag, self.reading.ends)
         while True:
-            whole, tries = self.reading.read(), tries + 1
-            came, now = self.has_come(), time.monotonic()
-            if (whole and came) or now >= self.reading.ends:
-                return whole and came
-            if now >= give_up and (whole or tries >= CHARGE_TRIES):
-                return False
+            came = self.reading.read() and self.has_come()
+            if came or time.monotonic() >= give_up:
+                return came
             time.sleep(POLL_S)
 
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
         account, name = self.account, ""
-        if account.parent and not account.baseline:  # soon, for the parent may go on
-            account.baseline = self.parents_ledger(*account.parent)
-        account.parent = []
-        if self.event in ("SessionEnd", "SessionLost"):
-            lost = self.event == "SessionLost"
-            return lost or not account.baseline or bool(account.ledger)
+        if self.ends:
+            return not account.baseline or bool(account.ledger)
         if self.event == "SubagentStop":
             agent, top = str(self.local.get("agent_transcript")), account.transcript
             name = os.path.relpath(agent, top[: -len(".jsonl")])
@@ -2396,53 +2145,34 @@ class Charge:
                 return True
         elif self.event != "Stop":
             return True
-        found = account.transcripts.get(name)
-        return bool(found) and found[2] > self.stopped_at  # type: ignore[index]
-
-    def parents_ledger(self, session: str, key: str) -> list[Any]:
-        """Of a fork: the last ledger in its parent's file before any answer that was
-        not copied, which is what the client goes on from (none there: it begins anew);
-        [] when nobody knows. key: of the last answer that was copied."""
-        found, copied = NO_LEDGER, False
-        directory = os.path.dirname(self.account.transcript)
-        path = os.path.join(directory, session + ".jsonl")
-        try:
-            for row in Transcript().rows(path, self.reading.ends):
-                if isinstance(row, LedgerRow):
-                    found = row.ledger
-                elif isinstance(row, AnswerRow) and row.real and not row.sidechain:
-                    if copied and row.key != key:
-                        break
-                    copied = copied or row.key == key
-        except (OSError, ValueError):
-            return []
-        return found if copied else []
+        ended_at: float = account.transcripts.get(name, {}).get("ended_at", 0.0)
+        return ended_at > account.stopped_at
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
     """What the file of a ping holds, with the usage in it. Its `local` is not empty.
     ends: monotonic. None: it must wait, for the disk refuses what must be remembered.
-
-    Where nothing can be read, nothing is charged: it is for the session's next ping.
-    """
+    Where nothing can be read, nothing is charged: it is for the session's next ping."""
     charges = record.ping.get("event") in USAGE_EVENTS
+    off, saving = record.local.get("usage") is False, False
     path = outbox.account_path(session_name(record.ping["session_id"]))
-    for tries in range(CHARGE_TRIES):
-        time.sleep(POLL_S if tries else 0)
-        one = None
-        try:
-            if not charges and record.local.get("usage", True) and os.path.exists(path):
-                os.utime(path)  # its session is not lost
-                return record
-            one = Charge(outbox, name, record, ends)
-            return one.run()
-        except (FileNotFoundError, NotADirectoryError, ValueError):
-            break  # there is no such transcript
-        except OSError:
-            continue
-    if not charges or record.local.get("usage") is False:
+    if not (charges or off) and os.path.exists(path):
+        os.utime(path)  # its session is not lost
         return record
-    if one and one.saving and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
+    for _ in range(CHARGE_TRIES):
+        saving = False
+        try:
+            one = Charge(outbox, name, record, ends)
+            one.count()
+            saving = True
+            return one.keep()
+        except (FileNotFoundError, ValueError):
+            break  # there is no such transcript; the account is damaged
+        except OSError:
+            time.sleep(POLL_S)
+    if off or not charges:
+        return record
+    if saving and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
         return None
     fields = {**record.ping, "usage_complete": False}
     record = Record(gate(fields), {}, record.beside)
@@ -2459,30 +2189,35 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of what it will tell, so that a crash makes no two; today's settings shape it.
     """
     account = Account.load(path)
-    reading = Reading(account, float("inf"), min(ends, time.monotonic() + READ_S))
+    reading = Reading(account, float("inf"), ends)
     reading.read()
-    news = account.baseline and account.ledger and account.baseline != account.ledger
-    ended = account.total == account.at_end or "since_end" not in outbox.needs
-    if ended and not news and not reading.usage.models:
+    known, now = account.baseline[1:], account.ledger[1:]  # cost and lines
+    news = reading.models or (known and now and known != now)
+    ended = account.totals == account.at_end or "since_end" not in outbox.needs
+    if ended and not news:
         return
-    shown, mark = dict(account.identity), [account.total, reading.usage.models, news]
+    shown = dict(account.identity)
     transcript_hash = path_hash(account.transcript, settings.hash_key)
     if shown.get("transcript_path_hash") != transcript_hash:
         shown.pop("cwd_hash", None)  # hashed under another key; its path is not known
-    shown.update(ORIGIN, event="SessionLost", status="success")
-    shown["event_id"] = sha256_hex((encode_json(mark) + path).encode())[:32]
-    shown["transcript_path_hash"] = transcript_hash
-    shown["timestamp"] = iso_time(int(account.last_at * 1e9))
-    shown["machine"] = settings.machine
+    shown.update(
+        ORIGIN,
+        event="SessionLost",
+        status="success",
+        event_id=sha256_hex(encode_json(account.kept()).encode())[:32],
+        transcript_path_hash=transcript_hash,
+        machine=settings.machine,
+    )
     local = {"transcript": account.transcript, "tool_names": settings.tool_names}
     record = Record(gate(shown), {**local, "git": settings.git}, {"own": account.own})
-    outbox.rewrite(PingName.make(int(account.last_at * 1e9), shown), record)
+    ns = int(seconds_of(shown["timestamp"]) * 1e9)
+    outbox.rewrite(PingName.make(ns, shown), record)
 
 
 # -- Delivery: one request, one verdict ------------------------------------------------
 
-DELIVERED, NOT_NOW, RETRY, HOLD = "delivered", "not now", "retry", "hold"
-REFUSED, NOTHING = "refused", "nothing"  # the latter: the tracker wants nothing of it
+DELIVERED, NOT_NOW, RETRY = "delivered", "not now", "retry"
+HOLD, REFUSED = "hold", "refused"
 VERDICTS = {  # of statuses that do not go with their hundred
     **dict.fromkeys((408, 425, 429), NOT_NOW),  # the tracker's own word: later
     409: RETRY,  # the same ping's first try is still at work
@@ -2496,17 +2231,14 @@ SYSTEM_CERTIFICATES = "/etc/ssl/cert.pem"  # macOS, BSD, Alpine; elsewhere none 
 class Answer:
     """What became of one request.
 
-    what: for a person. status: HTTP's, 0 when none came. retry_after_s: how long the
-    tracker asked us to wait. body: what a 2xx begins with, as far as it says something.
+    what: for a person. retry_after_s: how long the tracker asked us to wait. body: what
+    a 2xx begins with, as far as it says something.
     """
 
     body = b""
 
-    def __init__(
-        self, verdict: str, what: str, status: int = 0, retry_after_s: float = 0
-    ) -> None:
-        self.verdict, self.what, self.status = verdict, what, status
-        self.retry_after_s = retry_after_s
+    def __init__(self, verdict: str, what: str, retry_after_s: float = 0) -> None:
+        self.verdict, self.what, self.retry_after_s = verdict, what, retry_after_s
 
 
 def verdict_of(status: int) -> str:
@@ -2516,28 +2248,26 @@ def verdict_of(status: int) -> str:
 
 def retry_after_s(text: str | None, now: float) -> float:
     """Seconds that a Retry-After asks for (RFC 9110, 10.2.3), 0 when it is unusable."""
-    text = (text or "").strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text[:20]), RETRY_AFTER_MAX_S)
-    if not text:
-        return 0.0
     from calendar import timegm
     from email.utils import parsedate
 
+    text = (text or "").strip()
     try:
-        date = parsedate(text)
-        wait = timegm(date) - now if date else 0.0
+        if text.isascii() and text.isdigit():
+            wait = float(text[:20])
+        else:
+            wait = timegm(parsedate(text)) - now  # type: ignore[arg-type]
     except (TypeError, ValueError, IndexError, OverflowError):
-        return 0.0
+        return 0.0  # neither
     return min(max(wait, 0.0), RETRY_AFTER_MAX_S)
 
 
-def backoff_s(verdict: str, failures: int, asked_s: float = 0) -> float:
+def backoff_s(verdict: str, failures: float, asked_s: float = 0) -> float:
     """Seconds to wait after the n-th failure in a row: jittered, for machines must not
     come back together, and not before the server asked for."""
     from random import uniform
 
-    power = 2.0 ** min(failures, 20)
+    power = 2.0 ** int(min(failures, 20))
     if verdict in HOLDS:
         wait = min(HOLD_S[0] * power / 2, HOLD_S[1]) * uniform(0.5, 1)
     else:
@@ -2551,9 +2281,8 @@ def make_opener(url: str) -> OpenerDirector:
     environment's proxies, but never for loopback; TLS verified. Skipped: none can."""
     from urllib import request
 
-    scheme, host, _ = split_url(url)
+    scheme, host = split_url(url)
     opener = request.OpenerDirector()
-    opener.addheaders = []
     opener.add_handler(request.HTTPHandler())
     if scheme == "https":
         if not hasattr(request, "HTTPSHandler"):
@@ -2574,12 +2303,12 @@ def verifying_context() -> SSLContext:
     for macOS, until its "Install Certificates.command" has run) takes the system's."""
     import ssl
 
-    context, paths = ssl.create_default_context(), ssl.get_default_verify_paths()
+    context, paths = ssl.create_default_context(), [SYSTEM_CERTIFICATES]
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
-    chosen = {paths.openssl_cafile_env, paths.openssl_capath_env} & set(os.environ)
-    found = paths.cafile or paths.capath or context.cert_store_stats()["x509_ca"]
-    more = [os.environ.get("NODE_EXTRA_CA_CERTS", "")]
-    for path in more if chosen or found else [*more, SYSTEM_CERTIFICATES]:
+    chosen = {"SSL_CERT_FILE", "SSL_CERT_DIR"}.intersection(os.environ)
+    if chosen or context.cert_store_stats()["x509_ca"]:
+        paths = []
+    for path in [*paths, os.environ.get("NODE_EXTRA_CA_CERTS", "")]:
         try:
             context.load_verify_locations(path)
         except (OSError, ValueError):
@@ -2616,8 +2345,7 @@ def post(
 
 def answer_of(response: Any) -> Answer:
     """What a response says. Interim ones (102, 103) come before it: http.client skips
-    100 only. Whatever asks for a wait is the tracker's own word, and no ping's fault.
-    """
+    100 only. Whatever asks for a wait is the tracker's own word, no ping's fault."""
     while 100 <= response.status < 200 and response.status != 101:
         response.headers = None
         response.begin()  # the watchdog ends what goes on
@@ -2625,7 +2353,7 @@ def answer_of(response: Any) -> Answer:
     verdict, wait = verdict_of(status), retry_after_s(asked, time.time())
     if wait and verdict != DELIVERED:
         verdict = NOT_NOW
-    return Answer(verdict, f"HTTP {status}", status, wait)
+    return Answer(verdict, f"HTTP {status}", wait)
 
 
 def no_answer(cause: object, verdict: str) -> Answer:
@@ -2638,43 +2366,31 @@ def no_answer(cause: object, verdict: str) -> Answer:
     if ssl and isinstance(cause, ssl.SSLError) and "EOF" not in text:
         return Answer(HOLD, f"TLS: {getattr(cause, 'reason', '') or what}")
     proxy = text.partition("Tunnel connection failed: ")[2][:3]
-    if proxy.isdigit():  # a proxy's status says nothing against the ping
-        passing = verdict_of(int(proxy)) in (NOT_NOW, RETRY)
-        return Answer(NOT_NOW if passing else HOLD, f"proxy: HTTP {proxy}")
+    if proxy:  # its status says nothing against the ping
+        return Answer(HOLD if proxy < "5" else NOT_NOW, f"proxy: HTTP {proxy}")
     return Answer(verdict, what)
 
 
 # -- Sender: empties one outbox --------------------------------------------------------
-
-NO_ANSWER = "no whole answer in time"
-BURSTS = (  # events of which another may follow within seconds
-    "PreToolUse PostToolUse PostToolUseFailure PostToolBatch PermissionRequest "
-    "PermissionDenied SubagentStart"
-).split()
-
-
-class Suspect:
-    """A ping that failed. charges: how often that was its own fault, for another was
-    delivered; 0: not judged yet. tried_at: the last time, seconds since 1970."""
-
-    def __init__(self, charges: int, tried_at: float) -> None:
-        self.charges, self.tried_at = charges, tried_at
 
 
 class State:
     """state.json: what a destination remembers from pass to pass.
 
     failures: passes that failed, in a row. set_at, not_before: when the back-off was
-    set, and ends. delivered_at, swept_at: the last delivery, the last sweep. verdict,
-    problem, problem_at: of the last failure. (Times: seconds since 1970, 0: never.)
-    suspects: name in the outbox -> Suspect. losses: reason -> pings lost.
+    set, and ends. delivered_at, swept_at, suspects_at: the last delivery, sweep, try of
+    charged suspects. (Seconds since 1970, 0: never.) verdict, problem: of the last
+    failure. suspects: name of a ping that failed -> how often it was charged; 0: it was
+    not judged yet. losses: reason -> pings lost.
     """
 
-    failures = set_at = not_before = delivered_at = swept_at = problem_at = 0.0
+    failures = set_at = not_before = delivered_at = swept_at = suspects_at = 0.0
     verdict = problem = ""
 
     def __init__(self, path: str) -> None:
         """Whatever the file holds, every attribute has a value that makes sense."""
+        from collections import Counter
+
         try:
             found = read_object(path, STATE_MAX_BYTES)
         except (OSError, ValueError):
@@ -2683,32 +2399,19 @@ class State:
             default = getattr(State, name, None)
             if number(value) if default == 0 else isinstance(default, type(value)):
                 setattr(self, name, value)
-        self.path, self.failures = path, min(self.failures, FAILURES_MAX)
-        losses = object_in(found, "losses")
-        self.losses = {k: int(n) for k, n in losses.items() if number(n)}
-        self.suspects = {
-            name: Suspect(int(pair[0]), pair[1])
-            for name, pair in object_in(found, "suspects").items()
-            if isinstance(pair, list) and len(pair) == 2 and all(map(number, pair))
-        }
+        self.path = path
+        self.suspects, self.losses = (
+            Counter({k: int(n) for k, n in object_in(found, name).items() if number(n)})
+            for name in ("suspects", "losses")
+        )
 
     def save(self) -> None:
         """Write the file; a disk that refuses must not stop delivery."""
         found = {name: value for name, value in vars(self).items() if name != "path"}
-        suspects = self.suspects.items()
-        found["suspects"] = {name: [s.charges, s.tried_at] for name, s in suspects}
         try:
             write_file(self.path, encode_json(found).encode())
         except OSError:
             pass
-
-    def suspect(self, name: str) -> Suspect:
-        """The suspect of that name; a new one when there is none yet."""
-        return self.suspects.setdefault(name, Suspect(0, time.time()))
-
-    def lost(self, reason: str, count: int = 1) -> None:
-        """Count pings that will never be delivered."""
-        self.losses[reason] = self.losses.get(reason, 0) + count
 
 
 def state_of(outbox: Outbox) -> State:
@@ -2720,61 +2423,218 @@ def add_line(path: str, line: str, most: int) -> None:
     """Add a line to a file, which makes way for a new one when it has `most` bytes. It
     never fails: no disk may stop delivery."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | NO_FOLLOW
-    raw = line.encode("utf-8", "replace")
     try:
-        fd = os.open(path, flags, 0o600)
-        try:
-            size = os.fstat(fd).st_size
-            if os.write(fd, raw) < len(raw):
-                os.ftruncate(fd, size)  # a full disk: the line or nothing
-        finally:
-            os.close(fd)
-        if size + len(raw) > most:
+        with open(os.open(path, flags, 0o600), "ab") as file:
+            file.write(line.encode("utf-8", "replace"))
+            size = file.tell()
+        if size > most:
             rename(path, path + ".1")
     except OSError:
         pass  # a FIFO, a directory, a full disk
 
 
-class Courier:
-    """Delivers a sender's pings, one at a time. tell: for a person. by_session: a
-    session's name -> names of its pings that are not charged yet. sending: the name of
-    the ping whose request is on its way; deadline: monotonic, of that request."""
+class Pass:
+    """One walk along an outbox: pings that never failed, oldest first; then those that
+    failed and were not judged; then those that were charged.
 
-    def __init__(self, sender: Sender, tracker: Tracker, tell: Tell) -> None:
+    A failure may be the ping's fault or the tracker's: another ping that is delivered
+    tells. So failures are noted, and a delivery judges them: what was refused is set
+    aside, what else failed is charged. When only failures come, of different events,
+    the pass ends with a back-off, and nobody is to blame. noted: name -> its answer,
+    since the last delivery. done: names that are no news; trying: the last. in_burst:
+    what was delivered last ends nothing, so that others are likely to follow.
+    """
+
+    def __init__(self, sender: Sender) -> None:
         self.sender, self.outbox = sender, sender.outbox
-        self.tracker, self.tell = tracker, tell
-        self.opener: OpenerDirector | None = None
-        self.by_session: dict[str, list[str]] = {}
-        self.sending, self.deadline = "", float("inf")
+        self.state = state_of(sender.outbox)
+        self.names: list[str] = []
+        self.done: set[str] = set()
+        self.noted: dict[str, Answer] = {}
+        self.trying, self.delivered, self.in_burst = "", 0, False
+
+    def tidy(self) -> None:
+        """List what waits, and make way: of more than OUTBOX_MAX_PINGS the oldest
+        without usage are lost, then the oldest; of the suspects those are remembered
+        that wait, and were charged most: in an outage everything looks suspect."""
+        for name in os.listdir(self.outbox.path("outbox")):
+            if name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
+                remove(self.outbox.file(name))
+        names, suspects = self.outbox.waiting(), self.state.suspects
+        lost = sorted(names, key=lambda name: PingName(name).event in USAGE_EVENTS)
+        lost = lost[: max(0, len(names) - OUTBOX_MAX_PINGS)]
+        for start in range(0, len(lost), 100):
+            for name in lost[start : start + 100]:
+                self.count_loss(name, "outbox full")
+            self.state.save()  # before they go: we may be killed meanwhile
+            for name in lost[start : start + 100]:
+                remove(self.outbox.file(name))
+        self.names = sorted(set(names).difference(lost))
+        for name in set(suspects).difference(self.names):
+            del suspects[name]
+        for name, _ in suspects.most_common()[SUSPECTS_MAX:]:
+            del suspects[name]
+
+    def count_loss(self, name: str, reason: str) -> None:
+        """Count a ping that will not be delivered, and the tokens charged to it."""
+        self.state.losses[reason] += 1
+        try:
+            ping = self.outbox.record(name).ping
+            self.state.losses["tokens"] += ping["total_tokens"]
+        except (OSError, ValueError, KeyError):
+            pass
+
+    def set_aside(self, name: str, reason: str) -> None:
+        """Move what can never be delivered out of the others' way."""
+        self.count_loss(name, reason)
+        self.state.save()
+        self.outbox.set_aside(name)
+
+    def order(self) -> Iterator[str]:
+        """The names, in the order of their tries. The last failure that is borne is one
+        of another event, the newest: a witness like the others would say little."""
+        suspects = self.state.suspects
+        fresh = [name for name in self.names if name not in suspects]
+        for name in fresh:
+            if len(self.noted) == self.borne() - 1:
+                failed = PingName(next(iter(self.noted))).event
+                for other in reversed(fresh):
+                    if other not in self.done and PingName(other).event != failed:
+                        self.charge_before(other)
+                        yield other
+                        break
+            yield name
+        due = not 0 <= time.time() - self.state.suspects_at < SUSPECT_PAUSE_S
+        if due:
+            self.state.suspects_at = time.time()
+        known = reversed(suspects.most_common())
+        yield from [name for name, charges in known if due or not charges]
+        self.done.update(suspects)
+
+    def charge_before(self, witness: str) -> None:
+        """Charge the older pings of the session of one that is tried before them, so
+        that the tokens are each turn's own."""
+        session = PingName(witness).session
+        for name in sorted({*self.names} - self.done):
+            if name < witness and PingName(name).session == session:
+                self.charged(name)
+
+    def charged(self, name: str) -> Record | None:
+        """The ping to send, its usage charged: whatever a transcript holds, the ping
+        goes. None when there is none under `name`, or it must wait."""
+        record = None
+        try:
+            record = self.outbox.record(name)
+            if record.local:
+                return charge(self.outbox, name, record, self.sender.ends)
+        except OSError:
+            pass  # gone, or an I/O error: perhaps another time
+        except Exception as error:  # noqa: BLE001
+            if record is None and isinstance(error, ValueError):
+                self.set_aside(name, "no ping")
+            self.sender.log(f"{type(error).__name__} at {name}")
+        return record
+
+    def borne(self) -> int:
+        """How many failures in a row end the pass."""
+        refused = all(answer.verdict == REFUSED for answer in self.noted.values())
+        return REFUSALS_BORNE if self.delivered and refused else FAILURES_BORNE
+
+    def walk(self) -> None:
+        """Try all that is due, until an answer says that now is no time."""
+        for name in self.order():
+            if self.sender.is_over():
+                break
+            if name not in self.done:
+                self.trying = name
+                self.done.add(name)
+                record = self.charged(name)
+                answer = record and self.sender.deliver(name, record)
+                if answer and not self.weigh(name, answer):
+                    self.sender.fail(answer)
+                    return
+        if self.noted and not self.delivered:
+            self.sender.fail(self.noted.popitem()[1])
+
+    def weigh(self, name: str, answer: Answer) -> bool:
+        """Find out whose fault an answer is; False when the pass is over."""
+        state, charges = self.state, self.state.suspects.get(name)
+        if answer.verdict == DELIVERED:
+            self.delivered += 1
+            self.in_burst = PingName(name).event not in USAGE_EVENTS
+            state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
+            for failed, its_answer in self.noted.items():
+                self.judge(failed, its_answer)
+            self.noted = {}
+        elif answer.verdict == NOT_NOW:
+            if answer.what.startswith("HTTP 5"):
+                state.suspects.setdefault(name, 0)  # others go first, next time
+            return False
+        elif charges or (charges == 0 and self.delivered):
+            if self.delivered:  # the tracker is well
+                self.judge(name, answer)
+        else:
+            self.noted[name] = answer
+            state.suspects.setdefault(name, 0)
+            return len(self.noted) < self.borne()
+        return True
+
+    def judge(self, name: str, answer: Answer) -> None:
+        """The tracker is well: refuse the ping for good, or charge it."""
+        self.state.suspects[name] += 1
+        old = time.time() - PingName(name).ns / 1e9 > POISON_AGE_S
+        if answer.verdict == REFUSED:
+            self.set_aside(name, f"refused: {answer.what}")
+        elif self.state.suspects[name] >= POISON_CHARGES and old:
+            self.set_aside(name, "always fails")
+
+
+class Sender:
+    """A sender's life, from pass to pass.
+
+    ends: monotonic: no request begins after it. tell: for a person. once: somebody
+    waits: for no back-off, and for ONCE_LAST_S beyond the end at most. status: the exit
+    status when a request that overstays ends the process. deadline: monotonic, of the
+    request on its way.
+    """
+
+    opener: OpenerDirector | None = None
+    deadline = float("inf")
+
+    def __init__(
+        self,
+        outbox: Outbox,
+        tracker: Tracker,
+        settings: Settings,
+        ends: float,
+        tell: Tell,
+        once: bool = False,
+        status: int = 0,
+    ) -> None:
+        self.outbox, self.tracker, self.settings = outbox, tracker, settings
+        self.ends, self.tell, self.once, self.status = ends, tell, once, status
+        self.on_pass = Pass(self)
+
+    def is_over(self) -> bool:
+        """Whether this life is."""
+        return time.monotonic() >= self.ends
+
+    def news(self) -> bool:
+        """Whether a ping waits that has come since the last pass began."""
+        return not self.on_pass.done.issuperset(self.outbox.waiting())
 
     def log(self, text: str) -> None:
         """Add a line to sender.log: no payload, no URL, no token."""
         line = f"{iso_time(time.time_ns())} {os.getpid()} {text}\n"
         add_line(self.outbox.path("sender.log"), line, LOG_MAX_BYTES)
 
-    def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
-        """Add a delivered ping to sent.jsonl, for its user to look up what left; with
-        its bodies, where those are not the ping itself."""
-        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
-        bodies = [(request.body or b"").decode() for request in requests]
-        text = encode_json(ping)
-        if bodies != [text]:
-            found["bodies"] = bodies
-        line = f'{encode_json(found)[:-1]},"ping":{text}}}\n'
-        add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
-
-    def deliver(self, name: str) -> Answer | None:
-        """Send a ping; None when there is nothing to send under `name`, or no time.
-        ValueError: it is no ping."""
-        record = self.charged(name)
-        if record is None:
-            return None
-        requests = self.tracker.requests(record.ping, record.beside)
-        answer = None if requests else Answer(NOTHING, "nothing to send")
+    def deliver(self, name: str, record: Record) -> Answer | None:
+        """Send a ping; None when there is nothing to send, or no time."""
+        requests, answer = self.tracker.requests(record.ping, record.beside), None
         for request in requests[record.accepted :]:
-            if answer and self.sender.is_over():
+            if self.is_over():
                 return None
-            answer = self.send(name, record.ping, request)
+            answer = self.send(record.ping, request)
             if answer.verdict != DELIVERED:
                 return answer
             record.accepted += 1
@@ -2783,35 +2643,39 @@ class Courier:
                     self.outbox.rewrite(name, record)
             except OSError:
                 pass  # a full disk: after a crash they are repeated
-        if answer and requests:
-            # Before its file goes: after a crash it may stand there twice, but never
-            # not at all.
+        if answer:
             self.keep(record.ping, requests, answer)
-        remove(self.outbox.file(name))  # only now
+        remove(self.outbox.file(name))  # only now: after a crash, kept or sent twice
         return answer
 
-    def send(self, name: str, ping: Fields, request: Request) -> Answer:
-        """Send one request of a ping; it has a deadline of its own."""
-        timeout_s, begun = self.sender.settings.timeout_s, time.monotonic()
-        limit = DEADLINE * timeout_s
-        if self.sender.once:
-            limit = max(0.1, min(limit, self.sender.ends + ONCE_LAST_S - begun))
-        if not self.opener:
-            import _thread
+    def keep(self, ping: Fields, requests: list[Request], answer: Answer) -> None:
+        """Add a delivered ping to sent.jsonl; its bodies, where those are another."""
+        found: Fields = {"at": iso_time(time.time_ns()), "answer": answer.what}
+        bodies = [(request.body or b"").decode() for request in requests]
+        if bodies != [encode_json(ping)]:
+            found["bodies"] = bodies
+        line = encode_json({**found, "ping": ping}) + "\n"
+        add_line(self.outbox.path("sent.jsonl"), line, SENT_MAX_BYTES)
 
-            try:
+    def send(self, ping: Fields, request: Request) -> Answer:
+        """Send one request of a ping; it has a deadline of its own."""
+        from _thread import start_new_thread
+
+        timeout_s, begun = self.settings.timeout_s, time.monotonic()
+        limit = DEADLINE * timeout_s
+        if self.once:
+            limit = min(limit, self.ends + ONCE_LAST_S - begun)
+        try:
+            if not self.opener:
                 self.opener = make_opener(self.tracker.url)
-            except (Skipped, ImportError) as why:  # some ship a part of the library
-                return Answer(HOLD, str(why))
-            try:
-                _thread.start_new_thread(self.watch, ())
-            except RuntimeError:
-                pass  # no thread to be had: urllib's own timeouts must do
-        self.sending, self.deadline = name, begun + limit
-        answer = post(self.opener, request, min(timeout_s, limit), self.tracker.reads)
+                start_new_thread(self.watch, ())
+            self.deadline, reads = begun + limit, self.tracker.reads
+            answer = post(self.opener, request, min(timeout_s, limit), reads)
+        except (Skipped, ImportError) as why:  # some ship a part of the library
+            answer = Answer(HOLD, str(why))
         self.deadline = float("inf")
         if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
-            answer = Answer(REFUSED, f"{answer.what}, rejected", answer.status)
+            answer = Answer(REFUSED, f"{answer.what}, rejected")
         took_ms = (time.monotonic() - begun) * 1000
         said = answer.verdict if answer.verdict in (DELIVERED, REFUSED) else "kept"
         self.tell(
@@ -2826,335 +2690,98 @@ class Courier:
         while time.monotonic() < self.deadline:
             time.sleep(LOOK_S / 2)
         try:
-            answer, on_pass = Answer(RETRY, NO_ANSWER), self.sender.on_pass
-            if on_pass.weigh(self.sending, answer) and self.sending in on_pass.noted:
-                self.sender.fail(answer)
-            on_pass.state.save()
-            self.tell(f"{NO_ANSWER}; the ping waits")
+            self.break_off("no whole answer in time")
         finally:
-            os._exit(self.sender.status)
+            os._exit(self.status)
 
-    def charged(self, name: str) -> Record | None:
-        """The ping to send, its usage charged, and before it that of its session's
-        older ones, so that the tokens are each turn's own; None when there is none
-        under `name`, or it must wait."""
-        try:
-            record = self.outbox.record(name)
-            session = self.by_session[PingName(name).session] if record.local else []
-            while session and session[0] < name:
-                if self.sender.is_over():
-                    return None
-                older = session.pop(0)
-                try:
-                    self.charge(older, self.outbox.record(older))
-                except (OSError, ValueError):
-                    continue
-            return self.charge(name, record)
-        except OSError:  # gone, or an I/O error: perhaps another time
-            return None
-
-    def charge(self, name: str, record: Record) -> Record | None:
-        """The ping with its usage in it; whatever a transcript holds, the ping goes."""
-        try:
-            if record.local:
-                return charge(self.outbox, name, record, self.sender.ends)
-        except Exception as error:  # noqa: BLE001
-            self.log(f"usage left out: {type(error).__name__}")
-        return record
-
-
-class Pass:
-    """One walk along an outbox: pings that have never failed, oldest first; then those
-    that failed and were not judged; then those that were charged.
-
-    A failure may be the ping's fault or the tracker's: another ping that is delivered
-    tells. So failures are noted, and a delivery judges them: what was refused is set
-    aside, what else failed is charged. When only failures come, of different events,
-    the pass ends with a back-off, and nobody is to blame. So no ping stands in the way
-    of the others, and no bad day of the tracker empties an outbox. noted: name -> its
-    answer, since the last delivery. last_event: of the last ping delivered.
-    """
-
-    def __init__(self, sender: Sender) -> None:
-        self.sender, self.outbox, self.state = sender, sender.outbox, sender.state
-        self.names = self.outbox.waiting()
-        self.noted: dict[str, Answer] = {}
-        self.tried = self.delivered = 0
-        self.last_event = self.last_answer = ""
-        self.done: set[str] = set()
-
-    def tidy(self) -> None:
-        """Make way: what is no ping is set aside; of more than OUTBOX_MAX_PINGS the
-        oldest without usage are lost, then the oldest; suspects that wait no more are
-        forgotten, and those least charged, for in an outage everything looks suspect.
-        """
-        for name in os.listdir(self.outbox.path("outbox")):
-            if not PingName.is_one(name) and not name.startswith("."):
-                self.set_aside(name, "no ping")
-            elif name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
-                remove(self.outbox.file(name))
-        names, usage = self.names, USAGE_EVENTS
-        names.sort(key=lambda name: (PingName(name).event in usage, name))
-        lost = names[: max(0, len(names) - OUTBOX_MAX_PINGS)]
-        for start in range(0, len(lost), 100):
-            some = lost[start : start + 100]
-            for name in some:
-                self.count_loss(name, "outbox full")
-            self.state.save()  # before they go: we may be killed meanwhile
-            for name in some:
-                remove(self.outbox.file(name))
-        self.names = sorted(names[len(lost) :])
-        known = [pair for pair in self.state.suspects.items() if pair[0] in self.names]
-        known.sort(key=lambda pair: -pair[1].charges)
-        self.state.suspects = dict(known[:SUSPECTS_MAX])
-
-    def count_loss(self, name: str, reason: str) -> None:
-        """Count a ping that will not be delivered, and the tokens charged to it."""
-        self.state.lost(reason)
-        try:
-            if PingName(name).event in USAGE_EVENTS:
-                ping = self.outbox.record(name).ping
-                self.state.lost("tokens", int(ping["total_tokens"]))
-        except (OSError, ValueError, KeyError):
-            pass
-
-    def set_aside(self, name: str, reason: str) -> None:
-        """Move what can never be delivered out of the others' way."""
-        self.count_loss(name, reason)
-        self.state.suspects.pop(name, None)
-        self.state.save()
-        self.outbox.set_aside(name)
-
-    def order(self) -> Iterator[str]:
-        """The names, in the order in which they are tried. The last failure that is
-        borne is one of another event, the newest: a witness that is like the others
-        would say little."""
-        suspects, now = self.state.suspects, time.time()
-        fresh = [name for name in self.names if name not in suspects]
-        for name in fresh:
-            if len(self.noted) == self.borne() - 1:
-                failed = PingName(next(iter(self.noted))).event
-                for other in reversed(fresh):
-                    if other not in self.done and PingName(other).event != failed:
-                        yield other
-                        break
-            yield name
-        known = list(suspects.items())
-        yield from [name for name, suspect in known if not suspect.charges]
-        for name, suspect in known:
-            paused = 0 <= now - suspect.tried_at < SUSPECT_PAUSE_S
-            if suspect.charges and not paused:
-                yield name
-
-    def borne(self) -> int:
-        """How many failures in a row end the pass."""
-        refused = all(answer.verdict == REFUSED for answer in self.noted.values())
-        return REFUSALS_BORNE if self.delivered and refused else FAILURES_BORNE
-
-    def go(self) -> None:
-        """Walk to the end, or until an answer says that now is no time."""
-        self.tidy()
-        by_session = self.sender.courier.by_session = {}
-        for name in self.names:
-            by_session.setdefault(PingName(name).session, []).append(name)
-        goes_on = True
-        for name in self.order():
-            if self.sender.is_over() or not goes_on:
-                break
-            if name not in self.done:
-                goes_on = self.attempt(name)
-        if goes_on and self.noted and not self.delivered:
-            self.sender.fail(self.noted.popitem()[1])
-        if self.tried:
-            self.state.save()
-            told = f"delivered {self.delivered} of {len(self.names)}"
-            self.sender.courier.log(f"{told}, last answer: {self.last_answer}")
-
-    def attempt(self, name: str) -> bool:
-        """Try one ping; False when the pass is over."""
-        self.done.add(name)
-        try:
-            answer = self.sender.courier.deliver(name)
-        except ValueError:
-            self.set_aside(name, "no ping")
-            return True
-        if answer is None or answer.verdict == NOTHING:
-            return True
-        self.tried += 1
-        self.last_answer = answer.what
-        return self.weigh(name, answer)
-
-    def weigh(self, name: str, answer: Answer) -> bool:
-        """Find out whose fault an answer is; False when the pass is over."""
-        state, suspect = self.state, self.state.suspects.get(name)
-        if answer.verdict == DELIVERED:
-            self.delivered += 1
-            self.last_event = PingName(name).event
-            state.suspects.pop(name, None)
-            state.failures, state.not_before, state.delivered_at = 0, 0, time.time()
-            for failed, its_answer in self.noted.items():
-                self.judge(failed, its_answer)
-            self.noted = {}
-        elif answer.verdict == NOT_NOW:
-            if answer.status >= 500:
-                state.suspect(name)  # others go first, next time
-            self.sender.fail(answer)
-            return False
-        elif suspect and (suspect.charges or self.delivered):
-            suspect.tried_at = time.time()
-            if self.delivered:  # the tracker is well
-                self.judge(name, answer)
-        else:
-            self.noted[name] = answer
-            state.suspect(name)
-            if len(self.noted) >= self.borne():
-                self.sender.fail(answer)
-                return False
-        return True
-
-    def judge(self, name: str, answer: Answer) -> None:
-        """The tracker is well: refuse the ping for good, or charge it."""
-        if answer.verdict == REFUSED:
-            self.set_aside(name, f"refused: {answer.what}")
-            return
-        suspect, now = self.state.suspect(name), time.time()
-        suspect.charges, suspect.tried_at = suspect.charges + 1, now
-        old = now - PingName(name).ns / 1e9 > POISON_AGE_S
-        if suspect.charges >= POISON_CHARGES and old:
-            self.set_aside(name, "always fails")
-
-
-class Sender:
-    """A sender's life, from pass to pass.
-
-    ends: monotonic: no request begins after it. once: somebody waits: for no back-off,
-    and for ONCE_LAST_S beyond the end at most. status: the exit status when a request
-    that overstays ends the process. known: names of pings that are no news.
-    """
-
-    def __init__(
-        self,
-        outbox: Outbox,
-        tracker: Tracker,
-        settings: Settings,
-        ends: float,
-        tell: Tell = silent,
-        once: bool = False,
-        status: int = 0,
-    ) -> None:
-        self.outbox, self.settings, self.ends = outbox, settings, ends
-        self.once, self.status = once, status
-        self.state = state_of(outbox)
-        self.known: set[str] = set()
-        self.courier, self.on_pass = Courier(self, tracker, tell), Pass(self)
-
-    def is_over(self) -> bool:
-        """Whether this life is."""
-        return time.monotonic() >= self.ends
-
-    def is_gone(self) -> bool:
-        """Whether the outbox was removed: by uninstall, most likely."""
-        return not os.path.isdir(self.outbox.path("outbox"))
-
-    def news(self) -> bool:
-        """Whether a ping waits that has come since the last pass began."""
-        return not self.known.issuperset(self.outbox.waiting())
+    def one_pass(self) -> None:
+        """Tidy, try what waits, remember what became of it."""
+        self.on_pass = on_pass = Pass(self)
+        on_pass.tidy()
+        on_pass.walk()
+        on_pass.state.save()
+        self.log(f"delivered {on_pass.delivered} of {len(on_pass.names)}")
 
     def fail(self, answer: Answer) -> None:
         """Count a pass that failed, and start a back-off. The row of failures begins
         anew when it is a person's turn to mend something, or no more."""
-        now, state = time.time(), self.state
+        now, state = time.time(), self.on_pass.state
         mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
-        state.failures = 1 if mended else min(state.failures + 1, FAILURES_MAX)
-        wait = backoff_s(answer.verdict, int(state.failures), answer.retry_after_s)
+        state.failures = 1 if mended else state.failures + 1
+        wait = backoff_s(answer.verdict, state.failures, answer.retry_after_s)
         state.set_at, state.not_before = now, now + wait
         state.verdict, state.problem = answer.verdict, answer.what
-        state.problem_at = now
         state.save()
-        self.courier.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
+        self.on_pass.done.update(self.on_pass.names)  # no news, even on a full disk
+        self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
-    def one_pass(self) -> None:
-        """Try all that waits and is due, until an answer says that now is no time."""
-        self.state = state_of(self.outbox)
-        self.on_pass = Pass(self)
-        self.on_pass.go()
-        # What there was no time for is news, to the next sender.
-        self.known.update(self.on_pass.done if self.is_over() else self.on_pass.names)
+    def break_off(self, what: str) -> None:
+        """Note that this process ends with the ping that is tried."""
+        answer = Answer(RETRY, what)
+        self.on_pass.weigh(self.on_pass.trying, answer)
+        self.fail(answer)
+        self.tell(f"{what}; the ping waits")
 
-    def finds_more(self) -> bool:
-        """Whether there is news: after a tool's event, others of which come within
-        seconds, it is waited for with the lock in hand, so that hooks meanwhile start
-        no process. Else the daily sweep may find some."""
-        until = min(time.monotonic() + LINGER_S, self.ends)
-        if self.on_pass.last_event in BURSTS and not self.once:
-            while time.monotonic() < until and not self.is_gone() and not self.news():
-                time.sleep(LOOK_S)
-        if not self.news():
-            self.sweep()
-        return self.news()
 
-    def live(self, lock: Lock | None) -> None:
-        """Pass after pass, to the end of this life. After each the lock is given back,
-        and then the outbox listed once more: a hook that found the lock busy counts on
-        that. When this life is over then, news begin a new one."""
-        while lock is not None:
-            again = self.once or not self.outbox.backoff_left_s()
-            while again:
-                self.one_pass()
-                ends = self.is_over() or self.outbox.backoff_left_s()
-                again = not ends and self.finds_more()
-            lock.release()
-            wait = self.outbox.backoff_left_s()
-            if wait and (self.once or time.monotonic() + wait >= self.ends):
-                return
-            if not wait and not self.news():
-                return
-            if wait:
-                time.sleep(wait)
-            lock = None if self.is_gone() else self.outbox.take_lock()
-            if lock and not wait and self.is_over():
-                start_sender({self.outbox.name(): lock}, self.settings.environ)
-                return
-
-    def sweep(self) -> None:
-        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
-        now, accounts = time.time(), self.outbox.path("accounts")
-        if 0 <= now - self.state.swept_at < DAY_S or not os.path.isdir(accounts):
+def sweep(sender: Sender) -> None:
+    """Once a day: tell of sessions that were lost, forget the oldest accounts."""
+    now, state = time.time(), sender.on_pass.state
+    accounts = sender.outbox.path("accounts")
+    if 0 <= now - state.swept_at < DAY_S or not os.path.isdir(accounts):
+        return
+    names = os.listdir(accounts)
+    paths = [os.path.join(accounts, name) for name in names if name[0] != "."]
+    for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
+        remove(path)
+    for path in paths if sender.settings.usage else ():
+        if sender.is_over():
             return
-        names = [name for name in os.listdir(accounts) if not name.startswith(".")]
-        paths = [os.path.join(accounts, name) for name in names]
-        for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
-            remove(path)
-        for path in paths if self.settings.usage else ():
-            if self.is_over():
-                return
-            try:
-                if age_s(path) > DAY_S:
-                    report_lost(self.outbox, path, self.settings, self.ends)
-            except (OSError, ValueError):
-                continue  # it, or its transcript, is damaged or gone
-            except Exception as error:  # noqa: BLE001 - it must not hide the others
-                self.courier.log(f"lost session: {type(error).__name__}")
-        self.state.swept_at = now
-        self.state.save()
+        try:
+            if age_s(path) > DAY_S:
+                report_lost(sender.outbox, path, sender.settings, sender.ends)
+        except Exception as error:  # noqa: BLE001 - it must not hide the others
+            sender.log(f"lost session: {type(error).__name__}")
+    state.swept_at = now
+    state.save()
+
+
+def live(sender: Sender, lock: Lock | None) -> None:
+    """Pass after pass, to the end of a sender's life. After each the lock is given
+    back, and then the outbox listed once more: a hook that found the lock busy counts
+    on that. When this life is over then, news begin a new one."""
+    outbox = sender.outbox
+    while lock is not None:
+        if sender.once or not outbox.backoff_left_s():
+            sender.one_pass()
+            until = min(time.monotonic() + LINGER_S, sender.ends)
+            waits = sender.on_pass.in_burst and not sender.once
+            while waits and time.monotonic() < until and not sender.news():
+                time.sleep(LOOK_S)  # meanwhile hooks start no process
+            if not sender.news():
+                sweep(sender)
+        lock.release()
+        wait = outbox.backoff_left_s()
+        if wait and (sender.once or time.monotonic() + wait >= sender.ends):
+            return
+        if not wait and not sender.news():
+            return
+        time.sleep(wait)
+        lock = outbox.take_lock()
+        if lock and sender.is_over():
+            start_sender({outbox.name(): lock}, sender.settings.environ)
+            return
 
 
 def send(settings: Settings, tell: Tell) -> None:
-    """Deliver as the command line says: HOW FD DESTINATION, with other destinations
-    that are to have a sender behind it. HOW: see start_sender. DESTINATION: the name of
-    its directory; FD: its lock, -1 when none was handed on."""
-    gc.enable()
-    if hasattr(gc, "set_threshold"):  # PyPy has none
-        gc.set_threshold(10_000)  # importing urllib would set off a hundred collections
+    """Deliver as start_sender's command says: HOW, then each destination's lock (-1:
+    none was handed on) and name; those behind the first are to have other senders."""
     how, fd, name, *others = sys.argv[3:]
-    once, life_s = how != "detached", LIFE_S if how == "detached" else ONCE_S
-    ends = time.monotonic() + life_s
-    for other_fd, other in zip(others[::2], others[1::2]):
-        try:
-            start_sender({other: Lock(int(other_fd))}, settings.environ)
-        except OSError:
-            continue  # the next hook tries it again
-    trackers, problems = find_trackers(settings, read_secret)
+    once = how != "detached"
+    ends = time.monotonic() + (ONCE_S if once else LIFE_S)
+    if others:  # the next one starts the rest
+        held = {other: Lock(int(fd)) for fd, other in zip(others[::2], others[1::2])}
+        start_sender(held, settings.environ)
+    trackers, problems = find_trackers(settings)
     found = [tracker for tracker in trackers if tracker.directory_name() == name]
     if not found:
         raise Skipped("; ".join(problems) or "it is no destination any more")
@@ -3162,17 +2789,12 @@ def send(settings: Settings, tell: Tell) -> None:
     outbox.need_sound()
     lock = Lock(int(fd)) if int(fd) >= 0 else outbox.take_lock()
     sender = Sender(outbox, found[0], settings, ends, tell, once)
-    if how == "debug" and outbox.backoff_left_s():
-        why = sender.state.problem or "after an outage"
-        tell(f"a back-off lasts {outbox.backoff_left_s():.0f} s more ({why})")
     if not once and os.name == "posix":
         os.nice(5)  # the session's own work comes first
     try:
-        sender.live(lock)
+        live(sender, lock)
     except Exception as error:  # noqa: BLE001 - or each hook would start one in vain
-        if not sender.is_gone():
-            sender.state.suspect(sender.courier.sending)
-            sender.fail(Answer(RETRY, f"internal error: {type(error).__name__}"))
+        sender.break_off(f"internal error: {type(error).__name__}")
 
 
 def sender() -> NoReturn:
@@ -3183,6 +2805,21 @@ def sender() -> NoReturn:
 # ======================================================================================
 # All below is run by a person: the commands.
 # ======================================================================================
+
+
+def kind_of(outbox: Outbox) -> str:
+    """The kind of the tracker that an outbox is, or was, for."""
+    return outbox.name().rpartition("-")[0]
+
+
+def destinations(settings: Settings, tell: Tell) -> list[Tracker]:
+    """The trackers that pings can go to; Skipped when there is none."""
+    trackers, problems = find_trackers(settings)
+    if not trackers:
+        raise Skipped("; ".join(problems))
+    for text in problems:
+        tell(text)
+    return trackers
 
 
 def outboxes(state_dir: str | None) -> list[Outbox]:
@@ -3467,7 +3104,8 @@ def retold(text: str, at: int, new: Any, line: str) -> str:
 def save(path: str, content: bytes, mode: int) -> None:
     """Make a file hold `content`; Skipped names one that cannot be written."""
     try:
-        write_file(path, content, make_directory=True)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        write_file(path, content)
         os.chmod(path, mode)
     except OSError as error:  # a full disk has no path in it
         raise Skipped(f"{shown(path)}: {error.strerror}") from error
@@ -3590,8 +3228,7 @@ def in_words(what: str, kind: str) -> str:
     """An answer (`what` of an Answer) of a kind of tracker, and what it means."""
     meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
     tracker: Any = TRACKERS[kind]
-    token = tracker.secrets[0]
-    url = next((name for name in tracker.variables if name != token), token)
+    url, token = tracker.variables[0], tracker.variables[:2][-1]
     dislike = "it may not like a field, or the size"
     if kind == OTLP.kind:
         dislike = "it may take protobuf only, and no JSON"
@@ -3690,7 +3327,7 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
     """Move what waits for former URLs of a tracker to the present one's, if a person
     says so: it may be another project's."""
     for former in outboxes(state_dir):
-        other = former.kind() == present.kind() and former.name() != present.name()
+        other = kind_of(former) == kind_of(present) and former.name() != present.name()
         if not (other and former.waiting()):
             continue
         former.need_sound()
@@ -3999,7 +3636,7 @@ def check_variables(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
 def check_trackers(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
     """Whether the trackers are set up, and answer to what records nothing."""
     settings = around.settings
-    trackers, problems = find_trackers(settings, read_secret)
+    trackers, problems = find_trackers(settings)
     unset = is_kept_by_client(around) or settings.environ.get(URL_NAME) == ""
     for problem in problems:
         if not (unset and URL_NAME in problem):
@@ -4011,8 +3648,6 @@ def check_trackers(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
             yield False, f"{name}: {in_words(what, tracker.kind)}"
         else:
             yield True, f"{name} answers; only `doctor --send` proves the token"
-        if tracker.idle:
-            yield None, f"{tracker.kind} gets nothing here: {tracker.idle}"
 
 
 def refusal(tracker: Tracker, timeout_s: float) -> str:
@@ -4048,7 +3683,7 @@ def obstacle(outbox: Outbox) -> str:
     trial = os.path.join(path, ".doctor")
     try:
         outbox.need_sound()
-        write_file(trial, b" " * PING_MAX_BYTES)
+        write_file(trial, b" " * (64 << 10))
         if os.name == "posix":
             import fcntl
 
@@ -4068,10 +3703,10 @@ def obstacle(outbox: Outbox) -> str:
 def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
     """Whether hooks can write, how delivery goes, what waits for other URLs."""
     settings, kept = around.settings, outboxes(around.settings.state_dir)
-    trackers = find_trackers(settings, read_secret)[0]
+    trackers = find_trackers(settings)[0]
     ours = [outbox_of(settings, tracker) for tracker in trackers]
     if is_kept_by_client(around):
-        ours += [outbox for outbox in kept if outbox.kind() == TelemHQ.kind]
+        ours += [outbox for outbox in kept if kind_of(outbox) == TelemHQ.kind]
     nowhere = Outbox(os.path.join(settings.state_dir or "", "none"))
     problems = list(filter(None, map(obstacle, ours or [nowhere])))
     for problem in problems:
@@ -4088,7 +3723,7 @@ def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
 
 def check_delivery(outbox: Outbox) -> Iterator[tuple[bool | None, str]]:
     """How delivery from an outbox goes."""
-    kind, state, now = outbox.kind(), state_of(outbox), time.time()
+    kind, state, now = kind_of(outbox), state_of(outbox), time.time()
     backoff_s = outbox.backoff_left_s()
     old = [n for n in outbox.waiting()[:1] if now - PingName(n).ns / 1e9 > WAIT_OLD_S]
     late = bool(backoff_s or old)
@@ -4156,7 +3791,7 @@ def doctor(options: Namespace) -> int:
     for outbox in outboxes(around.settings.state_dir) if options.clear else ():
         lock = wait_for_lock(outbox, time.monotonic() + LIFE_S)
         state = state_of(outbox)
-        state.losses = {}
+        state.losses.clear()
         state.save()
         lock.release()
     return 0 if run_checks(around, options.send, options.run_all) else 1
@@ -4219,7 +3854,7 @@ def unusable(url: str, settings: Settings) -> str:
     if "<" in url or ">" in url:
         return "<token> stands for your tracker's own: copy its whole URL"
     try:
-        TelemHQ(Settings({**settings.environ, URL_NAME: url}), read_secret)
+        TelemHQ(Settings({**settings.environ, URL_NAME: url}))
     except Skipped as why:
         return str(why)
     path = url.partition("://")[2].partition("/")[2].split("?")[0]
@@ -4376,7 +4011,7 @@ def install(options: Namespace) -> int:
         plan.carry_out()
         print("Installed. Sessions that run already must be started anew.")
     around, send = Surroundings(), bool(options.send)
-    if asks and not send and find_trackers(around.settings, read_secret)[0]:
+    if asks and not send and find_trackers(around.settings)[0]:
         send = ask("Send one real test ping, too? Nothing else proves the token.")
     return 0 if run_checks(around, send) else 1
 
@@ -4552,13 +4187,13 @@ def tracker_named(name: str, settings: Settings) -> Tracker:
     make: Any = TRACKERS[name]
     environ = dict(settings.environ)
     try:
-        return TRACKERS[name](settings, read_secret)
+        return TRACKERS[name](settings)
     except Skipped as why:
         print(f"{why}; shown with placeholders.", file=sys.stderr)
     for variable in make.variables:
         sample = "" if variable.endswith("HEADERS") else "sample"
         environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], sample)
-    tracker: Tracker = make(Settings(environ), read_secret)
+    tracker: Tracker = make(Settings(environ))
     return tracker
 
 
@@ -4581,7 +4216,7 @@ def print_requests(ping: Fields, tracker: Tracker, usage: bool) -> None:
             print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
         print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
     if not requests:
-        print(f"{tracker.kind} gets nothing of {ping.get('event')}. {tracker.idle}")
+        print(f"{tracker.kind} gets nothing of {ping.get('event')}.")
 
 
 def add_preview_arguments(parser: ArgumentParser) -> None:
@@ -4603,7 +4238,8 @@ def preview(options: Namespace) -> int:
     else:
         if sys.stdin and sys.stdin.isatty():
             print("Paste an event (JSON), then Ctrl-D on a line of its own:")
-        event, size = event_on_stdin()
+        raw = read_stdin()
+        event, size = event_in(raw), len(raw)
     project = project_of(event, settings)
     ping = make_ping(event, settings, project, time.time_ns(), size)
     if options.destination:
@@ -4710,7 +4346,9 @@ NOTHING = "Nothing was delivered yet: `doctor` says why, `flush` sends what wait
 def outboxes_named(name: str | None) -> list[Outbox]:
     """All outboxes, or those of that kind or directory's name."""
     kept = outboxes(Surroundings().settings.state_dir)
-    found = [outbox for outbox in kept if name in (None, outbox.name(), outbox.kind())]
+    found = [
+        outbox for outbox in kept if name in (None, outbox.name(), kind_of(outbox))
+    ]
     if name and not found:
         known = ", ".join(outbox.name() for outbox in kept)
         raise Skipped(f"there is no destination {name}; there are: {known or 'none'}")
@@ -4732,7 +4370,7 @@ def sent(options: Namespace) -> int:
     for outbox, lines in found:
         for line in lines[-max(1, options.n) :]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
-                print(line.get("at"), outbox.kind(), line.get("answer"), body)
+                print(line.get("at"), kind_of(outbox), line.get("answer"), body)
     if not any(lines for _, lines in found):
         print(NOTHING, file=sys.stderr)
     return 0

@@ -52,16 +52,15 @@ def aside(home: Home) -> list[str]:
 
 
 def charges(home: Home) -> dict[str, int]:
-    """event_id -> charges of each suspect that is remembered; 0: it failed unjudged."""
+    """event_id -> charges of each suspect that waits; 0: it failed unjudged."""
     found = home.state_json().get("suspects", {})
-    return {id_of(name): pair[0] for name, pair in found.items()}
+    names = [path.name for path in home.waiting()]
+    return {id_of(name): found[name] for name in names if name in found}
 
 
 def let_time_pass(home: Home) -> None:
-    """A back-off, and the pauses of suspects, end as time would have it."""
-    state = home.state_json()
-    suspects = {name: [pair[0], 0] for name, pair in state["suspects"].items()}
-    home.set_state(**{**state, "not_before": 0, "suspects": suspects})
+    """A back-off, and the pause of suspects, end as time would have it."""
+    home.set_state(**{**home.state_json(), "not_before": 0, "suspects_at": 0})
 
 
 def put(

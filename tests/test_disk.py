@@ -274,6 +274,7 @@ STATES: dict[str, bytes] = {
     "strings": b'{"failures": "9", "set_at": "now", "suspects": "z", "problem": "x"}',
     "wrong shapes": b'{"suspects": [1], "losses": 7, "set_at": {}, "not_before": null}',
     "wrong inside": b'{"suspects": {"a": "b", "c": [1]}, "losses": {"c": null}}',
+    "endless inside": b'{"suspects": {"a": 1e999}, "losses": {"c": 1e999}}',
     "booleans": b'{"failures": true, "set_at": true, "not_before": true}',
     "negative": b'{"failures": -5, "set_at": -1, "not_before": -1}',
     "from the future": b'{"failures": 2, "set_at": 9e12, "not_before": 9.1e12}',
@@ -314,7 +315,7 @@ def test_a_damaged_state_is_as_none(
     place(home, receiver.url)
     run_sender(home, receiver.url)
     state = home.state_json()
-    assert 1 <= state["failures"] <= 1000
+    assert state["failures"] >= 1
     assert 2 <= state["not_before"] - state["set_at"] <= 900
 
 
@@ -334,8 +335,9 @@ def test_what_is_no_file_blocks_nobody(
     run_sender(home, receiver.url)
     assert len(receiver.requests) == 2
     receiver.answer = 503
+    place(home, receiver.url)
     home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
-    assert (len(receiver.requests), len(home.waiting())) == (3, 1)
+    assert (len(receiver.requests), len(home.waiting())) == (4, 2)
     assert precious.read_text() == "mine"
 
 
@@ -356,8 +358,9 @@ CONTENT = (
 @pytest.mark.fault(25)
 @pytest.mark.parametrize("named", ["as a ping", "the old way", "otherwise"])
 def test_junk_in_the_outbox(home: Home, receiver: Receiver, named: str) -> None:
-    """What is no ping blocks nothing, is not followed, not sent, not kept; one being
-    written stays, unless its writer has been gone for an hour."""
+    """What is no ping blocks nothing, is not followed, not sent, and set aside; what is
+    not named like one is left alone; one being written stays, unless its writer has
+    been gone for an hour."""
     early = put(home, receiver.url, ["Stop"], time.time() - 9000)
     outbox, names = home.destination() / "outbox", []
     for number in range(len(CONTENT) + len(STRANGERS)):
@@ -378,8 +381,10 @@ def test_junk_in_the_outbox(home: Home, receiver: Receiver, named: str) -> None:
         os.utime(path, (time.time() - age_s,) * 2)
     run_sender(home, receiver.url)
     assert ids(receiver) == early + late
-    assert list(outbox.iterdir()) == [young]
-    assert sum(home.state_json()["losses"].values()) == len(names)
+    left = names if named == "otherwise" else []
+    assert {path.name for path in outbox.iterdir()} == {young.name, *left}
+    lost = sum(home.state_json()["losses"].values())
+    assert lost + len(left) == len(names)
 
 
 def test_a_ping_file_holds_no_more_than_the_gate_lets_through(

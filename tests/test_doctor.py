@@ -240,7 +240,7 @@ LINES: dict[str, tuple[Callable[[Home], object], str]] = {
     ),
     "the script skips in silence": (
         lambda home: settings(home, f"CLAUDE_PROJECT_DIR=/ HOME= {SECOND} <&-"),
-        "✗ .* says `stdin held no JSON object",
+        "✗ .* says `stdin held no event",
     ),
     "another version": (
         another_version,
@@ -290,11 +290,11 @@ LINES: dict[str, tuple[Callable[[Home], object], str]] = {
     ),
     "the state is a link": (
         lambda home: state_is(home, "link"),
-        "✗ ~/.claude/telemhq is a symbolic link: mend that, or set TELEMHQ_STATE_DIR",
+        "✗ ~/.claude/telemhq is no directory, or a symbolic link: mend that",
     ),
     "the state is a file": (
         lambda home: state_is(home, "file"),
-        "✗ ~/.claude/telemhq is no directory: mend that, or set TELEMHQ_STATE_DIR to",
+        "✗ ~/.claude/telemhq is no directory, or a symbolic link: mend that, or",
     ),
     "all can write there": (
         lambda home: (home.destination() / "outbox").chmod(0o777),

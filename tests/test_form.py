@@ -126,7 +126,7 @@ PURE = {
     "gc": {"disable"},
 }
 MODULES = {*PURE, "__future__", "_json", "_signal", "datetime", "hashlib", "hmac"}
-MODULES |= {"json", "signal"}
+MODULES |= {"json", "signal", "uuid"}
 
 
 def dotted(node: ast.AST) -> str:

@@ -194,7 +194,7 @@ def test_poison_needs_eight_charges_and_an_hour(home: Home, receiver: Receiver) 
 def test_who_is_remembered_is_bounded(home: Home, receiver: Receiver) -> None:
     """State.json, which each hook reads, stays small; who was charged most is kept."""
     put(home, receiver.url, ["Stop"] * 500)
-    suspects = {path.name: [n % 8, 0] for n, path in enumerate(home.waiting())}
+    suspects = {path.name: n % 8 for n, path in enumerate(home.waiting())}
     home.set_state(suspects=suspects)
     receiver.answer = 429
     run_sender(home, receiver.url)

@@ -19,7 +19,7 @@ SHAPES = {
     "text": "line_of_text",
     "identifier, also `@ [ ]`": "model_name",
     "identifier, also `/`": "branch_name",
-    "12 hex digits": "short_hash",
+    "12 hex digits": "identifier",
     "lower-case code": "error_code",
     "name → number": "counts",
     "model → numbers": "counts_by_model",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import email.message
 import json
 import re
-import sys
 import time
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Iterator
 
@@ -70,7 +68,7 @@ EVERYTHING = {k: v for found in GOOD.values() for k, v in found.items()}
 
 def find(script: ModuleType, **environ: str) -> tuple[list[Any], list[str]]:
     """The trackers of an environment, and what is wrong with others."""
-    found, problems = script.find_trackers(script.Settings(environ), script.read_secret)
+    found, problems = script.find_trackers(script.Settings(environ))
     return found, problems
 
 
@@ -105,10 +103,10 @@ UNUSABLE = (  # a variable, values, and what is said of them
     ("wigtoken", "WIGTOKEN_SERVER", "is not set", [""]),
     ("wigtoken", "WIGTOKEN_SERVER", "TELEMHQ_ALLOW_HTTP", ["http://far.example"]),
     ("wigtoken", "WIGTOKEN_SERVER", "user:", ["https://u:SECRET@far.example"]),
-    ("wigtoken", "WIGTOKEN_SERVER", "base URL", ["https://far.example/?a=b"]),
     ("wigtoken", "WIGTOKEN_TOKEN", "is not", ["", "SECRET\r\nX: y", "SECRET b", "é"]),
-    ("wigtoken", "WIGTOKEN_MACHINE", "is not", ["", "my laptop", "a:b", "a" * 101]),
+    ("wigtoken", "WIGTOKEN_MACHINE", "is not", ["", "my laptop", "a:b"]),
     ("recorder", "RECORDER_PAT", "is not set", [""]),
+    ("recorder", "RECORDER_PREFIX", "is not set", ["", "  ", "a\nb", "a" * 129]),
     ("recorder", "RECORDER_URL", "https://", ["recorder.example"]),
     ("otlp", "TELEMHQ_OTLP_ENDPOINT", "is not set", [""]),
     ("otlp", "TELEMHQ_OTLP_HEADERS", "Name=value", ["SECRET", "a b=SECRET"]),
@@ -130,34 +128,6 @@ def test_a_reason_names_the_variable_and_no_secret(
         assert text.startswith(name)
         assert words in text
         assert "SECRET" not in text
-
-
-def test_recorder_wants_nothing_without_a_prefix(script: ModuleType) -> None:
-    """It is chosen for each project; doctor says where there is none."""
-    for prefix in ("", "  ", "a\nb", "a" * 129):
-        tracker = made(script, "recorder", RECORDER_PREFIX=prefix)
-        assert "RECORDER_PREFIX" in tracker.idle
-        assert not tracker.wants(dict(PING, event="SessionEnd"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="has no such modes")
-def test_a_token_file_that_others_can_read_is_refused(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """~/.claude-metrics/token is the plugin's; only its owner may have a look at it.
-    The variable goes before the file."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    environ = {"TELEMHQ_DESTINATIONS": "claude-metrics"}
-    assert "No such file" in find(script, **environ)[1][0]
-    path = tmp_path / ".claude-metrics" / "token"
-    path.parent.mkdir()
-    path.write_text("cm_FILE\n")
-    for mode in (0o600, 0o400, 0o640, 0o604):
-        path.chmod(mode)
-        found, problems = find(script, **environ)
-        assert [tracker.secret for tracker in found] == ["cm_FILE"] * (not mode & 0o077)
-        assert not mode & 0o077 or "chmod 600" in problems[0]
-    assert made(script, "claude-metrics").secret == "cm_SECRET"
 
 
 def test_a_directory_is_named_by_url_and_secret(script: ModuleType) -> None:
@@ -364,18 +334,16 @@ def test_the_gate_beside_a_ping(script: ModuleType) -> None:
     for name, good, bad in (
         ("messages", [ROW], [ROW[:-1]]),
         ("messages", [["e.m@1[x]", *ROW[1:]]], [["a b", *ROW[1:]]]),
-        ("messages", [ROW] * 4000, [ROW] * 4001),
         ("messages", [], [[ROW[0], "vendor/name", *ROW[2:]]]),
         ("messages", [ROW], [[*ROW[:-1], "CANARY"]]),
-        ("totals", USED, {**USED, "CANARY": 1}),
+        ("totals", USED, {**USED, "a canary": 1}),
         ("since_end", USED, {**USED, "tool_calls": "CANARY"}),
         ("own", {"prefix": "A/b c/é"}, {"prefix": "a\nb"}),
-        ("own", {"prefix": "a" * 300}, {"prefix": "a" * 301}),
+        ("own", {"prefix": "a" * 128}, {"prefix": "a" * 129}),
     ):
         assert script.gate_beside({name: good, "CANARY": 1}, (name,)) == {name: good}
         assert script.gate_beside({name: bad}, (name,)) == {}
         assert script.gate_beside({name: good}, ()) == {}
-    assert script.gate_beside(["totals"], ("totals",)) == {}
 
 
 # -- From a hook to five trackers ------------------------------------------------------

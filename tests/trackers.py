@@ -324,7 +324,7 @@ class Fleet:
         for place in self.places.values():
             self.environ.update(place.env())
         settings = script.Settings({**self.environ})
-        found, _ = script.find_trackers(settings, script.read_secret)
+        found, _ = script.find_trackers(settings)
         self.names = {tracker.kind: tracker.directory_name() for tracker in found}
 
     def base(self, kind: str) -> pathlib.Path:
