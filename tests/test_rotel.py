@@ -43,7 +43,7 @@ class Rotel:
         self.command += ["--debug-log", "logs", "--debug-log-verbosity", "detailed"]
         self.command += ["--otlp-http-endpoint", f"127.0.0.1:{ports[0]}"]
         self.command += ["--otlp-grpc-endpoint", f"127.0.0.1:{ports[1]}"]
-        self.port = ports[0]
+        self.address = "127.0.0.1", ports[0]
         self.start()
 
     def start(self) -> None:
@@ -54,7 +54,7 @@ class Rotel:
 
         def listens() -> bool:
             with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                socket.create_connection(self.address, 1).close()
                 return True
             return False
 

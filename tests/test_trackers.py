@@ -43,14 +43,8 @@ PING = {
     "lines_added": 12,
 }
 ROW = ["msg_01abc.req_1", "claude-opus-5-5", 1763640000250, 3, 5, 7, 11, 2]
-USED = {
-    "input_tokens": 3,
-    "output_tokens": 5,
-    "cached_input_tokens": 7,
-    "cache_creation_input_tokens": 11,
-    "total_tokens": 26,
-    "tool_calls": 3,
-}
+TOKENS = "input_tokens output_tokens cached_input_tokens cache_creation_input_tokens"
+USED = {name: PING[name] for name in f"{TOKENS} total_tokens tool_calls".split()}
 GOOD = {  # what makes each a destination
     "telemhq": {"TELEMHQ_PING_URL": f"https://telemhq.com/ping/{TOKEN}"},
     "wigtoken": {
