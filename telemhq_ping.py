@@ -108,7 +108,6 @@ SUSPECTS_MAX = 200  # remembered; more than any pass makes
 POISON_CHARGES, POISON_AGE_S = 8, 3600.0  # both: neither a burst nor an outage blames
 LOG_MAX_BYTES = 256 << 10  # some 2,000 passes
 SENT_MAX_BYTES = 5 << 20  # some 5,000 pings; with the file before it, 10,000
-BLOCK_BYTES = 4 << 20  # of a transcript, read at once
 LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
 ID_CHARS = 12  # of a hash, 48 bits: among 64,000 two are the same once in 100,000 times
 LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
@@ -676,9 +675,19 @@ def url_in(settings: Settings, name: str, default: str = "") -> str:
     return url
 
 
-def secret_in(settings: Settings, name: str) -> str:
-    """A token that may stand in a header; Skipped says what is wrong, and not it."""
-    text = settings.environ.get(name, "").strip()
+def secret_in(settings: Settings, name: str, path: str = "") -> str:
+    """A token that may stand in a header, in a variable or else in a file (~ is home)
+    that only its owner can read; Skipped says what is wrong, and not it."""
+    text, file = settings.environ.get(name, ""), absolute(path) or ""
+    if not text and os.path.isfile(file):
+        found = os.stat(file)
+        if os.name == "posix" and (
+            found.st_mode & 0o077 or found.st_uid != os.getuid()
+        ):
+            raise Skipped(f"{path} can be read by others: chmod 600 mends that")
+        with open(file, encoding="ascii", errors="replace") as opened:
+            text = opened.read(PATH_MAX_CHARS)
+    text = text.strip()
     if not text:
         raise Skipped(f"{name} is not set")
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -911,7 +920,7 @@ class ClaudeMetrics(Tracker):
     )
     needs = ("totals",)
     asked = "/session"
-    URL = "http://127.0.0.1:8000/api/v1"
+    URL, FILE = "http://127.0.0.1:8000/api/v1", "~/.claude-metrics/token"
     PATHS = (  # to where an event is told; one with tokens is an execution, too
         ("/execution", ("Stop", "StopFailure")),
         ("/tool", ("PostToolUse", "PostToolUseFailure")),
@@ -937,7 +946,9 @@ class ClaudeMetrics(Tracker):
         url = (
             url_in(settings, "CLAUDE_METRICS_API_URL", self.URL).rstrip("/") + "/events"
         )
-        super().__init__(url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN"))
+        super().__init__(
+            url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN", self.FILE)
+        )
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
@@ -2754,7 +2765,8 @@ def live(sender: Sender, lock: Lock | None) -> None:
     on that. When this life is over then, news begin a new one."""
     outbox = sender.outbox
     while lock is not None:
-        if sender.once or not outbox.backoff_left_s():
+        again = sender.once or not outbox.backoff_left_s()
+        while again:
             sender.one_pass()
             until = min(time.monotonic() + LINGER_S, sender.ends)
             waits = sender.on_pass.in_burst and not sender.once
@@ -2762,6 +2774,7 @@ def live(sender: Sender, lock: Lock | None) -> None:
                 time.sleep(LOOK_S)  # meanwhile hooks start no process
             if not sender.news():
                 sweep(sender)
+            again = sender.news() and not (sender.is_over() or outbox.backoff_left_s())
         lock.release()
         wait = outbox.backoff_left_s()
         if wait and (sender.once or time.monotonic() + wait >= sender.ends):
