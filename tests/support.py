@@ -54,13 +54,10 @@ def script_command(*arguments: str, python: str = sys.executable) -> list[str]:
 
 
 def sender_command(*arguments: str, python: str = sys.executable) -> list[str]:
-    """The command of a sender; by default one that takes the lock itself."""
-    start = (
-        "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
-    )
-    isolated = [python, "-I", "-S", "-c"]
-    given = arguments or ("detached", "-1")
-    return [*isolated, start, str(ROOT), SCRIPT.stem, *given]
+    """The command of a sender, with its arguments."""
+    start = "import sys; sys.path.insert(0, sys.argv[1]); "
+    start += "__import__(sys.argv[2]).sender()"
+    return [python, "-ISc", start, str(ROOT), SCRIPT.stem, *arguments]
 
 
 def event(name: str, **changes: Any) -> dict[str, Any]:

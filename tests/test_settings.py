@@ -204,15 +204,6 @@ def test_a_hook_without_a_usable_url_does_nothing(
     assert home.processes() == []
 
 
-def test_a_url_in_other_words_delivers(home: Home, receiver: Receiver) -> None:
-    """A scheme in capitals and a loopback name lead to the tracker all the same; what
-    is sent of a URL is its path and query."""
-    url = receiver.url.replace("http:", "HTTP:").replace("127.0.0.1", "localhost")
-    home.hook(event("Stop"), url + "?a=%20b#secret")
-    receiver.wait_for(1)
-    assert [request.path for request in receiver.requests] == [f"/ping/{TOKEN}?a=%20b"]
-
-
 # -- README and settings files ---------------------------------------------------------
 
 EXAMPLE = ROOT / "settings.example.json"

@@ -13,7 +13,7 @@ from typing import Any, Iterator
 import pytest
 
 import transcripts
-from support import FIXTURES, Home, Request, patched
+from support import FIXTURES, Home, patched
 from trackers import Fleet, is_iso
 from transcripts import HAIKU, OPUS, iso, ledger, message
 
@@ -249,24 +249,3 @@ def test_killed_between_the_requests_of_one_ping(
         del recorder.points[names.index(max(names, key=names.count))]
         assert 0 < wigtoken.duplicates <= 1000
     fleet.check(*sums(2500))
-
-
-@only("recorder")
-def test_a_failure_in_the_middle_repeats_nothing(
-    fleet: Fleet, session: Session
-) -> None:
-    """What was accepted is remembered: the next try begins with the one that failed."""
-    session.end_in_outage(5)
-    recorder = fleet.places["recorder"]
-    seen: list[Request] = []
-
-    def disturb(request: Request) -> Any:
-        seen.append(request)
-        return 500 if len(seen) == 3 else None
-
-    recorder.disturb = disturb
-    for _ in range(2):
-        fleet.hook("Stop", transcript_path="", TELEMHQ_FOREGROUND=1)
-        (fleet.base("recorder") / "state.json").unlink()
-    assert (len(recorder.requests), len(recorder.points)) == (5, 4)
-    fleet.check(*sums(5))
