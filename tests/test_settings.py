@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from support import ROOT, SCRIPT, TOKEN, Home, Receiver, dead_url, event
+from support import ROOT, SCRIPT, TOKEN, Home, Receiver, event
 
 URL = "https://telemhq.com/ping/" + TOKEN
 SILENT = (0, b"", b"")
@@ -78,27 +78,17 @@ STATE_DIRS: tuple[tuple[dict[str, str], str], ...] = (
     ({}, "~/.claude/telemhq"),
     ({"CLAUDE_CONFIG_DIR": "~/config"}, "~/config/telemhq"),
     ({"CLAUDE_CONFIG_DIR": "relative"}, "~/.claude/telemhq"),
-    ({"TELEMHQ_STATE_DIR": "$HOME/a/../b c/", "CLAUDE_CONFIG_DIR": "/c"}, "~/b c"),
+    ({"TELEMHQ_STATE_DIR": "/a/../b c/", "CLAUDE_CONFIG_DIR": "/c"}, "/b c"),
     ({"TELEMHQ_STATE_DIR": "", "CLAUDE_CONFIG_DIR": ""}, "~/.claude/telemhq"),
 )
 
 
 @pytest.mark.parametrize("given, expected", STATE_DIRS)
 def test_where_the_state_is_kept(
-    home: Home, given: dict[str, str], expected: str
+    script: ModuleType, given: dict[str, str], expected: str
 ) -> None:
     """TELEMHQ_STATE_DIR, else telemhq/ in CLAUDE_CONFIG_DIR, else in ~/.claude."""
-    env: dict[str, Any] = {
-        k: v.replace("$HOME", str(home.path)) for k, v in given.items()
-    }
-    before = set(home.path.rglob("*"))
-    done = home.hook(event("Stop"), dead_url(), **env)
-    assert (done.returncode, done.stdout, done.stderr) == SILENT
-    state = home.path / expected[2:]
-    assert len(list(state.glob("*/outbox/*.json"))) == 1
-    home.end()
-    others = set(home.path.rglob("*")) - before - set(state.rglob("*")) - {state}
-    assert others <= set(state.parents)
+    assert script.Settings(given).state_dir == os.path.expanduser(expected)
 
 
 @pytest.mark.fault(69)
