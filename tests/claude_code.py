@@ -14,7 +14,6 @@ import json
 import os
 import pathlib
 import random
-import re
 import shutil
 import signal
 import socket
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Iterator, NoReturn
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -59,7 +58,7 @@ def text(words: str) -> dict[str, Any]:
 
 def dripping(word: str) -> dict[str, Any]:
     """A text block that comes word by word, for minutes."""
-    return dict(text(1000 * (word + " ")), pause=0.2)
+    return {**text(word + " "), "times": 1000}
 
 
 def tool(name: str, **tool_input: object) -> dict[str, Any]:
@@ -124,9 +123,8 @@ class Api(http.server.BaseHTTPRequestHandler):
         counts = {name: random.randrange(n // 9, n) for name, n in numbers.items()}
         begun = {**counts, "output_tokens": 1}
         thought = {"thinking_tokens": random.randrange(1, counts["output_tokens"])}
-        session_id = self.headers["X-Claude-Code-Session-Id"]
-        entry = {**begun, "session_id": session_id, "id": message["id"]}
-        entry["thinking_tokens"] = 0
+        entry = {**begun, "id": message["id"], "thinking_tokens": 0}
+        entry["session_id"] = self.headers["X-Claude-Code-Session-Id"]
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.send_header("request-id", _random_id("req"))
@@ -143,19 +141,17 @@ class Api(http.server.BaseHTTPRequestHandler):
         self.tell("message_stop")
 
     def block(self, index: int, block: dict[str, Any]) -> None:
-        pause = block.get("pause", 0)
         if block["type"] == "text":
             empty = text("")
-            pieces = re.findall(r"\S+\s*", block["text"]) if pause else [block["text"]]
-            deltas = [{"type": "text_delta", "text": piece} for piece in pieces]
+            delta = {"type": "text_delta", "text": block["text"]}
         else:
             empty = {**block, "input": {}}
             found = json.dumps(block["input"])
-            deltas = [{"type": "input_json_delta", "partial_json": found}]
+            delta = {"type": "input_json_delta", "partial_json": found}
         self.tell("content_block_start", index=index, content_block=empty)
-        for delta in deltas:
+        for n in range(block.get("times", 1)):
+            time.sleep(0.2 if n else 0)
             self.tell("content_block_delta", index=index, delta=delta)
-            time.sleep(pause)
         self.tell("content_block_stop", index=index)
 
     def tell(self, kind: str, **fields: object) -> None:
@@ -208,14 +204,6 @@ class Messages:
 # -- The world the client lives in ------------------------------------------------
 
 
-def hooks(*events: str, matcher: str | None = None) -> dict[str, Any]:
-    """A settings block: the example's command for other events."""
-    group = dict(json.loads(EXAMPLE.read_text("utf-8"))["hooks"]["Stop"][0])
-    if matcher:
-        group["matcher"] = matcher
-    return {"hooks": {event: [group] for event in events}}
-
-
 class World:
     """One HOME with the script installed, the receiver, the stand-in, the client."""
 
@@ -229,16 +217,15 @@ class World:
         self.terminals: list[Terminal] = []
         (self.home.path / ".claude" / "hooks").mkdir(parents=True)
 
-    def install(self, *blocks: dict[str, Any]) -> None:
-        """Copy the script, and paste these blocks into the user's settings.json."""
+    def install(self, *events: str) -> None:
+        """Copy the script; the user's settings.json has the example's hooks, and the
+        same for these events."""
         folder = self.home.path / ".claude" / "hooks"
         shutil.copy(str(SCRIPT), str(folder / SCRIPT.name))
-        found: dict[str, list[Any]] = {}
-        for block in blocks:
-            for event, groups in block["hooks"].items():
-                found.setdefault(event, []).extend(groups)
-        settings = folder.parent / "settings.json"
-        settings.write_text(json.dumps({"hooks": found}))
+        settings = json.loads(EXAMPLE.read_text("utf-8"))
+        for event in events:
+            settings["hooks"][event] = settings["hooks"]["Stop"]
+        (folder.parent / "settings.json").write_text(json.dumps(settings))
 
     def env(self) -> dict[str, str]:
         """The client's environment: clean, offline, the tracker's URL exported."""
@@ -246,9 +233,6 @@ class World:
             self.url,
             ANTHROPIC_BASE_URL=self.messages.url,
             ANTHROPIC_API_KEY=API_KEY,
-            DISABLE_TELEMETRY=1,
-            DISABLE_AUTOUPDATER=1,
-            DISABLE_ERROR_REPORTING=1,
             CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1,
             CLAUDE_CODE_MAX_RETRIES=0,
             IS_SANDBOX=1,
@@ -273,9 +257,8 @@ class World:
 
     def claude(self, prompt: str, *options: str) -> Any:
         """One session of one prompt, `claude -p`; gives the client's own result."""
-        begun = time.monotonic()
         stdout, stderr = self.start("json", *options, prompt).communicate()
-        return self.ended(json.loads(stdout), stderr, time.monotonic() - begun)
+        return self.ended(json.loads(stdout), stderr)
 
     def talk(self, *prompts: str) -> dict[str, Any]:
         """One session of several turns; gives the client's own last result."""
@@ -284,29 +267,21 @@ class World:
         talk.end()
         return result
 
-    def ended(self, result: Any, stderr: bytes, seconds: float) -> Any:
+    def ended(self, result: Any, stderr: bytes) -> Any:
         """Keep what the client said about one run."""
         said = stderr.decode("utf-8", "replace")
-        self.runs.append({"result": result, "stderr": said, "seconds": seconds})
+        self.runs.append({"result": result, "stderr": said})
         return result
-
-    def transcript(self, session_id: str) -> pathlib.Path:
-        """The path of a session's transcript."""
-        projects = self.home.path / ".claude" / "projects"
-        return next(projects.glob(f"*/{session_id}.jsonl"))
-
-    def install_example(self, *events: str) -> None:
-        """The example's events, and these."""
-        self.install(json.loads(EXAMPLE.read_text("utf-8")), hooks(*events))
 
     def ledger(self, session_id: str) -> dict[str, Any]:
         """What the client itself says of a session, in the end: its last ledger."""
-        found = {"session_id": session_id, "modelUsage": {}, "totalCostUSD": 0}
-        for line in self.transcript(session_id).read_bytes().splitlines():
+        found: dict[str, Any] = {"modelUsage": {}, "totalCostUSD": 0}
+        projects = self.home.path / ".claude" / "projects"
+        (path,) = projects.glob(f"*/{session_id}.jsonl")
+        for line in path.read_bytes().splitlines():
             row = json.loads(line)
             found = row if row.get("type") == "cost-state" else found
-        names = ("modelUsage", "totalCostUSD", "totalLinesAdded", "totalLinesRemoved")
-        return {"session_id": session_id, **{name: found.get(name) for name in names}}
+        return {**found, "session_id": session_id}
 
     def settle(self) -> None:
         """Wait until every ping has been delivered, and the sender has ended."""
@@ -326,11 +301,7 @@ class World:
     def seen(self) -> dict[str, Any]:
         """What a test may want to know, as JSON."""
         requests = [
-            {
-                "headers": dict(r.headers.items()),
-                "path": r.path,
-                "body": r.body.decode(),
-            }
+            {"headers": dict(r.headers), "path": r.path, "body": r.body.decode()}
             for r in self.receiver.requests
         ]
         return {"requests": requests, "runs": self.runs, "bill": self.messages.bill}
@@ -341,48 +312,40 @@ class Talk:
 
     def __init__(self, world: World, *options: str) -> None:
         options += ("--verbose", "--input-format", "stream-json")
-        self.world, self.begun = world, time.monotonic()
+        self.world = world
         self.result: dict[str, Any] = {}
         self.child = world.start("stream-json", *options)
 
-    def say(self, prompt: str, answered: bool = True) -> dict[str, Any]:
-        """Give one prompt; wait for the turn's result, unless told not to."""
+    def say(self, prompt: str) -> dict[str, Any]:
+        """Give one prompt; wait for the turn's result."""
         row = {"type": "user", "message": {"role": "user", "content": prompt}}
         assert self.child.stdin
         assert self.child.stdout
         assert self.child.stderr
         self.child.stdin.write(json.dumps(row).encode() + b"\n")
         self.child.stdin.flush()
-        told: dict[str, Any] = {}
-        while answered and told.get("type") != "result":
+        self.result = {}
+        while self.result.get("type") != "result":
             line = self.child.stdout.readline()
             assert line, f"the client ended: {self.child.stderr.read()!r}"
-            told = json.loads(line)
-        self.result = told or self.result
+            self.result = json.loads(line)
         return self.result
 
     def end(self) -> None:
         """End of input: the client ends the session by itself."""
         _, stderr = self.child.communicate()
-        self.world.ended(self.result, stderr, time.monotonic() - self.begun)
-
-    def kill(self) -> None:
-        """kill -9."""
-        self.child.kill()
-        self.child.communicate()
+        self.world.ended(self.result, stderr)
 
 
 class Terminal:
     """An interactive session of the client, in a tmux of its own."""
 
     def __init__(self, world: World, *options: str) -> None:
-        self.world = world
-        name = f"telemhq-{os.getpid()}-{len(world.terminals)}"
-        self.tmux = [shutil.which("tmux") or "tmux", "-L", name, "-f", os.devnull]
+        self.world, place = world, f"tmux{len(world.terminals)}"
+        self.tmux = ["tmux", "-S", str(world.home.path / place), "-f", os.devnull]
         self.answer_first_questions()
-        told = "-P", "-F", "#{pane_pid} #{socket_path}", "-x", "120", "-y", "40"
-        begun = self.ask("new-session", "-d", *told, client(), *options)
-        self.pid, self.socket = begun.strip().split(" ", 1)
+        told = "-P", "-F", "#{pane_pid}", "-x", "120", "-y", "40"
+        self.pid = int(self.ask("new-session", "-d", *told, client(), *options))
         world.terminals.append(self)
         self.wait_for("\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT}")
 
@@ -437,13 +400,11 @@ class Terminal:
         wait_until(lambda: not self.runs(), SHOWN_S, every=0.1)
 
     def close(self) -> None:
-        """End what still runs, by id; tmux leaves its socket behind."""
+        """End what still runs, by id."""
         if self.runs():
             self.ask("kill-server")
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(self.pid), signal.SIGKILL)
-        with contextlib.suppress(OSError):
-            os.unlink(self.socket)
+                os.kill(self.pid, signal.SIGKILL)
 
 
 class Seen:
@@ -500,14 +461,14 @@ def billed(seen: Seen, name: str) -> dict[str, int]:
 def ledger(seen: Seen, name: str) -> tuple[dict[str, int], float]:
     """A session's counts and cost by the client's own ledger, less what its `before`
     (a parent, an earlier run) had."""
-    told = seen.told[name]
-    counts, cost = dict.fromkeys(COUNTS, 0), told["totalCostUSD"]
-    for sign, ledger in (1, told), (-1, told.get("before")):
-        for usage in ledger["modelUsage"].values() if ledger else ():
+    told, nothing = seen.told[name], {"modelUsage": {}, "totalCostUSD": 0}
+    before = told.get("before", nothing)
+    counts = dict.fromkeys(COUNTS, 0)
+    for sign, sums in (1, told), (-1, before):
+        for usage in sums["modelUsage"].values():
             for count, names in COUNTS.items():
                 counts[count] += sign * usage[names[1]]
-        cost -= ledger["totalCostUSD"] if ledger and sign < 0 else 0
-    return counts, cost
+    return counts, told["totalCostUSD"] - before["totalCostUSD"]
 
 
 # -- The namespace ---------------------------------------------------------------
@@ -549,20 +510,13 @@ def run(scenario: Callable[..., Any], path: pathlib.Path, **arguments: object) -
     return Seen(home, json.loads(ended.stdout))
 
 
-def _loopback_up() -> None:
-    """What `ip link set lo up` does (netdevice(7)): SIOCSIFFLAGS with IFF_UP."""
-    with socket.socket() as any_socket:
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
-
-
 def main(module: str, scenario: str, home: str, arguments: str) -> None:
     """Inside the namespace: play the scenario, print what was seen."""
-
-    def too_long(*_: object) -> NoReturn:
-        raise TimeoutError("the scenario took too long")
-
-    _loopback_up()
-    signal.signal(signal.SIGALRM, too_long)
+    with (
+        socket.socket()
+    ) as any_socket:  # `ip link set lo up` (netdevice(7)): SIOCSIFFLAGS
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(SCENARIO_S)
     world = World(home)
     try:

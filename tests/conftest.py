@@ -7,7 +7,7 @@ import os
 import py_compile
 import signal
 import sys
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING, Any, Iterator
 
 import pytest
 
@@ -20,27 +20,31 @@ sys.dont_write_bytecode = True
 
 from support import SCRIPT, Home, Receiver, load_script  # noqa: E402
 
+CLIENTS = ("test_claude_code.py", "test_plugin.py")  # the files that drive Claude Code
 # A shell's background job ignores SIGINT, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Tests go to whichever process is free, but for those of one xdist_group."""
+    """Tests say which faults they hold to."""
     text = "fault(N, ...): holds to these rows of faults.py"
     config.addinivalue_line("markers", text)
-    text = "xdist_group(name): tests of which no two run at the same time"
-    config.addinivalue_line("markers", text)
-    if getattr(config.option, "dist", "no") == "load":
-        config.option.dist = "loadgroup"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Claude Code's sessions take longest, so they begin first; and those of a file,
-    which share fixtures, stay in one process."""
-    driven = [item for item in items if hasattr(getattr(item, "module", 0), "World")]
-    for item in driven:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
-    items.sort(key=lambda item: item not in driven)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests go to whichever process is free, but for those that drive the real Claude
+    Code: they share what was played once, so a file's stay in one process. Theirs are
+    the largest groups, and so begin first. (xdist_group needs what pytest 9.2 lacks.)
+    """
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return path if path.endswith(CLIENTS) else nodeid
+
+    return Scheduling(config, log) if config.getvalue("dist") == "load" else None
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import time
@@ -24,7 +23,6 @@ from claude_code import (
     billed,
     charged,
     dripping,
-    hooks,
     ledger,
     pings_of,
     slow,
@@ -33,7 +31,6 @@ from claude_code import (
 )
 from support import wait_until
 
-DAY_S = 86400
 AGENT = {"description": "CANARY", "subagent_type": "general-purpose", "model": "haiku"}
 SCRIPT: dict[str, list[Any]] = {
     "WORK": [
@@ -57,8 +54,6 @@ SCRIPT: dict[str, list[Any]] = {
     "<task-notification>": [[text("CANARY_NOTED")]],
     "FAIL": [[tool("Bash", command="echo CANARY")], 401],
     "UNAUTHORISED": [401],
-    # More than 2 s after the turn before: nothing of it can ride on that turn's Stop.
-    "HANG": [slow(2.5, tool("Bash", command="echo CANARY")), slow(600)],
     "TALK": [
         [text("CANARY_SAY"), tool("Bash", command="echo CANARY_OUT")],
         [dripping("CANARY_DRIP")],
@@ -81,19 +76,20 @@ def nothing_leaves(seen: Seen) -> None:
 
 
 def play_session(world: World) -> dict[str, Any]:
-    world.install(
-        json.loads(claude_code.EXAMPLE.read_text("utf-8")),
-        hooks("PostToolUse", matcher="Bash|Edit|MultiEdit|Write"),
-        hooks("PostToolUseFailure"),
-    )
-    world.messages.script = SCRIPT
+    def two_seconds(_: object) -> int:
+        time.sleep(2)
+        return 200
+
+    world.install("PostToolUse", "PostToolUseFailure")
+    world.messages.script, world.receiver.answer = SCRIPT, two_seconds
     talked = world.talk("WORK CANARY_PROMPT", "UNAUTHORISED", "PLAIN")
     world.settle()
     return {"session": world.ledger(talked["session_id"])}
 
 
 def test_each_event_arrives_as_one_ping(tmp_path: Any) -> None:
-    """In order, once each, with whose it is; nothing else leaves."""
+    """In order, once each, with whose it is; nothing else leaves. No hook waits for a
+    tracker that takes 2 s to answer."""
     seen = claude_code.run(play_session, tmp_path)
     names = "event", "status", "tool_name", "error", "exit_code", "reason"
     assert [tuple(ping.get(name) for name in names) for ping in seen.pings] == [
@@ -116,35 +112,18 @@ def test_each_event_arrives_as_one_ping(tmp_path: Any) -> None:
     stop, end = seen.pings[4], seen.pings[-1]
     assert stop["tools"] == {"Bash": 2, "Read": 1, "Write": 1}
     assert (stop["tool_calls"], stop["tool_failures"]) == (4, 2)
-    assert 100 < stop["duration_ms"] < 1000 * seen.runs[0]["seconds"]
+    assert 100 < stop["duration_ms"] < 1000 * claude_code.SCENARIO_S
     assert end["lines_added"] == seen.told["session"]["totalLinesAdded"] > 0
     said = json.dumps(list(seen.rows()))
     for canary in ("PROMPT", "SAY", "OUT", "FILE", "STDERR", "NOT_THERE"):
         assert "CANARY_" + canary in said
-    assert [row for row in seen.rows() if row.get("subtype") == "stop_hook_summary"]
+    infos = [info for row in seen.rows() for info in row.get("hookInfos", ())]
+    assert 0 < max(info["durationMs"] for info in infos) < 2000
     nothing_leaves(seen)
 
 
-def play_telemhq_block(world: World) -> None:
-    command = "python3 ~/.claude/hooks/telemhq_ping.py"
-    group = {"hooks": [{"type": "command", "command": command}]}
-    world.install({"hooks": {event: [group] for event in ("Stop", "StopFailure")}})
-    world.messages.script = SCRIPT
-    world.talk("PLAIN", "UNAUTHORISED", "PLAIN")
-    world.settle()
-
-
-def test_the_block_on_telemhqs_page_works_unchanged(tmp_path: Any) -> None:
-    """Who pasted TelemHQ's block sees turns and failures, and the client nothing."""
-    seen = claude_code.run(play_telemhq_block, tmp_path)
-    found = [(ping["event"], ping["status"]) for ping in seen.pings]
-    done = ("Stop", "success")
-    assert found == [done, ("StopFailure", "failed"), done]
-    assert seen.noticed() == []
-
-
 def play_failing_runs(world: World) -> None:
-    world.install_example()
+    world.install()
     world.messages.script = SCRIPT
     for _ in range(4):
         world.claude("UNAUTHORISED")
@@ -162,33 +141,6 @@ def test_a_failing_run_says_so_before_it_ends(tmp_path: Any) -> None:
     assert [p["event"] for p in seen.pings].count("SessionEnd") == 4
 
 
-def play_slow_server(world: World) -> None:
-    world.install_example("PostToolUse")
-    world.messages.script = SCRIPT
-
-    def two_seconds(_: object) -> int:
-        time.sleep(2)
-        return 200
-
-    for _ in range(3):
-        for answer in (200, two_seconds):
-            world.receiver.answer = answer
-            world.claude("WORK")
-            world.receiver.answer = 200
-            world.settle()
-
-
-def test_a_slow_server_does_not_slow_the_session(tmp_path: Any) -> None:
-    """The client takes as long when each ping takes the server 2 s."""
-    seen = claude_code.run(play_slow_server, tmp_path)
-    seconds = [run["seconds"] for run in seen.runs]
-    assert min(seconds[1::2]) - min(seconds[0::2]) < 1, seconds
-    infos = [info for row in seen.rows() for info in row.get("hookInfos", ())]
-    took = sorted(info["durationMs"] for info in infos)
-    assert len(took) == 6, took
-    assert took[3] < 1000, took
-
-
 # -- Tokens and cost: claude -p, and sessions of several turns -------------------------
 
 
@@ -198,7 +150,7 @@ def play_print(world: World) -> dict[str, Any]:
     met = world.claude("WORK")["session_id"]
     before = {"met later": world.ledger(met)}
     world.messages.bill.clear()  # the hook is installed now: all that was is history
-    world.install_example("SessionStart", "SubagentStop")
+    world.install("SessionStart", "SubagentStop")
     ways = {"plain": world.claude("PLAIN"), "tools": world.claude("WORK")}
     ways["parallel"] = world.claude("PARALLEL")
     ways["agent"] = world.claude("DELEGATE")
@@ -227,10 +179,6 @@ def play_print(world: World) -> dict[str, Any]:
     ways["met later"] = world.claude("PLAIN", "--resume", met)
     ways["broken off"] = broken_off(world)
 
-    ways["killed"] = kill_in_mid_turn(world)
-    ways["killed and resumed"] = kill_in_mid_turn(world)
-    a_day_passes(world)
-    world.claude("PLAIN", "--resume", ways["killed and resumed"]["session_id"])
     world.settle()
     told = {name: world.ledger(way["session_id"]) for name, way in ways.items()}
     for name, known in before.items():
@@ -249,49 +197,6 @@ def broken_off(world: World) -> dict[str, Any]:
     return {"session_id": world.messages.bill[-1]["session_id"]}
 
 
-def kill_in_mid_turn(world: World) -> dict[str, Any]:
-    """A session whose second turn has used tokens when the client dies."""
-    talk = Talk(world)
-    result = talk.say("PLAIN")
-    asked = len(world.messages.asked)
-    talk.say("HANG", answered=False)
-    wait_until(lambda: len(world.messages.asked) == asked + 2)
-    used = world.messages.bill[-1]["id"].encode()
-    transcript = world.transcript(result["session_id"])
-    wait_until(lambda: used in transcript.read_bytes())
-    talk.kill()
-    return result
-
-
-def a_day_passes(world: World) -> None:
-    """As if nothing had happened for a day; then someone starts a session."""
-    world.settle()
-    then = time.time() - DAY_S - 60
-    for account in world.home.state.glob("*/accounts/*.json"):
-        os.utime(account, (then, then))
-    world.home.set_state(**dict(world.home.state_json(), swept_at=0))
-    world.claude("PLAIN")
-    world.settle()
-
-
-def play_session_end_alone(world: World) -> dict[str, Any]:
-    """Sessions of people who want one ping each; their ledgers, by name."""
-    world.messages.script = SCRIPT
-    met = world.claude("WORK")["session_id"]
-    before = world.ledger(met)
-    world.messages.bill.clear()
-    world.install(hooks("SessionEnd"))
-    several = world.talk("WORK", "PLAIN", "PARALLEL")["session_id"]
-    first = world.claude("WORK")["session_id"]
-    world.claude("PLAIN", "--resume", first)
-    world.claude("PLAIN", "--resume", met)
-    world.settle()
-    told = {"several turns, its end alone": world.ledger(several)}
-    told["resumed, its ends alone"] = world.ledger(first)
-    told["met later, its end alone"] = {**world.ledger(met), "before": before}
-    return told
-
-
 # -- The interactive client, in a terminal ---------------------------------------------
 
 
@@ -299,7 +204,7 @@ def play_terminal(world: World) -> dict[str, Any]:
     """A first turn that Esc, then one that a denied permission breaks off, neither of
     which fires a hook; a branch. The ledgers, by name."""
     world.messages.script = SCRIPT
-    world.install_example()
+    world.install()
     told = {}
     shown = {"streaming": ("TALK", "CANARY_DRIP"), "permission": ("MAKE", "proceed?")}
     for name, (prompt, words) in shown.items():
@@ -335,12 +240,9 @@ def play_terminal(world: World) -> dict[str, Any]:
 
 PRINT = ["plain", "tools", "parallel", "agent", "error", "failed", "compacted"]
 PRINT += ["cleared", "resumed", "forked", "forked while it runs", "met later"]
-PRINT += ["broken off", "killed", "killed and resumed"]
-AT_THE_END = ["several turns, its end alone", "resumed, its ends alone"]
-AT_THE_END += ["met later, its end alone"]
+PRINT += ["broken off"]
 TERMINAL = ["streaming", "permission", "its parent", "branched"]
-LOST = ["killed", "killed and resumed"]  # the client's ledger has not all of them
-PLAYS = {play_print: PRINT, play_session_end_alone: AT_THE_END, play_terminal: TERMINAL}
+PLAYS = {play_print: PRINT, play_terminal: TERMINAL}
 
 
 @pytest.fixture(scope="module")
@@ -361,7 +263,7 @@ def world_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.fault(50, 51, 90)
-@pytest.mark.parametrize("name", PRINT + AT_THE_END + TERMINAL)
+@pytest.mark.parametrize("name", PRINT + TERMINAL)
 def test_tokens_and_cost_are_the_clients_own(world_of: Any, name: str) -> None:
     """A session's pings add up to what the API gave out, and to what its ledger has
     gained, cost to the cent. (Of a message that was broken off the API has not said how
@@ -372,8 +274,6 @@ def test_tokens_and_cost_are_the_clients_own(world_of: Any, name: str) -> None:
     if name == "streaming":
         assert found["output_tokens"] > given.pop("output_tokens")
     assert {count: found[count] for count in given} == given
-    if name in LOST:
-        return
     assert sum(ping.get("cost_usd", 0) for ping in pings) == pytest.approx(cost)
     assert cost > 0 or name == "failed"
     if name != "broken off":
@@ -396,35 +296,7 @@ def test_a_stop_carries_its_whole_turn(world_of: Any, name: str) -> None:
     assert {count: found[count] for count in given} == given
 
 
-def test_models_are_named_with_their_cost(world_of: Any) -> None:
-    """An agent's model appears beside the main chain's."""
-    seen = world_of("agent")
-    usage = seen.told["agent"]["modelUsage"]
-    assert len(usage) == 2
-    outputs, costs = dict.fromkeys(usage, 0), dict.fromkeys(usage, 0.0)
-    told = [ping for ping in pings_of(seen, "agent") if "total_tokens" in ping]
-    for ping in told:
-        for model, counts in ping.get("models", {ping.get("model"): ping}).items():
-            outputs[model] += counts.get("output_tokens", 0)
-            costs[model] += counts.get("cost_usd", 0)
-    assert outputs == {model: known["outputTokens"] for model, known in usage.items()}
-    assert costs == {m: pytest.approx(known["costUSD"]) for m, known in usage.items()}
-
-
-def test_a_session_that_was_killed_is_reported(world_of: Any) -> None:
-    """A day after kill -9, one SessionLost carries what no event reported; no other
-    session has one."""
-    seen = world_of("killed")
-    lost = [ping for ping in seen.pings if ping["event"] == "SessionLost"]
-    ids = {seen.told[name]["session_id"] for name in LOST}
-    assert {ping["session_id"] for ping in lost} == ids
-    assert len(lost) == 2
-    for ping in lost:
-        assert (ping["status"], ping["project"]) == ("success", "api")
-        assert ping["total_tokens"] > 0
-
-
-@pytest.mark.parametrize("name", ["plain", "several turns, its end alone", "branched"])
+@pytest.mark.parametrize("name", ["plain", "branched"])
 def test_nothing_but_counts_is_sent_or_kept(world_of: Any, name: str) -> None:
     """Nor does the client notice anything, in any way of working."""
     nothing_leaves(world_of(name))

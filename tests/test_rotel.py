@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -84,10 +83,7 @@ def play(world: Any, program: str) -> dict[str, Any]:
     usual = world.env()
     usual.update(TELEMHQ_DESTINATIONS="telemhq,otlp", TELEMHQ_OTLP_ENDPOINT=rotel.url)
     world.env = lambda: usual
-    world.install(
-        json.loads(claude_code.EXAMPLE.read_text("utf-8")),
-        claude_code.hooks("SessionStart", "PostToolUse"),
-    )
+    world.install("SessionStart", "PostToolUse")
     blocks = [claude_code.text("CANARY"), claude_code.tool("Bash", command="true")]
     answer = [claude_code.text("CANARY")]
     turns = ("FIRST", "SECOND", "THIRD")

@@ -17,6 +17,8 @@ from support import FIXTURES
 from transcripts import (
     END,
     HAIKU,
+    MULTIPLES,
+    NAMES,
     OPUS,
     START,
     Session,
@@ -43,11 +45,16 @@ __all__ = ["session"]  # fixtures
 # -- Real transcripts, cut everywhere --------------------------------------------------
 
 
+def expected(name: str) -> Any:
+    """What the client itself says of a real transcript."""
+    path = FIXTURES / "transcripts" / name / "expected.json"
+    return json.loads(path.read_text("utf-8"))
+
+
 def replay(session: Session, name: str) -> Iterator[tuple[float, Any, Any, str]]:
     """A real transcript as this session's, in order of time: when, which file, the row
     and the event that Claude Code fires behind it."""
-    folder = FIXTURES / "transcripts" / name
-    old = json.loads((folder / "expected.json").read_text("utf-8"))["session_id"]
+    folder, old = FIXTURES / "transcripts" / name, expected(name)["session_id"]
     found: list[tuple[float, Any, Any, str]] = []
     for path in sorted(folder.rglob("*.jsonl")):
         below = path.relative_to(folder).as_posix().replace(old, session.id)
@@ -79,8 +86,7 @@ REGISTERED = ("SessionEnd", "Stop StopFailure SessionEnd", "all", "after every r
 def test_sums_are_the_clients_own(session: Session, name: str, registered: str) -> None:
     """However much of a transcript is there when a ping is charged, and whatever events
     are registered: the sums over all pings are the client's ledger, cost included."""
-    chance, failures = random.Random(f"{name} {registered}"), 0
-    calls: set[str] = set()
+    chance = random.Random(f"{name} {registered}")
     if registered == "all":
         session.hook(START, 0)
     for at, path, row, fired in replay(session, name):
@@ -96,23 +102,14 @@ def test_sums_are_the_clients_own(session: Session, name: str, registered: str) 
             session.hook(fired or "Notification", at + 0.005)
         if chance.random() < 0.3:
             session.send()
-        content = (row.get("message") or {}).get("content")
-        for block in content if isinstance(content, list) else ():
-            calls.update({block["id"]} if block["type"] == "tool_use" else ())
-            failures += block.get("is_error") is True
     session.send()
-    folder = FIXTURES / "transcripts" / name
-    known = json.loads((folder / "expected.json").read_text("utf-8"))
-    total = known["unique_messages_total"]
-    api = ("input_tokens", "output_tokens", "cache_read_input_tokens")
-    counts = [total.get(n, 0) for n in (*api, "cache_creation_input_tokens")]
-    pings = session.receiver.pings
-    names = ("input_tokens", "output_tokens", "cached_input_tokens")
-    assert summed(pings, *names, "cache_creation_input_tokens") == counts
+    known, pings = expected(name), session.receiver.pings
+    theirs = ("input_tokens", "output_tokens", "cache_read_input_tokens")
+    given = known["unique_messages_total"]
+    counts = [given.get(n, 0) for n in (*theirs, "cache_creation_input_tokens")]
+    assert summed(pings, *NAMES.split()) == counts
     assert summed(pings, "total_tokens") == [sum(counts)]
-    assert summed(pings, "tool_calls", "tool_failures") == [len(calls), failures]
-    (cost,) = summed(pings, "cost_usd")
-    assert cost == pytest.approx(known["client_cost_usd"], abs=1e-9)
+    assert summed(pings, "cost_usd") == [pytest.approx(known["client_cost_usd"])]
 
 
 # -- One row per answer ----------------------------------------------------------------
@@ -141,6 +138,10 @@ ANSWERS = {
     "no requestId": [*blocks(1, "a", "requestId"), *blocks(2, "b", "requestId")],
     "neither": [NAMELESS, NAMELESS, without(message(2, 2), "id", "requestId")],
     "0/0, later whole": [message(1, 0, "a"), message(2, 3, "a"), message(3, 0, "a")],
+    "0/1, later whole": [
+        message(1, 0, "a", usage=usage_of(3, input_tokens=0)),
+        message(2, 3, "a"),
+    ],
     "growing": [message(1, 1, "a"), message(2, 2, "a"), message(3, 3, "a")],
 }
 between = pytest.mark.parametrize("between", [False, True], ids=["one ping", "each"])
@@ -151,29 +152,15 @@ between = pytest.mark.parametrize("between", [False, True], ids=["one ping", "ea
 @pytest.mark.parametrize("case", ANSWERS)
 def test_answer_counts_once(session: Session, case: str, between: bool) -> None:
     """An answer is known by message.id and requestId, else by what there is of them,
-    else by its row's uuid; it counts once, also when a ping came between its rows."""
+    else by its row's uuid; it counts once, by its fullest row (the later at a tie:
+    some routers begin with 0/1), also when a ping came between its rows."""
     session.add(prompt(0))
     for row in ANSWERS[case]:
         session.add(row)
         if between:
             session.charge("Stop", 4)
     session.charge("Stop", 5)
-    assert sum(size_of(ping) for ping in session.receiver.pings) == 3
-
-
-@pytest.mark.fault(78)
-@between
-def test_later_row_counts_at_a_tie(session: Session, between: bool) -> None:
-    """Some routers begin an answer with 0/1 and know its input only at the end."""
-    session.add(prompt(0))
-    for i, n in enumerate((0, 8000)):
-        counts = {"input_tokens": n, "output_tokens": 1}
-        session.add(message(i, 0, "a", usage=counts))
-        if between:
-            session.charge("Stop", 4)
-    session.charge("Stop", 5)
-    found = summed(session.receiver.pings, "input_tokens", "output_tokens")
-    assert found == [8000, 1]
+    assert summed(session.receiver.pings, *MULTIPLES) == list(used(3).values())
 
 
 @pytest.mark.fault(77)
@@ -198,12 +185,10 @@ NO_ANSWERS: list[Any] = [  # each between two answers
     message(1, 1024, isApiErrorMessage=True),
     dict(message(1, 1024), type="system"),
     message(1, 0, usage={"input_tokens": -1, "output_tokens": "3"}),
-    message(1, 0, usage={"input_tokens": True, "output_tokens": None}),
     message(1, 0, usage={"input_tokens": [1], "output_tokens": {"a": 1}}),
     message(1, 0, usage={"input_tokens": 2**60, "output_tokens": 10**40}),
     message(1, 0, usage=[1, 2, 3]),
     message(1, 0, usage=usage_of(0, iterations=[7, {"type": "advisor_message"}])),
-    dict(message(1, 1), message="usage"),
     dict(message(1, 1), message=None),
     dict(message(1, 1), message=["usage"]),
     b'["usage","promptId"]\n"usage"\nnull\n\n\r\n',
@@ -211,7 +196,6 @@ NO_ANSWERS: list[Any] = [  # each between two answers
     {"type": "cost-state", "totalCostUSD": "1", "modelUsage": {OPUS: {}}},
     {"type": "cost-state", "totalCostUSD": 1, "modelUsage": [1]},
     b'{"type":"assistant","message":{"id":"a","usage":NaN}}\n',
-    b'{"type":"assistant","message":{"id":"a","usage":{"a":-Infinity}}}\n',
     b'{"type":"assistant","usage":{"input_tokens":1}\n{"usage":\n"usage"}\n',
     b'{"type":"assistant","usage":"\\ud83\n"usage\\x"\n{"usage":,}\n{"usage":tru}\n',
     b'{"type":"assistant","usage":\xff\xfe}\n',
@@ -295,31 +279,20 @@ def test_64000_messages_of_250_agents(session: Session) -> None:
 # -- Transcripts that are no transcripts, or not the same ------------------------------
 
 
-def make_long_line(path: pathlib.Path) -> None:
-    """A line of 50 MB that looks as if it counted."""
-    with open(path, "ab") as file:
-        file.write(b'{"type":"assistant","usage":"')
-        file.write(b"CANARY " * (50 << 17) + b'"}\n')
+def make_big(path: pathlib.Path) -> None:
+    """A file without a line's end."""
+    path.touch()
+    os.truncate(path, 1 << 30)
 
 
-def make_big(size: int) -> Callable[[pathlib.Path], object]:
-    """A file of so many bytes without a line's end."""
-
-    def make(path: pathlib.Path) -> None:
-        path.touch()
-        os.truncate(path, size)
-
-    return make
-
-
+CPYTHON = sys.implementation.name == "cpython" and sys.platform == "linux"
+PEAK_KB = 110 << 10 if CPYTHON else 1 << 40
 BROKEN: dict[str, Callable[[pathlib.Path], object]] = {
     "missing": lambda _: None,
     "empty": pathlib.Path.touch,
     "a directory": pathlib.Path.mkdir,
     "a FIFO": os.mkfifo,
-    "1 GB": make_big(1 << 30),
-    "120 MB": make_big(120 << 20),
-    "a long line": make_long_line,
+    "1 GB": make_big,
     "not UTF-8": lambda path: path.write_bytes(bytes(range(256)) * 1000),
     "an endless device": lambda path: path.symlink_to("/dev/zero"),
 }
@@ -338,33 +311,32 @@ def test_broken_transcript_costs_its_ping_the_usage_only(
         session.add(*turn(0, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     BROKEN[case](path)
-    if case == "a long line":
-        session.add(message(1, 2), to=path)
     ping = session.charge("Stop", 3)
-    wanted = of_agent + 2 * (case == "a long line")
-    assert (size_of(ping) or 0) == wanted
-    if not wanted:
-        assert ping["usage_complete"] is False
-    if sys.implementation.name == "cpython" and sys.platform == "linux":
-        assert session.peak_kb < 110 << 10
+    assert (size_of(ping) or 0) == of_agent
+    assert of_agent or ping["usage_complete"] is False
+    assert session.peak_kb < PEAK_KB
 
 
-def test_long_line_is_passed_over_in_any_two_reads(session: Session) -> None:
-    """Nothing inside it counts, and all behind it does."""
-    inner = b'"usage":{"input_tokens":1},'
-    start = b'{"type":"assistant",' + inner * (40 << 20 >> 5)
-    assert size_of(session.charge("Stop", 2, *turn(0, 1), start)) == 1
-    assert size_of(session.charge("Stop", 12, inner + b'"x":1}\n', *turn(10, 2))) == 2
+@pytest.mark.fault(36)
+def test_nothing_inside_a_long_line_counts(session: Session) -> None:
+    """A line of 50 MB is passed over, in any two reads; all behind it counts."""
+    begun = b'{"a":' + b" " * (50 << 20)
+    assert size_of(session.charge("Stop", 2, *turn(0, 1), begun)) == 1
+    inside = message(3, 1024)
+    assert size_of(session.charge("Stop", 12, inside, *turn(10, 2))) == 2
+    assert session.peak_kb < PEAK_KB
 
 
 OLD = [prompt(3), message(4, 2, "2", "tool_use"), message(5, 4, "4")]
 NEW = [*OLD, message(11, 8, "8")]
+REPLACED = ["the same rows, another inode", "other rows, another inode"]
+REPLACED += ["shortened", "regrown"]
 
 
 def replaced(session: Session, path: pathlib.Path, how: str) -> int:
     """Change a transcript that was read; the size of what is new in it."""
     raw, other = path.read_bytes(), path.with_suffix(".new")
-    if how == "the same rows, another inode, more":
+    if how == "the same rows, another inode":
         session.add(raw, NEW[-1], to=other)
         os.replace(other, path)
         return 8
@@ -380,12 +352,9 @@ def replaced(session: Session, path: pathlib.Path, how: str) -> int:
     return 32 + 8
 
 
-REPLACED = ("the same rows, another inode, more", "other rows, another inode")
-
-
 @pytest.mark.fault(37)
 @pytest.mark.parametrize("of_agent", [False, True], ids=["own", "an agent's"])
-@pytest.mark.parametrize("how", [*REPLACED, "shortened", "regrown"])
+@pytest.mark.parametrize("how", REPLACED)
 def test_replaced_transcript_is_read_again(
     session: Session, how: str, of_agent: bool
 ) -> None:
@@ -398,29 +367,20 @@ def test_replaced_transcript_is_read_again(
     assert size_of(session.charge("Stop", 6)) == 7
     new = replaced(session, path, how)
     assert size_of(session.charge("Stop", 12)) == new
-    ends = [*turn(20, 64), ledger({OPUS: 7 + new + 64, HAIKU: 128})]
-    ping = session.charge(END, 30, *ends)
-    assert (size_of(ping), ping["cost_usd"]) == (
-        64 + 128,
-        cost_of({OPUS: 7 + new + 64, HAIKU: 128}),
-    )
-
-
-MOVES: dict[str, Callable[[Any, Any], object]] = {
-    "renamed": os.rename,
-    "copied": shutil.copytree,
-}
+    sums = {OPUS: 7 + new + 64, HAIKU: 128}
+    ping = session.charge(END, 30, *turn(20, 64), ledger(sums))
+    assert (size_of(ping), ping["cost_usd"]) == (64 + 128, cost_of(sums))
 
 
 @pytest.mark.fault(37, 46)
-@pytest.mark.parametrize("how", MOVES)
-def test_transcripts_that_move(session: Session, how: str) -> None:
+@pytest.mark.parametrize("move", [os.rename, shutil.copytree])
+def test_transcripts_that_move(session: Session, move: Callable[..., Any]) -> None:
     """A project's directory that moves takes its transcripts along, agents' too: each
     event's path holds, unless there is nothing; nothing counts twice."""
     session.add(message(1, 2), to=session.agent())
     assert size_of(session.charge("Stop", 3, *turn(0, 1))) == 3
     moved = session.path.parent.with_name("-moved")
-    MOVES[how](session.path.parent, moved)
+    move(session.path.parent, moved)
     session.path = moved / session.path.name
     session.add(message(11, 8), to=session.agent())
     assert size_of(session.charge("Stop", 12, *turn(10, 4))) == 12
@@ -452,37 +412,23 @@ def test_inode_numbers_beyond_20_digits(session: Session) -> None:
 
 # -- What a ping tells beside its counts -----------------------------------------------
 
-
-UNSPEAKABLE = {
-    "router": "anthropic/claude-opus-4.5",
-    "ARN": "arn:aws:bedrock:us-east-1:123:inference-profile/us.anthropic.claude",
-    "spaces": "CANARY a model",
-    "empty": "",
-    "long": "x" * 200,
-    "null": None,
-    "list": ["CANARY"],
-}
+UNSPEAKABLE = ["a router's/model", "arn:aws:bedrock:us-east-1:123:x/us", "a model", ""]
 
 
 @pytest.mark.fault(49)
-@pytest.mark.parametrize("case", UNSPEAKABLE)
+@pytest.mark.parametrize("name", [*UNSPEAKABLE, None])
 def test_tokens_of_unspeakable_models_count_as_other(
-    session: Session, case: str
+    session: Session, name: str | None
 ) -> None:
     """A model's name that is no identifier stays home; its tokens are under `other`,
     in the ledger too."""
-    name = UNSPEAKABLE[case]
     session.hook(START, -1)
     rows = [prompt(0), message(1, 1, model=name), message(2, 2)]
     first = session.charge("Stop", 3, *rows)
     assert first["models"] == {"other": used(1), OPUS: used(2)}
-    sizes = {name if isinstance(name, str) else "x/y": 5, "a/b": 1, OPUS: 2}
-    last = session.charge(END, 10, ledger(sizes))
+    last = session.charge(END, 10, ledger({name or "": 5, "a/b": 1, OPUS: 2}))
     assert (size_of(last), last["cost_usd"]) == (5, cost_of({OPUS: 2}))
     assert set(last["models"]) <= {"other", OPUS}
-    raw = b"".join(request.body for request in session.receiver.requests)
-    assert b"CANARY" not in raw
-    assert b"arn:" not in raw
 
 
 def test_tools_are_counted(session: Session) -> None:
@@ -535,18 +481,6 @@ def test_interrupts_are_counted(session: Session) -> None:
     assert [ping.get("interrupts", 0) for ping in found] == [2, 0, 1]
 
 
-BRANCHES = {"feature/ABC-12_x.y": True, "CANARY words": False, "/etc/passwd": False}
-
-
-@pytest.mark.parametrize("branch", [*BRANCHES, "x" * 129, ["main"]], ids=repr)
-def test_branch_is_told_only_when_asked_for(session: Session, branch: Any) -> None:
-    """TELEMHQ_GIT=1 adds the newest row's branch, when it is shaped like one."""
-    assert "git_branch" not in session.charge("Stop", 2, *turn(0, 1))
-    rows = turn(10, 2, gitBranch=branch)
-    ping = session.charge("Stop", 12, *rows, TELEMHQ_GIT=1)
-    assert ping.get("git_branch") == (branch if BRANCHES.get(str(branch)) else None)
-
-
 # -- What stays on the machine ---------------------------------------------------------
 
 WORDS = "CANARY of a transcript, with words /and/paths"
@@ -576,10 +510,9 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.parametrize("name", ["hostile", *TRANSCRIPTS])
-def test_no_text_of_a_transcript_is_sent_or_kept(session: Session, name: str) -> None:
-    """Not of the real ones, and not where a text stands in place of a name: in no ping
-    and, at no time, in any file."""
+def test_no_text_of_a_transcript_is_sent_or_kept(session: Session) -> None:
+    """Not where it belongs, and not where it stands in place of a name: in no ping and,
+    at no time, in any file."""
     told: list[bytes] = []
 
     def look(request: Request) -> int:
@@ -588,12 +521,8 @@ def test_no_text_of_a_transcript_is_sent_or_kept(session: Session, name: str) ->
         return 200
 
     session.receiver.answer = look
-    if name == "hostile":
-        session.add(*HOSTILE)
-        session.add(*HOSTILE, to=session.agent())
-    else:
-        for _, path, row, _ in replay(session, name):
-            session.add(row, to=path)
+    session.add(*HOSTILE)
+    session.add(*HOSTILE, to=session.agent())
     for event in (START, "Stop", END, "Stop"):
         session.charge(event, 20, TELEMHQ_GIT=1)
     assert len(told) > 8

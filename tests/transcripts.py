@@ -33,7 +33,6 @@ TIMES = (1, 3, 5, 7, 2, 16)  # a ping's count: how many times the size of a mess
 MULTIPLES = dict(zip(f"{NAMES} reasoning_tokens total_tokens".split(), TIMES))
 DAY_S = 86400.0
 START, END = "SessionStart-startup", "SessionEnd-other"
-Row = "dict[str, Any] | bytes"
 
 NURSERY = r"""
 # For each job on stdin, a line of JSON: the script's hook or sender in a forked child.
@@ -113,13 +112,11 @@ def nursery() -> subprocess.Popen[bytes]:
 def run(home: Home, entry: str, now: float, **job: Any) -> int:
     """Run a hook or a sender, `now` being its time; it says nothing, and exits 0. Its
     most memory, in KB."""
-    filled = {"arguments": [], "later": [], "patch": "", "stdin": "", **job}
-    filled.update(entry=entry, now=now, cwd=str(home.project))
-    filled.setdefault("script", str(ROOT))
-    process = nursery()
+    known = {"arguments": [], "later": [], "stdin": "", "cwd": str(home.project)}
+    process, job = nursery(), {**known, **job, "entry": entry, "now": now}
     assert process.stdin
     assert process.stdout
-    process.stdin.write(json.dumps(filled).encode() + b"\n")
+    process.stdin.write(json.dumps(job).encode() + b"\n")
     process.stdin.flush()
     status, said, most_kb = json.loads(process.stdout.readline())
     assert said == ""
@@ -291,9 +288,9 @@ class Session:
         variables = {key: fields.pop(key) for key in list(fields) if key.isupper()}
         known = {"cwd": str(self.home.project), "session_id": self.id}
         known["transcript_path"] = str(self.path)
-        told = json.dumps(event(name, **{**known, **fields}))
-        env = self.home.env(url or self.receiver.url, **variables)
-        job = {"stdin": told, "env": env, "patch": patch, "script": str(self.script)}
+        job: dict[str, Any] = {"patch": patch, "script": str(self.script)}
+        job["stdin"] = json.dumps(event(name, **{**known, **fields}))
+        job["env"] = self.home.env(url or self.receiver.url, **variables)
         self.now = at
         run(self.home, "hook", self.begun + at, **job)
 
