@@ -6,6 +6,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import http.client
 import http.server
 import importlib
 import json
@@ -487,18 +488,11 @@ class Wire(socketserver.ThreadingTCPServer):
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """Read one POST off a connection; its bytes."""
-    raw = b""
-    while b"\r\n\r\n" not in raw:
-        raw += connection.recv(65536) or b"\r\n\r\n"
-    head, _, body = raw.partition(b"\r\n\r\n")
-    length = [line for line in head.lower().split(b"\r\n") if b"content-length" in line]
-    while length and len(body) < int(length[0].split(b":")[1]):
-        part = connection.recv(65536)
-        if not part:
-            break
-        body += part
-    return head + b"\r\n\r\n" + body
+    """Read one POST off a connection; its body."""
+    with connection.makefile("rb") as file:
+        file.readline()
+        headers = http.client.parse_headers(file)
+        return file.read(int(headers.get("Content-Length", 0)))
 
 
 @functools.lru_cache

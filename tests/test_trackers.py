@@ -12,7 +12,7 @@ from typing import Any, Iterator
 import pytest
 
 import trackers
-from support import FIXTURES, TOKEN, Home, Request, event, patched, wait_until
+from support import FIXTURES, TOKEN, Home, Request, wait_until
 from trackers import Fleet
 
 # A ping, and the log record that it becomes.
@@ -298,25 +298,6 @@ def fleet(home: Home, script: ModuleType) -> Iterator[Fleet]:
     found = Fleet(home, script)
     yield found
     found.close()
-
-
-def test_one_start_is_all_a_hook_waits_for(fleet: Fleet) -> None:
-    """However many the destinations are: with a lock for each, all held; no URL and no
-    secret is in a process's arguments."""
-    patch = """
-def posix_spawn(path, command, environ, **_):
-    served = command[command.index("detached") + 1:]
-    for fd in served[::2]:
-        os.fstat(int(fd))
-    os.write(2, " ".join(command).encode() + b"\\n")
-os.posix_spawn = posix_spawn
-"""
-    done = patched(fleet.home, patch, sent=event("SessionEnd-other"), **fleet.environ)
-    (line,) = done.stderr.decode().splitlines()
-    wanting = {path.name for path in fleet.home.state.iterdir()}
-    assert wanting == set(fleet.names.values())
-    assert wanting < set(line.split())
-    assert not re.search("SECRET|127.0.0.1", line)
 
 
 TROUBLES: dict[str, Any] = {

@@ -17,8 +17,6 @@ from support import FIXTURES, Home, patched
 from trackers import Fleet, is_iso
 from transcripts import HAIKU, OPUS, iso, ledger, message
 
-EXACT = ("parallel", "resume", "subagent", "tools")
-
 
 @pytest.fixture
 def fleet(
@@ -75,7 +73,7 @@ def only(*kinds: str) -> pytest.MarkDecorator:
 
 
 @pytest.mark.fault(32)
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize("name", ["parallel", "resume", "subagent", "tools"])
 def test_every_tracker_shows_the_clients_own_sums(fleet: Fleet, name: str) -> None:
     """Of real transcripts, with tools, parallel calls, subagents, resumed: the five
     show the same, and it is what the client says. wigtoken's rows are the API's, by id
@@ -83,7 +81,7 @@ def test_every_tracker_shows_the_clients_own_sums(fleet: Fleet, name: str) -> No
     folder = FIXTURES / "transcripts" / name
     wanted = json.loads((folder / "expected.json").read_text("utf-8"))
     copy = fleet.home.path / ".claude" / "projects" / "-acme"
-    shutil.copytree(str(folder), str(copy))
+    shutil.copytree(folder, copy)
     path = copy / f"{wanted['session_id']}.jsonl"
     fields: dict[str, Any] = {"session_id": path.stem, "transcript_path": str(path)}
     for event_name in ("SessionStart-startup", "Stop", "SessionEnd-other"):
