@@ -236,7 +236,7 @@ class Scene:
 
     def talk(self, connection: socket.socket) -> None:
         """The far side of one request."""
-        ping = json.loads(read_request(connection).split(b"\r\n\r\n", 1)[1])
+        ping = json.loads(read_request(connection))
         at, number = self.pass_s(ANSWER_S), int(ping["prompt_id"][2:])
         sent = Ping(number, ping["event"], ping["session_id"], at, self.made[number])
         found = self.answer(sent)

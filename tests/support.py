@@ -6,6 +6,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import http.client
 import http.server
 import importlib
 import json
@@ -54,13 +55,10 @@ def script_command(*arguments: str, python: str = sys.executable) -> list[str]:
 
 
 def sender_command(*arguments: str, python: str = sys.executable) -> list[str]:
-    """The command of a sender; by default one that takes the lock itself."""
-    start = (
-        "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
-    )
-    isolated = [python, "-I", "-S", "-c"]
-    given = arguments or ("detached", "-1")
-    return [*isolated, start, str(ROOT), SCRIPT.stem, *given]
+    """The command of a sender, with its arguments."""
+    start = "import sys; sys.path.insert(0, sys.argv[1]); "
+    start += "__import__(sys.argv[2]).sender()"
+    return [python, "-ISc", start, str(ROOT), SCRIPT.stem, *arguments]
 
 
 def event(name: str, **changes: Any) -> dict[str, Any]:
@@ -490,18 +488,11 @@ class Wire(socketserver.ThreadingTCPServer):
 
 
 def read_request(connection: socket.socket) -> bytes:
-    """Read one POST off a connection; its bytes."""
-    raw = b""
-    while b"\r\n\r\n" not in raw:
-        raw += connection.recv(65536) or b"\r\n\r\n"
-    head, _, body = raw.partition(b"\r\n\r\n")
-    length = [line for line in head.lower().split(b"\r\n") if b"content-length" in line]
-    while length and len(body) < int(length[0].split(b":")[1]):
-        part = connection.recv(65536)
-        if not part:
-            break
-        body += part
-    return head + b"\r\n\r\n" + body
+    """Read one POST off a connection; its body."""
+    with connection.makefile("rb") as file:
+        file.readline()
+        headers = http.client.parse_headers(file)
+        return file.read(int(headers.get("Content-Length", 0)))
 
 
 @functools.lru_cache

@@ -87,7 +87,9 @@ def installed(home: Home, receiver: Receiver) -> Installed:
 @pytest.mark.parametrize("linked", [False, True])
 def test_bytecode_is_kept_once_for_all_runs(installed: Installed, linked: bool) -> None:
     """The first run leaves a .pyc beside the script, and nothing else; the others, by
-    each documented command, use it as it is. So it is where the script is a link."""
+    each documented command, use it as it is. So it is where the script is a link. (A
+    failing `claude -p` sends a SIGTERM to its StopFailure hooks: a trap.)"""
+    assert COMMANDS["StopFailure"] == "trap '' TERM; " + COMMANDS["Stop"]
     if linked:
         installed.script.unlink()
         installed.script.symlink_to(SCRIPT)
@@ -117,9 +119,7 @@ def test_a_read_only_directory_is_no_obstacle(installed: Installed, form: str) -
 DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: content[:0],
     "in the header": lambda content: content[:10],
-    "behind the header": lambda content: content[:16],
     "half": lambda content: content[: len(content) // 2],
-    "late": lambda content: content[:-1],
     "zeros": lambda content: content[:16].ljust(len(content), b"\0"),
     "another's": lambda content: b"\x17\x0d\x0d\x0a" + content[4:],
     "a text": lambda _: b"not bytecode\n" * 100,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import pathlib
@@ -52,10 +51,8 @@ class Rotel:
         )
 
         def listens() -> bool:
-            with contextlib.suppress(OSError):
-                socket.create_connection(self.address, 1).close()
-                return True
-            return False
+            with socket.socket() as tried:
+                return tried.connect_ex(self.address) == 0
 
         wait_until(listens)
 
@@ -71,7 +68,7 @@ class Rotel:
         for part in parts:
             pairs = re.findall(r"(?m)^ *-> ([\w.-]+): (\w+)\((.*)\)$", part)
             record = {name: (kind, value) for name, kind, value in pairs}
-            for title in ("EventName", "Body", "SeverityNumber", "Timestamp"):
+            for title in ("EventName", "Body", "Timestamp"):
                 (value,) = re.findall(f"(?m)^{title}: (.*)$", part)
                 record[title] = "", value
             found.append(record)

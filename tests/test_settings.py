@@ -1,16 +1,16 @@
-"""Variables and URLs, and that README and settings files say what the script does."""
+"""Variables and URLs, and that the script's first lines say what they do."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
-from support import ROOT, SCRIPT, TOKEN, Home, Receiver, dead_url, event
+from support import SCRIPT, TOKEN, Home, Receiver, event
 
 URL = "https://telemhq.com/ping/" + TOKEN
 SILENT = (0, b"", b"")
@@ -78,27 +78,17 @@ STATE_DIRS: tuple[tuple[dict[str, str], str], ...] = (
     ({}, "~/.claude/telemhq"),
     ({"CLAUDE_CONFIG_DIR": "~/config"}, "~/config/telemhq"),
     ({"CLAUDE_CONFIG_DIR": "relative"}, "~/.claude/telemhq"),
-    ({"TELEMHQ_STATE_DIR": "$HOME/a/../b c/", "CLAUDE_CONFIG_DIR": "/c"}, "~/b c"),
+    ({"TELEMHQ_STATE_DIR": "/a/../b c/", "CLAUDE_CONFIG_DIR": "/c"}, "/b c"),
     ({"TELEMHQ_STATE_DIR": "", "CLAUDE_CONFIG_DIR": ""}, "~/.claude/telemhq"),
 )
 
 
 @pytest.mark.parametrize("given, expected", STATE_DIRS)
 def test_where_the_state_is_kept(
-    home: Home, given: dict[str, str], expected: str
+    script: ModuleType, given: dict[str, str], expected: str
 ) -> None:
     """TELEMHQ_STATE_DIR, else telemhq/ in CLAUDE_CONFIG_DIR, else in ~/.claude."""
-    env: dict[str, Any] = {
-        k: v.replace("$HOME", str(home.path)) for k, v in given.items()
-    }
-    before = set(home.path.rglob("*"))
-    done = home.hook(event("Stop"), dead_url(), **env)
-    assert (done.returncode, done.stdout, done.stderr) == SILENT
-    state = home.path / expected[2:]
-    assert len(list(state.glob("*/outbox/*.json"))) == 1
-    home.end()
-    others = set(home.path.rglob("*")) - before - set(state.rglob("*")) - {state}
-    assert others <= set(state.parents)
+    assert script.Settings(given).state_dir == os.path.expanduser(expected)
 
 
 @pytest.mark.fault(69)
@@ -117,7 +107,7 @@ GOOD_URLS = (
     URL,
     "HTTPS://TELEMHQ.COM:8443/ping/x",
     "https://sub-1.example.co.uk/ping/x?a=b&c=%20",
-    "https://telemhq.com/ping/user@x",
+    *("https://telemhq.com/ping/user@x", "https://telemhq.com?x@y:1"),
     *("https://telemhq.com", "https://192.0.2.7/x", "https://[2001:db8::1]:8443/x"),
     *("http://127.0.0.1:8080/x", "http://LOCALHOST/x"),
     *("http://[::1]/ping/x", "http://[::1]:8080/ping/x"),
@@ -157,19 +147,11 @@ def test_which_urls_are_destinations(script: ModuleType, url: str) -> None:
         found, problems = script.find_trackers(settings)
         if url in GOOD_URLS or (url in HTTP_ELSEWHERE and allowed == "1"):
             assert [tracker.url for tracker in found] == [url]
+            split = urlsplit(url)  # the host that is judged is the one it connects to
+            assert script.split_url(url) == (split.scheme, split.hostname)
         else:
             assert found == []
             assert "TELEMHQ_PING_URL is not usable" in problems[0]
-
-
-@pytest.mark.parametrize("url", [*GOOD_URLS, "https://telemhq.com?x@y:1/"])
-def test_a_url_is_split_as_urllib_will_split_it(script: ModuleType, url: str) -> None:
-    """The host that is judged is the host that urllib connects to."""
-    from urllib.parse import urlsplit
-
-    split = urlsplit(url)
-    expected = split.scheme, split.hostname
-    assert script.split_url(url) == expected
 
 
 @pytest.mark.fault(31, 39)
@@ -204,24 +186,6 @@ def test_a_hook_without_a_usable_url_does_nothing(
     assert home.processes() == []
 
 
-def test_a_url_in_other_words_delivers(home: Home, receiver: Receiver) -> None:
-    """A scheme in capitals and a loopback name lead to the tracker all the same; what
-    is sent of a URL is its path and query."""
-    url = receiver.url.replace("http:", "HTTP:").replace("127.0.0.1", "localhost")
-    home.hook(event("Stop"), url + "?a=%20b#secret")
-    receiver.wait_for(1)
-    assert [request.path for request in receiver.requests] == [f"/ping/{TOKEN}?a=%20b"]
-
-
-# -- README and settings files ---------------------------------------------------------
-
-EXAMPLE = ROOT / "settings.example.json"
-COMMAND = (
-    "cd ~/.claude/hooks && python3 -ESc 'import telemhq_ping as t; t.hook()' "
-    "|| python3 -I -S ~/.claude/hooks/telemhq_ping.py || true"
-)
-
-
 def test_the_docstring_names_every_variable(script: ModuleType) -> None:
     """The contract at the script's top lists the variables that the code reads; those
     of other trackers stand in their section."""
@@ -231,20 +195,3 @@ def test_the_docstring_names_every_variable(script: ModuleType) -> None:
     documented = set(re.findall(r"(?m)^    (TELEMHQ_[A-Z_]+)  ", docstring))
     assert documented == code.difference(*others)
     assert len(code) >= 9
-
-
-def test_settings_example_is_complete_and_as_documented() -> None:
-    """Stop, StopFailure and SessionEnd, one command each, a timeout, no env block.
-
-    A failing `claude -p` sends a SIGTERM to its StopFailure hooks, before Python is up.
-    """
-    commands = {
-        "Stop": COMMAND,
-        "StopFailure": "trap '' TERM; " + COMMAND,
-        "SessionEnd": COMMAND,
-    }
-    hooks = {
-        name: [{"hooks": [{"type": "command", "command": command, "timeout": 10}]}]
-        for name, command in commands.items()
-    }
-    assert json.loads(EXAMPLE.read_text("utf-8")) == {"hooks": hooks}
