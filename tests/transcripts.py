@@ -216,12 +216,6 @@ def ledger(sizes: dict[str, int], lines: tuple[int, int] = (0, 0)) -> dict[str, 
     return {**found, "totalLinesAdded": lines[0], "totalLinesRemoved": lines[1]}
 
 
-def iso(seconds: float) -> str:
-    """Seconds since 1970 as a row's timestamp."""
-    found = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return found.strftime("%Y-%m-%dT%H:%M:%S.") + f"{found.microsecond // 1000:03d}Z"
-
-
 # -- Sessions --------------------------------------------------------------------------
 
 
@@ -250,7 +244,9 @@ class Session:
                 continue
             whole = {"sessionId": self.id, "cwd": "/home/dev/acme/api", **given}
             if isinstance(whole.get("timestamp"), (int, float)):
-                whole["timestamp"] = iso(self.begun + whole["timestamp"])
+                at = self.begun + whole["timestamp"]
+                when = datetime.datetime.fromtimestamp(at, datetime.timezone.utc)
+                whole["timestamp"] = when.isoformat("T", "milliseconds")[:-6] + "Z"
             text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False)
             lines.append(text.encode() + b"\n")
         return b"".join(lines)
@@ -349,8 +345,3 @@ def summed(pings: Iterable[dict[str, Any]], *names: str) -> list[Any]:
     """The sums over pings, as TelemHQ makes them."""
     pings = list(pings)
     return [sum(ping.get(name, 0) for ping in pings) for name in names]
-
-
-def sizes(pings: Iterable[dict[str, Any]]) -> list[tuple[str, Any]]:
-    """Pings as (event, size)."""
-    return [(ping["event"], size_of(ping)) for ping in pings]
