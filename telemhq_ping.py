@@ -66,17 +66,18 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
-    from http.server import HTTPServer
-    from queue import Queue
     from ssl import SSLContext
     from subprocess import Popen
-    from typing import Any, Callable, Dict, Iterator, NoReturn
+    from threading import Thread
+    from typing import Any, Callable, Dict, Iterator, NoReturn, Optional, Tuple
     from urllib.request import OpenerDirector
 
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
     Models = Dict[str, list[int]]  # model -> counts, in the order of COUNTS
     Shape = Callable[[object], bool]
     Tell = Callable[[str], None]  # says a line to a person, or swallows it
+    Check = Tuple[Optional[bool], str]  # a line of doctor's: whether that is well
+    Change = Tuple[str, Optional[bytes], int]  # of a file: path, content, mode
 
 __version__ = "1.1.0"
 
@@ -107,7 +108,6 @@ SUSPECTS_MAX = 200  # remembered; more than any pass makes
 POISON_CHARGES, POISON_AGE_S = 8, 3600.0  # both: neither a burst nor an outage blames
 LOG_MAX_BYTES = 256 << 10  # some 2,000 passes
 SENT_MAX_BYTES = 5 << 20  # some 5,000 pings; with the file before it, 10,000
-BLOCK_BYTES = 4 << 20  # of a transcript, read at once
 LINE_MAX_BYTES = 8 << 20  # rows that count are some KB long
 ID_CHARS = 12  # of a hash, 48 bits: among 64,000 two are the same once in 100,000 times
 LAG_S = 2.0  # a turn's last row comes up to 0.1 s after its Stop fired
@@ -616,6 +616,7 @@ class Tracker:
     events: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     asked = ""
+    dislike = "it may not like a field, or the size"  # why it refuses, most likely
     reads = 0
 
     def __init__(self, url: str, secret: str = "") -> None:
@@ -674,9 +675,19 @@ def url_in(settings: Settings, name: str, default: str = "") -> str:
     return url
 
 
-def secret_in(settings: Settings, name: str) -> str:
-    """A token that may stand in a header; Skipped says what is wrong, and not it."""
-    text = settings.environ.get(name, "").strip()
+def secret_in(settings: Settings, name: str, path: str = "") -> str:
+    """A token that may stand in a header, in a variable or else in a file (~ is home)
+    that only its owner can read; Skipped says what is wrong, and not it."""
+    text, file = settings.environ.get(name, ""), absolute(path) or ""
+    if not text and os.path.isfile(file):
+        found = os.stat(file)
+        if os.name == "posix" and (
+            found.st_mode & 0o077 or found.st_uid != os.getuid()
+        ):
+            raise Skipped(f"{path} can be read by others: chmod 600 mends that")
+        with open(file, encoding="ascii", errors="replace") as opened:
+            text = opened.read(PATH_MAX_CHARS)
+    text = text.strip()
     if not text:
         raise Skipped(f"{name} is not set")
     if not text.isascii() or not text.isprintable() or " " in text:
@@ -809,6 +820,7 @@ class OTLP(Tracker):
 
     kind = "otlp"
     variables = ("TELEMHQ_OTLP_ENDPOINT", "TELEMHQ_OTLP_HEADERS")
+    dislike = "it may take protobuf only, and no JSON"
     reads = 4096
     INFO, ERROR = 9, 17
 
@@ -908,7 +920,7 @@ class ClaudeMetrics(Tracker):
     )
     needs = ("totals",)
     asked = "/session"
-    URL = "http://127.0.0.1:8000/api/v1"
+    URL, FILE = "http://127.0.0.1:8000/api/v1", "~/.claude-metrics/token"
     PATHS = (  # to where an event is told; one with tokens is an execution, too
         ("/execution", ("Stop", "StopFailure")),
         ("/tool", ("PostToolUse", "PostToolUseFailure")),
@@ -934,7 +946,9 @@ class ClaudeMetrics(Tracker):
         url = (
             url_in(settings, "CLAUDE_METRICS_API_URL", self.URL).rstrip("/") + "/events"
         )
-        super().__init__(url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN"))
+        super().__init__(
+            url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN", self.FILE)
+        )
         # Without it, Laravel answers what it does not accept with a redirect.
         self.headers["Accept"] = "application/json"
 
@@ -2751,7 +2765,8 @@ def live(sender: Sender, lock: Lock | None) -> None:
     on that. When this life is over then, news begin a new one."""
     outbox = sender.outbox
     while lock is not None:
-        if sender.once or not outbox.backoff_left_s():
+        again = sender.once or not outbox.backoff_left_s()
+        while again:
             sender.one_pass()
             until = min(time.monotonic() + LINGER_S, sender.ends)
             waits = sender.on_pass.in_burst and not sender.once
@@ -2759,6 +2774,7 @@ def live(sender: Sender, lock: Lock | None) -> None:
                 time.sleep(LOOK_S)  # meanwhile hooks start no process
             if not sender.news():
                 sweep(sender)
+            again = sender.news() and not (sender.is_over() or outbox.backoff_left_s())
         lock.release()
         wait = outbox.backoff_left_s()
         if wait and (sender.once or time.monotonic() + wait >= sender.ends):
@@ -2838,10 +2854,9 @@ USAGE_FIELDS = (  # what a ping is charged
 
 
 def adopt(former: Outbox, present: Outbox, name: str) -> None:
-    """Move a ping that waits for a former URL of a tracker to the present one's. Both
-    locks are held. What it was charged there must not be told here twice: either the
-    session's account here begins behind it, or, when that has counted already, the ping
-    goes without. OSError or ValueError: it cannot be moved."""
+    """Move a ping from a former URL's outbox; both locks are held. What it was charged
+    must not be told here twice: the session's account here begins behind it, or, when
+    that has counted already, it goes without. OSError or ValueError: it cannot move."""
     record = Outbox(former.directory, present.needs).record(name)
     path, at = present.account_path(PingName(name).session), PingName(name).ns / 1e9
     if not record.local and record.ping.get("total_tokens"):
@@ -2859,72 +2874,115 @@ def adopt(former: Outbox, present: Outbox, name: str) -> None:
     remove(former.file(name))
 
 
+def deliveries(outbox: Outbox) -> list[Fields]:
+    """The lines of sent.jsonl, the oldest first, each ping once: after a crash it may
+    stand there twice."""
+    import json
+
+    found: dict[str, Fields] = {}
+    for name in ("sent.jsonl.1", "sent.jsonl"):
+        try:
+            lines = read_file(outbox.path(name), 2 * SENT_MAX_BYTES).splitlines()
+        except (OSError, ValueError):
+            continue
+        for line in lines:
+            try:
+                delivery = json.loads(line)
+                found.setdefault(str(delivery["ping"]["event_id"]), delivery)
+            except (ValueError, KeyError, TypeError):
+                continue  # cut off by a full disk
+    return list(found.values())
+
+
 # -- Commands: talking with a person ---------------------------------------------------
 
 URL_NAME = "TELEMHQ_PING_URL"
-MARKS = {True: ("✓", "ok"), False: ("✗", "!!"), None: ("·", "--")}  # fancy, ASCII
+MARKS = {True: "ok", False: "!!", None: "--"}  # of a check; None: it is only told
 
 
-def at_a_terminal() -> bool:
-    """Whether a person can be asked."""
-    return bool(sys.stdin) and sys.stdin.isatty() and sys.stdout.isatty()
-
-
-def ask(question: str) -> bool:
-    """Whether a person says yes; no answer is a no."""
-    try:
-        return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
-    except EOFError:
-        print()
-        return False
-
-
-def counted(count: int, noun: str) -> str:
-    """`no pings`, `1 ping`, `2 pings`."""
-    return f"{count or 'no'} {noun}{'' if count == 1 else 's'}"
-
-
-def printable(text: str, plain: str) -> str:
-    """`text`, or `plain` where the terminal's encoding knows no such characters."""
-    try:
-        text.encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
-        return plain
-    return text
-
-
-def mark(good: bool | None) -> str:
-    """The mark of a line: good, bad, or None for what is only told."""
-    fancy, plain = MARKS[good]
-    return fancy if printable("✓✗·", "") else plain
-
-
-def shown(path: str) -> str:
-    """A path for a person, who knows home as ~."""
+def at_home(text: str) -> str:
+    """A text for a person, who knows home as ~."""
     home = os.path.expanduser("~")
-    return "~" + path[len(home) :] if path.startswith(home + os.sep) else path
+    return text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text
 
 
-def masked(url: str) -> str:
-    """A URL for a person, and whoever looks over a shoulder: its path is a secret."""
-    try:
-        split_url(url)
-    except ValueError:
-        return "..."
-    return origin(url) + "/..."
+def say(text: str) -> None:
+    """Print a line for a person."""
+    print(at_home(text), flush=True)
+
+
+def says_yes(question: str) -> bool:
+    """Whether a person says yes; nobody there is a no."""
+    return os.isatty(0) and input(f"{question} [y/N] ").lower() in ("y", "yes")
+
+
+def need_yes(question: str, yes: bool) -> None:
+    """Skipped unless a person says yes, on the command line or now."""
+    if not (yes or says_yes(question)):
+        raise Skipped("nothing was changed; --yes asks nothing")
+
+
+def span(seconds: float) -> str:
+    """`40 s`, `3 min`, `5 h`, `2 days`."""
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{int(seconds / unit)} {name}"
+    return f"{int(max(seconds, 0))} s"
+
+
+def what_waits(outbox: Outbox) -> str:
+    """`2 pings of a, b wait, the oldest for 6 min`: whose they are, and how long."""
+    names, projects = outbox.waiting(), set()
+    for name in names:
+        try:
+            projects.add(str(outbox.record(name).ping.get("project")))
+        except (OSError, ValueError):
+            continue  # sent meanwhile, or no ping
+    if not names:
+        return "no pings wait"
+    pings, wait = ("ping", "waits") if len(names) == 1 else ("pings", "wait")
+    age = span(time.time() - PingName(names[0]).ns / 1e9)
+    whose = ", ".join(sorted(projects)[:5])
+    return f"{len(names)} {pings} of {whose} {wait}, the oldest for {age}"
+
+
+MEANINGS = (  # of an answer, by what it begins with
+    (("HTTP 401", "HTTP 402", "HTTP 403"), "is the token in {token} right, and paid?"),
+    (("HTTP 404", "HTTP 405", "HTTP 410"), "is the URL in {url} right, is it there?"),
+    (("HTTP 408", "HTTP 409", "HTTP 425", "HTTP 429"), "it is busy; sent again later"),
+    (("HTTP 407", "proxy"), "HTTPS_PROXY may lack USER:PASSWORD@, NO_PROXY this host"),
+    (("SOCKS",), "name an HTTP proxy in HTTPS_PROXY"),
+    (("HTTP 3",), "it has moved; put its new address into {url}"),
+    (("HTTP 5", "no whole"), "it has a problem of its own; sent again later"),
+    (("HTTP",), "it refuses this ping; {dislike}"),
+    (("TLS: WRONG_VERSION", "TLS: HTTP"), "no TLS is spoken there; is https:// right?"),
+    (("TLS",), "SSL_CERT_FILE can name a company's certificates"),
+    (("this Python",), "run `install` with a whole Python"),
+    (("",), "is {url} right, is there a network?"),
+)
+
+
+def in_words(what: str, kind: str) -> str:
+    """An answer (`what` of an Answer) of a kind of tracker, and what it means."""
+    meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
+    tracker: Any = TRACKERS[kind]
+    url, token, dislike = (
+        tracker.variables[0],
+        tracker.variables[:2][-1],
+        tracker.dislike,
+    )
+    meaning = meaning.format(url=url, token=token, dislike=dislike)
+    return f"{what.replace('HTTP ', '')}: {meaning}"
 
 
 # -- Commands: the settings files of Claude Code ---------------------------------------
 
 IMPORT = "import telemhq_ping as t; t.hook()"  # a module's bytecode is cached
-IGNORE_TERM = "trap '' TERM; "  # a failing `claude -p` sends one before Python is up
 HOOK_TIMEOUT_S = 10  # Claude Code's; without it a SessionEnd hook has 1.5 s
 FILE_MAX_BYTES = 16 << 20  # settings and scripts are smaller
 EVENTS = ("Stop", "StopFailure", "SessionEnd")  # what install registers
 TOOL_EVENTS = ("PostToolUse", "PostToolUseFailure")  # --tools: both for the same tools
 TOOLS = "Bash|Edit|MultiEdit|Write"  # those that change something, as TelemHQ's docs
-OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
-CLIENT_ANSWERS_S = 20.0  # `claude --version`, on a slow disk
 PLUGIN = "telemhq-ping@telemhq-ping"
 MANAGED_DIRS = {  # where a company's settings are, but for Linux
     "darwin": "/Library/Application Support/ClaudeCode",
@@ -2932,111 +2990,53 @@ MANAGED_DIRS = {  # where a company's settings are, but for Linux
 }
 
 
-def config_dir() -> str:
-    """Claude Code's own directory; Skipped when nothing tells where home is."""
+def config_path(*names: str) -> str:
+    """A path in Claude Code's directory; Skipped when nothing tells where home is."""
     found = absolute(os.environ.get("CLAUDE_CONFIG_DIR") or "~/.claude")
     if found is None:
         raise Skipped("there is no home directory; set CLAUDE_CONFIG_DIR")
-    return found
-
-
-def this_script() -> str:
-    """Path of this very file."""
-    return os.path.realpath(THIS_FILE)
-
-
-def hooks_dir() -> str:
-    """Where install puts the script."""
-    return os.path.join(config_dir(), "hooks")
-
-
-def installed_script() -> str:
-    """Path of the script as install puts it there."""
-    return os.path.join(hooks_dir(), SCRIPT)
-
-
-def project_settings(project: str) -> list[str]:
-    """The settings files that a project may have."""
-    names = ("settings.json", "settings.local.json")
-    return [os.path.join(project, ".claude", name) for name in names]
-
-
-def client_version() -> str:
-    """What `claude --version` says, such as 2.1.329; "" when no client was found."""
-    import re
-    import shutil
-    import subprocess
-
-    places = [os.path.expanduser(path) for path in ("~/.local/bin", "~/.claude/local")]
-    path = os.pathsep.join([os.environ.get("PATH", ""), *places])
-    asked = [shutil.which("claude", path=path) or "", "--version"]
-    null, limit = subprocess.DEVNULL, CLIENT_ANSWERS_S
-    try:
-        said = subprocess.check_output(asked, stdin=null, stderr=null, timeout=limit)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    match = re.search(rb"\d+\.\d+\.\d+", said)
-    return match.group().decode() if match else ""
-
-
-def is_too_old(version: str) -> bool:
-    """Whether this client (its version, "" unknown) knows no StopFailure."""
-    numbers = tuple(int(part) for part in version.split(".")) if version else ()
-    return bool(numbers) and numbers < OLDEST_CLIENT
+    return os.path.join(found, *names)
 
 
 def hook_command(event: str) -> str:
-    """The command for settings: it imports the script, or else runs it (bytecode may be
-    cut off by a crash), with another Python where an upgrade removes this one: pyenv's
-    path names a release. It never ends with 2, which Claude Code takes for a veto."""
-    import re
+    """The command for settings: it imports the script, or else runs it: bytecode may be
+    cut off by a crash. It never ends with 2, which Claude Code takes for a veto."""
     import shlex
 
-    paths = [sys.executable, hooks_dir(), installed_script()]
+    paths = [sys.executable, config_path("hooks"), config_path("hooks", SCRIPT)]
     if sys.prefix != sys.base_prefix:  # a virtual environment comes and goes
         paths[0] = os.path.realpath(sys.executable)
-    words = [shlex.quote(path.replace(os.sep, "/")) for path in paths]  # for Git Bash
-    python, directory, script = words
-    other = "python3" if re.search(r"\d+\.\d+\.\d+", python) else python
-    trap = IGNORE_TERM if event == "StopFailure" else ""
+    # With slashes, for Git Bash.
+    python, directory, script = (shlex.quote(p.replace(os.sep, "/")) for p in paths)
+    # A failing `claude -p` sends a TERM before Python is up.
+    trap = "trap '' TERM; " if event == "StopFailure" else ""
     imported = f"{trap}cd {directory} && {python} -ESc '{IMPORT}'"
-    return f"{imported} || {other} -I -S {script} || true"
+    return f"{imported} || python3 -I -S {script} || true"
 
 
 class RegisteredHook:
-    """One hook in settings. event: its name. group: the dict that holds it. entry:
-    itself, a dict."""
+    """One hook in settings: its event, itself (entry), the dict that holds it (group).
+    names_script: whether its command runs the script. is_ours: whether it does nothing
+    else, as install, the README or TelemHQ have it: only such are ever changed."""
 
     def __init__(self, event: str, group: Fields, entry: Fields) -> None:
-        self.event, self.group, self.entry = event, group, entry
-        command = entry.get("command")
-        self.command = command if isinstance(command, str) else ""
-
-    def names_script(self) -> bool:
-        """Whether its command runs the script, in whatever way."""
-        import re
-
-        spelled = rf"({re.escape(SCRIPT)}|import telemhq_ping)"
-        return bool(re.search(rf"(?<![\w.-]){spelled}(?![\w.-])", self.command))
-
-    def is_ours(self) -> bool:
-        """Whether its command does nothing but run the script: as install or the README
-        has it, or TelemHQ. Only such commands are ever changed."""
         import re
         import shlex
 
+        self.event, self.group, self.entry = event, group, entry
+        self.command, script = str(entry.get("command")), re.escape(SCRIPT)
+        spelled = rf"(?<![\w.-])({script}|import telemhq_ping)(?![\w.-])"
+        self.names_script = bool(re.search(spelled, self.command))
         try:
             words = shlex.split(self.command.replace(IMPORT, "IMPORT"))
         except ValueError:  # a quote without its end
-            return False
-        names = [word.replace("\\", "/").split("/")[-1] for word in words]
+            words = []
+        names = [re.split(r"[/\\]", word)[-1].replace(" ", "_") for word in words]
         names = ["PYTHON" if name[:2] == "py" else name for name in names]
-        if "cd" in names[:-1]:
-            names[names.index("cd") + 1] = "HERE"
         said = " ".join(name for name in names if name[:1] != "-")
-        run = rf"(PYTHON )?{re.escape(SCRIPT)}"
-        imported = rf"(trap  TERM; )?cd HERE && PYTHON IMPORT( \|\| {run})?"
-        return bool(re.fullmatch(rf"({imported}|{run})( \|\| true)?", said))
+        run = rf"(PYTHON )?{script}"
+        imported = rf"(trap  TERM; )?cd [^\s;&|]+ && PYTHON IMPORT( \|\| {run})?"
+        self.is_ours = bool(re.fullmatch(rf"({imported}|{run})( \|\| true)?", said))
 
 
 def hooks_of(content: Fields) -> list[RegisteredHook]:
@@ -3047,24 +3047,6 @@ def hooks_of(content: Fields) -> list[RegisteredHook]:
         for group in groups
         for entry in group["hooks"]
     ]
-
-
-def settings_in(text: str) -> Fields:
-    """The settings that a file's text holds; ValueError says why there are none. As
-    strict as Claude Code: it ignores the whole of a file with a comment in it."""
-    import json
-
-    content: Fields = json.loads(text.lstrip("\ufeff"))
-    try:
-        lists = list(content.get("hooks", {}).values())
-        lists += [group["hooks"] for groups in lists for group in groups]
-        objects = [content.get("env", {}), *(hook.entry for hook in hooks_of(content))]
-        known = {type(found) for found in lists} <= {list}
-    except (AttributeError, KeyError, TypeError):
-        known = False
-    if not known or {type(found) for found in objects} != {dict}:
-        raise ValueError("it has not the form that is documented")
-    return content
 
 
 def retold(text: str, at: int, new: Any, line: str) -> str:
@@ -3101,53 +3083,39 @@ def retold(text: str, at: int, new: Any, line: str) -> str:
     return text[at] + re.sub(r"^\s*,", "", told) + tail
 
 
-def save(path: str, content: bytes, mode: int) -> None:
-    """Make a file hold `content`; Skipped names one that cannot be written."""
-    try:
-        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-        write_file(path, content)
-        os.chmod(path, mode)
-    except OSError as error:  # a full disk has no path in it
-        raise Skipped(f"{shown(path)}: {error.strerror}") from error
-
-
-class SettingsFile:
-    """A settings file of Claude Code's.
-
-    path: as it is named. real: what that is a link to, for dotfiles are often links.
-    raw: its bytes, None when there is no file. text: the JSON in them. content: the
-    object in that. problem: why it is no settings file, or "".
-    """
+class File:
+    """A file of a person's. path: as it is named. real: what that is a link to, for
+    dotfiles are often links. raw: its bytes, None when there is none. mode: its. As
+    settings of Claude Code's: text: the JSON in it; content: the object in that, with
+    its hooks and env; problem: why it is none, or ""."""
 
     def __init__(self, path: str) -> None:
+        import json
+
         self.path, self.real = path, os.path.realpath(path)
         self.raw: bytes | None = None
         self.content: Fields = {}
-        self.text, self.problem = "{}\n", ""
+        self.mode, self.text, self.problem = 0o600, "{}\n", ""
         try:
-            self.raw = read_file(self.real, FILE_MAX_BYTES)
-            if self.raw.strip():
+            if os.path.exists(self.real):
+                self.mode = stat.S_IMODE(os.stat(self.real).st_mode)
+                self.raw = read_file(self.real, FILE_MAX_BYTES)
+            if self.raw and self.raw.strip():
                 self.text = self.raw.decode("utf-8")
-            self.content = settings_in(self.text)
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            self.problem = error.strerror or "it cannot be read"
-        except (ValueError, RecursionError) as error:
-            self.problem = str(error)
-
-    def hooks(self) -> list[RegisteredHook]:
-        """The hooks in it."""
-        return hooks_of(self.content)
-
-    def names_script(self) -> bool:
-        """Whether any hook in it runs the script."""
-        return any(hook.names_script() for hook in self.hooks())
-
-    def env(self) -> Fields:
-        """Its env block."""
-        env: Fields = self.content.get("env", {})
-        return env
+            # As strict as Claude Code: it ignores all of a file with a comment in it.
+            content = json.loads(self.text.lstrip("\ufeff"))
+            lists = [*content.get("hooks", {}).values()]
+            lists += [hook.group["hooks"] for hook in hooks_of(content)]
+            if not all(isinstance(found, list) for found in lists):
+                raise TypeError
+            content.get("env", {}).items()
+            self.content = content
+        except (OSError, ValueError, RecursionError) as error:
+            self.problem = str(getattr(error, "strerror", "") or error)
+        except (AttributeError, KeyError, TypeError):
+            self.problem = "it has not the form that is documented"
+        self.hooks = hooks_of(self.content)
+        self.env: Fields = self.content.get("env", {})
 
     def retold(self, content: Fields) -> str:
         """Its text, changed as little as can be to hold `content`."""
@@ -3156,20 +3124,13 @@ class SettingsFile:
         new = retold(self.text, begin, content, line)
         return self.text[:begin] + new + self.text[end:]
 
-    def write(self, text: str) -> None:
-        """Make the file hold this text; its mode stays."""
-        mode = 0o600 if self.raw is None else stat.S_IMODE(os.stat(self.real).st_mode)
-        save(self.real, text.encode("utf-8", "backslashreplace"), mode)
-
 
 class Surroundings:
-    """What a hook finds that Claude Code runs here.
-
-    files: the settings files, in the order in which each goes before those above it.
-    settings: from the environment and the files' env blocks. sources: of each variable
-    the path of the file that sets it; where there is none, it is the shell.
-    managed_only: whether a company allows no hooks but its own.
-    """
+    """What a hook finds here. files: settings files; each goes before those above it.
+    own: the paths of all but a project's, which may be a stranger's. settings: from
+    environment and files. url_from: the file that has TelemHQ's URL, or "". plugin: the
+    one that enables this script as a plugin. url_is_kept: as the plugin's option, which
+    Claude Code alone knows. managed_only: a company allows no hooks but its own."""
 
     def __init__(self) -> None:
         import glob
@@ -3177,155 +3138,70 @@ class Surroundings:
         company = MANAGED_DIRS.get(sys.platform, "/etc/claude-code")
         managed = [os.path.join(company, "managed-settings.json")]
         managed += sorted(glob.glob(os.path.join(company, "managed-settings.d/*.json")))
-        user = os.path.join(config_dir(), "settings.json")
-        paths = [user, *project_settings(os.getcwd()), *managed]
-        self.files = [SettingsFile(path) for path in dict.fromkeys(paths)]
-        self.sources: dict[str, str] = {}
-        environ = dict(os.environ)
+        user, project = config_path("settings.json"), os.path.abspath(".claude")
+        names = ("settings.json", "settings.local.json")
+        paths = [user, *(os.path.join(project, name) for name in names), *managed]
+        self.files = [File(path) for path in dict.fromkeys(paths)]
+        self.own, self.managed_only, self.plugin = {user, *managed}, False, ""
+        environ, self.url_from = dict(os.environ), ""
         for file in self.files:
-            for name, value in file.env().items():
-                environ[name] = str(value)
-                self.sources[name] = file.path
-        only = [file.content.get("allowManagedHooksOnly") for file in self.files]
-        self.managed_only = any(only[-len(managed) :])
-        self.settings = Settings(environ)
-
-    def plugin_in(self) -> str:
-        """The settings file that enables this script as a plugin, or ""."""
-        for file in self.files:
+            environ.update({name: str(value) for name, value in file.env.items()})
+            if URL_NAME in file.env:
+                self.url_from = file.path
             plugins = file.content.get("enabledPlugins")
-            for name, on in plugins.items() if isinstance(plugins, dict) else ():
-                if on and name.startswith("telemhq-ping@"):
-                    return file.path
-        return ""
-
-    def theirs(self) -> list[SettingsFile]:
-        """The files whose commands are their owner's: the user's and the managed ones.
-        A project's may be a stranger's shell code."""
-        user, project = self.files[0], project_settings(os.getcwd())
-        return [user, *(f for f in self.files[1:] if f.path not in project)]
+            if isinstance(plugins, dict) and plugins.get(PLUGIN):
+                self.plugin = file.path
+            if file.path in managed and file.content.get("allowManagedHooksOnly"):
+                self.managed_only = True
+        self.settings = Settings(environ)
+        wanted = TelemHQ.kind in self.settings.destinations
+        unknown = not self.settings.url and URL_NAME not in environ
+        self.url_is_kept = bool(self.plugin) and wanted and unknown
 
 
 # -- Commands: flush -------------------------------------------------------------------
 
-MEANINGS = (  # of an answer, by what it begins with
-    (("HTTP 401", "HTTP 402", "HTTP 403"), "is the token in {token} right, and paid?"),
-    (("HTTP 404", "HTTP 405", "HTTP 410"), "is the URL in {url} right, is it there?"),
-    (("HTTP 408", "HTTP 409", "HTTP 425", "HTTP 429"), "it is busy; sent again later"),
-    (("HTTP 407", "proxy"), "HTTPS_PROXY may lack USER:PASSWORD@, NO_PROXY this host"),
-    (("SOCKS",), "name an HTTP proxy in HTTPS_PROXY"),
-    (("HTTP 3",), "it has moved; put its new address into {url}"),
-    (("HTTP 5", "no whole"), "it has a problem of its own; sent again later"),
-    (("HTTP",), "it refuses this ping; {dislike}"),
-    (("TLS: WRONG_VERSION", "TLS: HTTP"), "no TLS is spoken there; is https:// right?"),
-    (("TLS",), "SSL_CERT_FILE can name a company's certificates"),
-    (("this Python",), "run `install` with a whole Python"),
-    (("",), "is {url} right, is there a network?"),
-)
-
-
-def in_words(what: str, kind: str) -> str:
-    """An answer (`what` of an Answer) of a kind of tracker, and what it means."""
-    meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
-    tracker: Any = TRACKERS[kind]
-    url, token = tracker.variables[0], tracker.variables[:2][-1]
-    dislike = "it may not like a field, or the size"
-    if kind == OTLP.kind:
-        dislike = "it may take protobuf only, and no JSON"
-    meaning = meaning.replace("{token}", token).replace("{url}", url)
-    return what.replace("HTTP ", "") + ": " + meaning.replace("{dislike}", dislike)
-
-
-class Teller:
-    """Prints what a sender tells, in a user's words. delivered: how many pings. what:
-    the last answer."""
-
-    delivered, what = 0, ""
-
-    def __call__(self, text: str) -> None:
-        said, _, verdict = text.rpartition(", ")
-        self.delivered += verdict == DELIVERED
-        self.what = said.partition(": ")[2].rpartition(" in ")[0]
-        print(
-            f"{said}, kept" if verdict in (NOT_NOW, RETRY, HOLD) else text, flush=True
-        )
-
 
 def take_settings() -> None:
-    """Give a hook that a person runs in debug mode what Claude Code would give it, and
-    say where the URL is from."""
+    """Give a hook that is run by hand in debug mode what Claude Code would give it."""
     if not Settings(dict(os.environ)).debug or "CLAUDE_PROJECT_DIR" in os.environ:
         return
     try:
         around = Surroundings()
     except (Skipped, OSError):
         return
-    source = around.sources.get(URL_NAME)
-    if source and URL_NAME not in os.environ:
-        print(f"TelemHQ hook: {URL_NAME} is from {shown(source)}", file=sys.stderr)
+    if around.url_from and URL_NAME not in os.environ:
+        tell_on_stderr(at_home(f": {URL_NAME} is from {around.url_from}"))
     for name, value in around.settings.environ.items():
         os.environ.setdefault(name, value)
 
 
-def wait_for_lock(outbox: Outbox, ends: float) -> Lock:
-    """The outbox's lock; Skipped when a sender still has it at `ends` (monotonic)."""
-    lock = outbox.take_lock()
+def wait_for_lock(outbox: Outbox) -> Lock:
+    """The outbox's lock; Skipped when a sender has it for longer than its life."""
+    ends, lock = time.monotonic() + LIFE_S, outbox.take_lock()
     while lock is None:
         if time.monotonic() >= ends:
-            raise Skipped(
-                f"a sender is at work in {shown(outbox.directory)}; try later"
-            )
+            raise Skipped(f"a sender is at work in {outbox.directory}; try later")
         time.sleep(LOOK_S)
         lock = outbox.take_lock()
     return lock
 
 
-def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> Teller:
-    """Deliver what waits, in spite of a back-off; what was told."""
-    tell, ends = Teller(), time.monotonic() + LIFE_S
-    sender = Sender(outbox, tracker, settings, ends, tell, status=1)
-    while True:
-        lock = wait_for_lock(outbox, ends)
-        sender.one_pass()
-        lock.release()
-        # A hook that found the lock busy counts on this look.
-        if outbox.backoff_left_s() or sender.is_over() or not sender.news():
-            return tell
+def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> str:
+    """Deliver what waits, in spite of a back-off; the last answer."""
+    told, ends = [""], time.monotonic() + LIFE_S
 
+    def tell(text: str) -> None:
+        print(text, flush=True)
+        told.append(text)
 
-def is_kept_by_client(around: Surroundings) -> bool:
-    """Whether only Claude Code knows TelemHQ's URL: it keeps a plugin's options."""
-    settings = around.settings
-    wanted = TelemHQ.kind in settings.destinations and not settings.url
-    return wanted and URL_NAME not in settings.environ and bool(around.plugin_in())
-
-
-def span(seconds: float) -> str:
-    """`40 s`, `3 min`, `5 h`, `2 days`."""
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{int(seconds / unit)} {name}"
-    return f"{int(max(seconds, 0))} s"
-
-
-def what_waits(outbox: Outbox) -> str:
-    """`2 pings of a, b wait, the oldest for 6 min`: whose they are, and how long."""
-    names, projects = outbox.waiting(), set()
-    for name in names:
-        try:
-            projects.add(str(outbox.record(name).ping.get("project")))
-        except (OSError, ValueError):
-            continue  # sent meanwhile, or no ping
-    if not names:
-        return "no pings wait"
-    pings = f"{counted(len(names), 'ping')} of {', '.join(sorted(projects)[:5])}"
-    age = span(time.time() - PingName(names[0]).ns / 1e9)
-    return f"{pings} wait{'s' if len(names) == 1 else ''}, the oldest for {age}"
+    sender = Sender(outbox, tracker, settings, ends, tell, once=True, status=1)
+    live(sender, wait_for_lock(outbox))
+    return told[-1].partition(": ")[2].rpartition(" in ")[0]
 
 
 def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> None:
-    """Move what waits for former URLs of a tracker to the present one's, if a person
-    says so: it may be another project's."""
+    """Move what waits for a tracker's former URLs, if a person says so."""
     for former in outboxes(state_dir):
         other = kind_of(former) == kind_of(present) and former.name() != present.name()
         if not (other and former.waiting()):
@@ -3333,10 +3209,9 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
         former.need_sound()
         print(what_waits(former))
         print(f"  from {former.name()} to {present.name()}, {origin(tracker.url)}")
-        if not yes and not (at_a_terminal() and ask("Move them?")):
-            raise Skipped("nothing was moved; `flush --adopt --yes` does not ask")
+        need_yes("Move them?", yes)
         os.makedirs(present.path("outbox"), exist_ok=True)
-        locks = [wait_for_lock(one, time.monotonic()) for one in (former, present)]
+        locks = [wait_for_lock(one) for one in (former, present)]
         for name in former.waiting():
             try:
                 adopt(former, present, name)
@@ -3346,214 +3221,153 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
             lock.release()
 
 
-def add_flush_arguments(parser: ArgumentParser) -> None:
-    """The options of flush."""
-    told = "first move here what waits for a former URL; it shows what, and asks"
-    parser.add_argument("--adopt", action="store_true", help=told)
-    parser.add_argument("--yes", action="store_true", help="move it without asking")
-
-
 def flush(options: Namespace) -> int:
-    """deliver what waits now, in spite of a back-off"""
-    around, delivered, left = Surroundings(), 0, 0
+    """deliver what waits now, in spite of a back-off
+
+    --adopt  first move here what waits for a former URL; it shows what, and asks
+    --yes  move it without asking
+    """
+    around, left = Surroundings(), 0
     settings = around.settings
     os.environ.update(settings.environ)  # urllib looks for proxies there
-    if is_kept_by_client(around) and settings.destinations == [TelemHQ.kind]:
-        how = f"run `{URL_NAME}=URL {SCRIPT} flush`, or start a session"
-        raise Skipped(f"only Claude Code knows the plugin's URL; {how}")
+    if around.url_is_kept and settings.destinations == [TelemHQ.kind]:
+        raise Skipped("only Claude Code knows the plugin's URL: start a session")
     for tracker in destinations(settings, print):
         outbox = outbox_of(settings, tracker)
         outbox.need_sound()
         if options.adopt:
             adopt_all(outbox, tracker, settings.state_dir or "", options.yes)
-        if outbox.waiting():
-            tell = flush_outbox(outbox, tracker, settings)
-            delivered += tell.delivered
-            left += len(outbox.waiting())
-            if outbox.waiting() and tell.what:
-                print(f"{tracker.kind}: {in_words(tell.what, tracker.kind)}")
-    print(f"{delivered} delivered, {left} left.")
+        what = flush_outbox(outbox, tracker, settings) if outbox.waiting() else ""
+        left += len(outbox.waiting())
+        if outbox.waiting() and what:
+            print(f"{tracker.kind}: {in_words(what, tracker.kind)}")
+    print(f"{left or 'None'} left.")
     return 1 if left else 0
-
-
-# -- Commands: what has left -----------------------------------------------------------
-
-
-def deliveries(outbox: Outbox) -> list[Fields]:
-    """The lines of sent.jsonl, the oldest first, each ping once: after a crash it may
-    stand there twice."""
-    import json
-
-    found: dict[str, Fields] = {}
-    for name in ("sent.jsonl.1", "sent.jsonl"):
-        try:
-            lines = read_file(outbox.path(name), 2 * SENT_MAX_BYTES).splitlines()
-        except (OSError, ValueError):
-            continue
-        for line in lines:
-            try:
-                delivery = json.loads(line)
-                found.setdefault(str(delivery["ping"]["event_id"]), delivery)
-            except (ValueError, KeyError, TypeError):
-                continue  # cut off by a full disk
-    return list(found.values())
-
-
-# -- Commands: a hook with a tracker of our own, on loopback ---------------------------
-
-ARRIVES_S = 30.0  # a ping that has not come by then is lost
-HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
-
-
-def receiver(arrived: Queue[tuple[float, Fields]]) -> HTTPServer:
-    """A tracker on loopback that says 200. arrived: gets (monotonic, ping)."""
-    import http.server
-    import json
-    import threading
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        """Takes pings."""
-
-        def do_POST(self) -> None:
-            """One ping."""
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(200)
-            self.end_headers()
-            arrived.put((time.monotonic(), json.loads(body)))
-
-        def log_message(self, *_: object) -> None:
-            """Nothing."""
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    serve = server.serve_forever
-    threading.Thread(target=serve, args=(LOOK_S / 10,), daemon=True).start()
-    return server
-
-
-def play(
-    command: list[str], event: Fields, environ: dict[str, str], directory: str
-) -> tuple[str, Fields, str]:
-    """Run a hook as Claude Code does, its state in a directory: (what it printed, the
-    ping that arrived or {}, times). One that hangs is ended."""
-    import queue
-    import subprocess
-
-    arrived: Queue[tuple[float, Fields]] = queue.Queue()
-    server, state_dir = receiver(arrived), os.path.join(directory, "state")
-    environ = {**environ, "TELEMHQ_STATE_DIR": state_dir}
-    environ["TELEMHQ_DESTINATIONS"] = TelemHQ.kind  # nobody else is to get samples
-    environ["CLAUDE_PROJECT_DIR"] = os.getcwd()
-    environ[URL_NAME] = f"http://127.0.0.1:{server.server_address[1]}/ping/sample"
-    begun, printed = time.monotonic(), os.path.join(directory, "printed")
-    with open(printed, "wb") as out:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=out,
-            env=environ,
-            start_new_session=True,
-        )
-    try:
-        process.communicate(encode_json(event).encode(), HOOK_MOST_S)
-        hook_ms = (time.monotonic() - begun) * 1000
-        made = os.path.isdir(state_dir)  # else nothing will arrive
-        at, ping = arrived.get(timeout=ARRIVES_S if made else 10 * LOOK_S)
-        times = f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
-    except subprocess.TimeoutExpired:
-        getattr(os, "killpg", os.kill)(process.pid, 9)
-        return "it does not end", {}, ""
-    except queue.Empty:
-        ping, times = {}, ""
-    server.shutdown()
-    end_senders(state_dir)
-    return read_file(printed, STATE_MAX_BYTES).decode("utf-8", "replace"), ping, times
-
-
-def end_senders(state_dir: str) -> None:
-    """Wait for senders: they end where the outbox is gone, and unlock before."""
-    import shutil
-
-    for outbox in outboxes(state_dir):
-        shutil.rmtree(outbox.path("outbox"), ignore_errors=True)
-        wait_for_lock(outbox, time.monotonic() + ARRIVES_S).release()
-        time.sleep(LOOK_S)
 
 
 # -- Commands: doctor ------------------------------------------------------------------
 
+ARRIVES_S = 30.0  # a ping that has not come by then is lost
+HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
 WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
 LAST_PINGS = 100  # of a destination are asked whether their usage was complete
 GIT_BASH = "C:\\Program Files\\Git\\bin\\bash.exe"  # it runs hooks on Windows
-ELSEWHERE = "mend that, or set TELEMHQ_STATE_DIR to a place of your own"
 
 
-def run_checks(around: Surroundings, send: bool, run_all: bool = False) -> bool:
-    """Print doctor's list; whether all is well. send: also send a real ping. run_all:
-    run also what may be a stranger's command."""
-    os.environ.update(around.settings.environ)  # urllib looks for proxies there
-    version, well = client_version(), True
-    looks = {
-        "settings": check_files(around, version),
-        "hooks": check_hooks(around, version, run_all),
-        "bytecode": check_bytecode(installed_script()),
-        "variables": check_variables(around),
-        "trackers": check_trackers(around),
-        "disk": check_disk(around),
-        "test": send_test(around.settings) if send else iter(()),
-    }
-    for name, checks in looks.items():
+def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
+    """A tracker on loopback: (port, a thread that takes one (monotonic, ping))."""
+    import http.server
+    import threading
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            arrived.append((time.monotonic(), decode_json(body.decode())))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    server.timeout = ARRIVES_S
+    thread = threading.Thread(target=server.handle_request, daemon=True)
+    thread.start()
+    return server.server_address[1], thread
+
+
+def play(
+    command: list[str], event: Fields, environ: dict[str, str]
+) -> tuple[str, Fields, str]:
+    """Run a hook: (what it printed, the ping that arrived or {}, times). One that hangs
+    is ended."""
+    import subprocess
+    import tempfile
+
+    arrived: list[tuple[float, Fields]] = []
+    port, thread = receiver(arrived)
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as out:
+        environ = {**environ, "TELEMHQ_STATE_DIR": os.path.join(place, "state")}
+        environ["TELEMHQ_DESTINATIONS"] = TelemHQ.kind  # nobody else is to get samples
+        environ["CLAUDE_PROJECT_DIR"] = os.getcwd()
+        environ[URL_NAME] = f"http://127.0.0.1:{port}/ping/sample"
+        begun, pipe = time.monotonic(), subprocess.PIPE
+        process = subprocess.Popen(
+            command, 0, None, pipe, out, out, env=environ, start_new_session=True
+        )
         try:
-            for good, line in checks:
-                print(mark(good), line, flush=True)
+            process.communicate(encode_json(event).encode(), HOOK_MOST_S)
+        except subprocess.TimeoutExpired:
+            getattr(os, "killpg", os.kill)(process.pid, 9)
+            return "it does not end", {}, ""
+        hook_ms = (time.monotonic() - begun) * 1000
+        out.seek(0)
+        said = out.read().decode("utf-8", "replace")
+        # Where it made no state nothing will arrive.
+        thread.join(ARRIVES_S if os.listdir(place) else 10 * LOOK_S)
+        at, ping = arrived[0] if arrived else (begun, {})
+        for outbox in outboxes(environ["TELEMHQ_STATE_DIR"]):
+            if ping:  # its sender looks for more: what is none ends that at once
+                write_file(outbox.file(PingName.make(time.time_ns(), ping)), b"")
+            lock = wait_for_lock(outbox)
+            time.sleep(LOOK_S)  # a sender that tries it now ends
+            lock.release()
+    return said, ping, f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
+
+
+def run_checks(around: Surroundings, send: bool) -> bool:
+    """Print doctor's list to its end; whether all is well. send: also send a ping."""
+    os.environ.update(around.settings.environ)  # urllib looks for proxies there
+    looks = [check_settings, check_hooks, check_bytecode, check_trackers, check_disk]
+    well = True
+    for look in [*looks, send_test] if send else looks:
+        try:
+            for good, line in look(around):
+                say(f"{MARKS[good]} {line}")
                 well = well and good is not False
         except (Skipped, OSError, ValueError) as error:
-            print(mark(False), f"no more of the {name}: {error}")
+            say(f"{MARKS[False]} not all could be looked at: {error}")
             well = False
     return well
 
 
-def check_files(
-    around: Surroundings, version: str
-) -> Iterator[tuple[bool | None, str]]:
-    """Whether Claude Code reads the settings, and runs the hooks in them."""
-    yield bool(version) or None, f"Claude Code {version or 'was not found'}"
+def check_settings(around: Surroundings) -> Iterator[Check]:
+    """Whether Claude Code reads the settings and runs hooks, and what these will do."""
+    settings = around.settings
     if around.managed_only:
         yield False, "allowManagedHooksOnly: hooks run in your company's settings only"
     for file in around.files:
-        path, events = shown(file.path), [hook.event for hook in file.hooks()]
         if file.problem:
-            yield False, f"Claude Code ignores the whole of {path}: {file.problem}"
-        if is_too_old(version) and "StopFailure" in events:
-            yield False, f"it ignores the whole of {path}: update it, or run `install`"
-        if file.content.get("disableAllHooks"):
-            yield False, f"{path} turns hooks off: take disableAllHooks out of it"
+            yield False, f"Claude Code ignores all of {file.path}: {file.problem}"
+    for problem in settings.ignored:
+        yield False, problem
+    source = around.url_from or "the shell's environment"
+    if settings.url:
+        yield None, f"{URL_NAME} is from {source}"
+    elif URL_NAME in settings.environ:
+        yield None, f"switched off here: {URL_NAME} is empty in {source}"
+    elif around.url_is_kept:
+        yield None, "Claude Code keeps the plugin's URL; it is not tried here"
 
 
-def hooks_of_ours(around: Surroundings) -> list[tuple[RegisteredHook, str]]:
-    """[(hook that runs the script, its file)]; Claude Code runs the same one once."""
+def check_hooks(around: Surroundings) -> Iterator[Check]:
+    """Whether each event runs the script, and once; each such command is run."""
     found: dict[tuple[str, str], tuple[RegisteredHook, str]] = {}
     for file in around.files:
-        for hook in filter(RegisteredHook.names_script, file.hooks()):
-            found.setdefault((hook.event, hook.command), (hook, file.path))
-    return list(found.values())
-
-
-def check_hooks(
-    around: Surroundings, version: str, run_all: bool
-) -> Iterator[tuple[bool | None, str]]:
-    """Whether each event runs the script, and once; each such command is run."""
-    plugin, found = around.plugin_in(), hooks_of_ours(around)
-    for event in dict.fromkeys([*EVENTS, *(hook.event for hook, _ in found)]):
-        ours = [pair for pair in found if pair[0].event == event]
+        for hook in [hook for hook in file.hooks if hook.names_script]:
+            key = hook.event, hook.command  # Claude Code runs the same one once
+            found.setdefault(key, (hook, file.path))
+    for event in dict.fromkeys([*EVENTS, *(event for event, _ in found)]):
+        ours = [pair for pair in found.values() if pair[0].event == event]
         for hook, path in ours:
-            yield try_hook(hook, path, around, run_all)
-        by = [shown(path) for _, path in ours]
-        if plugin and event in EVENTS:
-            by.append(f"the plugin ({shown(plugin)})")
+            yield try_hook(around, hook, path)
+        by = [path for _, path in ours]
+        if around.plugin and event in EVENTS:
+            by.append(f"the plugin ({around.plugin})")
         both = f"{event} by {' and '.join(by)}"
-        if not by and (event != "StopFailure" or not is_too_old(version)):
-            yield False, f"no hook for {event}: run `install`"
+        if not by:  # StopFailure is not for every client
+            bad = None if event == "StopFailure" else False
+            yield bad, f"no hook for {event}: run `install`"
         elif len(by) > 1 and any(URL_NAME in hook.command for hook, _ in ours):
             yield None, f"{both}, to two URLs: each is told the whole"
         elif len(by) > 1:
@@ -3562,119 +3376,79 @@ def check_hooks(
             yield True, both
 
 
-def try_hook(
-    hook: RegisteredHook, path: str, around: Surroundings, run_all: bool
-) -> tuple[bool, str]:
-    """Run a hook's command; whether a ping of this version arrived."""
-    import tempfile
-
-    name = f"{hook.event} by {shown(path)}"
-    known = path in [file.path for file in around.theirs()]
-    known = known or hook.command == hook_command(hook.event)
-    if not run_all and ("TELEMHQ_" in hook.command or not known):
-        return False, f"{name} was not tried, for what it may do: `doctor --run-all`"
-    git_bash = os.environ.get("CLAUDE_CODE_GIT_BASH_PATH") or GIT_BASH
-    shell = "/bin/sh" if os.name == "posix" else git_bash
+def try_hook(around: Surroundings, hook: RegisteredHook, path: str) -> Check:
+    """Run a hook's command; whether its ping arrived."""
+    name = f"{hook.event} by {path}"
+    known = path in around.own or hook.command == hook_command(hook.event)
+    if "TELEMHQ_" in hook.command or not known:
+        return None, f"{name} was not tried: it may be a stranger's, or send elsewhere"
+    shell = "/bin/sh" if os.name == "posix" else GIT_BASH
     event = {"hook_event_name": hook.event, "session_id": "x", "cwd": os.getcwd()}
-    for debug in ("0", "1"):  # again when it failed without a word
-        environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": debug}
-        with tempfile.TemporaryDirectory() as place:
-            said, ping, times = play([shell, "-c", hook.command], event, environ, place)
-        if ping or said:
-            break
-    lines, remedy = said.strip().splitlines() or [""], "run `install`, or mend it"
-    if not ping:
-        why = lines[-1].rpartition("skipped: ")[2] or "nothing"
-        return False, f"{name} sends nothing and says `{why}`: {remedy}"
-    if said:  # which Claude Code shows to its user, or to the model
-        return False, f"{name} prints `{lines[0]}`: {remedy}"
-    if ping.get("hook_version") != __version__:
-        other = f"{name} is version {ping.get('hook_version')}"
-        return False, f"{other}: `install` makes it {__version__}"
-    return True, f"{name}: arrived at doctor's own receiver, {times}"
+    environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "0"}
+    said, ping, times = play([shell, "-c", hook.command], event, environ)
+    if ping and not said:
+        return True, f"{name}: arrived at doctor's own receiver, {times}"
+    line = (said.strip().splitlines() or ["nothing"])[-1]
+    does = "prints" if ping else "sends nothing and says"
+    return False, f"{name} {does} `{line}`: run `install`, or mend it"
 
 
-def check_bytecode(script: str) -> Iterator[tuple[bool | None, str]]:
+def check_bytecode(_: Surroundings) -> Iterator[Check]:
     """Whether what Python has cached of the installed script is made of it."""
     from importlib.machinery import SourceFileLoader
     from importlib.util import cache_from_source
 
+    script = config_path("hooks", SCRIPT)
     cached, loader = cache_from_source(script), SourceFileLoader("", script)
     if not (os.path.exists(cached) and os.path.exists(script)):
         return
-    problem = unsound(os.path.dirname(cached))
     try:
         made = loader.source_to_code(loader.get_data(script), script)
-        if loader.get_code("") != made:
-            problem = "is not made of the script"
+        good = loader.get_code("") == made and not unsound(os.path.dirname(cached))
     except (EOFError, ValueError, TypeError):
-        problem = "is damaged"
-    if problem:
-        yield False, f"{shown(cached)} {problem}: remove it, Python makes it anew"
+        good = False
+    if not good:
+        yield False, f"{cached} is not the script's: remove it, Python makes it anew"
 
 
-def check_variables(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
-    """Whether each variable is understood; where the URL is, what a ping will say."""
-    settings, documented = around.settings, f"{__doc__} {OTLP.variables}"
-    for problem in settings.ignored:
-        yield False, problem
-    for name in sorted(settings.environ):
-        test = name.startswith("TELEMHQ_TEST_")  # this project's own
-        if name.startswith("TELEMHQ_") and name not in documented and not test:
-            yield False, f"{name} is no variable of this script: see --help"
-    source = shown(around.sources.get(URL_NAME) or "the shell's environment")
-    if settings.url:
-        yield None, f"{URL_NAME} is from {source}"
-    elif URL_NAME in settings.environ:
-        yield None, f"switched off here: {URL_NAME} is empty in {source}"
-    elif is_kept_by_client(around):
-        yield None, "Claude Code keeps the plugin's URL; it is not tried here"
-    project = project_of({"cwd": os.getcwd()}, settings)
-    yield None, f"pings from this directory say project {project}"
+def answer_to(asked: Request, settings: Settings) -> Answer:
+    """What a tracker answers within a sender's deadline."""
+    import threading
+
+    answers = [Answer(RETRY, "no whole answer in time")]
+
+    def ask() -> None:
+        try:
+            answers.append(post(make_opener(asked.url), asked, settings.timeout_s))
+        except Skipped as why:
+            answers.append(Answer(HOLD, str(why)))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(DEADLINE * settings.timeout_s)
+    return answers[-1]
 
 
-def check_trackers(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
+def check_trackers(around: Surroundings) -> Iterator[Check]:
     """Whether the trackers are set up, and answer to what records nothing."""
     settings = around.settings
     trackers, problems = find_trackers(settings)
-    unset = is_kept_by_client(around) or settings.environ.get(URL_NAME) == ""
+    unset = around.url_is_kept or settings.environ.get(URL_NAME) == ""
     for problem in problems:
         if not (unset and URL_NAME in problem):
             yield False, problem
     for tracker in trackers:
-        name = f"{tracker.kind} at {origin(tracker.url)}"
-        what = refusal(tracker, settings.timeout_s)
-        if what:
-            yield False, f"{name}: {in_words(what, tracker.kind)}"
-        else:
+        name, asked = f"{tracker.kind} at {origin(tracker.url)}", tracker.check()
+        answer = answer_to(asked, settings)
+        takes_posts = answer.what in ("HTTP 400", "HTTP 405", "HTTP 422")
+        if (takes_posts and asked.body is None) or answer.verdict == DELIVERED:
             yield True, f"{name} answers; only `doctor --send` proves the token"
-
-
-def refusal(tracker: Tracker, timeout_s: float) -> str:
-    """What a tracker answers, within a sender's deadline, to what records nothing; ""
-    when that is good."""
-    import threading
-
-    try:
-        question, opener = tracker.check(), make_opener(tracker.url)
-    except Skipped as why:
-        return str(why)
-    answers: list[Answer] = []
-
-    def ask_it() -> None:
-        answers.append(post(opener, question, timeout_s))
-
-    thread = threading.Thread(target=ask_it, daemon=True)
-    thread.start()
-    thread.join(DEADLINE * timeout_s)
-    answer = answers[0] if answers else Answer(RETRY, "no whole answer in time")
-    got = question.body is None and answer.what in ("HTTP 400", "HTTP 405", "HTTP 422")
-    return "" if got or answer.verdict == DELIVERED else answer.what
+        else:
+            yield False, f"{name}: {in_words(answer.what, tracker.kind)}"
 
 
 def obstacle(outbox: Outbox) -> str:
-    """What keeps hooks from an outbox, "" when nothing does. It writes a file there, or
-    where the directory would be made, and locks it, as hooks do; nothing stays."""
+    """What keeps hooks from writing and locking a file in an outbox, or ""."""
     import errno
 
     path = outbox.path("outbox")
@@ -3690,45 +3464,43 @@ def obstacle(outbox: Outbox) -> str:
             with open(trial, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except Skipped as error:
-        return shown(str(error).partition(";")[0])
+        return str(error).partition(";")[0]
     except OSError as error:
         no_locks = error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
         what = "has no locks, so that pings go twice" if no_locks else "is not writable"
-        return f"{shown(path)} {what} ({error.strerror})"
+        return f"{path} {what} ({error.strerror})"
     finally:
         remove(trial)
     return ""
 
 
-def check_disk(around: Surroundings) -> Iterator[tuple[bool | None, str]]:
+def check_disk(around: Surroundings) -> Iterator[Check]:
     """Whether hooks can write, how delivery goes, what waits for other URLs."""
     settings, kept = around.settings, outboxes(around.settings.state_dir)
     trackers = find_trackers(settings)[0]
     ours = [outbox_of(settings, tracker) for tracker in trackers]
-    if is_kept_by_client(around):
+    if around.url_is_kept:
         ours += [outbox for outbox in kept if kind_of(outbox) == TelemHQ.kind]
     nowhere = Outbox(os.path.join(settings.state_dir or "", "none"))
     problems = list(filter(None, map(obstacle, ours or [nowhere])))
     for problem in problems:
-        yield False, f"{problem}: {ELSEWHERE}"
+        yield False, f"{problem}: mend that, or set TELEMHQ_STATE_DIR to another place"
     if not problems:
-        yield True, f"hooks can write to {shown(settings.state_dir or '')}"
-    for outbox in ours if not os.path.isfile(settings.state_dir or "") else ():
-        yield from check_delivery(outbox)
+        yield True, f"hooks can write to {settings.state_dir}"
+    names = [outbox.name() for outbox in ours]
     for outbox in kept:
-        known = outbox.name() in [other.name() for other in ours]
-        if not known and outbox.waiting():
+        if outbox.name() in names:
+            yield from check_delivery(outbox)
+        elif outbox.waiting():
             yield None, f"for another URL {what_waits(outbox)} (`flush --adopt`)"
 
 
-def check_delivery(outbox: Outbox) -> Iterator[tuple[bool | None, str]]:
+def check_delivery(outbox: Outbox) -> Iterator[Check]:
     """How delivery from an outbox goes."""
     kind, state, now = kind_of(outbox), state_of(outbox), time.time()
-    backoff_s = outbox.backoff_left_s()
-    old = [n for n in outbox.waiting()[:1] if now - PingName(n).ns / 1e9 > WAIT_OLD_S]
-    late = bool(backoff_s or old)
-    remedy = ": `flush` sends now" if late else ""
-    yield not late, f"{kind}: {what_waits(outbox)}{remedy}"
+    backoff_s, names = outbox.backoff_left_s(), outbox.waiting()
+    late = backoff_s or (names and now - PingName(names[0]).ns / 1e9 > WAIT_OLD_S)
+    yield not late, f"{kind}: {what_waits(outbox)}{': `flush` sends now' * bool(late)}"
     if backoff_s:
         why = in_words(state.problem, kind)
         yield False, f"{kind}: the next try is in {span(backoff_s)}, for {why}"
@@ -3736,448 +3508,314 @@ def check_delivery(outbox: Outbox) -> Iterator[tuple[bool | None, str]]:
     when = f"{span(now - done)} ago" if done else "none yet"
     yield bool(done) or None, f"{kind}: last delivery: {when}"
     for reason, count in sorted(state.losses.items()):
-        what = reason.rpartition("refused: ")[2]
-        why = in_words(what, kind) if what.startswith("HTTP") else reason
-        yield False, f"{kind}: {count} lost, {why}; `doctor --clear` when you saw it"
+        yield False, f"{kind}: {count} lost, {reason}; `doctor --clear` when you saw it"
     pings = [line["ping"] for line in deliveries(outbox)[-LAST_PINGS:]]
     short = [ping for ping in pings if ping.get("usage_complete") is False]
     if short:
-        text = f"{kind}: {len(short)} of the last {counted(len(pings), 'ping')} said"
-        yield None, f"{text} usage_complete: false, {why_incomplete(short)}"
+        why = "an answer came late, the next has it"
+        if not any("total_tokens" in ping for ping in short):
+            why = "no transcript could be read"
+        text = f"{kind}: usage_complete is false in {len(short)} of the last"
+        yield None, f"{text} {len(pings)}: {why}"
 
 
-def why_incomplete(pings: list[Fields]) -> str:
-    """Why pings lack tokens, most likely."""
-    ends = [ping for ping in pings if ping.get("event") == "SessionEnd"]
-    if not any("total_tokens" in ping for ping in pings):
-        return "no transcript could be read"
-    if 2 * len(ends) > len(pings):
-        return "this Claude Code tells no cost (-p)"
-    return "an answer came late, the next has it"
-
-
-def send_test(settings: Settings) -> Iterator[tuple[bool | None, str]]:
+def send_test(around: Surroundings) -> Iterator[Check]:
     """Send a ping that is marked as a test, the way that every ping goes."""
-    event, ns = {"hook_event_name": "Test", "cwd": os.getcwd()}, time.time_ns()
+    settings, ns = around.settings, time.time_ns()
+    event = {"hook_event_name": "Test", "cwd": os.getcwd()}
     ping = make_ping(event, settings, project_of(event, settings), ns, 0)
     for tracker in destinations(settings, print):
-        kind, outbox = tracker.kind, outbox_of(settings, tracker)
-        if not tracker.wants(ping):
-            yield None, f"{kind} takes no test"
-            continue
-        name = enqueue(outbox, tracker, ns, ping, {})
-        tell = flush_outbox(outbox, tracker, settings)
-        if name in outbox.waiting():
-            yield False, f"{kind} did not take the test, {in_words(tell.what, kind)}"
-        elif os.path.exists(outbox.path("refused", name)):
-            yield False, f"{kind} refused the test: `doctor` says why"
-        else:
-            yield True, f"{kind} has taken the test {ping['event_id']}"
-
-
-def add_doctor_arguments(parser: ArgumentParser) -> None:
-    """The options of doctor."""
-    for name, told in (
-        ("--send", "send one real ping, with the event Test: that proves the token"),
-        ("--clear", "forget the losses that you have seen"),
-        ("--run-all", "also run what may be a stranger's command, say a project's"),
-    ):
-        parser.add_argument(name, action="store_true", help=told)
+        if tracker.wants(ping):
+            kind, outbox = tracker.kind, outbox_of(settings, tracker)
+            name = enqueue(outbox, tracker, ns, ping, {})
+            what = flush_outbox(outbox, tracker, settings)
+            kept = [outbox.file(name), outbox.path("refused", name)]
+            if any(map(os.path.exists, kept)):
+                yield False, f"{kind} did not take the test, {in_words(what, kind)}"
+            else:
+                yield True, f"{kind} has taken the test {ping['event_id']}"
 
 
 def doctor(options: Namespace) -> int:
-    """check all that lies between an event and the tracker, and say what to do"""
+    """check all that lies between an event and the tracker, and say what to do
+
+    --send  send one real ping, with the event Test: that proves the token
+    --clear  forget the losses that you have seen
+    """
     around = Surroundings()
     for outbox in outboxes(around.settings.state_dir) if options.clear else ():
-        lock = wait_for_lock(outbox, time.monotonic() + LIFE_S)
+        lock = wait_for_lock(outbox)
         state = state_of(outbox)
         state.losses.clear()
         state.save()
         lock.release()
-    return 0 if run_checks(around, options.send, options.run_all) else 1
+    return 0 if run_checks(around, options.send) else 1
 
 
-# -- Commands: install -----------------------------------------------------------------
+# -- Commands: set-up ------------------------------------------------------------------
 
 BACKUP = ".telemhq-backup"  # added to the name of a file that install replaces
 TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins with it
+OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
 
 
-def with_ours(content: Fields, url: object, tools: bool, client: str = "") -> Fields:
-    """Settings with our hooks, and with the ping URL unless it is None. client: its
-    version; StopFailure is left out, or taken out, where it would do harm."""
-    import copy
+def is_old_client() -> bool:
+    """Whether the Claude Code here knows no StopFailure."""
+    import re
+    import subprocess
 
-    content, events = copy.deepcopy(content), [*EVENTS, *(TOOL_EVENTS if tools else ())]
+    asked, null = ["claude", "--version"], subprocess.DEVNULL
+    try:
+        said = subprocess.check_output(asked, stdin=null, stderr=null, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    version = tuple(map(int, re.findall(rb"\d+", said)[:3]))
+    return len(version) == 3 and version < OLDEST_CLIENT
+
+
+def add_ours(content: Fields, url: str | None, events: list[str]) -> None:
+    """Give settings our hooks for these events, and the ping URL unless it is None."""
     if url is not None:
         content.setdefault("env", {})[URL_NAME] = url
-    if is_too_old(client):
-        events.remove("StopFailure")
-        found = [hook for hook in hooks_of(content) if hook.is_ours()]
-        take_out(content, [hook for hook in found if hook.event == "StopFailure"])
-    there = [hook.event for hook in hooks_of(content) if hook.names_script()]
+    there = [hook.event for hook in hooks_of(content) if hook.names_script]
     for event in [event for event in events if event not in there]:
         group: Fields = {"matcher": TOOLS} if event in TOOL_EVENTS else {}
         group["hooks"] = [{"type": "command", "command": SCRIPT}]
         content.setdefault("hooks", {}).setdefault(event, []).append(group)
     for hook in hooks_of(content):
-        if hook.is_ours():
+        if hook.is_ours:
             ours = hook_command(hook.event)
             hook.entry.update(command=ours, timeout=HOOK_TIMEOUT_S)
-    return content
 
 
-def take_out(content: Fields, hooks: list[RegisteredHook]) -> None:
-    """Remove hooks from settings, and what that leaves empty."""
-    for hook in hooks:
-        groups = content["hooks"][hook.event]
-        hook.group["hooks"].remove(hook.entry)
+def without_ours(content: Fields) -> Fields:
+    """Settings without our hooks, the ping URL, and what that leaves empty."""
+    content.get("env", {}).pop(URL_NAME, None)
+    for hook in hooks_of(content):
+        if hook.is_ours:
+            hook.group["hooks"].remove(hook.entry)
+    hooks = content.get("hooks", {})
+    for event, groups in list(hooks.items()):
         groups[:] = [group for group in groups if group["hooks"]]
         if not groups:
-            del content["hooks"][hook.event]
-
-
-def print_changes(before: str, after: str) -> None:
-    """Print the lines that go and those that come; of our URL no more than its host."""
-    import difflib
-    import re
-
-    url = re.compile(rf'("{URL_NAME}"\s*:\s*")([^"]*)')
-    old, new = ([s.rstrip(",") for s in t.splitlines()] for t in (before, after))
-    for line in difflib.unified_diff(old, new, n=0, lineterm=""):
-        if line[0] in "+-" and line.strip() not in ("+++", "---"):
-            print(" ", url.sub(lambda found: found[1] + masked(found[2]), line))
-
-
-def unusable(url: str, settings: Settings) -> str:
-    """Why pings cannot go to that URL, or "". A form that was not filled in is none."""
-    if "<" in url or ">" in url:
-        return "<token> stands for your tracker's own: copy its whole URL"
-    try:
-        TelemHQ(Settings({**settings.environ, URL_NAME: url}))
-    except Skipped as why:
-        return str(why)
-    path = url.partition("://")[2].partition("/")[2].split("?")[0]
-    missing = f"{URL_NAME} has no token: copy the whole URL of your tracker"
-    return missing if path.strip("/") in ("", "ping") else ""
-
-
-def ask_for_url(settings: Settings) -> str | None:
-    """The ping URL that a person types, unseen; None when it is none."""
-    import getpass
-
-    print("The URL of your tracker looks like https://telemhq.com/ping/<token>.")
-    while True:
-        url = getpass.getpass("Ping URL (not shown; Enter to go on without): ").strip()
-        problem = url and unusable(url, settings)
-        if not problem:
-            return url or None
-        print(f"{problem}.")
-
-
-def settings_to_change(project: str | None) -> SettingsFile:
-    """The settings file of the user, or of a project (a directory; OSError: none);
-    Skipped when it cannot be changed without harm."""
-    path = os.path.join(config_dir(), "settings.json")
-    if project:
-        os.listdir(project)
-        path = project_settings(os.path.abspath(project))[1]
-    file = SettingsFile(path)
-    problem = file.problem and f"it is no settings file: {file.problem}"
-    if file.raw is not None and not os.stat(file.real).st_mode & stat.S_IWUSR:
-        problem = "it is read-only"
-    if problem:
-        raise Skipped(f"{shown(path)} is left as it is: {problem}")
-    return file
-
-
-def remove_if_empty(*directories: str) -> None:
-    """Remove directories with nothing in them; any other stays."""
-    for directory in directories:
-        try:
-            os.rmdir(directory)
-        except OSError:
-            continue
-
-
-class Script:
-    """The script where install puts it. raw: what is there, b"": nothing. foreign:
-    whether that is another's. kept: where such a one is kept."""
-
-    def __init__(self) -> None:
-        self.path, self.raw = installed_script(), b""
-        self.kept = self.path + BACKUP
-        if os.path.exists(self.path):
-            self.raw = read_file(os.path.realpath(self.path), FILE_MAX_BYTES)
-        self.foreign = self.raw != b"" and TITLE not in self.raw[:1000]
-
-    def write(self, source: bytes) -> None:
-        """Put `source` there."""
-        if self.foreign:
-            os.replace(self.path, self.kept)
-        if self.raw != source:
-            save(self.path, source, 0o700)
-
-    def remove(self) -> None:
-        """The inverse of write()."""
-        import glob
-
-        if os.path.lexists(self.kept):
-            os.replace(self.kept, self.path)
-        elif not self.foreign:
-            remove(self.path)
-        cache = os.path.join(hooks_dir(), "__pycache__")
-        for path in glob.glob(os.path.join(glob.escape(cache), SCRIPT[:-3] + ".*.pyc")):
-            remove(path)
-        remove_if_empty(cache, hooks_dir(), config_dir())
-
-
-class Installation:
-    """What install is about to do. file: the settings file; text: what it will hold.
-    backup: where it is kept as it was, "": install has been here before."""
-
-    def __init__(self, options: Namespace, url: str | None) -> None:
-        self.script, self.file = Script(), settings_to_change(options.project)
-        self.source = read_file(this_script(), FILE_MAX_BYTES)
-        self.client, file = client_version(), self.file
-        content = with_ours(file.content, url, options.tools, self.client)
-        self.text, self.changes = file.retold(content), content != file.content
-        again = any(hook.is_ours() and IMPORT in hook.command for hook in file.hooks())
-        keeps = self.changes and file.raw is not None and not again
-        self.backup = file.real + BACKUP if keeps else ""
-        self.done = self.script.raw == self.source and not self.changes
-
-    def show(self) -> None:
-        """Say what will change."""
-        script, file = shown(self.script.path), self.file
-        if self.script.foreign:
-            print(f"{script} will be replaced: it is another script. Until uninstall")
-            print(f"  puts it back it is kept as {shown(self.script.kept)}")
-        elif self.script.raw != self.source:
-            print(f"{script} will be this script, version {__version__}.")
-        if self.changes:
-            how = "be made" if file.raw is None else "change"
-            print(f"{shown(file.path)} will {how}:")
-            print_changes(file.text if file.raw else "", self.text)
-        if self.changes and os.path.islink(file.path):
-            print(f"It is a link: what changes is {shown(file.real)}")
-        if self.backup:
-            print(f"As it is now it is kept as {shown(self.backup)}")
-        open_to_all = file.raw is not None and os.stat(file.real).st_mode & 0o044
-        if open_to_all and os.name == "posix" and URL_NAME in self.text:
-            print("Others can read it, and the URL in it is a secret:")
-            print(f"  chmod 600 {shown(file.real)}")
-        if is_too_old(self.client):
-            old = f"Claude Code {self.client} ignores settings that name StopFailure"
-            print(f"{old} (2.1.78 does not): it is left out.")
-        if self.done:
-            print("All is there already.")
-
-    def carry_out(self) -> None:
-        """Write the files, settings last. When that fails, it is as if never begun."""
-        try:
-            self.script.write(self.source)
-            if self.backup:
-                save(self.backup, self.file.raw or b"", 0o600)
-            if self.changes:
-                self.file.write(self.text)
-        except BaseException:
-            if self.backup:
-                remove(self.backup)
-            if self.script.foreign or not self.script.raw:
-                self.script.remove()
-            raise
-
-
-def install(options: Namespace) -> int:
-    """put the script into ~/.claude/hooks and register it in settings.json"""
-    around, asks = Surroundings(), at_a_terminal() and not options.yes
-    settings, url = around.settings, options.url
-    if not (asks or options.yes or options.dry_run):
-        raise Skipped("without a terminal install needs --yes, or --dry-run")
-    if url is not None and unusable(url, settings):
-        raise Skipped(unusable(url, settings))
-    unknown = url is None and not settings.url and TelemHQ.kind in settings.destinations
-    if unknown and asks and not options.dry_run:
-        url = ask_for_url(settings)
-    plan = Installation(options, url)
-    plan.show()
-    if options.dry_run:
-        print("Nothing was changed.")
-        return 0
-    if not plan.done:
-        if asks and not ask("Write this?"):
-            raise Skipped("nothing was changed")
-        plan.carry_out()
-        print("Installed. Sessions that run already must be started anew.")
-    around, send = Surroundings(), bool(options.send)
-    if asks and not send and find_trackers(around.settings)[0]:
-        send = ask("Send one real test ping, too? Nothing else proves the token.")
-    return 0 if run_checks(around, send) else 1
-
-
-def add_install_arguments(parser: ArgumentParser) -> None:
-    """The options of install."""
-    for name, said in (
-        ("--tools", f"register tool activity, too: {TOOLS}"),
-        ("--dry-run", "show what would change, and change nothing"),
-        ("--send", "send one real ping at the end, with the event Test"),
-        ("--yes", "ask nothing"),
-    ):
-        parser.add_argument(name, action="store_true", help=said)
-    parser.add_argument("--url", help="the ping URL, to be kept in settings.json")
-    project = "in that project's settings.local.json, instead of yours"
-    parser.add_argument("--project", metavar="DIR", help=project)
-
-
-# -- Commands: uninstall ---------------------------------------------------------------
-
-
-def without_ours(content: Fields, before: Fields) -> Fields:
-    """Settings without our hooks and ping URL; those that `before` had (settings of
-    before install, {}: none) are put back."""
-    import copy
-
-    content = copy.deepcopy(content)
-    env = content.get("env", {})
-    if env.pop(URL_NAME, None) is not None and URL_NAME in before.get("env", {}):
-        env[URL_NAME] = before["env"][URL_NAME]
-    theirs = [hook for hook in hooks_of(before) if hook.is_ours()]
-    for hook in [hook for hook in hooks_of(content) if hook.is_ours()]:
-        former = [other for other in theirs if other.event == hook.event]
-        if former:
-            hook.entry.clear()
-            hook.entry.update(former[0].entry)
-            theirs.remove(former[0])
-        else:
-            take_out(content, [hook])
+            del hooks[event]
     return {k: v for k, v in content.items() if v != {} or k not in ("hooks", "env")}
 
 
-class Removal:
-    """What uninstall is about to do. file: the settings file. backup: of it, from
-    before install. still: other settings files that name the script, which stays then.
-    kept: destinations whose state goes. what: becomes of the settings, "": nothing."""
+def print_changes(before: str, after: str) -> None:
+    """Print the lines that go and those that come, without our URL."""
+    import difflib
+    import re
 
-    def __init__(self, options: Namespace, around: Surroundings) -> None:
-        self.script, self.file = Script(), settings_to_change(options.project)
-        if self.script.foreign:
-            where = shown(self.script.path)
-            raise Skipped(f"{where} is not this script; nothing was changed")
-        self.comes_back = os.path.lexists(self.script.kept)
-        self.state_dir, self.plugin = around.settings.state_dir, around.plugin_in()
-        others = [file for file in around.files if file.real != self.file.real]
-        self.still = [file.path for file in others if file.names_script()]
-        stays = options.keep_state or self.still or self.plugin
-        self.kept = [] if stays else outboxes(self.state_dir)
-        self.look_into_settings(self.file, SettingsFile(self.file.real + BACKUP))
+    url = re.compile(rf'("{URL_NAME}"\s*:\s*)"[^"]*"')
+    old, new = ([s.rstrip(",") for s in t.splitlines()] for t in (before, after))
+    for line in difflib.unified_diff(old, new, n=0, lineterm=""):
+        if line[0] in "+-" and line.strip() not in ("+++", "---"):
+            print(" ", url.sub(r'\1"..."', line))
 
-    def look_into_settings(self, file: SettingsFile, backup: SettingsFile) -> None:
-        """Find out what is to become of the settings file: the backup comes back when
-        the file is what install makes of it."""
-        ours = {hook.event for hook in file.hooks() if hook.is_ours()}
-        tools, url = bool(ours.intersection(TOOL_EVENTS)), file.env().get(URL_NAME)
-        was, now = (with_ours(each.content, url, tools) for each in (backup, file))
-        self.backup, self.exact = backup, backup.raw is not None and was == now
-        before = backup.content
-        if not self.comes_back:  # without a script theirs would be a veto
-            before = {"env": backup.env()}
-            self.exact &= not any(hook.is_ours() for hook in backup.hooks())
-        self.content = without_ours(file.content, before)
-        self.what = "our hooks and the ping URL" if ours or url else ""
-        if self.what and self.exact:
-            self.what = "it is again as it was before install"
 
-    def show(self) -> bool:
-        """Say what goes, and what stays; whether anything goes."""
-        goes = [f"{shown(self.file.path)}: {self.what}"] if self.what else []
-        if self.script.raw and not self.still:
-            back = ", and the one from before install comes back"
-            goes.append(shown(self.script.path) + (back if self.comes_back else ""))
-        if self.kept:
-            waiting = sum(len(outbox.waiting()) for outbox in self.kept)
-            sent = sum(len(deliveries(outbox)) for outbox in self.kept)
-            unsent = f"{counted(waiting, 'ping')} not sent yet (`flush` sends)"
-            record = f"the record of {counted(sent, 'sent ping')} (--keep-state: stays)"
-            goes.append(f"{shown(self.state_dir or '')}: {unsent}, {record}")
-        print("\n  ".join(["This goes:", *goes]) if goes else "Nothing of it is here.")
-        for path in self.still:
-            print(f"{shown(path)} names the script, too: script and state stay.")
-        if self.plugin:
-            state = shown(self.state_dir or "")
-            print(
-                f"The plugin in {shown(self.plugin)} stays, with its state. To remove:"
-            )
-            print(f"  claude plugin uninstall {PLUGIN}; rm -r {state}")
-        return bool(goes)
+def chosen_url(url: str | None, settings: Settings) -> str | None:
+    """The ping URL to write: that one, or (None) what a person types unseen, until
+    pings can go there; None when that is nothing. Skipped: none can go to that one."""
+    import getpass
 
-    def carry_out(self) -> None:
-        """First the settings, so that no command is there without its script."""
-        import shutil
+    while True:
+        asked = "The URL of your tracker (not shown; Enter to go on without): "
+        wanted = getpass.getpass(asked).strip() if url is None else url
+        if url is None and not wanted:
+            return None
+        try:
+            TelemHQ(Settings({**settings.environ, URL_NAME: wanted}))
+            rest = wanted.partition("://")[2].rstrip("/")
+            if "/" in rest and not rest.endswith("/ping"):
+                return wanted
+            raise Skipped(f"{URL_NAME} has no token: copy your tracker's whole URL")
+        except Skipped as why:
+            if url is not None:
+                raise
+            print(f"{why}.")
 
-        if self.what and self.exact:
-            os.chmod(self.backup.path, stat.S_IMODE(os.stat(self.file.real).st_mode))
-            os.replace(self.backup.path, self.file.real)
-        elif self.what and (self.content or self.backup.raw is not None):
-            self.file.write(self.file.retold(self.content))
-        elif self.what:
-            os.unlink(self.file.real)
-        if self.what:  # it may hold a URL
-            remove(self.backup.path)
-        if not self.still:
-            self.script.remove()
-        for outbox in self.kept:
-            wait_for_lock(outbox, time.monotonic() + LIFE_S).release()
-            shutil.rmtree(outbox.directory)
-        project = os.path.dirname(self.file.path)
-        remove_if_empty(self.state_dir or "", project, config_dir())
+
+def settings_to_change() -> File:
+    """The user's settings; Skipped when they cannot be changed without harm."""
+    file = File(config_path("settings.json"))
+    problem = file.problem and f"it is no settings file: {file.problem}"
+    if not file.mode & stat.S_IWUSR:
+        problem = "it is read-only"
+    if problem:
+        raise Skipped(f"{file.path} is left as it is: {problem}")
+    return file
+
+
+def write_all(changes: list[Change]) -> None:
+    """Make each file what it is to be; Skipped names one that cannot be written."""
+    for path, content, mode in changes:
+        try:
+            if content is None:
+                remove(path)
+            else:
+                os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+                write_file(path, content)
+                os.chmod(path, mode)
+        except OSError as error:  # a full disk has no path in it
+            raise Skipped(f"{path}: {error.strerror}") from error
+
+
+def to_install(options: Namespace, url: str | None) -> list[Change]:
+    """Say what install will change; it, the settings last."""
+    changes: list[Change] = []
+    script = File(config_path("hooks", SCRIPT))
+    source = read_file(os.path.realpath(THIS_FILE), FILE_MAX_BYTES)
+    if TITLE not in (script.raw or TITLE)[:1000]:
+        say(f"{script.path} is another script: until uninstall puts it back")
+        say(f"  it is kept as {script.path + BACKUP}")
+        changes.append((script.path + BACKUP, script.raw, script.mode))
+    if script.raw != source:
+        say(f"{script.path} will be this script, version {__version__}.")
+        changes.append((script.path, source, 0o700))
+    file, events = settings_to_change(), [*EVENTS]
+    if is_old_client():
+        print("Claude Code here is older than 2.1.78, which alone knows StopFailure.")
+        events.remove("StopFailure")
+    events += TOOL_EVENTS if options.tools else ()
+    add_ours(file.content, url, events)
+    text = file.retold(file.content)
+    if text != file.text:
+        say(f"{file.path} will {'be made' if file.raw is None else 'change'}:")
+        print_changes(file.text if file.raw else "", text)
+        if os.path.islink(file.path):
+            say(f"It is a link: what changes is {file.real}")
+        again = any(hook.is_ours and IMPORT in hook.command for hook in file.hooks)
+        if file.raw is not None and not again:
+            say(f"As it is now it is kept as {file.real + BACKUP}")
+            changes.append((file.real + BACKUP, file.raw, 0o600))
+        if file.mode & 0o044 and os.name == "posix" and URL_NAME in text:
+            print("Others can read it, and the URL in it is a secret:")
+            say(f"  chmod 600 {file.real}")
+        raw = text.encode("utf-8", "backslashreplace")
+        changes.append((file.real, raw, file.mode))
+    return changes
+
+
+def install(options: Namespace) -> int:
+    """put the script into ~/.claude/hooks and register it in settings.json
+
+    --url URL  the ping URL, to be kept in settings.json
+    --tools  register tool activity, too: Bash, Edit, MultiEdit, Write
+    --send  send one real ping at the end, with the event Test
+    --dry-run  show what would change, and change nothing
+    --yes  ask nothing
+    """
+    settings, url = Surroundings().settings, options.url
+    asks = os.isatty(0) and not (options.yes or options.dry_run)
+    wanted = TelemHQ.kind in settings.destinations and not settings.url
+    if url is not None or (asks and wanted):
+        url = chosen_url(url, settings)
+    changes = to_install(options, url)
+    if options.dry_run:
+        print("Nothing was changed.")
+        return 0
+    if changes:
+        need_yes("Write this?", options.yes)
+        write_all(changes)
+        print("Installed. Sessions that run already must be started anew.")
+    around, send = Surroundings(), bool(options.send)
+    if asks and not send and find_trackers(around.settings)[0]:
+        send = says_yes("Send one real test ping, too? Nothing else proves the token.")
+    return 0 if run_checks(around, send) else 1
+
+
+def to_remove() -> list[Change]:
+    """Say what uninstall removes; it, settings first: no command without its script."""
+    import glob
+
+    changes: list[Change] = []
+    file, script = settings_to_change(), File(config_path("hooks", SCRIPT))
+    before, backup = File(script.path + BACKUP), File(file.real + BACKUP)
+    if TITLE not in (script.raw or TITLE)[:1000]:
+        raise Skipped(f"{script.path} is not this script; nothing was changed")
+    if URL_NAME in file.env or any(hook.is_ours for hook in file.hooks):
+        content, what = without_ours(file.content), "our hooks and the ping URL"
+        raw: bytes | None = None
+        if content or backup.raw is not None:
+            raw = file.retold(content).encode("utf-8", "backslashreplace")
+        # Hooks without their script would be a veto.
+        veto = before.raw is None and any(hook.is_ours for hook in backup.hooks)
+        same = content == without_ours(backup.content) and not veto
+        if same and backup.raw is not None:
+            raw, what = backup.raw, "it is again as it was before install"
+        say(f"  {file.path}: {what}")
+        changes += [(file.real, raw, file.mode), (backup.path, None, 0)]
+    if script.raw is not None:
+        back = ", and the one from before install comes back"
+        say(f"  {script.path}{'' if before.raw is None else back}")
+        changes += [(script.path, before.raw, before.mode), (before.path, None, 0)]
+        made = config_path("hooks", "__pycache__", SCRIPT[:-3])
+        changes += [(path, None, 0) for path in glob.glob(glob.escape(made) + ".*.pyc")]
+    return changes
 
 
 def uninstall(options: Namespace) -> int:
-    """the inverse of install: settings as before, script and state removed"""
-    removal = Removal(options, Surroundings())
-    if removal.show():
-        if not options.yes and not (at_a_terminal() and ask("Remove it?")):
-            raise Skipped("nothing was changed; with --yes it is removed")
-        removal.carry_out()
-        print("Removed.")
+    """the inverse of install: settings as before, script and state removed
+
+    --keep-state  leave what waits, and the record of what was sent
+    --yes  ask nothing
+    """
+    import shutil
+
+    around = Surroundings()
+    state_dir = around.settings.state_dir or ""
+    print("This goes:")
+    changes = to_remove()
+    kept = [] if options.keep_state or around.plugin else outboxes(state_dir)
+    if kept:
+        waiting = sum(len(outbox.waiting()) for outbox in kept)
+        sent = sum(len(deliveries(outbox)) for outbox in kept)
+        say(f"  {state_dir}, with the pings that wait: {waiting} (`flush` sends them),")
+        print(f"    and the record of those sent: {sent} (--keep-state leaves both)")
+    if not (changes or kept):
+        print("  nothing: none of it is here.")
+    if around.plugin:
+        say(f"The plugin in {around.plugin} stays, with its state. To remove:")
+        say(f"  claude plugin uninstall {PLUGIN}; rm -r {state_dir}")
+    if not (changes or kept):
+        return 0
+    need_yes("Remove it?", options.yes)
+    write_all(changes)
+    for outbox in kept:
+        wait_for_lock(outbox).release()
+        shutil.rmtree(outbox.directory)
+    made = [config_path("hooks", "__pycache__"), config_path("hooks")]
+    for directory in (*made, state_dir, config_path()):
+        try:
+            os.rmdir(directory)
+        except OSError:
+            continue  # there is more in it, or it is a link
+    print("Removed.")
     return 0
 
 
-def add_uninstall_arguments(parser: ArgumentParser) -> None:
-    """The options of uninstall."""
-    said = "leave what waits, and the record of what was sent"
-    parser.add_argument("--keep-state", action="store_true", help=said)
-    parser.add_argument("--yes", action="store_true", help="ask nothing")
-    project = "out of that project's settings.local.json, instead of yours"
-    parser.add_argument("--project", metavar="DIR", help=project)
-
-
-# -- Commands: preview, demo -----------------------------------------------------------
+# -- Commands: seeing ------------------------------------------------------------------
 
 DEMO_MODEL = "claude-opus-5-5"
-SAMPLES: dict[str, Fields] = {  # beside what Claude Code sends with every event
+COMMON = {
+    "session_id": "sample",
+    "cwd": "/home/you/acme",
+    "transcript_path": "/home/you/.claude/session.jsonl",
+}
+SAMPLES: dict[str, Fields] = {
     "PostToolUseFailure": {
+        **COMMON,
         "tool_name": "Bash",
         "tool_input": {"command": "./deploy --password hunter2"},
         "error": "Exit code 3\nno /home/you/acme/deploy.key",
         "duration_ms": 1250,
     },
-    "SessionEnd": {"reason": "prompt_input_exit"},
-    "SessionStart": {"source": "startup", "model": DEMO_MODEL},
-    "Stop": {"last_assistant_message": "The password is hunter2."},
-    "StopFailure": {"error": "rate_limit", "last_assistant_message": "API Error: 429"},
+    "SessionEnd": {**COMMON, "reason": "prompt_input_exit"},
+    "Stop": {**COMMON, "last_assistant_message": "The password is hunter2."},
 }
 SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
 SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
-SAMPLE_URL = "https://tracker.test"
-PLACEHOLDERS = {"URL": SAMPLE_URL, "ENDPOINT": SAMPLE_URL, "SERVER": SAMPLE_URL}
-
-
-def sample(name: str, transcript: str) -> Fields:
-    """A sample event."""
-    event = {"hook_event_name": name, "session_id": "sample", "cwd": "/home/you/acme"}
-    return {**event, "transcript_path": transcript, **SAMPLES[name]}
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -4185,153 +3823,92 @@ def tracker_named(name: str, settings: Settings) -> Tracker:
     if name not in TRACKERS:
         raise Skipped(f"there is no tracker {name}; there are: {', '.join(TRACKERS)}")
     make: Any = TRACKERS[name]
-    environ = dict(settings.environ)
     try:
         return TRACKERS[name](settings)
     except Skipped as why:
         print(f"{why}; shown with placeholders.", file=sys.stderr)
-    for variable in make.variables:
-        sample = "" if variable.endswith("HEADERS") else "sample"
-        environ[variable] = PLACEHOLDERS.get(variable.rpartition("_")[2], sample)
-    tracker: Tracker = make(Settings(environ))
-    return tracker
+    url, *others = [n for n in make.variables if not n.endswith("HEADERS")]
+    environ = {url: "https://tracker.test", **dict.fromkeys(others, "sample")}
+    return TRACKERS[name](Settings(environ))
 
 
-def print_requests(ping: Fields, tracker: Tracker, usage: bool) -> None:
-    """Print what a tracker gets of a ping, with sample tokens, and no secrets."""
+def preview(options: Namespace) -> int:
+    """print what a tracker gets of an event (stdin, or a sample)
+
+    event PostToolUseFailure|SessionEnd|Stop  a sample
+    --destination TRACKER  the tracker (telemhq)
+    """
     import json
 
+    settings = Surroundings().settings
+    if options.event:
+        event = {"hook_event_name": options.event, **SAMPLES[options.event]}
+        size = len(encode_json(event))
+    else:
+        if os.isatty(0):
+            print("Paste an event (JSON), then Ctrl-D on a line of its own:")
+        raw = read_stdin()
+        event, size = event_in(raw), len(raw)
+    ns, project = time.time_ns(), project_of(event, settings)
+    ping = make_ping(event, settings, project, ns, size)
+    tracker = tracker_named(options.destination or TelemHQ.kind, settings)
     beside: Fields = {"own": tracker.frozen(ping)}
-    if usage and ping.get("event") in USAGE_EVENTS:
+    if settings.usage and ping["event"] in USAGE_EVENTS:
         counts = [SAMPLE_USED[name] for name in TOKENS[:5]]
-        beside["messages"] = [["msg_01", DEMO_MODEL, time.time_ns() // 10**6, *counts]]
+        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *counts]]
         beside["totals"] = beside["since_end"] = {**SAMPLE_USED, "tool_calls": 3}
         ping = gate({**ping, **SAMPLE_USED, "model": DEMO_MODEL})
         print("The token counts are samples.", file=sys.stderr)
     beside = gate_beside(beside, tracker.needs)
     requests = tracker.requests(ping, beside) if tracker.wants(ping) else []
     for request in requests:
-        print(f"POST {masked(request.url)}")
+        print(f"POST {origin(request.url)}/...", file=sys.stderr)
         for header, value in request.headers.items():
-            print(f"{header}: {value if header in SHOWN_HEADERS else '...'}")
-        print(json.dumps(json.loads(request.body or b"{}"), indent=2) + "\n")
+            shows = value if header in SHOWN_HEADERS else "..."
+            print(f"{header}: {shows}", file=sys.stderr)
+        print(json.dumps(json.loads(request.body or b"{}"), indent=2), flush=True)
     if not requests:
-        print(f"{tracker.kind} gets nothing of {ping.get('event')}.")
-
-
-def add_preview_arguments(parser: ArgumentParser) -> None:
-    """The options of preview."""
-    told = "a sample; without it an event is read from stdin"
-    parser.add_argument("event", nargs="?", choices=sorted(SAMPLES), help=told)
-    told = "the requests that this tracker gets, instead of the ping"
-    parser.add_argument("--destination", metavar="TRACKER", help=told)
-
-
-def preview(options: Namespace) -> int:
-    """print the ping that an event (stdin, or a sample) makes"""
-    import json
-
-    settings = Surroundings().settings
-    if options.event:
-        event = sample(options.event, "/home/you/session.jsonl")
-        size = len(encode_json(event))
-    else:
-        if sys.stdin and sys.stdin.isatty():
-            print("Paste an event (JSON), then Ctrl-D on a line of its own:")
-        raw = read_stdin()
-        event, size = event_in(raw), len(raw)
-    project = project_of(event, settings)
-    ping = make_ping(event, settings, project, time.time_ns(), size)
-    if options.destination:
-        tracker = tracker_named(options.destination, settings)
-        print_requests(ping, tracker, settings.usage)
-        return 0
-    print(json.dumps(ping, indent=2))
-    if settings.usage and ping.get("event") in USAGE_EVENTS:
-        print("Tokens are added later, from the transcript.", file=sys.stderr)
+        print(f"{tracker.kind} gets nothing of {ping['event']}.")
     return 0
-
-
-def columns() -> int:
-    """How wide the terminal is."""
-    import shutil
-
-    return shutil.get_terminal_size().columns
-
-
-def wrapped(text: str, begin: str = "", rest: str = "") -> str:
-    """A text as wide as the terminal, broken between words only. begin, rest: what its
-    lines begin with."""
-    import textwrap
-
-    wrapper = textwrap.TextWrapper(min(88, columns()), begin, rest)
-    wrapper.break_long_words = wrapper.break_on_hyphens = False
-    return wrapper.fill(text)
-
-
-def fate(name: str, value: object, ping: Fields) -> str:
-    """A field of an event, marked by what became of it."""
-    import json
-
-    text, room = json.dumps(value), columns() - 12
-    if ping.get(name) == value:
-        return text
-    if len(text) > room:  # a long TMPDIR
-        text = f"{text[: room // 2 - 3]}...{text[-room // 2 :]}"
-    marks = {f"{name}_hash": " #", f"{name}_chars": " ="}
-    mark = "".join(marks[kind] for kind in marks if kind in ping)
-    if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):  # no-color.org
-        return f"\x1b[9;2m{text}\x1b[0m{mark}"  # struck out and dim (ECMA-48)
-    return f"~~{text}~~{mark}"
-
-
-def play_and_show(name: str, directory: str) -> None:
-    """Run the hook on a sample event; print its times, what was handed over, what
-    became of it, what left."""
-    import json
-
-    event = sample(name, os.path.join(directory, "session.jsonl"))
-    start = f"import sys; sys.path.insert(0, {directory!r}); {IMPORT}"
-    ours = [name for name in os.environ if name.startswith("TELEMHQ_")]
-    environ = {name: os.environ[name] for name in os.environ if name not in ours}
-    _, ping, times = play([sys.executable, "-ESc", start], event, environ, directory)
-    if not ping:
-        raise Skipped("a ping did not arrive")
-    print(f"{name}: {times}")
-    for field, value in event.items():
-        if field != "hook_event_name":
-            print(wrapped(f"{field}: {fate(field, value, ping)}", "  ", "    "))
-    print(wrapped(json.dumps(ping), "  left ", "    ") + "\n")
 
 
 def demo(_: Namespace) -> int:
     """show, on this machine only, what leaves of an event and what stays"""
+    import json
     import py_compile
+    import shutil
     import tempfile
+    import textwrap
 
-    with tempfile.TemporaryDirectory() as directory:
-        script = os.path.join(directory, SCRIPT)
-        write_file(script, read_file(this_script(), STATE_MAX_BYTES))
+    print("What Claude Code hands over, and what leaves of it:\n", flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        script = os.path.join(place, SCRIPT)
+        write_file(script, read_file(os.path.realpath(THIS_FILE), STATE_MAX_BYTES))
         py_compile.compile(script)
-        intro = "Claude Code hands an event to the hook; a tracker gets the ping."
-        print(wrapped(intro) + "\n")
-        play_and_show("PostToolUseFailure", directory)
-        usage = {"input_tokens": 12, "output_tokens": 950}
-        usage.update(cache_read_input_tokens=41200, cache_creation_input_tokens=2300)
-        message = {"id": "msg_01", "model": DEMO_MODEL, "stop_reason": "end_turn"}
-        row = {"type": "assistant", "message": {**message, "usage": usage}}
-        text = encode_json({**row, "timestamp": iso_time(time.time_ns())}) + "\n"
-        write_file(os.path.join(directory, "session.jsonl"), text.encode())
-        play_and_show("Stop", directory)
-    struck = "Struck out" if "\x1b" in fate("", "", {}) else "~~"
-    text = f"{struck}: it stayed here. Of # only a hash has left, of = only the length."
-    print(wrapped(text) + f"\n\nTo install it: python3 {SCRIPT} install")
+        failed = SAMPLES["PostToolUseFailure"]
+        event = {"hook_event_name": "PostToolUseFailure", **failed}
+        start = f"import sys; sys.path.insert(0, {place!r}); {IMPORT}"
+        environ = {k: v for k, v in os.environ.items() if k[:8] != "TELEMHQ_"}
+        ping, times = play([sys.executable, "-ESc", start], event, environ)[1:]
+    if not ping:
+        raise Skipped("a ping did not arrive")
+    lines = [f"{ping['event']}: {times}"]
+    for name, value in failed.items():
+        text = json.dumps(value)
+        if ping.get(name) != value:
+            left = {f"{name}_hash": " #", f"{name}_chars": " ="}
+            text = f"~~{text}~~" + "".join(left[k] for k in left if k in ping)
+        lines.append(f"  {name}: {text}")
+    marks = "~~: it stayed here. Of # only a hash has left, of = only the length."
+    lines += [f"  left {json.dumps(ping)}", "", marks, ""]
+    width = min(88, shutil.get_terminal_size().columns)
+    wrapper = textwrap.TextWrapper(width, subsequent_indent="    ")
+    wrapper.break_long_words = wrapper.break_on_hyphens = False
+    for paragraph in [*lines, f"To install it: python3 {SCRIPT} install"]:
+        print(wrapper.fill(paragraph))
     return 0
 
 
-# -- Commands: sent, report ------------------------------------------------------------
-
-GROUPS = ("day", "project", "model", "session")
 COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
     "turns": "turns",
     "failed_turns": "failed",
@@ -4340,156 +3917,99 @@ COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
     **dict(zip(TOKENS, "input output cached written thinking tokens".split())),
     "cost_usd": "cost $",
 }
-NOTHING = "Nothing was delivered yet: `doctor` says why, `flush` sends what waits."
 
 
-def outboxes_named(name: str | None) -> list[Outbox]:
-    """All outboxes, or those of that kind or directory's name."""
+def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
+    """What was delivered of all outboxes, or of those of that kind or name; Skipped
+    when that is nothing."""
     kept = outboxes(Surroundings().settings.state_dir)
-    found = [
-        outbox for outbox in kept if name in (None, outbox.name(), kind_of(outbox))
-    ]
-    if name and not found:
-        known = ", ".join(outbox.name() for outbox in kept)
-        raise Skipped(f"there is no destination {name}; there are: {known or 'none'}")
+    kept = [outbox for outbox in kept if name in (None, outbox.name(), kind_of(outbox))]
+    found = [(outbox, deliveries(outbox)) for outbox in kept]
+    if not any(lines for _, lines in found):
+        raise Skipped("nothing was delivered yet: `doctor` says why, `flush` sends")
     return found
 
 
-def add_sent_arguments(parser: ArgumentParser) -> None:
-    """The options of sent."""
-    parser.add_argument("-n", type=int, default=20, help="how many (20)")
-    told = "only this one: a tracker, or its directory's name"
-    parser.add_argument("--destination", metavar="NAME", help=told)
-
-
 def sent(options: Namespace) -> int:
-    """print the last pings that left, as they were sent, with time and answer"""
-    found = [
-        (outbox, deliveries(outbox)) for outbox in outboxes_named(options.destination)
-    ]
-    for outbox, lines in found:
-        for line in lines[-max(1, options.n) :]:
+    """print the last pings that left, as they were sent, with time and answer
+
+    -n N  how many (20)
+    --destination NAME  only this one: a tracker, or its directory's name
+    """
+    for outbox, lines in kept_of(options.destination):
+        for line in lines[-max(1, options.n or 20) :]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
                 print(line.get("at"), kind_of(outbox), line.get("answer"), body)
-    if not any(lines for _, lines in found):
-        print(NOTHING, file=sys.stderr)
     return 0
-
-
-def day_of(ping: Fields) -> str:
-    """The day of a ping, here (not in UTC)."""
-    seconds = seconds_of(ping.get("timestamp"))
-    return time.strftime("%Y-%m-%d", time.localtime(seconds)) if seconds else "unknown"
 
 
 def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
     """[(row's name, what of the ping counts there)]; several with several models."""
-    if by == "day":
-        return [(day_of(ping), ping)]
     models = ping.get("models")
-    if by != "model" or not isinstance(models, dict):
-        name = "session_id" if by == "session" else by
-        return [(str(ping.get(name, "unknown")), ping)]
-    found = [
-        (name, counts)
-        for name, counts in models.items()
-        if counts_by_model({name: counts})
-    ]
-    for _, counts in found:
-        counts["total_tokens"] = sum(counts.get(kind, 0) for kind in TOKENS[:4])
-    return found
+    if by == "model" and isinstance(models, dict):
+        return [
+            (name, {**used, "total_tokens": sum(used.get(k, 0) for k in TOKENS[:4])})
+            for name, used in models.items()
+            if counts_by_model({name: used})
+        ]
+    seconds = seconds_of(ping.get("timestamp"))
+    day = time.strftime("%Y-%m-%d", time.localtime(seconds)) if seconds else "unknown"
+    name = "session_id" if by == "session" else by
+    return [(str({**ping, "day": day}.get(name, "unknown")), ping)]
 
 
-def rows_of(pings: list[Fields], by: str) -> list[Fields]:
-    """One row for each day, project, model or session, in order. cost_usd: None where
-    no ping has told it yet."""
-    columns = list(COLUMNS)[4 if by == "model" else 0 :]  # a model has no turns
+def rows_of(pings: list[Fields], by: str) -> dict[str, Fields]:
+    """Sums for each day, project, model or session, of what its pings have told."""
     rows: dict[str, Fields] = {}
     for ping in pings:
         turn = ping.get("event") in ("Stop", "StopFailure")
         failed = turn and ping.get("status") == "failed"
-        counted = {**ping, "turns": int(turn), "failed_turns": int(failed)}
-        for key, part in shares(counted, by):
-            found = [name for name in columns if number(part.get(name))]
-            found = [name for name in found if part[name] or name == "cost_usd"]
-            if found:
-                empty = {by: key, **dict.fromkeys(columns, 0), "cost_usd": None}
-                row = rows.setdefault(key, empty)
-            for name in found:
-                row[name] = round((row[name] or 0) + part[name], 6)
-    return [rows[key] for key in sorted(rows)]
+        more = {"turns": int(turn), "failed_turns": int(failed)}
+        for key, part in shares({**ping, **more}, by):
+            for name in COLUMNS:
+                if number(part.get(name)) and (part[name] or name == "cost_usd"):
+                    row = rows.setdefault(clean(key), {})
+                    row[name] = round(row.get(name, 0) + part[name], 6)
+    return dict(sorted(rows.items()))
 
 
-def cell(row: Fields, name: str) -> str:
-    """A value of a row, for a person."""
-    if row[name] is None:
-        return printable("\u2013", "-")  # a dash: not known yet
-    return f"{row[name]:.2f}" if name == "cost_usd" else f"{row[name]:,}"
+def print_table(rows: dict[str, Fields], by: str) -> None:
+    """Print rows and sums; without room, no kinds of tokens, then names cut off."""
+    import shutil
 
-
-def print_table(rows: list[Fields], by: str) -> None:
-    """Print rows and their sums. Where a terminal has no room the kinds of tokens are
-    left out, then names are cut off."""
-    names = [name for name in rows[0] if name != by]
-    total: Fields = {by: "in all"}
-    for name in names:
-        known = [row[name] for row in rows if row[name] is not None]
-        total[name] = sum(known) if known else None
-    rows = [*rows, total]
-    keys = [by, *(clean(str(row[by])) for row in rows)]
-    longest = max(map(len, keys))
+    total: Fields = {}
+    for row in rows.values():
+        total.update({name: total.get(name, 0) + row[name] for name in row})
+    rows = {**rows, "in all": total}
+    names = list(COLUMNS)[4 if by == "model" else 0 :]  # a model has no turns
+    longest = max(map(len, rows))
     for left in (names, [name for name in names if name not in TOKENS[:5]]):
         lines = [[COLUMNS[name] for name in left]]
-        lines += [[cell(row, name) for name in left] for row in rows]
+        for row in rows.values():
+            lines.append([f"{row.get(name, 0):,}" for name in left])
+            lines[-1][-1] = f"{row['cost_usd']:.2f}" if "cost_usd" in row else "\u2013"
         widths = [1 + max(map(len, column)) for column in zip(*lines)]
-        room = columns() - sum(widths)
+        room = shutil.get_terminal_size().columns - sum(widths)
         if room >= longest:
             break
     room = min(longest, max(room, len("2026-01-01")))
-    for key, cells in zip(keys, lines):
-        name = key if len(key) <= room else key[: room - 1] + "~"
-        print(name.ljust(room) + "".join(map(str.rjust, cells, widths)))
-
-
-def add_report_arguments(parser: ArgumentParser) -> None:
-    """The options of report."""
-    told = "one row for each (day)"
-    parser.add_argument("--by", choices=GROUPS, default="day", help=told)
-    told = "only the last N, today included"
-    parser.add_argument("--days", type=int, metavar="N", help=told)
-    told = "only this one: a tracker, or its directory's name"
-    parser.add_argument("--destination", metavar="NAME", help=told)
-    told = "a list of objects instead of tables"
-    parser.add_argument("--json", action="store_true", help=told)
+    for key, cells in zip([by, *rows], lines):
+        print(f"{key:{room}.{room}}" + "".join(map(str.rjust, cells, widths)))
 
 
 def report(options: Namespace) -> int:
-    """add up what was delivered, by day, project, model or session"""
-    import datetime
-    import json
+    """add up what was delivered, by day, project, model or session
 
-    found, days = [], options.days or 10**5
-    since = str(datetime.date.today() - datetime.timedelta(days - 1))
-    kept = outboxes_named(options.destination)
-    for outbox in kept:
-        pings = [line["ping"] for line in deliveries(outbox)]
-        rows = rows_of([ping for ping in pings if day_of(ping) >= since], options.by)
-        found += [{"destination": outbox.name(), **row} for row in rows]
-        if options.json or not (rows or outbox.waiting()):
-            continue
-        if len(kept) > 1:
+    --by day|project|model|session  one row for each (day)
+    --destination NAME  only this one: a tracker, or its directory's name
+    """
+    by, found = options.by or "day", kept_of(options.destination)
+    for outbox, lines in found:
+        rows = rows_of([line["ping"] for line in lines], by)
+        if len(found) > 1:
             print(f"{outbox.name()}:")
         if rows:
-            print_table(rows, options.by)
-        if outbox.waiting():
-            print(f"Not in it: {what_waits(outbox)}.")
-        for reason, count in sorted(state_of(outbox).losses.items()):
-            print(f"Not in it: {count} lost, {reason}.")
-    if options.json:
-        print(json.dumps(found, indent=2))
-    elif not found:
-        some = any(map(deliveries, kept))
-        print("No turn, tool or token was delivered then." if some else NOTHING)
+            print_table(rows, by)
     return 0
 
 
@@ -4501,56 +4021,46 @@ def command_line() -> ArgumentParser:
     import argparse
 
     about = (__doc__ or "").partition("Variables\n")[2].partition("Exit status")[0]
-    line = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog=SCRIPT,
         usage=f"{SCRIPT} COMMAND [OPTION ...]",
-        description="Tell a TelemHQ tracker what Claude Code did, never what was said.",
         epilog=f"variables:\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,  # it would stand before the commands
     )
-    commands = line.add_subparsers(
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", prog=SCRIPT, required=True
     )
-    found: list[tuple[Callable[[Namespace], int], Any]] = [
-        (demo, None),
-        (preview, add_preview_arguments),
-        (install, add_install_arguments),
-        (doctor, add_doctor_arguments),
-        (sent, add_sent_arguments),
-        (report, add_report_arguments),
-        (flush, add_flush_arguments),
-        (uninstall, add_uninstall_arguments),
-    ]
-    for run, add_arguments in found:
-        said = (run.__doc__ or "").partition("\n")[0]
-        about = said[:1].upper() + said[1:] + "."
-        command = commands.add_parser(run.__name__, help=said, description=about)
+    for run in (demo, preview, install, doctor, sent, report, flush, uninstall):
+        # A docstring has a line for each option: its form, two spaces, what it means.
+        said, *forms = (run.__doc__ or "").splitlines()
+        command = commands.add_parser(run.__name__, help=said, description=said)
         command.set_defaults(run=run)
-        if add_arguments:
-            add_arguments(command)
-    options = line.add_argument_group("options")
-    options.add_argument("-h", "--help", action="help", help="print this, or COMMAND's")
-    version = f"telemhq_ping {__version__}"
-    options.add_argument("--version", action="version", version=version)
-    return line
+        for form, _, meaning in (text.strip().partition("  ") for text in forms):
+            name, _, value = form.partition(" ")
+            how: Fields = {"action": "store_true"}
+            if "|" in value:
+                how = {"choices": value.split("|")}
+            elif value:
+                how = {"metavar": value, "type": int if value == "N" else str}
+            if name[:1] != "-":
+                how["nargs"] = "?"
+            if meaning:
+                command.add_argument(name, help=meaning, **how)
+    return parser
 
 
 def main(arguments: list[str]) -> int:
     """Run a command; the exit status."""
-    if sys.version_info < (3, 8):
-        print(f"{SCRIPT} needs Python 3.8 or newer", file=sys.stderr)
-        return 1
     os.umask(0o077)
-    reconfigure = getattr(sys.stdout, "reconfigure", None)
-    if reconfigure:
-        reconfigure(errors="replace")  # a terminal that knows no such character
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal does not know
     try:
         options = command_line().parse_args(arguments or ["--help"])
         status: int = options.run(options)
         return status
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
+    except (KeyboardInterrupt, EOFError):
+        print(file=sys.stderr)  # behind the question
         told, status = "interrupted", 130
     except ImportError as error:
         told, status = f"this Python lacks the module {error.name}; take a whole one", 1
@@ -4558,11 +4068,11 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except OSError as error:
-        where = f"{shown(str(error.filename))}: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else ""
         told, status = f"{where}{error.strerror or error}", 1
-    except (Skipped, EOFError, ValueError) as error:
-        told, status = str(error) or "there was no answer", 1
-    print(f"{SCRIPT}: {told}", file=sys.stderr)
+    except (Skipped, ValueError) as error:
+        told, status = str(error), 1
+    print(f"{SCRIPT}: {at_home(told)}", file=sys.stderr)
     return status
 
 

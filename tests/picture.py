@@ -73,9 +73,9 @@ def report(home: str) -> str:
 
 
 def drawn(text: str) -> str:
-    """A text as an SVG; what a terminal strikes out is struck out."""
+    """A text as an SVG; what is marked as gone is struck out."""
     text = html.escape(text.rstrip("\n"), quote=False)
-    text = re.sub(r"\x1b\[9;2m(.*?)\x1b\[0m", r'<tspan class="gone">\1</tspan>', text)
+    text = re.sub(r"~~(.+?)~~", r'~~<tspan class="gone">\1</tspan>~~', text)
     lines = text.split("\n")
     found = SVG.format(round((COLUMNS + 4) * CHAR_PX), (len(lines) + 2) * LINE_PX)
     for n, line in enumerate(lines, 2):

@@ -7,12 +7,14 @@ import functools
 import glob
 import hashlib
 import http.server
+import importlib
 import json
 import os
 import pathlib
 import shutil
 import signal
 import socket
+import socketserver
 import ssl
 import subprocess
 import sys
@@ -41,31 +43,14 @@ def command(python: str = sys.executable, directory: object = ROOT) -> str:
     return f"cd '{directory}' && exec {python} -ESc '{start}'"
 
 
-def as_script(python: str = sys.executable, directory: object = ROOT) -> str:
-    """The command that runs the script as such, as in TelemHQ's own settings block."""
-    return f"exec {python} -I -S '{directory}/{SCRIPT.name}'"
-
-
 def hook_command() -> list[str]:
     """The same as the arguments of a process."""
     return ["/bin/sh", "-c", command()]
 
 
-# Python compiles a script at every run, which takes longer than what most commands do.
-FROM_BYTECODE = """
-import sys
-import __main__
-from importlib.machinery import SourceFileLoader
-del sys.argv[0]
-__main__.__file__ = sys.argv[0]
-exec(SourceFileLoader("__main__", sys.argv[0]).get_code("__main__"), vars(__main__))
-"""
-
-
 def script_command(*arguments: str, python: str = sys.executable) -> list[str]:
-    """The command of a person who runs the script, from the bytecode that the hooks
-    leave beside it."""
-    return [python, "-c", FROM_BYTECODE, str(SCRIPT), *arguments]
+    """The command of a person who runs the script."""
+    return [python, str(SCRIPT), *arguments]
 
 
 def sender_command(*arguments: str, python: str = sys.executable) -> list[str]:
@@ -129,14 +114,13 @@ class Receiver:
                     outer.most_at_once = max(outer.most_at_once, in_flight[0])
                     outer.requests.append(request)
                 try:
-                    found = outer.answer
-                    found = found(request) if callable(found) else found
-                    status, headers, body = (
-                        found if isinstance(found, tuple) else (found, {}, b"")
-                    )
+                    given = outer.answer
+                    found = given(request) if callable(given) else given
                 finally:
                     with guard:
                         in_flight[0] -= 1
+                known = found if isinstance(found, tuple) else (found, {}, b"")
+                status, headers, body = known
                 with contextlib.suppress(OSError):
                     self.send_response(status)
                     for name, value in headers.items():
@@ -167,12 +151,10 @@ class Receiver:
             )
         self.server.socket.settimeout(5)  # for a connection that is gone again
         self.port = self.server.server_address[1]
-        self.scheme = "https" if tls else "http"
-        self.url = f"{self.scheme}://127.0.0.1:{self.port}/ping/{TOKEN}"
-        self.thread = threading.Thread(
-            target=self.server.serve_forever, args=(0.02,), daemon=True
-        )
-        self.thread.start()
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.port}/ping/{TOKEN}"
+        serve = functools.partial(self.server.serve_forever, 0.02)
+        threading.Thread(target=serve, daemon=True).start()
 
     @property
     def pings(self) -> list[dict[str, Any]]:
@@ -241,18 +223,16 @@ class Home:
         sent: Any,
         url: str | None = None,
         python: str = sys.executable,
-        cwd: object = None,
-        timeout: float = 30,
         imported: bool = True,
-        **more: object,
+        **more: Any,
     ) -> subprocess.CompletedProcess[bytes]:
         """Run the script as Claude Code does: sh -c, pipes, its own session.
 
         `sent` is an event or the bytes on stdin. imported: as the settings' command
-        does, or as a script.
+        does, or as a script, as in TelemHQ's own settings block.
         """
-        start = command(python) if imported else as_script(python)
-        return self.shell(start, sent, url, cwd, timeout, **more)
+        as_script = f"exec {python} -I -S '{SCRIPT}'"
+        return self.shell(command(python) if imported else as_script, sent, url, **more)
 
     def shell(
         self,
@@ -324,23 +304,16 @@ class Home:
         for pid in ended:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not any(map(holds_files, ended)))
-
-
-def holds_files(pid: int) -> bool:
-    """Whether a process still has its files, and with them its locks. (Linux)"""
-    try:
-        state = pathlib.Path("/proc", str(pid), "stat").read_bytes().rpartition(b")")[2]
-    except OSError:
-        return False
-    return state.split()[0] not in (b"Z", b"X")
+        wait_until(lambda: not any(map(is_alive, ended)))
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process still runs. (One not yet waited for has no arguments.)"""
+    """Whether a process still has its files, and with them its locks. (On Linux, one
+    not yet waited for has none.)"""
     try:
         if os.path.isdir("/proc/self"):
-            return pathlib.Path("/proc", str(pid), "cmdline").read_bytes() != b""
+            stat = pathlib.Path("/proc", str(pid), "stat").read_bytes()
+            return stat.rpartition(b")")[2].split()[0] not in (b"Z", b"X")
         os.kill(pid, 0)
         return True
     except OSError:
@@ -364,15 +337,8 @@ def wait_lock_free(path: str | pathlib.Path, timeout: float = 15) -> None:
 
 def load_script() -> types.ModuleType:
     """The script as a module, for tables over its pure functions."""
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("telemhq_ping", str(SCRIPT))
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["telemhq_ping"] = module
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module(SCRIPT.stem)
 
 
 # Run before the script in `patched`: wrap a function of a module, kill the process.
@@ -423,28 +389,6 @@ time.sleep = sleep
 """
 
 
-def start_patched(
-    home: Home, patch: str, *arguments: str, url: str | None = None, **env: object
-) -> subprocess.Popen[bytes]:
-    """Start a hook, or a sender with its arguments, with the Python source `patch` run
-    before it, in its process.
-
-    That is how the tests fake the clock, the resolver and the disk, and how they kill
-    at a named point: nothing in the script knows of it. `patch` may use PRELUDE.
-    """
-    entry = "sender" if arguments else "hook"
-    isolated = [sys.executable, "-I", "-S", "-c"]
-    return subprocess.Popen(
-        [*isolated, RUNNER, str(ROOT), PRELUDE + patch, entry, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=home.env(url, **env),
-        cwd=str(home.project),
-        start_new_session=True,
-    )
-
-
 def patched(
     home: Home,
     patch: str,
@@ -454,11 +398,23 @@ def patched(
     timeout: float = 60,
     **env: object,
 ) -> subprocess.CompletedProcess[bytes]:
-    """`start_patched` to its end; gives a CompletedProcess (bytes)."""
-    process = start_patched(home, patch, *arguments, url=url, **env)
-    raw = sent if isinstance(sent, bytes) else json.dumps(sent).encode()
-    out, err = process.communicate(raw, timeout)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    """Run a hook, or a sender with its arguments, with the Python source `patch` run
+    before it, in its process.
+
+    That is how the tests fake the clock, the resolver and the disk, and how they kill
+    at a named point: nothing in the script knows of it. `patch` may use PRELUDE.
+    """
+    entry = "sender" if arguments else "hook"
+    isolated = [sys.executable, "-I", "-S", "-c"]
+    return subprocess.run(
+        [*isolated, RUNNER, str(ROOT), PRELUDE + patch, entry, *arguments],
+        input=sent if isinstance(sent, bytes) else json.dumps(sent).encode(),
+        capture_output=True,
+        env=home.env(url, **env),
+        cwd=str(home.project),
+        start_new_session=True,
+        timeout=timeout,
+    )
 
 
 def run_sender(
@@ -480,18 +436,6 @@ def only_enqueue(
     return found
 
 
-def ping_name(ns: int, ping: dict[str, Any]) -> str:
-    """The name of the file in which a ping waits."""
-    session = ping.get("session_id", "")
-    known = hashlib.sha256(session.encode()).hexdigest()[:16] if session else ""
-    return f"{ns:020d}-{ping['event']}-{known}-{ping['event_id']}.json"
-
-
-def event_id_of(path: pathlib.Path) -> str:
-    """The event_id in the name of a ping's file (the old form's, too)."""
-    return path.stem.rpartition("-")[2]
-
-
 def place(home: Home, url: str | None, count: int = 1, age_s: float = 0.0) -> list[str]:
     """Put pings into the outbox by hand, as hooks would have `age_s` ago, oldest first.
 
@@ -502,53 +446,47 @@ def place(home: Home, url: str | None, count: int = 1, age_s: float = 0.0) -> li
         home.made[url] = path.parent, json.loads(path.read_text("utf-8"))["ping"]
         path.unlink()
     outbox, model = home.made[url]
+    session = hashlib.sha256(model["session_id"].encode()).hexdigest()[:16]
     found, ns = [], time.time_ns() - int(age_s * 1e9) - count
     for n in range(count):
         ping = dict(model, event_id=os.urandom(16).hex())
-        record = json.dumps({"ping": ping, "local": {}})
-        (outbox / ping_name(ns + n, ping)).write_text(record)
+        name = f"{ns + n:020d}-{ping['event']}-{session}-{ping['event_id']}.json"
+        (outbox / name).write_text(json.dumps({"ping": ping, "local": {}}))
         found.append(ping["event_id"])
     return found
 
 
-class Wire:
+class Wire(socketserver.ThreadingTCPServer):
     """A TCP server on 127.0.0.1 that speaks no HTTP by itself.
 
     `talk(connection)` runs in a thread for each connection, which is closed after it.
     `connections` counts them; `over` is set when the test is.
     """
 
+    daemon_threads, block_on_close = True, False
+
     def __init__(self, talk: Callable[[socket.socket], object]) -> None:
+        super().__init__(("127.0.0.1", 0), socketserver.BaseRequestHandler)
         self.talk, self.connections, self.over = talk, 0, threading.Event()
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.port = self.socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}/ping/{TOKEN}"
-        self.socket.settimeout(0.05)
-        self.accepting = threading.Thread(target=self.accept, daemon=True)
-        self.accepting.start()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/ping/{TOKEN}"
+        serve = functools.partial(self.serve_forever, 0.02)
+        threading.Thread(target=serve, daemon=True).start()
 
-    def accept(self) -> None:
-        while not self.over.is_set():
-            try:
-                connection = self.socket.accept()[0]
-            except socket.timeout:
-                continue
-            self.connections += 1
-            threading.Thread(target=self.serve, args=(connection,), daemon=True).start()
+    def verify_request(self, *_: object) -> bool:
+        self.connections += 1
+        return True
 
-    def serve(self, connection: socket.socket) -> None:
-        with connection, contextlib.suppress(OSError):
+    def finish_request(self, connection: Any, _: object) -> None:
+        with contextlib.suppress(OSError):
             self.talk(connection)
 
-    def __enter__(self) -> Self:
-        return self
+    def shutdown_request(self, connection: Any) -> None:
+        self.close_request(connection)  # `talk` may have chosen how: by a reset
 
     def __exit__(self, *_: object) -> None:
-        # A thread that still accepts on a closed descriptor may take a later socket's
-        # connections: the number is given out again.
         self.over.set()
-        self.accepting.join()
-        self.socket.close()
+        self.shutdown()
+        self.server_close()
 
 
 def read_request(connection: socket.socket) -> bytes:

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -32,38 +32,27 @@ from support import (
 
 fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
 
-if TYPE_CHECKING:
-    pass
-
 # -- demo --------------------------------------------------------------------------
 
 
-def pings_shown(out: str) -> dict[str, Any]:
-    """{event: ping} of a demo's output."""
-    found = re.findall(r"(?m)^(\w+): hook .*\n(?:  .*\n)*?  left ((?:.+\n)+)", out)
-    return {name: json.loads(" ".join(body.split())) for name, body in found}
-
-
 def test_demo_shows_what_leaves_and_what_stays(home: Home) -> None:
-    """The demo shows the exact JSON that left for a failed tool and a turn, with the
-    turn's tokens; nothing that was said, done or where is in it. What was handed over
-    is shown field by field; what did not leave is marked, and a sentence under it says
-    what each mark means. No setting of its user's changes it."""
-    ended = run(home, "demo", url=URL, TELEMHQ_TIMEOUT="no", TELEMHQ_PROJECT="x")
+    """The demo shows the exact JSON that left for a failed tool; nothing that was said,
+    done or where is in it. What was handed over is shown field by field; what did not
+    leave is marked, and a sentence under it says what each mark means. No setting of
+    its user's changes it, and nothing is left behind."""
+    before = tree(home.path)
+    ended = run(home, "demo", url=URL, TELEMHQ_PROJECT="x", TMPDIR=home.project)
     assert (ended.code, ended.err) == (0, "")
-    pings = pings_shown(ended.out)
-    assert list(pings) == ["PostToolUseFailure", "Stop"]
-    assert pings["PostToolUseFailure"]["status"] == "failed"
-    stop = pings["Stop"]
-    assert (stop["model"], stop["total_tokens"]) == ("claude-opus-5-5", 44462)
-    assert (stop["project"], "usage_complete" in stop) == ("acme", False)
-    for content in "hunter2", "deploy", "/home/you":
-        assert content not in json.dumps(pings)
+    assert tree(home.path) == before
     out = " ".join(ended.out.split())
+    ping = json.loads(out.partition(" left ")[2].partition(" ~~: ")[0])
+    assert (ping["event"], ping["status"]) == ("PostToolUseFailure", "failed")
+    for content in "hunter2", "deploy", "/home/you":
+        assert content not in json.dumps(ping)
     for words in (
         'tool_input: ~~{"command": "./deploy --password hunter2"}~~ error:',
         'cwd: ~~"/home/you/acme"~~ # ',
-        'last_assistant_message: ~~"The password is hunter2."~~ = left',
+        'deploy.key"~~ = ',
         'tool_name: "Bash" ',
         "~~: it stayed here. Of # only a hash has left, of = only the length.",
     ):
@@ -73,20 +62,12 @@ def test_demo_shows_what_leaves_and_what_stays(home: Home) -> None:
 
 @pytest.mark.parametrize("columns, most", [(80, 40), (60, 60)])
 def test_demo_fits_the_terminal(home: Home, columns: int, most: int) -> None:
-    """It fits 80 columns by 40 lines; at 60 columns lines break between words only. A
-    long TMPDIR, as macOS has, does not change that."""
-    temporary = home.project / ("long" * 20)
-    temporary.mkdir()
-    ended = run(home, "demo", COLUMNS=columns, TMPDIR=temporary)
-    lines = ended.out.splitlines()
+    """It fits 80 columns by 40 lines; at 60 columns lines break between words only."""
+    out = run(home, "demo", COLUMNS=columns).out
+    lines = out.splitlines()
     assert len(lines) <= most
     assert max(map(len, lines)) <= columns
-    assert list(pings_shown(ended.out)) == ["PostToolUseFailure", "Stop"]
-    words = set(ended.out.split())
-    assert {
-        '"last_assistant_message_chars":',
-        '"cache_creation_input_tokens":',
-    } <= words
+    assert {'"transcript_path_hash":', '"PostToolUseFailure",'} <= set(out.split())
 
 
 def test_demo_tells_real_times(home: Home) -> None:
@@ -102,24 +83,8 @@ def test_demo_tells_real_times(home: Home) -> None:
     out = subprocess.check_output(
         [sys.executable, "-c", code, str(SCRIPT.parent)], env=home.env()
     ).decode()
-    times = re.findall(r"hook (\d+) ms, all (\d+) ms", out)
-    assert len(times) == 2
-    assert all(500 < int(hook) < int(there) < 10000 for hook, there in times)
-
-
-@pytest.mark.parametrize("no_color", ["", "1"])
-def test_demo_has_colours_at_a_terminal_only(home: Home, no_color: str) -> None:
-    """At a terminal what stays home is struck out by the terminal, unless NO_COLOR is
-    set; elsewhere there is no escape sequence. Nothing is left behind."""
-    before = tree(home.path)
-    env = {"NO_COLOR": no_color, "TMPDIR": str(home.project)}
-    code, out = on_a_terminal(home, b"", "demo", **env)
-    assert code == 0
-    assert tree(home.path) == before
-    home.quiet(3)
-    assert ("\x1b[9;2m" in out) == (not no_color)
-    assert ("~~" in out) == bool(no_color)
-    assert ("Struck out: it stayed" in out) == (not no_color)
+    hook, there = map(int, re.findall(r"(\d+) ms", out))
+    assert 500 < hook < there < 10000
 
 
 # -- preview -----------------------------------------------------------------------
@@ -130,36 +95,18 @@ def test_preview_prints_the_ping_that_the_hook_sends(
     home: Home, receiver: Receiver, name: str
 ) -> None:
     """preview prints what the hook sends for the same event, but for id and time; the
-    settings' variables shape it as they do there. It says that tokens come later."""
-    env: dict[str, Any] = {"TELEMHQ_PROJECT": "set", "TELEMHQ_HASH_KEY": "k"}
+    settings' variables shape it as they do there."""
+    env: dict[str, Any] = {"TELEMHQ_PROJECT": "set", "TELEMHQ_USAGE": "0"}
     write_settings(home, {"env": env})
     sent = json.dumps(event(name)).encode()
     ended = run(home, "preview", sent=sent, url=receiver.url)
     assert receiver.requests == []
-    home.hook(sent, receiver.url, **env, TELEMHQ_USAGE=0)
+    home.hook(sent, receiver.url, **env)
     shown, ping = json.loads(ended.out), receiver.wait_for(1)[0]
     for found in shown, ping:
         del found["event_id"], found["timestamp"]
     assert shown == ping
-    assert ("Tokens are added later" in ended.err) == (name == "Stop")
-
-
-def test_preview_has_samples(home: Home) -> None:
-    """`preview Stop` shows the ping of a built-in sample, without any URL set, and
-    writes nothing."""
-    ended = run(home, "preview", "Stop")
-    assert (ended.code, json.loads(ended.out)["event"]) == (0, "Stop")
-    assert not (home.path / ".claude").exists()
-
-
-def test_preview_at_a_terminal_says_that_it_waits(home: Home) -> None:
-    """At a terminal preview says that it waits for an event, and how to end it."""
-    terminal = Terminal(home, "preview")
-    terminal.answer("Paste an event", '{"hook_event_name": "Stop"}\n\x04')
-    code, out = terminal.end()
-    assert code == 0
-    assert "Ctrl-D" in out
-    assert '"event": "Stop"' in out
+    assert ended.err.startswith(f"POST http://127.0.0.1:{receiver.port}/...\n")
 
 
 @pytest.mark.parametrize("raw", ["", "{", "[1]", "no JSON", '{"hook_event_name": "x"}'])
@@ -185,12 +132,12 @@ def test_preview_of_a_tracker_before_it_is_set_up(home: Home, name: str) -> None
     """What a tracker would get is shown before its variables are set, with
     placeholders, which are said to be ones; in any event one of them gets something."""
     shown = []
-    for kind in ("SessionStart", "Stop", "SessionEnd"):
+    for kind in ("Stop", "SessionEnd"):
         ended = run(home, "preview", kind, "--destination", name)
         assert ended.code == 0, ended.err
-        shown.append(ended.out)
+        shown.append(ended.err)
         assert "shown with placeholders" in ended.err
-    (first, *_) = [out for out in shown if out.startswith("POST")]
+    (first, *_) = [said for said in shown if "\nPOST " in said]
     assert "\nContent-Type: application/json\n" in first
 
 
@@ -202,7 +149,7 @@ def test_preview_shows_no_secret_of_a_tracker(home: Home) -> None:
         "TELEMHQ_OTLP_HEADERS": f"X-Key={TOKEN}",
     }
     ended = run(home, "preview", "Stop", "--destination", "otlp", **env)
-    assert ended.out.startswith("POST https://otlp.test/...\nX-Key: ...\n")
+    assert "POST https://otlp.test/...\nX-Key: ...\n" in ended.err
     assert "placeholders" not in ended.err
     ended = run(home, "preview", "Stop", "--destination", "nobody")
     assert ended.code == 1
@@ -236,13 +183,6 @@ def test_a_hook_by_hand_takes_the_settings_url(home: Home, receiver: Receiver) -
     assert len(receiver.pings) == 1
 
 
-def test_a_hook_by_hand_never_fails(home: Home) -> None:
-    """Without a home it is the hook all the same: exit 0."""
-    done = home.hook(event("Stop"), imported=False, TELEMHQ_HOOK_DEBUG=1, HOME="")
-    assert (done.returncode, done.stdout) == (0, b"")
-    assert b"Traceback" not in done.stderr
-
-
 # -- flush -------------------------------------------------------------------------
 
 
@@ -256,50 +196,8 @@ def test_flush_delivers_what_waits(home: Home, receiver: Receiver) -> None:
     ended = run(home, "flush")
     assert ended.code == 0, ended.err
     assert [ping["event_id"] for ping in receiver.pings] == sent
-    assert ended.out.endswith("5 delivered, 0 left.\n")
+    assert ended.out.endswith("None left.\n")
     assert home.waiting() == []
-
-
-def test_flush_with_nothing_to_do(home: Home, receiver: Receiver) -> None:
-    """An empty outbox is fine: exit 0, no request, no file written."""
-    ended = run(home, "flush", url=receiver.url)
-    assert (ended.code, ended.out) == (0, "0 delivered, 0 left.\n")
-    assert receiver.requests == []
-    assert not home.state.exists()
-
-
-FAILURES = {
-    0: "Connection refused: is TELEMHQ_PING_URL right, is there a network?",
-    404: "404: is the URL in TELEMHQ_PING_URL right, is it there?",
-    429: "429: it is busy; sent again later",
-    500: "500: it has a problem of its own; sent again later",
-}
-
-
-@pytest.mark.parametrize("status", FAILURES)
-def test_flush_says_why_pings_are_left(home: Home, status: int) -> None:
-    """Nothing is lost: exit 1, how many are left, and what the answer means, in no word
-    of the inside."""
-    with Receiver(status or 200) as receiver:
-        url = receiver.url if status else dead_url()
-        place(home, url, 3)
-        ended = run(home, "flush", url=url)
-    assert ended.code == 1
-    assert f"telemhq: {FAILURES[status]}\n0 delivered, 3 left." in ended.out
-    assert ", kept\n" in ended.out
-    assert not re.search(r"hold|not now|retry", ended.out)
-    assert len(home.waiting()) == 3
-
-
-def test_flush_counts_refused_pings_apart(home: Home) -> None:
-    """A ping that the tracker refuses is not called delivered."""
-    with Receiver() as receiver:
-        receiver.answer = lambda _: 422 if len(receiver.requests) == 1 else 200
-        place(home, receiver.url, 2)
-        ended = run(home, "flush", url=receiver.url)
-    assert ended.code == 0
-    assert "1 delivered, 0 left" in ended.out
-    assert "refused" in ended.out
 
 
 def test_flush_without_a_url_says_what_to_do(home: Home) -> None:
@@ -312,23 +210,6 @@ def test_flush_without_a_url_says_what_to_do(home: Home) -> None:
     ended = run(home, "flush")
     assert ended.code == 1
     assert "only Claude Code knows the plugin's URL" in ended.err
-    assert "TELEMHQ_PING_URL=URL telemhq_ping.py flush" in ended.err
-
-
-def test_flush_waits_for_a_sender(home: Home) -> None:
-    """While a sender is at work flush waits; the ping is sent once."""
-
-    def answer(_: object) -> int:
-        time.sleep(1)
-        return 200
-
-    with Receiver(answer) as receiver:
-        home.hook(event("Stop"), receiver.url)
-        receiver.wait_for(1)
-        ended = run(home, "flush", url=receiver.url)
-        home.quiet()
-        assert ended.code == 0
-        assert len(receiver.requests) == 1
 
 
 # -- flush --adopt -----------------------------------------------------------------
@@ -364,7 +245,7 @@ def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None
     assert [ping["event_id"] for ping in receiver.pings] == sent
     assert [path for path in home.waiting() if path != damaged] == [kept]
     assert f"{damaged.name} stays there: " in out
-    assert "3 delivered, 0 left." in out
+    assert "None left." in out
 
 
 @pytest.mark.fault(34)
@@ -376,23 +257,11 @@ def test_nothing_is_moved_without_a_yes(home: Home, receiver: Receiver) -> None:
     assert run(home, "flush", url=receiver.url).code == 0
     ended = run(home, "flush", "--adopt", url=receiver.url)
     assert ended.code == 1
-    assert "nothing was moved; `flush --adopt --yes` does not ask" in ended.err
+    assert "nothing was changed; --yes asks nothing" in ended.err
     code, out = on_a_terminal(
         home, b"n\n", "flush", "--adopt", TELEMHQ_PING_URL=receiver.url
     )
     assert code == 1
-    assert "nothing was moved" in out
+    assert "nothing was changed" in out
     assert home.waiting() == before
     assert receiver.requests == []
-
-
-def test_adopt_leaves_a_sender_at_work_alone(home: Home, receiver: Receiver) -> None:
-    """While a sender of the former URL is at work, --adopt moves nothing: exit 1."""
-    place(home, dead_url(), 1)
-    with open(str(home.waiting()[0].parent.parent / "lock"), "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        ended = run(home, "flush", "--adopt", "--yes", url=receiver.url)
-    assert ended.code == 1
-    assert "a sender is at work in ~/.claude/telemhq/telemhq-" in ended.err
-    assert receiver.requests == []
-    assert len(home.waiting()) == 1

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
-import shutil
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -45,10 +42,9 @@ def test_what_makes_no_sense_is_named_and_as_not_set(
     """An empty variable counts as not set, and is no nonsense. What is not understood
     in those that keep something at home means off."""
     found, plain = script.Settings({name: value}), script.Settings({})
-    assert [name in text for text in found.ignored] == [True] * (
-        (name, value) in NONSENSE
-    )
-    if (name, value) in NONSENSE:
+    nonsense = (name, value) in NONSENSE
+    assert [name in text for text in found.ignored] == [True] * nonsense
+    if nonsense:
         for known in ("project", "machine", "timeout_s", "state_dir", "foreground"):
             assert getattr(found, known) == getattr(plain, known)
         assert found.usage == (name != "TELEMHQ_USAGE")
@@ -59,14 +55,11 @@ def test_what_makes_no_sense_is_named_and_as_not_set(
 def test_nonsense_stops_nothing_and_is_told_in_debug_mode(
     home: Home, receiver: Receiver
 ) -> None:
-    """All of it at once: silence, and the ping is delivered; debug mode names each."""
-    env: dict[str, Any] = dict(NONSENSE)
+    """All of it at once: the ping is delivered; debug mode names each."""
+    env: dict[str, Any] = {**dict(NONSENSE), "TELEMHQ_HOOK_DEBUG": "1"}
     done = home.hook(event("Stop"), receiver.url, **env)
-    assert (done.returncode, done.stdout, done.stderr) == SILENT
-    (ping,) = receiver.wait_for(1)
+    (ping,) = receiver.pings
     assert (ping["project"], "machine" in ping) == ("api", False)
-    env["TELEMHQ_HOOK_DEBUG"] = "1"
-    done = home.hook(event("Stop"), receiver.url, **env)
     for name, _ in NONSENSE:
         assert f"{name} is ignored" in done.stderr.decode()
     assert not (home.project / "relative").exists()
@@ -227,42 +220,17 @@ COMMAND = (
     "cd ~/.claude/hooks && python3 -ESc 'import telemhq_ping as t; t.hook()' "
     "|| python3 -I -S ~/.claude/hooks/telemhq_ping.py || true"
 )
-TELEMHQS_COMMAND = "python3 ~/.claude/hooks/telemhq_ping.py"  # from TelemHQ's own pages
 
 
-def variables(text: str) -> set[str]:
-    """The names of all TELEMHQ_ variables in a text."""
-    return set(re.findall(r"\bTELEMHQ_[A-Z][A-Z_]*[A-Z]\b", text))
-
-
-def without_trackers(text: str) -> str:
-    """The script without the section on trackers, whose variables are its own."""
-    before, _, rest = text.partition("\n# -- Trackers")
-    return before + "\n# -- " + rest.split("\n# -- ", 1)[1]
-
-
-def readme_rows(pattern: str, after: str) -> list[str]:
-    """The first group of `pattern` in the README's lines behind a heading."""
-    text = (ROOT / "README.md").read_text("utf-8").split(f"\n## {after}\n", 1)[1]
-    return re.findall("(?m)^" + pattern, text.split("\n## ", 1)[0])
-
-
-def test_docstring_and_readme_name_every_variable() -> None:
-    """The contract at the script's top, and README's table, list the variables that the
-    code reads; those of other trackers stand in their section."""
-    text = SCRIPT.read_text("utf-8")
-    docstring = ast.get_docstring(ast.parse(text), clean=False) or ""
-    code = variables(without_trackers(text.replace(docstring, "")))
-    assert set(re.findall(r"(?m)^    (TELEMHQ_[A-Z_]+)  ", docstring)) == code
-    assert sorted(readme_rows(r"\| `(TELEMHQ_[A-Z_]+)`", "Settings")) == sorted(code)
+def test_the_docstring_names_every_variable(script: ModuleType) -> None:
+    """The contract at the script's top lists the variables that the code reads; those
+    of other trackers stand in their section."""
+    text, docstring = SCRIPT.read_text("utf-8"), script.__doc__ or ""
+    code = set(re.findall(r"\bTELEMHQ_[A-Z_]*[A-Z]\b", text.replace(docstring, "")))
+    others = (t.variables for kind, t in script.TRACKERS.items() if kind != "telemhq")
+    documented = set(re.findall(r"(?m)^    (TELEMHQ_[A-Z_]+)  ", docstring))
+    assert documented == code.difference(*others)
     assert len(code) >= 9
-
-
-def test_the_readmes_table_of_what_is_sent_is_the_gate(script: ModuleType) -> None:
-    """README's sent table names each field that can leave, and no other."""
-    cells = readme_rows(r"\| (`[^|]+)\|", "What is sent")
-    fields = [name for cell in cells for name in re.findall("`([a-z0-9_]+)`", cell)]
-    assert sorted(fields) == sorted(script.GATE)
 
 
 def test_settings_example_is_complete_and_as_documented() -> None:
@@ -280,42 +248,3 @@ def test_settings_example_is_complete_and_as_documented() -> None:
         for name, command in commands.items()
     }
     assert json.loads(EXAMPLE.read_text("utf-8")) == {"hooks": hooks}
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs sh")
-@pytest.mark.parametrize("command", [COMMAND, TELEMHQS_COMMAND])
-@pytest.mark.parametrize("link", [False, True], ids=("copied", "linked"))
-def test_the_documented_commands_work(
-    home: Home, receiver: Receiver, command: str, link: bool
-) -> None:
-    """Ours and TelemHQ's own settings block work, for a copy and for a link; beside the
-    script they leave Python's bytecode, and nothing else."""
-    hooks = home.path / ".claude" / "hooks"
-    hooks.mkdir(parents=True)
-    if link:
-        (hooks / SCRIPT.name).symlink_to(SCRIPT)
-    else:
-        shutil.copy(str(SCRIPT), str(hooks))
-    before = set(home.path.rglob("*"))
-    for name in ("Stop", "StopFailure", "SessionEnd-other"):
-        done = home.shell(command, event(name), receiver.url)
-        assert (done.returncode, done.stdout, done.stderr) == SILENT
-    events = {ping["event"] for ping in receiver.wait_for(3)}
-    assert events == {"Stop", "StopFailure", "SessionEnd"}
-    home.quiet()
-    cache = hooks / "__pycache__"
-    bytecode = cache / f"{SCRIPT.stem}.{sys.implementation.cache_tag}.pyc"
-    new = set(home.path.rglob("*")) - before - set(home.state.rglob("*"))
-    assert new == {home.state, cache, bytecode}
-
-
-@pytest.mark.fault(40)
-@pytest.mark.skipif(os.name != "posix", reason="needs sh")
-def test_a_missing_script_does_not_block_claude_code(home: Home) -> None:
-    """Python exits 2 for a missing script, which blocks: the `|| true` makes it 0."""
-    (home.path / ".claude" / "hooks").mkdir(parents=True)
-    hooks = json.loads(EXAMPLE.read_text("utf-8"))["hooks"]
-    for command in {entry["hooks"][0]["command"] for (entry,) in hooks.values()}:
-        assert home.shell(command, {}, dead_url()).returncode == 0
-        vetoes = command.replace(" || true", "")
-        assert home.shell(vetoes, {}, dead_url()).returncode == 2

@@ -6,10 +6,8 @@ import json
 import os
 import re
 import shlex
-import shutil
 import stat
 import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +23,6 @@ from person import (
     commands_in,
     install,
     installed,
-    on_a_terminal,
     read,
     run,
     settings_path,
@@ -37,7 +34,6 @@ from support import (
     ROOT,
     SCRIPT,
     SMALL_PATH,
-    TOKEN,
     Home,
     Receiver,
     event,
@@ -122,13 +118,8 @@ def test_the_text_is_changed_as_little_as_can_be(home: Home, unit: int | None) -
 
 MALFORMED = {
     "a comment": b'{\n  // mine\n  "a": 1\n}\n',
-    "a trailing comma": b'{"a": 1,}',
-    "cut off": b'{"hooks": {"Stop": [',
-    "no UTF-8": b'{"a": "\xff"}',
     "hooks is a list": b'{"hooks": []}',
     "Stop is an object": b'{"hooks": {"Stop": {}}}',
-    "env is a text": b'{"env": "x"}',
-    "deep": b"[" * 100000,
     "read-only": b"{}",
     "a directory": b"",
 }
@@ -178,15 +169,6 @@ OURS = [
 ]
 
 
-@pytest.mark.parametrize("command", [*THEIRS, *OURS])
-def test_which_commands_are_ours(script: Any, command: str) -> None:
-    """A command is ours when it does nothing but run the script, in TelemHQ's form, or
-    one that an install or the README has. One that runs it otherwise is known, too."""
-    hook = script.RegisteredHook("Stop", {}, {"command": command})
-    assert hook.is_ours() == (command in OURS)
-    assert hook.names_script() == (command not in THEIRS[:3])
-
-
 def check_command(home: Home, command: str) -> None:
     """The command imports the installed script with an interpreter that is there; when
     that fails, it runs it."""
@@ -194,7 +176,8 @@ def check_command(home: Home, command: str) -> None:
     assert os.access(words[3], os.X_OK)
     assert words[:3] == ["cd", str(installed(home).parent), "&&"]
     assert words[4:7] == ["-ESc", IMPORT, "||"]
-    assert words[8:] == ["-I", "-S", str(installed(home)), "||", "true"]
+    fallback = ["python3", "-I", "-S", str(installed(home)), "||", "true"]
+    assert words[7:] == fallback
 
 
 def test_an_upgrade_replaces_only_our_commands(home: Home) -> None:
@@ -281,8 +264,9 @@ def test_a_home_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
     home = Home(tmp_path / name)
     before = tree(home.path)
     with Receiver() as receiver:
-        ended = install(home, "--url", receiver.url)
+        ended = install(home, "--url", receiver.url, "--send")
         assert ended.code == 0, ended.out + ended.err
+        assert receiver.requests[-1].ping["event"] == "Test"
         found = read(settings_path(home))
         done = subprocess.run(
             ["/bin/sh", "-c", commands_in(found)[0][2]],
@@ -301,51 +285,31 @@ def test_a_home_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
 
 
 def test_dry_run_says_all_and_changes_nothing(home: Home) -> None:
-    """--dry-run names the script, the lines that change and no others (of the URL its
-    host alone), the backup, and that others can read the file; and changes nothing. Nor
-    does install where nobody can be asked."""
+    """--dry-run names the script, the lines that change and no others (without the
+    URL), the backup, and that others can read the file; and changes nothing. Nor does
+    install where nobody can be asked."""
     path = write_settings(home, {"model": "opus", "env": {"A": "1", "KEY": "hidden"}})
     path.chmod(0o644)
     before = tree(home.path)
-    ended = run(home, "install", "--url", URL)
-    assert (ended.code, ended.out) == (1, "")
-    assert "--yes, or --dry-run" in ended.err
-    ended = run(home, "install", "--url", URL, "--tools", "--dry-run")
-    assert ended.code == 0
+    ended = run(home, "install", "--url", URL, "--tools")
+    assert (ended.code, "--yes asks nothing" in ended.err) == (1, True)
+    dry = run(home, "install", "--url", URL, "--tools", "--dry-run")
+    assert (dry.code, dry.out) == (0, ended.out + "Nothing was changed.\n")
     said = ended.out.splitlines()
     assert said[0].startswith("~/.claude/hooks/telemhq_ping.py will be this script")
     assert said[1] == "~/.claude/settings.json will change:"
-    assert said[2] == '  +    "TELEMHQ_PING_URL": "http://127.0.0.1:9/..."'
-    assert said[-4:] == [
+    assert said[2] == '  +    "TELEMHQ_PING_URL": "..."'
+    assert said[-3:] == [
         f"As it is now it is kept as {BACKUP}",
         "Others can read it, and the URL in it is a secret:",
         "  chmod 600 ~/.claude/settings.json",
-        "Nothing was changed.",
     ]
-    assert all(re.match(r"  \+ ", line) for line in said[2:-4])
+    assert all(re.match(r"  \+ ", line) for line in said[2:-3])
     assert "hidden" not in ended.out
     assert tree(home.path) == before
     install(home, "--url", URL, "--tools")
-    said = run(home, "install", "--url", URL, "--tools", "--dry-run").out.splitlines()
-    assert said[-2:] == ["All is there already.", "Nothing was changed."]
-
-
-@pytest.mark.parametrize(
-    "old",
-    [
-        "https://old.invalid/ping/" + TOKEN,
-        f"https:\\/\\/old.invalid\\/ping\\/{TOKEN}",
-        f"https://user:{TOKEN}@old.invalid/ping/x",
-        TOKEN,
-    ],
-)
-def test_a_change_of_the_url_shows_no_token(home: Home, old: str) -> None:
-    """Of the old URL, and of the new one, no more is shown than the host."""
-    raw = f'{{"env": {{"TELEMHQ_PING_URL" :"{old}",\n"Z": "2"}}}}'
-    write_settings(home, raw.encode())
-    ended = run(home, "install", "--url", URL, "--dry-run")  # it looks for the token
-    assert re.search(r"(?m)^  -.*TELEMHQ_PING_URL", ended.out)
-    assert re.search(r'(?m)^  \+.*TELEMHQ_PING_URL.*"http://127.0.0.1:9/', ended.out)
+    ended = run(home, "install", "--url", URL, "--tools", "--dry-run")
+    assert ended.out == "Nothing was changed.\n"
 
 
 def test_install_at_a_terminal(home: Home, receiver: Receiver) -> None:
@@ -353,7 +317,7 @@ def test_install_at_a_terminal(home: Home, receiver: Receiver) -> None:
     one; says what it will change, and asks; offers a real ping, which alone proves the
     token; and ends with doctor's checks, whose verdict is the exit status."""
     terminal = Terminal(home, "install")
-    terminal.answer("Ping URL (not shown", "telemhq.com/ping/x\n")
+    terminal.answer(ASKED, "telemhq.com/ping/x\n")
     terminal.answer("it must start with https://", "https://telemhq.com/ping/\n")
     terminal.answer("has no token", receiver.url + "\n")
     terminal.answer("Write this? [y/N]", "yes\n")
@@ -362,31 +326,9 @@ def test_install_at_a_terminal(home: Home, receiver: Receiver) -> None:
     assert code == 0, out
     assert read(settings_path(home))["env"]["TELEMHQ_PING_URL"] == receiver.url
     assert out.index('+  "env"') < out.index("Write this?") < out.index("Installed.")
-    assert out.index("Installed.") < out.index("✓ Stop by ~/.claude/settings.json")
+    assert out.index("Installed.") < out.index("ok Stop by ~/.claude/settings.json")
     posts = [request.ping for request in receiver.requests if request.body]
     assert [ping["event"] for ping in posts] == ["Test"]
-
-
-@pytest.mark.parametrize("send", [True, False])
-def test_install_without_questions(home: Home, receiver: Receiver, send: bool) -> None:
-    """With --yes nothing is asked, at a terminal, too; --send sends one real ping."""
-    options = ["--url", receiver.url, "--yes", *(["--send"] if send else [])]
-    code, out = on_a_terminal(home, b"", "install", *options)
-    assert code == 0, out
-    assert "[y/N]" not in out
-    found = [request.method for request in receiver.requests]
-    assert found.count("POST") == send
-
-
-def test_install_goes_on_without_a_url(home: Home) -> None:
-    """An empty answer is no URL: install goes on, and doctor says what is missing."""
-    terminal = Terminal(home, "install")
-    terminal.answer("Ping URL (not shown", "\n")
-    terminal.answer("Write this? [y/N]", "y\n")
-    code, out = terminal.end()
-    assert code == 1
-    assert "TELEMHQ_PING_URL" in out[out.index("Installed.") :]
-    assert "env" not in read(settings_path(home))
 
 
 def test_other_trackers_alone_need_no_url(home: Home, receiver: Receiver) -> None:
@@ -400,44 +342,21 @@ def test_other_trackers_alone_need_no_url(home: Home, receiver: Receiver) -> Non
     terminal.answer("Write this? [y/N]", "y\n")
     terminal.answer("Nothing else proves the token. [y/N]", "n\n")
     out = terminal.end()[1]
-    assert "Ping URL" not in out
+    assert ASKED not in out
     assert "env" not in read(settings_path(home))
 
 
-@pytest.mark.fault(31)
-@pytest.mark.parametrize(
-    "url, words",
-    [
-        ("", "TELEMHQ_PING_URL"),
-        ("telemhq.com/ping/" + TOKEN, "it must start with https://"),
-        ("http://telemhq.com/ping/" + TOKEN, "TELEMHQ_ALLOW_HTTP"),
-        ("https://u:p@telemhq.com/" + TOKEN, "user:password@"),
-        ("https://telemhq.com/ping/ " + TOKEN, "a space"),
-        ("https://telemhq.com/ping/", "has no token"),
-        ("https://telemhq.com", "has no token"),
-        ("https://telemhq.com/ping/?x=1", "has no token"),
-        ("https://telemhq.com/ping/<token>", "<token> stands for your tracker's own"),
-    ],
-)
-def test_a_bad_url_is_refused_with_a_reason(home: Home, url: str, words: str) -> None:
-    """A URL that no ping can go to, or that was not filled in, is refused by name."""
-    before = tree(home.path)
-    ended = install(home, "--url", url)
-    assert ended.code == 1
-    assert words in ended.err
-    assert tree(home.path) == before
-
-
+ASKED = "The URL of your tracker (not shown"
 WRITE, REMOVE = "Write this? [y/N]", "Remove it? [y/N]"
 
 
 @pytest.mark.parametrize(
     "command, prompt, typed, code",
     [
-        ("install", "Ping URL (not shown", "\x03", 130),
+        ("install", ASKED, "\x03", 130),
         ("install --url " + URL, WRITE, "\x03", 130),
         ("install --url " + URL, WRITE, "n\n", 1),
-        ("install --url " + URL, WRITE, "\x04", 1),
+        ("install --url " + URL, WRITE, "\x04", 130),
         ("uninstall", REMOVE, "\x03", 130),
         ("uninstall", REMOVE, "\n", 1),
     ],
@@ -445,7 +364,7 @@ WRITE, REMOVE = "Write this? [y/N]", "Remove it? [y/N]"
 def test_whatever_is_no_yes_changes_nothing(
     home: Home, command: str, prompt: str, typed: str, code: int
 ) -> None:
-    """A no, an empty answer, none or Ctrl-C at a question: one line and an exit status,
+    """A no, an empty answer, Ctrl-D or Ctrl-C at a question: one line, an exit status,
     no traceback, and all is as it was."""
     if command == "uninstall":
         install(home, "--url", URL)
@@ -465,12 +384,13 @@ def test_whatever_is_no_yes_changes_nothing(
 @pytest.mark.fault(26)
 @pytest.mark.parametrize("fails", ["script", "backup", "settings"])
 def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
-    """Where a file cannot be written, the message names it, and all is as it was."""
+    """Where a file cannot be written, the message names it. Settings come last: without
+    a script no command is in them, and no file is half written."""
     size = len(SCRIPT.read_bytes())
     padding = "x" * (size + 2000)
-    write_settings(home, {"model": padding} if fails != "script" else {})
+    path = write_settings(home, {"model": padding} if fails != "script" else {})
     most = {"script": 5000, "backup": size + 1000, "settings": size + 2100}[fails]
-    before, resource = tree(home.path), pytest.importorskip("resource")
+    before, resource = path.read_bytes(), pytest.importorskip("resource")
     done = subprocess.run(
         script_command("install", "--yes", "--url", URL),
         env=home.env(),
@@ -483,46 +403,24 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     where = "~/.claude/" + name.get(fails, "settings.json")
     assert done.returncode == 1
     assert f"{where}: File too large" in done.stderr.decode()
-    assert tree(home.path) == before
+    assert path.read_bytes() == before
+    whole = [SCRIPT.read_bytes(), before]
+    assert all(found in whole for _, found in tree(home.path).values() if found)
 
 
-@pytest.mark.parametrize(
-    "version, place_of",
-    [("2.1.77", "bin"), ("1.0.128", ".local/bin"), ("2.1.78", "bin")],
-)
-def test_an_old_client_gets_no_stop_failure(
-    home: Home, version: str, place_of: str
-) -> None:
+@pytest.mark.parametrize("version", ["1.0.128", "2.1.77", "2.1.78"])
+def test_an_old_client_gets_no_stop_failure(home: Home, version: str) -> None:
     """For a client before 2.1.78, which ignores a whole file that names StopFailure,
-    install leaves it out, takes an earlier one of ours out, and says so. The client is
-    found outside the PATH, too."""
-    install(home, "--url", URL)
-    assert events_in(home) == EVENTS
-    path = home.path / place_of / "claude"
-    path.parent.mkdir(parents=True)
+    install leaves it out, and says so; doctor does not miss it."""
+    path = home.path / "bin" / "claude"
+    path.parent.mkdir()
     path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
     path.chmod(0o755)
     ended = install(home, "--url", URL, PATH=f"{home.path / 'bin'}:{SMALL_PATH}")
     old = version != "2.1.78"
     assert events_in(home) == (["Stop", "SessionEnd"] if old else EVENTS)
-    said = f"Claude Code {version} ignores settings that name StopFailure"
-    assert (said in ended.out) == old
-    assert uninstall(home).code == 0
-    assert not settings_path(home).exists()
-
-
-def test_the_python_that_is_named_lasts(home: Home, tmp_path: pathlib.Path) -> None:
-    """Run by a virtual environment's Python, install names the one behind it; where
-    that one's path names a release (pyenv), the second command names python3."""
-    made = tmp_path / "venv"
-    make = [sys.executable, "-m", "venv", "--without-pip", str(made)]
-    subprocess.run(make, check=True)
-    install(home, python=str(made / "bin" / "python"))
-    shutil.rmtree(str(made))
-    command = commands_in(read(settings_path(home)))[0][2]
-    check_command(home, command)
-    named = re.findall(r"(\S+) (?:-ESc|-I)", command)
-    assert named[1] == ("python3" if re.search(r"\d\.\d+\.\d", PYTHON) else named[0])
+    assert ("Claude Code here is older than 2.1.78" in ended.out) == old
+    assert ("-- no hook for StopFailure" in ended.out) == old
 
 
 # -- uninstall -------------------------------------------------------------------
@@ -537,8 +435,7 @@ THEIR_SCRIPT = "#!/usr/bin/env python3\nprint('the sample of the documentation')
 def test_telemhqs_own_set_up_comes_back(home: Home) -> None:
     """Where another script stands under our name, uninstall leaves it and its hooks.
     install says that it is replaced, and where it is kept. After upgrades and uninstall
-    that set-up is as it was, byte for byte and mode for mode; where a person has
-    changed the settings since, their commands come back in their places."""
+    that set-up is as it was, byte for byte and mode for mode."""
     write_settings(home, THEIR_SETTINGS)
     installed(home).parent.mkdir()
     installed(home).write_text(THEIR_SCRIPT)
@@ -550,18 +447,13 @@ def test_telemhqs_own_set_up_comes_back(home: Home) -> None:
     assert tree(home.path) == before
     ended = install(home, "--url", URL)
     kept = installed(home).with_name("telemhq_ping.py.telemhq-backup")
-    assert "hooks/telemhq_ping.py will be replaced: it is another script" in ended.out
+    assert "hooks/telemhq_ping.py is another script" in ended.out
     assert "~/.claude/hooks/" + kept.name in ended.out
     assert kept.read_text() == THEIR_SCRIPT
     install(home, "--url", URL + "X", "--tools")
     ended = uninstall(home)
     assert "telemhq_ping.py, and the one from before install comes back" in ended.out
     assert tree(home.path) == before
-    install(home, "--url", URL)
-    write_settings(home, {**read(settings_path(home)), "model": "opus"})
-    uninstall(home)
-    assert read(settings_path(home)) == {**THEIR_SETTINGS, "model": "opus"}
-    assert installed(home).read_text() == THEIR_SCRIPT
 
 
 def test_uninstall_leaves_no_command_without_its_script(home: Home) -> None:
@@ -607,43 +499,29 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     """uninstall names what it would remove: hooks and URL, script, and the state with
     how many pings wait and how many are on record. Nobody asked: nothing is changed.
     --keep-state leaves the state."""
-    assert uninstall(home).out == "Nothing of it is here.\n"
+    assert "none of it is here" in uninstall(home).out
     sent_once(home)
     install(home, "--url", URL)
     place(home, URL, 2)
     before = tree(home.path)
     ended = run(home, "uninstall")
     assert ended.code == 1
-    assert "with --yes it is removed" in ended.err
+    assert "nothing was changed; --yes asks nothing" in ended.err
     assert tree(home.path) == before
-    state = "2 pings not sent yet (`flush` sends), the record of 1 sent ping"
     assert ended.out.splitlines() == [
         "This goes:",
         "  ~/.claude/settings.json: our hooks and the ping URL",
         "  ~/.claude/hooks/telemhq_ping.py",
-        f"  ~/.claude/telemhq: {state} (--keep-state: stays)",
+        "  ~/.claude/telemhq, with the pings that wait: 2 (`flush` sends them),",
+        "    and the record of those sent: 1 (--keep-state leaves both)",
     ]
     ended = uninstall(home, "--keep-state")
-    assert (ended.code, "telemhq:" in ended.out) == (0, False)
+    assert (ended.code, "telemhq, with" in ended.out) == (0, False)
     assert ended.out.endswith("Removed.\n")
     assert sorted(os.listdir(str(home.state.parent))) == ["telemhq"]
     assert len(home.waiting()) == 2
     assert uninstall(home).code == 0
     assert sorted(os.listdir(str(home.path))) == ["acme"]
-
-
-def test_uninstall_beside_the_plugin(home: Home) -> None:
-    """While the plugin is enabled, uninstall leaves the state, and says how to remove
-    both."""
-    plugin = {"enabledPlugins": {"telemhq-ping@telemhq-ping": True}}
-    write_settings(home, plugin)
-    install(home, "--url", URL)
-    sent_once(home)
-    ended = uninstall(home)
-    assert "uninstall telemhq-ping@telemhq-ping; rm -r ~/.claude/telemhq" in ended.out
-    assert read(settings_path(home)) == plugin
-    assert not installed(home).exists()
-    assert home.destination().exists()
 
 
 @pytest.mark.fault(67)
@@ -664,46 +542,3 @@ def test_uninstall_waits_for_a_sender(home: Home) -> None:
         assert answered
     home.quiet()
     assert sorted(os.listdir(str(home.path))) == ["acme"]
-
-
-# -- Projects and other places ---------------------------------------------------
-
-
-def test_a_projects_own_settings(home: Home) -> None:
-    """--project DIR writes DIR/.claude/settings.local.json; its uninstall is the
-    inverse, and leaves script and state to the user's settings where these name it."""
-    before = tree(home.path)
-    install(home, "--url", URL, "--project", ".")
-    path = home.project / ".claude" / "settings.local.json"
-    assert {e for e, _, _ in commands_in(read(path))} == set(EVENTS)
-    assert not settings_path(home).exists()
-    assert uninstall(home, "--project", home.project).code == 0
-    assert tree(home.path) == before
-    install(home, "--url", URL)
-    before = tree(home.path)
-    install(home, "--project", home.project)
-    assert "settings.local.json names the script, too" in uninstall(home).out
-    install(home, "--url", URL)
-    ended = uninstall(home, "--project", home.project)
-    assert "~/.claude/settings.json names the script, too" in ended.out
-    assert tree(home.path) == before
-    ended = install(home, "--project", home.path / "typo")
-    assert (ended.code, "~/typo: No such file" in ended.err) == (1, True)
-
-
-def test_claude_config_dir_is_honoured(home: Home, receiver: Receiver) -> None:
-    """With CLAUDE_CONFIG_DIR, settings and script are there, and ~/.claude is not made;
-    the installed copy runs the commands as well."""
-    config = home.path / "my config"
-    env: dict[str, Any] = {"CLAUDE_CONFIG_DIR": config}
-    assert install(home, "--url", receiver.url, "--tools", **env).code == 0
-    assert not (home.path / ".claude").exists()
-    found = commands_in(read(config / "settings.json"))
-    tools = "Bash|Edit|MultiEdit|Write"
-    expected = [("PostToolUse", tools), ("PostToolUseFailure", tools)]
-    assert [row[:2] for row in found] == [(name, None) for name in EVENTS] + expected
-    script = config / "hooks" / SCRIPT.name
-    ended = install(home, "--url", receiver.url, script=script, **env)
-    assert (ended.code, "All is there already." in ended.out) == (0, True)
-    assert uninstall(home, script=script, **env).code == 0
-    assert not config.exists()
