@@ -37,10 +37,9 @@ from transcripts import (
 if TYPE_CHECKING:
     import pathlib
 
-    from support import Request
-
 __all__ = ["session"]  # fixtures
 
+Step = Callable[[Session], None]
 LATER = DAY_S + 600  # a sender looks for lost sessions again
 
 
@@ -66,9 +65,6 @@ def complete(*pings: dict[str, Any]) -> list[bool]:
 
 
 # -- A sheet of sessions: rows, events, and what each event's ping tells ---------------
-
-
-Step = Callable[[Session], None]
 
 
 def tells(
@@ -482,9 +478,7 @@ def test_each_ping_keeps_the_settings_of_its_hook(session: Session) -> None:
 # A sender that opens a transcript dies.
 DEADLY = """
 real = os.open
-def deadly(path, *arguments):
-    return os._exit(7) if "/projects/" in str(path) else real(path, *arguments)
-os.open = deadly
+os.open = lambda path, *a: os._exit(7) if "/projects/" in str(path) else real(path, *a)
 """
 
 
@@ -804,10 +798,7 @@ def test_lost_session_is_told_once(
 def test_tokens_of_a_refused_ping_are_counted_as_lost(session: Session) -> None:
     """Delivered pings and what is counted as lost are the ledger together."""
 
-    def refuse(request: Request) -> int:
-        return 400 if request.ping.get("input_tokens") == 2 else 200
-
-    session.receiver.answer = refuse
+    session.receiver.answer = lambda r: 400 if r.ping.get("input_tokens") == 2 else 200
     for i in range(3):
         session.add(*turn(10 * i, 1 << i))
         session.hook("Stop", 10 * i + 2)

@@ -481,10 +481,8 @@ HOSTILE = [
     in_place_of("usage", {WORDS: 1, "a": WORDS}),
     prompt(1, promptId=WORDS, gitBranch=WORDS, cwd=WORDS, version=WORDS),
     dict(result(1, WORDS, error=True), toolUseResult=WORDS),
-    message(1, 1, timestamp=WORDS),
-    dict(message(1, 1), type=WORDS),
+    dict(message(1, 1, timestamp=WORDS), type=WORDS),
     message(1, 1, requestId=WORDS, uuid=WORDS, slug=WORDS, requestSessionId=WORDS),
-    interrupted(1),
     ledger({OPUS: 2, WORDS: 2}),
 ]
 

@@ -216,6 +216,12 @@ def ledger(sizes: dict[str, int], lines: tuple[int, int] = (0, 0)) -> dict[str, 
     return {**found, "totalLinesAdded": lines[0], "totalLinesRemoved": lines[1]}
 
 
+def iso(seconds: float) -> str:
+    """Seconds since 1970 as a row's timestamp."""
+    found = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return found.isoformat("T", "milliseconds")[:-6] + "Z"
+
+
 # -- Sessions --------------------------------------------------------------------------
 
 
@@ -244,9 +250,7 @@ class Session:
                 continue
             whole = {"sessionId": self.id, "cwd": "/home/dev/acme/api", **given}
             if isinstance(whole.get("timestamp"), (int, float)):
-                at = self.begun + whole["timestamp"]
-                when = datetime.datetime.fromtimestamp(at, datetime.timezone.utc)
-                whole["timestamp"] = when.isoformat("T", "milliseconds")[:-6] + "Z"
+                whole["timestamp"] = iso(self.begun + whole["timestamp"])
             text = json.dumps(whole, separators=(",", ":"), ensure_ascii=False)
             lines.append(text.encode() + b"\n")
         return b"".join(lines)
