@@ -51,30 +51,16 @@ COUNTS = {  # a ping's name of a count: the API's name, the client's ledger's
 # -- What the model says -------------------------------------------------------
 
 
-def text(words: str) -> dict[str, Any]:
-    """A text block of an answer."""
-    return {"type": "text", "text": words}
-
-
-def dripping(word: str) -> dict[str, Any]:
-    """A text block that comes word by word, for minutes."""
-    return {**text(word + " "), "times": 1000}
+def text(words: str, **how: float) -> dict[str, Any]:
+    """A text block of an answer; `times` over (word by word, so to say), each time
+    after a `pause` in seconds."""
+    return {"type": "text", "text": words, **how}
 
 
 def tool(name: str, **tool_input: object) -> dict[str, Any]:
     """A tool_use block of an answer: the client really runs it."""
     known = {"type": "tool_use", "id": _random_id("toolu")}
     return {**known, "name": name, "input": tool_input}
-
-
-def slow(seconds: float, *blocks: dict[str, Any]) -> Callable[[], list[dict[str, Any]]]:
-    """An answer that begins only after a while."""
-
-    def answer() -> list[dict[str, Any]]:
-        time.sleep(seconds)
-        return list(blocks)
-
-    return answer
 
 
 def _random_id(kind: str) -> str:
@@ -97,7 +83,6 @@ class Api(http.server.BaseHTTPRequestHandler):
             self.send("application/json", b"{}")
             return
         asked = json.loads(body)
-        self.messages.asked.append(asked)
         answer = self.messages.answer(asked["messages"])
         if isinstance(answer, int):
             error = {"type": "error", "message": "CANARY_API_ERROR"}
@@ -149,8 +134,8 @@ class Api(http.server.BaseHTTPRequestHandler):
             found = json.dumps(block["input"])
             delta = {"type": "input_json_delta", "partial_json": found}
         self.tell("content_block_start", index=index, content_block=empty)
-        for n in range(block.get("times", 1)):
-            time.sleep(0.2 if n else 0)
+        for _ in range(block.get("times", 1)):
+            time.sleep(block.get("pause", 0))
             self.tell("content_block_delta", index=index, delta=delta)
         self.tell("content_block_stop", index=index)
 
@@ -160,22 +145,21 @@ class Api(http.server.BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def log_message(self, *_: object) -> None:
-        """Nothing: the tests read `asked` and `bill`."""
+        """Nothing: the tests read `bill`."""
 
 
 class Messages:
     """A stand-in for the Messages API: streams what `script` says, keeps the bill.
 
     `script` maps a word of a prompt to the answers of that turn, in order. An answer is
-    a list of blocks, an HTTP status, or a function that gives one of these. `bill` has
-    one entry per message: session_id, id, model and the API's names of COUNTS. One that
-    the client broke off has the counts that it began with.
+    a list of blocks or an HTTP status. `bill` has one entry per message: session_id, id
+    and the API's names of COUNTS. One that the client broke off has the counts that it
+    began with.
     """
 
     def __init__(self) -> None:
         self.script: dict[str, list[Any]] = {}
         self.bill: list[dict[str, Any]] = []
-        self.asked: list[dict[str, Any]] = []
         handler = type("Handler", (Api,), {"messages": self})
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads, self.server.block_on_close = True, False
@@ -195,9 +179,7 @@ class Messages:
                 # A turn that failed and its successor come as one message.
                 last = max(self.script, key=words.rfind)
                 if last in words:
-                    answers = self.script[last]
-                    found = answers[min(said, len(answers) - 1)]
-                    return found() if callable(found) else found
+                    return self.script[last][min(said, len(self.script[last]) - 1)]
         return [text("CANARY_ASSISTANT has nothing to add")]
 
 
@@ -216,6 +198,12 @@ class World:
         self.children: list[subprocess.Popen[bytes]] = []
         self.terminals: list[Terminal] = []
         (self.home.path / ".claude" / "hooks").mkdir(parents=True)
+        # What the client keeps of someone who answered all that it asks at first.
+        trusted = {str(self.home.project): {"hasTrustDialogAccepted": True}}
+        kept = {"hasCompletedOnboarding": True, "theme": "dark", "projects": trusted}
+        approved = {"approved": [API_KEY[-20:]], "rejected": []}
+        kept["customApiKeyResponses"] = approved
+        (self.home.path / ".claude.json").write_text(json.dumps(kept))
 
     def install(self, *events: str) -> None:
         """Copy the script; the user's settings.json has the example's hooks, and the
@@ -298,14 +286,6 @@ class World:
         self.home.end()
         self.receiver.close()
 
-    def seen(self) -> dict[str, Any]:
-        """What a test may want to know, as JSON."""
-        requests = [
-            {"headers": dict(r.headers), "path": r.path, "body": r.body.decode()}
-            for r in self.receiver.requests
-        ]
-        return {"requests": requests, "runs": self.runs, "bill": self.messages.bill}
-
 
 class Talk:
     """A session that goes on: the client on its stream-json input."""
@@ -343,21 +323,9 @@ class Terminal:
     def __init__(self, world: World, *options: str) -> None:
         self.world, place = world, f"tmux{len(world.terminals)}"
         self.tmux = ["tmux", "-S", str(world.home.path / place), "-f", os.devnull]
-        self.answer_first_questions()
-        told = "-P", "-F", "#{pane_pid}", "-x", "120", "-y", "40"
-        self.pid = int(self.ask("new-session", "-d", *told, client(), *options))
+        self.ask("new-session", "-d", "-x", "120", "-y", "40", client(), *options)
         world.terminals.append(self)
         self.wait_for("\N{HEAVY RIGHT-POINTING ANGLE QUOTATION MARK ORNAMENT}")
-
-    def answer_first_questions(self) -> None:
-        """What the client keeps of someone who answered all that it asks at first."""
-        trusted = {str(self.world.home.project): {"hasTrustDialogAccepted": True}}
-        kept = {"hasCompletedOnboarding": True, "theme": "dark", "projects": trusted}
-        approved = {"approved": [API_KEY[-20:]], "rejected": []}
-        kept["customApiKeyResponses"] = approved
-        path = self.world.home.path / ".claude.json"
-        known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        path.write_text(json.dumps({**known, **kept}))
 
     def ask(self, *command: str) -> str:
         """A command of tmux; gives what it says."""
@@ -400,11 +368,9 @@ class Terminal:
         wait_until(lambda: not self.runs(), SHOWN_S, every=0.1)
 
     def close(self) -> None:
-        """End what still runs, by id."""
+        """End it, if it still runs."""
         if self.runs():
             self.ask("kill-server")
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
 
 
 class Seen:
@@ -424,18 +390,13 @@ class Seen:
 
     def noticed(self) -> list[dict[str, Any]]:
         """The rows in which the client tells of a hook's error or output."""
-
-        def tells(row: dict[str, Any]) -> bool:
-            kind = (row.get("attachment") or {}).get("type", "")
-            told = row.get("hookErrors") or row.get("hasOutput")
-            return bool(told) or kind.startswith("hook_")
-
-        return list(filter(tells, self.rows()))
-
-    def state(self) -> dict[str, str]:
-        """What every file that the script keeps holds, by path."""
-        found = (self.home / ".claude" / "telemhq").rglob("*")
-        return {str(p): p.read_bytes().decode("latin-1") for p in found if p.is_file()}
+        return [
+            row
+            for row in self.rows()
+            if row.get("hookErrors")
+            or row.get("hasOutput")
+            or "hook_" in (row.get("attachment") or {}).get("type", "")
+        ]
 
 
 def pings_of(seen: Seen, name: str) -> list[dict[str, Any]]:
@@ -522,7 +483,12 @@ def main(module: str, scenario: str, home: str, arguments: str) -> None:
     try:
         play = getattr(importlib.import_module(module), scenario)
         told = play(world, **json.loads(arguments))
-        print(json.dumps(dict(world.seen(), told=told)))
+        requests = [
+            {"headers": dict(r.headers), "path": r.path, "body": r.body.decode()}
+            for r in world.receiver.requests
+        ]
+        seen = {"requests": requests, "runs": world.runs, "bill": world.messages.bill}
+        print(json.dumps({**seen, "told": told}))
     finally:
         world.close()
 

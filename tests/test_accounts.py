@@ -6,15 +6,13 @@ import functools
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
-import subprocess
-import time
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import pytest
 
-import trackers
 from support import SCRIPT, Home, Receiver, script_command
 from transcripts import (
     DAY_S,
@@ -31,7 +29,6 @@ from transcripts import (
     result,
     session,
     size_of,
-    sizes,
     summed,
     turn,
     used,
@@ -40,10 +37,9 @@ from transcripts import (
 if TYPE_CHECKING:
     import pathlib
 
-    from support import Request
-
 __all__ = ["session"]  # fixtures
 
+Step = Callable[[Session], None]
 LATER = DAY_S + 600  # a sender looks for lost sessions again
 
 
@@ -69,9 +65,6 @@ def complete(*pings: dict[str, Any]) -> list[bool]:
 
 
 # -- A sheet of sessions: rows, events, and what each event's ping tells ---------------
-
-
-Step = Callable[[Session], None]
 
 
 def tells(
@@ -176,8 +169,7 @@ SHEET: dict[str, list[Any]] = {
 }
 LEDGERS: list[tuple[dict[str, int], int]] = [  # after 3 of OPUS; what is told on top
     *[({OPUS: 3}, 0), ({OPUS + "[1m]": 3}, 0), ({OPUS + "[1m]": 7}, 4), ({}, 0)],
-    *[({OPUS: 1, OPUS + "[1m]": 2}, 0), ({OPUS: 3, HAIKU: 4}, 4), ({OPUS: 2}, 0)],
-    *[({OPUS: 4, HAIKU: 4}, 5), ({OPUS: 0, HAIKU: 5}, 2)],
+    *[({OPUS: 1, OPUS + "[1m]": 2}, 0), ({OPUS: 4, HAIKU: 4}, 5), ({OPUS: 2}, 0)],
 ]
 for sums, more in LEDGERS:
     SHEET[f"3 told, then {sums}: sums are compared, nothing is told twice"] = [
@@ -196,28 +188,18 @@ def test_sheet(session: Session, session_of: str) -> None:
             session.add(*(step if isinstance(step, tuple) else (step,)))
 
 
-@pytest.mark.parametrize("updated", [False, True])
 @pytest.mark.fault(51)
 def test_session_older_than_the_installation(
-    session: Session, tmp_path: pathlib.Path, updated: bool
+    session: Session, tmp_path: pathlib.Path
 ) -> None:
-    """What was before the script was there is history; an update, which gives it a new
-    time, changes nothing where the destination is older."""
+    """What was before the script was there is history."""
     session.script = tmp_path / "hooks"
     session.script.mkdir()
     shutil.copy(SCRIPT, session.script)
-    installed = (session.script / SCRIPT.name).stat().st_ctime
-    if updated:
-        Session(session.home, session.receiver).charge("Notification", 0)
-        while time.time() < installed + 0.2:
-            time.sleep(0.02)
-        os.utime(session.script / SCRIPT.name)
-        installed = (session.script / SCRIPT.name).stat().st_ctime
-    session.begun = installed - 10.0
-    session.add(prompt(0), message(9.95 if updated else 9, 1), *turn(20, 2))
-    assert size_of(session.charge("Stop", 22)) == (3 if updated else 2)
+    session.begun = (session.script / SCRIPT.name).stat().st_ctime - 10.0
+    assert size_of(session.charge("Stop", 22, *turn(8, 1), *turn(20, 2))) == 2
     ping = session.charge(END, 30, ledger({OPUS: 3}))
-    assert ("cost_usd" in ping, size_of(ping)) == (updated, 0)
+    assert (size_of(ping), "cost_usd" in ping) == (0, False)
 
 
 # -- Forks -----------------------------------------------------------------------------
@@ -300,15 +282,6 @@ def test_parent_that_goes_on_after_the_fork(
     assert ends_of(fork, before) == OWN
 
 
-def test_fork_whose_parents_file_is_gone(session: Session) -> None:
-    """Nobody knows what its ledger has of before: no cost, nothing settled."""
-    fork = parent_of(session).fork()
-    session.path.unlink()
-    fork.hook("SessionStart-fork", 100)
-    assert ends_of(fork, {OPUS: 7, HAIKU: 8}) == (16, 0)
-    assert "usage_complete" not in fork.receiver.pings[-1]
-
-
 def test_marked_copies_never_count(session: Session) -> None:
     """Also of a parent that this destination was never told of, however young."""
     session.add(*turn(0, 1, key="c", tools=["Bash"]), *turn(10, 2))
@@ -383,7 +356,6 @@ LATE = {  # event: what is there, what the client writes 0.25 s later
     "Stop, a block": ([prompt(0), message(1, 4, "a", None)], message(1, 4, "a")),
     "SubagentStop": ([prompt(0)], message(1, 4)),
     END: ([prompt(0), message(1, 4)], ledger({OPUS: 5})),
-    "SessionEnd-clear": ([prompt(0), message(1, 4)], ledger({OPUS: 5})),
 }
 
 
@@ -394,9 +366,9 @@ def test_sender_waits_for_what_the_client_writes_late(
     session: Session, case: str, late: bool
 ) -> None:
     """Stop fires before the turn's last row is in the file, SubagentStop before the
-    agent's, /clear before the ledger. (A row that ended a turn before is not the one,
-    also where that was a StopFailure.) What has not come when the event is 2 s old is
-    told, and rides on the session's next ping."""
+    agent's, SessionEnd before the ledger; a row that ended a turn before, in a
+    StopFailure, is not the one. What has not come when the event is 2 s old is told,
+    and rides on the session's next ping."""
     rows, row = LATE[case]
     name, path = case.partition(",")[0], session.path
     session.hook(START, -11)
@@ -408,7 +380,7 @@ def test_sender_waits_for_what_the_client_writes_late(
     (ping,) = session.send(2.05, later=[(2.25 if late else 4.5, path, [row])])
     there = 4 if late or len(rows) > 1 else 0
     assert (size_of(ping), complete(ping)) == (there, [late])
-    if "SessionEnd" in case:
+    if name == END:
         assert ping.get("cost_usd") == (cost_of({OPUS: 5}) if late else None)
     elif not late:
         session.add(row, to=path)
@@ -476,12 +448,8 @@ def test_adopted_pings_tell_no_token_twice(session: Session, charged: bool) -> N
         session.add(*turn(20, 4))
         session.hook("Stop", 22, url=second.url)
         session.send(url=second.url)
-        done = subprocess.run(
-            script_command("flush", "--adopt", "--yes"),
-            env=session.home.env(second.url),
-            cwd=session.home.project,
-            capture_output=True,
-        )
+        flush = shlex.join(script_command("flush", "--adopt", "--yes"))
+        done = session.home.shell(flush, url=second.url)
         assert done.returncode == 0, done.stderr
         session.add(*turn(30, 8), ledger({OPUS: 15}))
         session.hook(END, 32, url=second.url)
@@ -489,19 +457,6 @@ def test_adopted_pings_tell_no_token_twice(session: Session, charged: bool) -> N
         assert not session.home.waiting()
         found = {p["event_id"]: size_of(p) or 0 for p in second.pings}
         assert sum(found.values()) == 15  # the former one was told 1
-
-
-def test_rows_for_wigtoken_have_ids_of_their_own(session: Session) -> None:
-    """The answer's real id; with the API's request where a router repeats it."""
-    with trackers.Wigtoken() as place:
-        env: dict[str, Any] = {**place.env(), "TELEMHQ_DESTINATIONS": "wigtoken"}
-        session.add(prompt(0), message(1, 1, "r"), message(1.5, 2, "r", requestId="2"))
-        session.hook("Stop", 2, **env)
-        (directory,) = session.home.state.glob("wigtoken-*")
-        session.send(name=directory.name, **env)
-        (rows,) = [body["messages"] for _, body in place.accepted]
-        found = {row["message_id"]: row["input_tokens"] for row in rows}
-        assert (found, place.faults) == ({"msg_r": 1, "msg_r.2": 2}, [])
 
 
 @pytest.mark.fault(41)
@@ -523,9 +478,7 @@ def test_each_ping_keeps_the_settings_of_its_hook(session: Session) -> None:
 # A sender that opens a transcript dies.
 DEADLY = """
 real = os.open
-def deadly(path, *arguments):
-    return os._exit(7) if "/projects/" in str(path) else real(path, *arguments)
-os.open = deadly
+os.open = lambda path, *a: os._exit(7) if "/projects/" in str(path) else real(path, *a)
 """
 
 
@@ -545,7 +498,7 @@ def test_usage_0_opens_no_transcript(session: Session) -> None:
     other.add(*turn(1, 1))
     assert other.send(at=LATER, patch=DEADLY, TELEMHQ_USAGE="0") == []
     other.hook("Stop", LATER + 2)
-    assert sizes(other.send(TELEMHQ_USAGE="0")) == [("Stop", 1)]
+    assert [size_of(ping) for ping in other.send(TELEMHQ_USAGE="0")] == [1]
 
 
 # -- Sessions that ended without a word ------------------------------------------------
@@ -620,10 +573,8 @@ def test_newest_500_accounts_are_kept(session: Session) -> None:
         os.utime(path, (now - 1000 + i, now - 1000 + i))
     other = Session(session.home, session.receiver, session.begun)
     other.charge("Notification", 100 * DAY_S)
-    names = {path.name for path in session.accounts()}
-    assert own.name in names
-    assert 500 <= len(names) <= 501
-    assert f"{0:016x}.json" not in names
+    accounts = session.accounts()
+    assert (len(accounts) in (500, 501), own in accounts) == (True, True)
     session.charge("Stop", 100 * DAY_S + 12, *turn(100 * DAY_S + 10, 2))
     assert told(session) == (3, 0)
 
@@ -664,10 +615,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "binary": lambda raw: bytes(255 - byte for byte in raw),
     "cut off": lambda raw: raw[: len(raw) // 2],
     "a list": lambda _: b"[]",
-    "lists for all": lambda raw: json.dumps(
-        {key: [7] for key in json.loads(raw)}
-    ).encode(),
-    "40 MB": lambda raw: raw[:-1] + b" " * (40 << 20) + b"}",
+    "lists for objects": lambda raw: raw.replace(b"{}", b"[]"),
 }
 
 
@@ -693,14 +641,11 @@ def test_damaged_account_opens_anew_at_now(session: Session, case: str) -> None:
 
 
 @pytest.mark.fault(47)
-@pytest.mark.parametrize("name", ["Stop", END])
-def test_failed_open_of_a_transcript_is_tried_again(
-    session: Session, name: str
-) -> None:
+def test_failed_open_of_a_transcript_is_tried_again(session: Session) -> None:
     """However old the event is, before anything is told."""
     session.charge("Stop", 2, *turn(0, 1))
     session.add(*turn(10, 2), ledger({OPUS: 3}))
-    session.hook(name, 12)
+    session.hook(END, 12)
     patch = FAILING + f"failing({session.path.name!r}, 'EMFILE', 1)"
     (ping,) = session.send(patch=patch)
     assert (size_of(ping), complete(ping)) == (2, [True])
@@ -853,10 +798,7 @@ def test_lost_session_is_told_once(
 def test_tokens_of_a_refused_ping_are_counted_as_lost(session: Session) -> None:
     """Delivered pings and what is counted as lost are the ledger together."""
 
-    def refuse(request: Request) -> int:
-        return 400 if request.ping.get("input_tokens") == 2 else 200
-
-    session.receiver.answer = refuse
+    session.receiver.answer = lambda r: 400 if r.ping.get("input_tokens") == 2 else 200
     for i in range(3):
         session.add(*turn(10 * i, 1 << i))
         session.hook("Stop", 10 * i + 2)

@@ -22,10 +22,8 @@ from claude_code import (
     World,
     billed,
     charged,
-    dripping,
     ledger,
     pings_of,
-    slow,
     text,
     tool,
 )
@@ -41,7 +39,7 @@ SCRIPT: dict[str, list[Any]] = {
         [text("CANARY_DONE")],
     ],
     # StopFailure is not waited for: what comes next must not overtake it.
-    "PLAIN": [slow(0.5, text("CANARY_PLAIN"))],
+    "PLAIN": [[text("CANARY_PLAIN", pause=0.5)]],
     "PARALLEL": [
         [tool("Bash", command=f"echo CANARY_{i}") for i in range(4)],
         [text("CANARY_DONE")],
@@ -50,13 +48,13 @@ SCRIPT: dict[str, list[Any]] = {
         [tool("Agent", prompt="SUBTASK", **AGENT)],
         [text("CANARY_DELEGATED")],
     ],
-    "SUBTASK": [[tool("Bash", command="echo CANARY")], slow(3, text("CANARY_FOUND"))],
+    "SUBTASK": [[tool("Bash", command="echo CANARY")], [text("CANARY_FOUND", pause=3)]],
     "<task-notification>": [[text("CANARY_NOTED")]],
     "FAIL": [[tool("Bash", command="echo CANARY")], 401],
     "UNAUTHORISED": [401],
     "TALK": [
         [text("CANARY_SAY"), tool("Bash", command="echo CANARY_OUT")],
-        [dripping("CANARY_DRIP")],
+        [text("CANARY_DRIP ", times=1000, pause=0.2)],
     ],
     "MAKE": [[text("CANARY_SAY"), tool("Bash", command="touch CANARY_FILE")]],
 }
@@ -67,7 +65,8 @@ def nothing_leaves(seen: Seen) -> None:
     no hook had an error or said anything."""
     for content in ("CANARY", PARENT, "acme", "does not exist"):
         assert content not in json.dumps(seen.requests)
-    assert [path for path, held in seen.state().items() if "CANARY" in held] == []
+    kept = (seen.home / ".claude" / "telemhq").rglob("*")
+    assert not [p for p in kept if p.is_file() and b"CANARY" in p.read_bytes()]
     assert seen.noticed() == []
     assert [run["stderr"] for run in seen.runs if run["stderr"]] == []
 
@@ -188,9 +187,9 @@ def play_print(world: World) -> dict[str, Any]:
 
 def broken_off(world: World) -> dict[str, Any]:
     """SIGINT in the middle of a stream."""
-    asked = len(world.messages.asked)
+    billed = len(world.messages.bill)
     child = world.start("stream-json", "--verbose", "TALK")
-    wait_until(lambda: len(world.messages.asked) == asked + 2, 30)
+    wait_until(lambda: len(world.messages.bill) == billed + 2, 30)
     time.sleep(1)
     child.send_signal(signal.SIGINT)
     child.communicate(timeout=30)
@@ -205,7 +204,7 @@ def play_terminal(world: World) -> dict[str, Any]:
     which fires a hook; a branch. The ledgers, by name."""
     world.messages.script = SCRIPT
     world.install()
-    told = {}
+    ids = {}
     shown = {"streaming": ("TALK", "CANARY_DRIP"), "permission": ("MAKE", "proceed?")}
     for name, (prompt, words) in shown.items():
         arrived = len(world.receiver.requests)
@@ -219,21 +218,19 @@ def play_terminal(world: World) -> dict[str, Any]:
         wait_until(lambda n=arrived: len(world.receiver.requests) > n, SHOWN_S)  # type: ignore[misc]
         terminal.leave()
         world.settle()
-        told[name] = world.ledger(world.messages.bill[-1]["session_id"])
+        ids[name] = world.messages.bill[-1]["session_id"]
     terminal = Terminal(world)
     terminal.say("PLAIN")
     terminal.wait_for("CANARY_PLAIN")
-    told["its parent"] = {"session_id": world.messages.bill[-1]["session_id"]}
+    ids["its parent"] = world.messages.bill[-1]["session_id"]
     terminal.say("/branch")
     terminal.wait_for("Branched")
     terminal.say("PARALLEL")
     terminal.wait_for("CANARY_DONE")
     terminal.leave()
     world.settle()
-    told["branched"] = {"session_id": world.messages.bill[-1]["session_id"]}
-    for name in ("its parent", "branched"):
-        told[name] = world.ledger(told[name]["session_id"])
-    return told
+    ids["branched"] = world.messages.bill[-1]["session_id"]
+    return {name: world.ledger(session_id) for name, session_id in ids.items()}
 
 
 # -- What became of them ---------------------------------------------------------------
@@ -267,8 +264,10 @@ def world_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_tokens_and_cost_are_the_clients_own(world_of: Any, name: str) -> None:
     """A session's pings add up to what the API gave out, and to what its ledger has
     gained, cost to the cent. (Of a message that was broken off the API has not said how
-    much of an output it was: the ledger may have an estimate.)"""
+    much of an output it was: the ledger may have an estimate.) Nothing else is sent or
+    kept, nor does the client notice anything."""
     seen = world_of(name)
+    nothing_leaves(seen)
     pings, given = pings_of(seen, name), billed(seen, name)
     found, (counts, cost) = charged(seen, name), ledger(seen, name)
     if name == "streaming":
@@ -281,22 +280,8 @@ def test_tokens_and_cost_are_the_clients_own(world_of: Any, name: str) -> None:
         assert [ping["event"] for ping in pings if "usage_complete" in ping] == []
 
 
-@pytest.mark.parametrize("name", ["plain", "tools", "parallel", "streaming"])
+@pytest.mark.parametrize("name", ["plain", "tools", "parallel"])
 def test_a_stop_carries_its_whole_turn(world_of: Any, name: str) -> None:
-    """The last message too, although the client writes it after it fired Stop; what Esc
-    broke off rides on the next one."""
+    """The last message too, although the client writes it after it fired Stop."""
     seen = world_of(name)
-    given = billed(seen, name)
-    if name == "streaming":
-        pings = pings_of(seen, name)
-        stop = next(ping for ping in pings if ping["event"] == "Stop")
-        assert (stop["tools"], stop["interrupts"]) == ({"Bash": 1}, 1)
-        del given["output_tokens"]
-    found = charged(seen, name, "Stop")
-    assert {count: found[count] for count in given} == given
-
-
-@pytest.mark.parametrize("name", ["plain", "branched"])
-def test_nothing_but_counts_is_sent_or_kept(world_of: Any, name: str) -> None:
-    """Nor does the client notice anything, in any way of working."""
-    nothing_leaves(world_of(name))
+    assert charged(seen, name, "Stop") == billed(seen, name)

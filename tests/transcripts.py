@@ -219,7 +219,7 @@ def ledger(sizes: dict[str, int], lines: tuple[int, int] = (0, 0)) -> dict[str, 
 def iso(seconds: float) -> str:
     """Seconds since 1970 as a row's timestamp."""
     found = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return found.strftime("%Y-%m-%dT%H:%M:%S.") + f"{found.microsecond // 1000:03d}Z"
+    return found.isoformat("T", "milliseconds")[:-6] + "Z"
 
 
 # -- Sessions --------------------------------------------------------------------------
@@ -349,8 +349,3 @@ def summed(pings: Iterable[dict[str, Any]], *names: str) -> list[Any]:
     """The sums over pings, as TelemHQ makes them."""
     pings = list(pings)
     return [sum(ping.get(name, 0) for ping in pings) for name in names]
-
-
-def sizes(pings: Iterable[dict[str, Any]]) -> list[tuple[str, Any]]:
-    """Pings as (event, size)."""
-    return [(ping["event"], size_of(ping)) for ping in pings]
