@@ -136,8 +136,7 @@ def dotted(node: ast.AST) -> str:
 
 def test_what_leaves_is_decided_before_anything_touches_disk_or_network() -> None:
     """An auditor may stop after the trackers: up to there nothing can write a file or
-    open a connection; only a worktree's .git is read, and a file with a tracker's token.
-    """
+    open a connection; only a worktree's .git is read, and a tracker's token's file."""
     opened = []
     for part in TREE.body:
         typing = isinstance(part, ast.If) and dotted(part.test) == "TYPE_CHECKING"
