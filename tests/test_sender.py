@@ -439,7 +439,7 @@ def test_what_was_removed_during_a_request_stays_away(
     assert not home.state.exists()
 
 
-# -- Bounds, clocks, destinations ------------------------------------------------------
+# -- Bounds, clocks --------------------------------------------------------------------
 
 
 @pytest.mark.fault(29)
@@ -481,26 +481,3 @@ time.time_ns = lambda: wall_ns() + ({offset_s}) * 10**9
         run_sender(home, receiver.url, wrong + ONE_LIFE)
         assert home.waiting() == []
     assert not home.state_json()["losses"]
-
-
-@pytest.mark.fault(35, 34)
-def test_a_destination_is_a_world_of_its_own(home: Home, receiver: Receiver) -> None:
-    """A is down: B, the new URL, gets the new ping at once, no other, and knows of no
-    failure; A's stay as they were."""
-    with Receiver(404) as down:
-        home.hook(event("Stop", prompt_id="before"), down.url)
-        wait_until(lambda: down.requests)
-        home.quiet()
-        (a,) = home.state.iterdir()
-        kept = (a / "state.json").read_bytes()
-        home.hook(event("Stop", prompt_id="after"), receiver.url)
-        receiver.wait_for(1)
-        home.quiet()
-        assert len(down.requests) == 1
-    assert (a / "state.json").read_bytes() == kept
-    assert [ping["prompt_id"] for ping in receiver.pings] == ["after"]
-    (left,) = home.waiting()
-    assert left.parent.parent == a
-    (b,) = [path for path in home.state.iterdir() if path != a]
-    state = json.loads((b / "state.json").read_text())
-    assert (state["failures"], state["not_before"]) == (0, 0)
