@@ -160,21 +160,18 @@ class Variant:
         self,
         line: str,
         env: dict[str, str],
-        sent: Any = STOP,
         home: Home | None = None,
         keep: int | None = None,
-        at_once: int = 1,
     ) -> None:
         self.line, self.env, self.home, self.keep = line, env, home, keep
-        self.stdin, self.at_once = json.dumps(sent).encode(), at_once
+        self.stdin = json.dumps(STOP).encode()
         self.walls: list[float] = []
 
     def run(self) -> None:
         """Measure once, then put everything back, outside of the measured time."""
         begun = time.perf_counter()
-        pids = [start(self.line, self.env, self.stdin) for _ in range(self.at_once)]
-        for pid in pids:
-            assert os.waitpid(pid, 0)[1] == 0, self.line
+        pid = start(self.line, self.env, self.stdin)
+        assert os.waitpid(pid, 0)[1] == 0, self.line
         self.walls.append(time.perf_counter() - begun)
         if self.home:
             if self.keep is None:
@@ -205,8 +202,6 @@ hook    sample  -     -     the hook / the same job done synchronously
 10s     hook    1.1   1.05  the hook with one that takes 10 s / without
 dead    hook    1.1   1.05  the hook with a dead one / without
 full    hook    1.1   1.05  the hook with 5,000 pings waiting / without
-1MB     hook    -     -     the hook with an event of 1 MB / without
-eight   bare8   -     -     eight hooks at once / eight bare interpreters
 script  bare    7     4.5   run as a script / a bare interpreter
 """
 
@@ -217,27 +212,23 @@ def measure_hook(top: pathlib.Path, runs: int) -> Rows:
     fast, slow, hanging = Server(0), Server(0.2), Server(10)
     line, names = example_command(), iter(range(99))
 
-    def hook(url: str, sent: Any = STOP, line: str = line, **more: Any) -> Variant:
+    def hook(url: str, line: str = line, **more: Any) -> Variant:
         home = home_with_script(top / str(next(names)))
         env = {**home.env(url), **more.pop("env", {})}
-        return Variant(line, env, sent, home, **more)
+        return Variant(line, env, home, **more)
 
-    large = event("Stop", last_assistant_message="x" * (1 << 20))
     one, full = hook(fast.url), hook(hanging.url, keep=5000)
     assert full.home
     place(full.home, hanging.url, 5000)
     found = {
         "bare": Variant(PASS, one.env),
-        "bare8": Variant(PASS, one.env, at_once=8),
         "sample": Variant(SAMPLE, one.env),
         "hook": one,
         "200ms": hook(slow.url),
         "10s": hook(hanging.url, keep=0),
         "dead": hook(dead_url(), keep=0),
         "full": full,
-        "1MB": hook(fast.url, large),
         "five": hook(fast.url, env=five_trackers(fast.place)),
-        "eight": hook(fast.url, at_once=8),
         "script": hook(fast.url, line=AS_SCRIPT),
     }
     order = list(found.values())

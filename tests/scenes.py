@@ -11,7 +11,7 @@ import struct
 import subprocess
 import sys
 import time
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, NamedTuple
 
 from support import (
     ROOT,
@@ -19,8 +19,7 @@ from support import (
     Receiver,
     Wire,
     event,
-    hook_command,
-    only_enqueue,
+    place,
     read_request,
 )
 
@@ -74,10 +73,7 @@ def put(
     """Put pings of these events into the outbox, the oldest first, all made at `at`
     (seconds since 1970; now); their event_ids. first: the first one's number."""
     kinds, found = list(kinds), []
-    if url not in home.made:
-        path = only_enqueue(home, url)
-        home.made[url] = path.parent, json.loads(path.read_text("utf-8"))["ping"]
-        path.unlink()
+    place(home, url, 0)  # a hook has made the outbox, and a model
     outbox, model = home.made[url]
     ns = int((at or time.time()) * 1e9) - len(kinds)
     short = hashlib.sha256(session.encode()).hexdigest()[:16]
@@ -97,40 +93,6 @@ FAST = """
 real, real_sleep, began = time.monotonic, time.sleep, time.monotonic()
 time.monotonic = lambda: began + 10 * (real() - began)
 time.sleep = lambda seconds: real_sleep(seconds / 10)
-"""
-
-
-def hook_beside(home: Home, url: str) -> str:
-    """A function beside(), which runs a hook in a process of its own."""
-    return f"""
-import subprocess
-def beside():
-    subprocess.run({hook_command()!r}, env={home.env(url)!r},
-        input={json.dumps(event("Stop")).encode()!r})
-"""
-
-
-def at_step(step: int, told: object, what: str = "die()") -> str:
-    """Do something at the process's n-th step that others can see. told: a file for how
-    many steps there were."""
-    return f"""
-import _thread
-steps, main_thread = [], _thread.get_ident()
-def count(*_, **__):
-    if _thread.get_ident() == main_thread:
-        steps.append(1)
-        if len(steps) == {step}:
-            {what}
-names = "open write replace unlink close stat lstat listdir posix_spawn"
-for name in names.split():
-    wrap(os, name, before=count)
-wrap(fcntl, "flock", before=count)
-wrap(time, "sleep", before=count)
-def leave(status, leave=os._exit):
-    with open({str(told)!r}, "w") as file:
-        file.write(str(len(steps)))
-    leave(status)
-os._exit = leave
 """
 
 
@@ -199,15 +161,15 @@ ANSWER_S = 0.05  # what an answer takes
 DRIP, RESET = "drip", "reset"
 
 
-class Ping:
+class Ping(NamedTuple):
     """A ping that the far side has got. number: in the order of all events. at, made:
     seconds since the scene began."""
 
-    def __init__(
-        self, number: int, kind: str, session: str, at: float, made: float
-    ) -> None:
-        self.number, self.kind, self.session = number, kind, session
-        self.at, self.made = at, made
+    number: int
+    kind: str
+    session: str
+    at: float
+    made: float
 
 
 class Scene:

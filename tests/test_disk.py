@@ -12,16 +12,14 @@ import re
 import shutil
 import stat
 import subprocess
-import sys
 import time
 from typing import Any, Callable
 
 import pytest
 
-from scenes import ids, put
+from scenes import NO_SENDER, ids, put
 from support import (
     FIXTURES,
-    SCRIPT,
     Home,
     Receiver,
     Request,
@@ -36,7 +34,6 @@ from support import (
 )
 
 resource = pytest.importorskip("resource", reason="limits of POSIX")
-linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux")
 SILENT = (0, b"", b"")
 
 
@@ -204,67 +201,35 @@ def test_a_quota_leaves_no_partial_file(
     assert (receiver.requests, home.processes()) == ([], [])
 
 
-TINY_DISK = r"""
-mount -t tmpfs -o size=64k,nr_inodes=16,mode=0700 tmpfs "$1" || exit 77
-cd "$1" || exit 77
-case $2 in
-full) dd if=/dev/zero of=filler bs=1k count=100 2>&- ;;
-files*)
-    i=0; while [ $i -lt 16 ] && touch file$i 2>&-; do i=$((i+1)); done
-    for n in ${2#files}; do rm file$n; done ;;
-readonly) mount -o remount,ro "$1" || exit 77 ;;
-esac
-cd /
-"$3" -I -S "$4"
-echo "exit $?"
-find "$1" -type f ! -name 'file*' ! -name 'filler' -print
-"""
-KEPT = rb"/\S+/outbox/\d{20}-Stop-\w+-\w+\.json\n"
-
-
-@linux
 @pytest.mark.fault(26, 85)
-@pytest.mark.parametrize(
-    "kind, left",
-    [
-        ("full", b""),
-        ("files", b""),
-        ("files 1 2", b""),
-        ("readonly", b""),
-        ("files 1 2 3", KEPT),
-        ("roomy", rb"(/\S+\n)+"),
-    ],
-)
-def test_a_full_or_read_only_disk(
-    home: Home, receiver: Receiver, kind: str, left: bytes
-) -> None:
-    """No space, no inodes, read-only: exit 0, silence, no partial file; where there is
-    room for the ping alone it is kept, whole."""
-    home.state.mkdir(mode=0o700, parents=True)
-    words = [str(home.state), kind, sys.executable, str(SCRIPT)]
-    env = home.env(receiver.url if kind == "roomy" else dead_url())
-    for flags in (["-m"], ["-r", "-m"]):
-        done = subprocess.run(
-            ["unshare", *flags, "/bin/sh", "-c", TINY_DISK, "sh", *words],
-            input=json.dumps(event("Stop")).encode(),
-            cwd=str(home.project),
-            capture_output=True,
-            env={**env, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-        )
-        if done.returncode == 0:
-            break
-    else:
-        pytest.skip("no mount namespace here: a tmpfs cannot be mounted")
-    assert re.fullmatch(b"exit 0\n" + left, done.stdout)
-    assert done.stderr == b""
-    if kind == "roomy":
-        assert len(receiver.wait_for(1)) == 1
+@pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
+def test_a_full_or_read_only_disk(home: Home, error: str) -> None:
+    """No space, no inodes, read-only, from any step of a hook on: exit 0, silence; its
+    ping is whole, or no file of it is there."""
+    url, kept = dead_url(), set()
+    for room in range(12):
+        shutil.rmtree(home.state, ignore_errors=True)
+        refuse = f"""
+import errno
+done = []
+def refuse(*_):
+    done.append(1)
+    if len(done) > {room}:
+        raise OSError(errno.{error}, "refused")
+for name in ("mkdir", "open", "replace"):
+    wrap(os, name, before=refuse)
+"""
+        run = patched(home, NO_SENDER + refuse, url=url, sent=event("Stop"))
+        assert outcome(run) == SILENT
+        files = {path for path in home.state.rglob("*") if path.is_file()}
+        assert {path for path in files if path.name != "lock"} == {*home.waiting()}
+        kept.add(len(home.waiting()))
+    assert kept == {0, 1}
 
 
 # -- Strange things in place of ours ---------------------------------------------------
 
 STATES: dict[str, bytes] = {
-    "empty": b"",
     "truncated": b'{"failures": 3, "set_at": 17',
     "binary": bytes(range(256)) * 40,
     "a list": b"[1, 2, 3]",
@@ -276,7 +241,6 @@ STATES: dict[str, bytes] = {
     "wrong inside": b'{"suspects": {"a": "b", "c": [1]}, "losses": {"c": null}}',
     "endless inside": b'{"suspects": {"a": 1e999}, "losses": {"c": 1e999}}',
     "booleans": b'{"failures": true, "set_at": true, "not_before": true}',
-    "negative": b'{"failures": -5, "set_at": -1, "not_before": -1}',
     "from the future": b'{"failures": 2, "set_at": 9e12, "not_before": 9.1e12}',
     "for ever": b'{"failures": 2, "set_at": 0, "not_before": 9e15}',
     "huge": b'{"failures": 1' + b"0" * 5000 + b', "not_before": 1}',
@@ -289,7 +253,6 @@ STRANGERS: dict[str, Callable[[pathlib.Path], object]] = {
     "endless": lambda path: path.symlink_to("/dev/zero"),
     "full": lambda path: path.symlink_to("/dev/full"),
     "dangling": lambda path: path.symlink_to("/nowhere"),
-    "loop": lambda path: path.symlink_to(path),
     "link": lambda path: path.symlink_to(path.parents[3] / "precious"),
 }
 
@@ -347,7 +310,6 @@ CONTENT = (
     b'{"ping": {"event_id": "0123',
     b"[1, 2]",
     b'{"ping": {}, "local": {}}',
-    b'{"ping": null}',
     b"[" * 60000,
     b'{"ping": {"a": "%s"}}' % (b"x" * (1 << 20)),
     b'{"ping": {"total_tokens": NaN}}',

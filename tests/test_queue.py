@@ -62,14 +62,11 @@ SHEET = {
     "one 409, at first": Row(
         lambda p: 409 if p.number == 9 and p.at < 9 else 200, failures=1
     ),
-    "one reset": Row(at(RESET, 20), charged=1, failures=5),
     "one drip": Row(at(DRIP, 20), charged=1, failures=6, wait_s=65),
     "one drip, an hour": Row(at(DRIP, 20), aside=1, failures=16, wait_s=65, later=LONG),
     "two adjacent 500": Row(at(500, 20, 21), charged=2, failures=10),
-    "two oldest 500": Row(at(500, 0, 1), charged=2, failures=10),
     "oldest and newest 500": Row(at(500, 0, 39), charged=2, failures=10),
     "and the newest of another event": Row(at(500, 0, 38, 39), charged=3, failures=15),
-    "every third 500": Row(at(500, *range(0, 40, 3)), charged=14, failures=70),
     # The third failure is the newest Stop's, which is theirs, too: a back-off.
     "ten 403 of one session": Row(
         lambda ping: 403 if ping.session == "bad" else 200,
@@ -100,9 +97,6 @@ SHEET = {
     "400 from the middle of a pass": Row(
         until(400, 61, 1), failures=30, wait_s=965, over_s=61, pings=80
     ),
-    "422 from the middle, a short pass": Row(
-        until(422, 61, 1), failures=30, wait_s=965, over_s=61
-    ),
     "500 for an hour": Row(until(500, HOUR_S), 0, 0, 90, 965, HOUR_S, later=LONG),
     "resets for an hour": Row(until(RESET, HOUR_S), 0, 0, 90, 965, HOUR_S, later=LONG),
     "302 for an hour": Row(
@@ -128,6 +122,7 @@ SHEET = {
     "429 on all, ten minutes": Row(until((429, 120), 600), 0, 0, 6, 245, 600),
     "503 with Retry-After on one": Row(at((503, 120), 20), 0, 0, 10, 245),
     "503 with Retry-After on all": Row(until((503, 120), 600), 0, 0, 6, 245, 600),
+    "422 with Retry-After on all": Row(until((422, 120), 600), 0, 0, 6, 245, 600),
 }
 MARKS = {
     "one 500, an hour": pytest.mark.fault(20),
@@ -221,21 +216,6 @@ wrap(socket.socket, "sendall", before=cut)
         run_sender(home, receiver.url, cut + ONE_LIFE)
         let_time_pass(home)
     assert waiting(home) == [found[1]]
-
-
-def test_failures_in_a_row(home: Home) -> None:
-    """The back-off of a tracker that is down in several ways grows all the same; a
-    delivery starts the row anew."""
-    with Receiver() as receiver:
-        put(home, receiver.url, ["Stop"])
-        for number, status in enumerate([503, 429, 500, 408], 1):
-            receiver.answer = status
-            run_sender(home, receiver.url)
-            assert home.state_json()["failures"] == number
-            let_time_pass(home)
-        receiver.answer = 200
-        run_sender(home, receiver.url)
-        assert home.state_json()["failures"] == 0
 
 
 def test_the_newest_hundred_of_the_refused_are_kept(home: Home) -> None:
