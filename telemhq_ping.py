@@ -3337,6 +3337,8 @@ def check_settings(around: Surroundings) -> Iterator[Check]:
     for file in around.files:
         if file.problem:
             yield False, f"Claude Code ignores all of {file.path}: {file.problem}"
+        if file.content.get("disableAllHooks") is True:
+            yield False, f"{file.path} turns hooks off: take disableAllHooks out of it"
     for problem in settings.ignored:
         yield False, problem
     source = around.url_from or "the shell's environment"

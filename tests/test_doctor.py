@@ -172,6 +172,9 @@ LINES: dict[str, Callable[[Home], object]] = {
     f"!! Claude Code ignores all of {PROJECT}: ": lambda home: in_project(
         home, '{"a": 1 /* mine */}'
     ),
+    f"!! {PROJECT} turns hooks off: take disableAllHooks out": lambda home: in_project(
+        home, {"disableAllHooks": True}
+    ),
     f"ok Stop by {USER}: arrived at doctor's own receiver": lambda home: in_project(
         home, {"hooks": registered(COMMAND, ["Stop"])}
     ),
