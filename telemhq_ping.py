@@ -2846,17 +2846,10 @@ def outboxes(state_dir: str | None) -> list[Outbox]:
     return [outbox for outbox in found if os.path.isdir(outbox.path("outbox"))]
 
 
-USAGE_FIELDS = (  # what a ping is charged
-    *TOKENS,
-    *("models", "tools", "tool_calls", "tool_failures", "interrupts"),
-    *("cost_usd", "lines_added", "lines_removed"),
-)
-
-
 def adopt(former: Outbox, present: Outbox, name: str) -> None:
     """Move a ping from a former URL's outbox; both locks are held. What it was charged
     must not be told here twice: the session's account here begins behind it, or, when
-    that has counted already, it goes without. OSError or ValueError: it cannot move."""
+    that has counted already, it goes without numbers. OSError, ValueError: it stays."""
     record = Outbox(former.directory, present.needs).record(name)
     path, at = present.account_path(PingName(name).session), PingName(name).ns / 1e9
     if not record.local and record.ping.get("total_tokens"):
@@ -2868,7 +2861,8 @@ def adopt(former: Outbox, present: Outbox, name: str) -> None:
             account.since = max(account.since, at)
             account.save()
         elif account.since < at:
-            ping = {k: v for k, v in record.ping.items() if k not in USAGE_FIELDS}
+            told = (number, counts, counts_by_model)
+            ping = {k: v for k, v in record.ping.items() if GATE[k] not in told}
             record = Record({**ping, "usage_complete": False}, {}, {})
     present.rewrite(name, record)
     remove(former.file(name))
