@@ -2828,16 +2828,6 @@ def kind_of(outbox: Outbox) -> str:
     return outbox.name().rpartition("-")[0]
 
 
-def destinations(settings: Settings) -> list[Tracker]:
-    """The trackers that pings can go to; Skipped when there is none."""
-    trackers, problems = find_trackers(settings)
-    if not trackers:
-        raise Skipped("; ".join(problems))
-    for text in problems:
-        print(text)
-    return trackers
-
-
 def outboxes(state_dir: str | None) -> list[Outbox]:
     """Every destination's outbox that there is, also of URLs no longer configured."""
     top = state_dir or ""
@@ -3225,7 +3215,8 @@ def flush(options: Namespace) -> int:
     os.environ.update(settings.environ)  # urllib looks for proxies there
     if around.url_is_kept and settings.destinations == [TelemHQ.kind]:
         raise Skipped("only Claude Code knows the plugin's URL: start a session")
-    for tracker in destinations(settings):
+    trackers, problems = find_trackers(settings)
+    for tracker in trackers:
         outbox = outbox_of(settings, tracker)
         outbox.need_sound()
         if options.adopt:
@@ -3235,6 +3226,8 @@ def flush(options: Namespace) -> int:
         if outbox.waiting() and what:
             print(f"{tracker.kind}: {in_words(what, tracker.kind)}")
     print(f"{left or 'None'} left.")
+    if problems:
+        raise Skipped("; ".join(problems))
     return 1 if left else 0
 
 
@@ -3518,7 +3511,7 @@ def send_test(around: Surroundings) -> Iterator[Check]:
     settings, ns = around.settings, time.time_ns()
     event = {"hook_event_name": "Test", "cwd": os.getcwd()}
     ping = make_ping(event, settings, project_of(event, settings), ns, 0)
-    for tracker in destinations(settings):
+    for tracker in find_trackers(settings)[0]:  # why others are none is told above
         if tracker.wants(ping):
             kind, outbox = tracker.kind, outbox_of(settings, tracker)
             name = enqueue(outbox, tracker, ns, ping, {})
