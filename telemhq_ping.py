@@ -2949,12 +2949,9 @@ def in_words(what: str, kind: str) -> str:
     """An answer (`what` of an Answer) of a kind of tracker, and what it means."""
     meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
     tracker: Any = TRACKERS[kind]
-    url, token, dislike = (
-        tracker.variables[0],
-        tracker.variables[:2][-1],
-        tracker.dislike,
-    )
-    meaning = meaning.format(url=url, token=token, dislike=dislike)
+    url, *others = tracker.variables
+    token = (others or [url])[0]
+    meaning = meaning.format(url=url, token=token, dislike=tracker.dislike)
     return f"{what.replace('HTTP ', '')}: {meaning}"
 
 
@@ -3249,11 +3246,8 @@ def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             arrived.append((time.monotonic(), decode_json(body.decode())))
-            self.send_response(200)
+            self.send_response_only(200)  # which logs nothing
             self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     server.timeout = ARRIVES_S
@@ -3802,7 +3796,6 @@ SAMPLES: dict[str, Fields] = {
     "Stop": {**COMMON, "last_assistant_message": "The password is hunter2."},
 }
 SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
-SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -3850,9 +3843,6 @@ def preview(options: Namespace) -> int:
     requests = tracker.requests(ping, beside) if tracker.wants(ping) else []
     for request in requests:
         print(f"POST {origin(request.url)}/...", file=sys.stderr)
-        for header, value in request.headers.items():
-            shows = value if header in SHOWN_HEADERS else "..."
-            print(f"{header}: {shows}", file=sys.stderr)
         print(json.dumps(json.loads(request.body or b"{}"), indent=2), flush=True)
     if not requests:
         print(f"{tracker.kind} gets nothing of {ping['event']}.")
