@@ -3222,9 +3222,9 @@ def flush(options: Namespace) -> int:
         left += len(outbox.waiting())
         if outbox.waiting() and what:
             print(f"{tracker.kind}: {in_words(what, tracker.kind)}")
-    print(f"{left or 'None'} left.")
     if problems:
         raise Skipped("; ".join(problems))
+    print(f"{left or 'None'} left.")
     return 1 if left else 0
 
 
@@ -3620,11 +3620,9 @@ def chosen_url(url: str | None, settings: Settings) -> str | None:
 def settings_to_change() -> File:
     """The user's settings; Skipped when they cannot be changed without harm."""
     file = File(config_path("settings.json"))
-    problem = file.problem and f"it is no settings file: {file.problem}"
-    if not file.mode & stat.S_IWUSR:
-        problem = "it is read-only"
-    if problem:
-        raise Skipped(f"{file.path} is left as it is: {problem}")
+    if file.problem:
+        why = f"it is no settings file: {file.problem}"
+        raise Skipped(f"{file.path} is left as it is: {why}")
     return file
 
 
