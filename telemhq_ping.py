@@ -3905,13 +3905,12 @@ def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
 
 
 def sent(options: Namespace) -> int:
-    """print the last pings that left, as they were sent, with time and answer
+    """print the last 20 pings that left, as they were sent, with time and answer
 
-    -n N  how many (20)
     --destination NAME  only this one: a tracker, or its directory's name
     """
     for outbox, lines in kept_of(options.destination):
-        for line in lines[-max(1, options.n or 20) :]:
+        for line in lines[-20:]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
                 print(line.get("at"), kind_of(outbox), line.get("answer"), body)
     return 0
@@ -4016,7 +4015,7 @@ def command_line() -> ArgumentParser:
             if "|" in value:
                 how = {"choices": value.split("|")}
             elif value:
-                how = {"metavar": value, "type": int if value == "N" else str}
+                how = {"metavar": value}
             if name[:1] != "-":
                 how["nargs"] = "?"
             if meaning:
