@@ -3294,22 +3294,6 @@ def play(
     return said, ping, f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
 
 
-def run_checks(around: Surroundings, send: bool) -> bool:
-    """Print doctor's list to its end; whether all is well. send: also send a ping."""
-    os.environ.update(around.settings.environ)  # urllib looks for proxies there
-    looks = [check_settings, check_hooks, check_bytecode, check_trackers, check_disk]
-    well = True
-    for look in [*looks, send_test] if send else looks:
-        try:
-            for good, line in look(around):
-                say(f"{MARKS[good]} {line}")
-                well = well and good is not False
-        except (Skipped, OSError, ValueError) as error:
-            say(f"{MARKS[False]} not all could be looked at: {error}")
-            well = False
-    return well
-
-
 def check_settings(around: Surroundings) -> Iterator[Check]:
     """Whether Claude Code reads the settings and runs hooks, and what these will do."""
     settings = around.settings
@@ -3523,14 +3507,24 @@ def doctor(options: Namespace) -> int:
     --send  send one real ping, with the event Test: that proves the token
     --clear  forget the losses that you have seen
     """
-    around = Surroundings()
+    around, well = Surroundings(), True
+    os.environ.update(around.settings.environ)  # urllib looks for proxies there
     for outbox in outboxes(around.settings.state_dir) if options.clear else ():
         lock = wait_for_lock(outbox)
         state = state_of(outbox)
         state.losses.clear()
         state.save()
         lock.release()
-    return 0 if run_checks(around, options.send) else 1
+    looks = [check_settings, check_hooks, check_bytecode, check_trackers, check_disk]
+    for look in [*looks, send_test] if options.send else looks:
+        try:
+            for good, line in look(around):
+                say(f"{MARKS[good]} {line}")
+                well = well and good is not False
+        except (Skipped, OSError, ValueError) as error:
+            say(f"{MARKS[False]} not all could be looked at: {error}")
+            well = False
+    return 0 if well else 1
 
 
 # -- Commands: set-up ------------------------------------------------------------------
@@ -3698,10 +3692,11 @@ def install(options: Namespace) -> int:
         need_yes("Write this?", options.yes)
         write_all(changes)
         print("Installed. Sessions that run already must be started anew.")
-    around, send = Surroundings(), bool(options.send)
-    if asks and not send and find_trackers(around.settings)[0]:
-        send = says_yes("Send one real test ping, too? Nothing else proves the token.")
-    return 0 if run_checks(around, send) else 1
+    options.clear = False
+    if asks and not options.send and find_trackers(Surroundings().settings)[0]:
+        offer = "Send one real test ping, too? Nothing else proves the token."
+        options.send = says_yes(offer)
+    return doctor(options)
 
 
 def to_remove() -> list[Change]:
