@@ -3739,21 +3739,20 @@ def uninstall(options: Namespace) -> int:
 
     around = Surroundings()
     state_dir = around.settings.state_dir or ""
+    if around.plugin:
+        say(f"The plugin in {around.plugin} stays, with its state. To remove:")
+        say(f"  claude plugin uninstall {PLUGIN}; rm -r {state_dir}")
     print("This goes:")
     changes = to_remove()
     kept = [] if options.keep_state or around.plugin else outboxes(state_dir)
+    if not (changes or kept):
+        print("  nothing: none of it is here.")
+        return 0
     if kept:
         waiting = sum(len(outbox.waiting()) for outbox in kept)
         sent = sum(len(deliveries(outbox)) for outbox in kept)
         say(f"  {state_dir}, with the pings that wait: {waiting} (`flush` sends them),")
         print(f"    and the record of those sent: {sent} (--keep-state leaves both)")
-    if not (changes or kept):
-        print("  nothing: none of it is here.")
-    if around.plugin:
-        say(f"The plugin in {around.plugin} stays, with its state. To remove:")
-        say(f"  claude plugin uninstall {PLUGIN}; rm -r {state_dir}")
-    if not (changes or kept):
-        return 0
     need_yes("Remove it?", options.yes)
     write_all(changes)
     for outbox in kept:
