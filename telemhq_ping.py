@@ -3812,17 +3812,14 @@ def preview(options: Namespace) -> int:
     """
     import json
 
-    settings = Surroundings().settings
-    if options.event:
-        event = {"hook_event_name": options.event, **SAMPLES[options.event]}
-        size = len(encode_json(event))
+    settings, ns = Surroundings().settings, time.time_ns()
+    if options.event or os.isatty(0):
+        name = options.event or "Stop"
+        raw = encode_json({"hook_event_name": name, **SAMPLES[name]}).encode()
     else:
-        if os.isatty(0):
-            print("Paste an event (JSON), then Ctrl-D on a line of its own:")
         raw = read_stdin()
-        event, size = event_in(raw), len(raw)
-    ns, project = time.time_ns(), project_of(event, settings)
-    ping = make_ping(event, settings, project, ns, size)
+    event = event_in(raw)
+    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
     tracker = tracker_named(options.destination or TelemHQ.kind, settings)
     beside: Fields = {"own": tracker.frozen(ping)}
     if settings.usage and ping["event"] in USAGE_EVENTS:
