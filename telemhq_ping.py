@@ -3233,7 +3233,6 @@ def flush(options: Namespace) -> int:
 ARRIVES_S = 30.0  # a ping that has not come by then is lost
 HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
 WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
-LAST_PINGS = 100  # of a destination are asked whether their usage was complete
 GIT_BASH = "C:\\Program Files\\Git\\bin\\bash.exe"  # it runs hooks on Windows
 
 
@@ -3256,9 +3255,7 @@ def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
     return server.server_address[1], thread
 
 
-def play(
-    command: list[str], event: Fields, environ: dict[str, str]
-) -> tuple[str, Fields, str]:
+def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Fields, str]:
     """Run a hook, 15 s at most: (what it printed, the ping that arrived, times)."""
     import subprocess
     import tempfile
@@ -3474,7 +3471,7 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     yield bool(done) or None, f"{kind}: last delivery: {when}"
     for reason, count in sorted(state.losses.items()):
         yield False, f"{kind}: {count} lost, {reason}; `doctor --clear` when you saw it"
-    pings = [line["ping"] for line in deliveries(outbox)[-LAST_PINGS:]]
+    pings = [line["ping"] for line in deliveries(outbox)[-100:]]
     short = [ping for ping in pings if ping.get("usage_complete") is False]
     if short:
         why = "an answer came late, the next has it"
@@ -3760,10 +3757,8 @@ def uninstall(options: Namespace) -> int:
         shutil.rmtree(outbox.directory)
     made = [config_path("hooks", "__pycache__"), config_path("hooks")]
     for directory in (*made, state_dir, config_path()):
-        try:
-            os.rmdir(directory)
-        except OSError:
-            continue  # there is more in it, or it is a link
+        if not os.path.islink(directory):
+            remove(directory)  # unless there is more in it
     print("Removed.")
     return 0
 
