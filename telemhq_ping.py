@@ -2860,8 +2860,6 @@ def adopt(former: Outbox, present: Outbox, name: str) -> None:
 
 def deliveries(outbox: Outbox) -> list[Fields]:
     """The lines of sent.jsonl, each ping once: after a crash it may be there twice."""
-    import json
-
     found: dict[str, Fields] = {}
     for name in ("sent.jsonl.1", "sent.jsonl"):
         try:
@@ -2870,7 +2868,7 @@ def deliveries(outbox: Outbox) -> list[Fields]:
             continue
         for line in lines:
             try:
-                delivery = json.loads(line)
+                delivery = decode_json(line.decode())
                 found.setdefault(str(delivery["ping"]["event_id"]), delivery)
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by a full disk
