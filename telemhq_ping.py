@@ -3467,7 +3467,7 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     when = f"{span(now - done)} ago" if done else "none yet"
     yield bool(done) or None, f"{kind}: last delivery: {when}"
     for reason, count in sorted(state.losses.items()):
-        yield False, f"{kind}: {count} lost, {reason}; `doctor --clear` when you saw it"
+        yield None, f"{kind}: {count} lost so far, {reason}"
     pings = [line["ping"] for line in deliveries(outbox)[-100:]]
     short = [ping for ping in pings if ping.get("usage_complete") is False]
     if short:
@@ -3499,16 +3499,9 @@ def doctor(options: Namespace) -> int:
     """check all that lies between an event and the tracker, and say what to do
 
     --send  send one real ping, with the event Test: that proves the token
-    --clear  forget the losses that you have seen
     """
     around, well = Surroundings(), True
     os.environ.update(around.settings.environ)  # urllib looks for proxies there
-    for outbox in outboxes(around.settings.state_dir) if options.clear else ():
-        lock = wait_for_lock(outbox)
-        state = state_of(outbox)
-        state.losses.clear()
-        state.save()
-        lock.release()
     looks = [check_settings, check_hooks, check_bytecode, check_trackers, check_disk]
     for look in [*looks, send_test] if options.send else looks:
         try:
@@ -3667,7 +3660,6 @@ def install(options: Namespace) -> int:
         need_yes("Write this?", options.yes)
         write_all(changes)
         print("Installed. Sessions that run already must be started anew.")
-    options.clear = False
     if asks and not options.send and find_trackers(Surroundings().settings)[0]:
         offer = "Send one real test ping, too? Nothing else proves the token."
         options.send = says_yes(offer)
