@@ -3996,10 +3996,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # head(1) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        told, status = f"{where}{error.strerror or error}", 1
-    except (Skipped, ValueError) as error:
+    except (Skipped, OSError, ValueError) as error:
         told, status = str(error), 1
     print(f"{SCRIPT}: {at_home(told)}", file=sys.stderr)
     return status
