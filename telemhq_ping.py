@@ -2841,12 +2841,9 @@ def adopt(former: Outbox, present: Outbox, name: str) -> None:
     must not be told here twice: the session's account here begins behind it, or, when
     that has counted already, it goes without numbers. OSError, ValueError: it stays."""
     record = Outbox(former.directory, present.needs).record(name)
-    path, at = present.account_path(PingName(name).session), PingName(name).ns / 1e9
-    if not record.local and record.ping.get("total_tokens"):
-        try:
-            account = Account.load(path)
-        except FileNotFoundError:
-            account = Account(path)
+    used = record.ping.get("total_tokens") and "session_id" in record.ping
+    if used and not record.local:
+        account, at = open_account(present, name, record.ping), PingName(name).ns / 1e9
         if not account.transcripts:
             account.since = max(account.since, at)
             account.save()
