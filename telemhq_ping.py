@@ -3227,7 +3227,6 @@ def flush(options: Namespace) -> int:
 
 ARRIVES_S = 30.0  # a ping that has not come by then is lost
 HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
-WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
 GIT_BASH = "C:\\Program Files\\Git\\bin\\bash.exe"  # it runs hooks on Windows
 
 
@@ -3455,7 +3454,7 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     """How delivery from an outbox goes."""
     kind, state, now = kind_of(outbox), state_of(outbox), time.time()
     backoff_s, names = outbox.backoff_left_s(), outbox.waiting()
-    late = backoff_s or (names and now - PingName(names[0]).ns / 1e9 > WAIT_OLD_S)
+    late = backoff_s or (names and now - PingName(names[0]).ns / 1e9 > LIFE_S)
     yield not late, f"{kind}: {what_waits(outbox)}{': `flush` sends now' * bool(late)}"
     if backoff_s:
         why = in_words(state.problem, kind)
