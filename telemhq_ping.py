@@ -3732,14 +3732,11 @@ def uninstall(options: Namespace) -> int:
 # -- Commands: seeing ------------------------------------------------------------------
 
 DEMO_MODEL = "claude-opus-5-5"
-COMMON = {
-    "session_id": "sample",
-    "cwd": "/home/you/acme",
-    "transcript_path": "/home/you/.claude/session.jsonl",
-}
+COMMON = {"session_id": "sample", "cwd": "/home/you/acme"}
 SAMPLES: dict[str, Fields] = {
     "PostToolUseFailure": {
         **COMMON,
+        "transcript_path": "/home/you/.claude/session.jsonl",
         "tool_name": "Bash",
         "tool_input": {"command": "./deploy --password hunter2"},
         "error": "Exit code 3\nno /home/you/acme/deploy.key",
