@@ -3673,9 +3673,8 @@ def to_remove() -> list[Change]:
         raise Skipped(f"{script.path} is not this script; nothing was changed")
     if URL_NAME in file.env or any(hook.is_ours for hook in file.hooks):
         content, what = without_ours(file.content), "our hooks and the ping URL"
-        raw: bytes | None = None
-        if content or backup.raw is not None:
-            raw = file.retold(content).encode("utf-8", "backslashreplace")
+        left = file.retold(content).encode("utf-8", "backslashreplace")
+        raw = left if content else None
         # Hooks without their script would be a veto.
         veto = before.raw is None and any(hook.is_ours for hook in backup.hooks)
         same = content == without_ours(backup.content) and not veto
