@@ -3227,7 +3227,6 @@ def flush(options: Namespace) -> int:
 
 ARRIVES_S = 30.0  # a ping that has not come by then is lost
 HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
-GIT_BASH = "C:\\Program Files\\Git\\bin\\bash.exe"  # it runs hooks on Windows
 
 
 def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
@@ -3337,7 +3336,7 @@ def try_hook(around: Surroundings, hook: RegisteredHook, path: str) -> Check:
     known = path in around.own or hook.command == hook_command(hook.event)
     if "TELEMHQ_" in hook.command or not known:
         return None, f"{name} was not tried: it may be a stranger's, or send elsewhere"
-    shell = "/bin/sh" if os.name == "posix" else GIT_BASH
+    shell = "/bin/sh" if os.name == "posix" else "C:\\Program Files\\Git\\bin\\bash.exe"
     event = {"hook_event_name": hook.event, "session_id": "x", "cwd": os.getcwd()}
     environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "0"}
     said, ping, times = play([shell, "-c", hook.command], event, environ)
