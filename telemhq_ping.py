@@ -3943,7 +3943,6 @@ def command_line() -> ArgumentParser:
     about = (__doc__ or "").partition("Variables\n")[2].partition("Exit status")[0]
     parser = argparse.ArgumentParser(
         prog=SCRIPT,
-        usage=f"{SCRIPT} COMMAND [OPTION ...]",
         epilog=f"variables:\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
