@@ -2828,16 +2828,6 @@ def kind_of(outbox: Outbox) -> str:
     return outbox.name().rpartition("-")[0]
 
 
-def destinations(settings: Settings) -> list[Tracker]:
-    """The trackers that pings can go to; Skipped when there is none."""
-    trackers, problems = find_trackers(settings)
-    if not trackers:
-        raise Skipped("; ".join(problems))
-    for text in problems:
-        print(text)
-    return trackers
-
-
 def outboxes(state_dir: str | None) -> list[Outbox]:
     """Every destination's outbox that there is, also of URLs no longer configured."""
     top = state_dir or ""
@@ -2846,29 +2836,20 @@ def outboxes(state_dir: str | None) -> list[Outbox]:
     return [outbox for outbox in found if os.path.isdir(outbox.path("outbox"))]
 
 
-USAGE_FIELDS = (  # what a ping is charged
-    *TOKENS,
-    *("models", "tools", "tool_calls", "tool_failures", "interrupts"),
-    *("cost_usd", "lines_added", "lines_removed"),
-)
-
-
 def adopt(former: Outbox, present: Outbox, name: str) -> None:
     """Move a ping from a former URL's outbox; both locks are held. What it was charged
     must not be told here twice: the session's account here begins behind it, or, when
-    that has counted already, it goes without. OSError or ValueError: it cannot move."""
+    that has counted already, it goes without numbers. OSError, ValueError: it stays."""
     record = Outbox(former.directory, present.needs).record(name)
-    path, at = present.account_path(PingName(name).session), PingName(name).ns / 1e9
-    if not record.local and record.ping.get("total_tokens"):
-        try:
-            account = Account.load(path)
-        except FileNotFoundError:
-            account = Account(path)
+    used = record.ping.get("total_tokens") and "session_id" in record.ping
+    if used and not record.local:
+        account, at = open_account(present, name, record.ping), PingName(name).ns / 1e9
         if not account.transcripts:
             account.since = max(account.since, at)
             account.save()
         elif account.since < at:
-            ping = {k: v for k, v in record.ping.items() if k not in USAGE_FIELDS}
+            told = (number, counts, counts_by_model)
+            ping = {k: v for k, v in record.ping.items() if GATE[k] not in told}
             record = Record({**ping, "usage_complete": False}, {}, {})
     present.rewrite(name, record)
     remove(former.file(name))
@@ -2876,8 +2857,6 @@ def adopt(former: Outbox, present: Outbox, name: str) -> None:
 
 def deliveries(outbox: Outbox) -> list[Fields]:
     """The lines of sent.jsonl, each ping once: after a crash it may be there twice."""
-    import json
-
     found: dict[str, Fields] = {}
     for name in ("sent.jsonl.1", "sent.jsonl"):
         try:
@@ -2886,7 +2865,7 @@ def deliveries(outbox: Outbox) -> list[Fields]:
             continue
         for line in lines:
             try:
-                delivery = json.loads(line)
+                delivery = decode_json(line.decode())
                 found.setdefault(str(delivery["ping"]["event_id"]), delivery)
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by a full disk
@@ -2965,12 +2944,9 @@ def in_words(what: str, kind: str) -> str:
     """An answer (`what` of an Answer) of a kind of tracker, and what it means."""
     meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
     tracker: Any = TRACKERS[kind]
-    url, token, dislike = (
-        tracker.variables[0],
-        tracker.variables[:2][-1],
-        tracker.dislike,
-    )
-    meaning = meaning.format(url=url, token=token, dislike=dislike)
+    url, *others = tracker.variables
+    token = (others or [url])[0]
+    meaning = meaning.format(url=url, token=token, dislike=tracker.dislike)
     return f"{what.replace('HTTP ', '')}: {meaning}"
 
 
@@ -3231,7 +3207,8 @@ def flush(options: Namespace) -> int:
     os.environ.update(settings.environ)  # urllib looks for proxies there
     if around.url_is_kept and settings.destinations == [TelemHQ.kind]:
         raise Skipped("only Claude Code knows the plugin's URL: start a session")
-    for tracker in destinations(settings):
+    trackers, problems = find_trackers(settings)
+    for tracker in trackers:
         outbox = outbox_of(settings, tracker)
         outbox.need_sound()
         if options.adopt:
@@ -3240,6 +3217,8 @@ def flush(options: Namespace) -> int:
         left += len(outbox.waiting())
         if outbox.waiting() and what:
             print(f"{tracker.kind}: {in_words(what, tracker.kind)}")
+    if problems:
+        raise Skipped("; ".join(problems))
     print(f"{left or 'None'} left.")
     return 1 if left else 0
 
@@ -3248,9 +3227,6 @@ def flush(options: Namespace) -> int:
 
 ARRIVES_S = 30.0  # a ping that has not come by then is lost
 HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
-WAIT_OLD_S = 300.0  # a ping that waits for longer is worth a word
-LAST_PINGS = 100  # of a destination are asked whether their usage was complete
-GIT_BASH = "C:\\Program Files\\Git\\bin\\bash.exe"  # it runs hooks on Windows
 
 
 def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
@@ -3262,11 +3238,8 @@ def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             arrived.append((time.monotonic(), decode_json(body.decode())))
-            self.send_response(200)
+            self.send_response_only(200)  # which logs nothing
             self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
 
     server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
     server.timeout = ARRIVES_S
@@ -3275,9 +3248,7 @@ def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
     return server.server_address[1], thread
 
 
-def play(
-    command: list[str], event: Fields, environ: dict[str, str]
-) -> tuple[str, Fields, str]:
+def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Fields, str]:
     """Run a hook, 15 s at most: (what it printed, the ping that arrived, times)."""
     import subprocess
     import tempfile
@@ -3313,22 +3284,6 @@ def play(
     return said, ping, f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
 
 
-def run_checks(around: Surroundings, send: bool) -> bool:
-    """Print doctor's list to its end; whether all is well. send: also send a ping."""
-    os.environ.update(around.settings.environ)  # urllib looks for proxies there
-    looks = [check_settings, check_hooks, check_bytecode, check_trackers, check_disk]
-    well = True
-    for look in [*looks, send_test] if send else looks:
-        try:
-            for good, line in look(around):
-                say(f"{MARKS[good]} {line}")
-                well = well and good is not False
-        except (Skipped, OSError, ValueError) as error:
-            say(f"{MARKS[False]} not all could be looked at: {error}")
-            well = False
-    return well
-
-
 def check_settings(around: Surroundings) -> Iterator[Check]:
     """Whether Claude Code reads the settings and runs hooks, and what these will do."""
     settings = around.settings
@@ -3337,6 +3292,8 @@ def check_settings(around: Surroundings) -> Iterator[Check]:
     for file in around.files:
         if file.problem:
             yield False, f"Claude Code ignores all of {file.path}: {file.problem}"
+        if file.content.get("disableAllHooks") is True:
+            yield False, f"{file.path} turns hooks off: take disableAllHooks out of it"
     for problem in settings.ignored:
         yield False, problem
     source = around.url_from or "the shell's environment"
@@ -3363,9 +3320,8 @@ def check_hooks(around: Surroundings) -> Iterator[Check]:
         if around.plugin and event in EVENTS:
             by.append(f"the plugin ({around.plugin})")
         both = f"{event} by {' and '.join(by)}"
-        if not by:  # StopFailure is not for every client
-            bad = None if event == "StopFailure" else False
-            yield bad, f"no hook for {event}: run `install`"
+        if not by:
+            yield False, f"no hook for {event}: run `install`"
         elif len(by) > 1 and any(URL_NAME in hook.command for hook, _ in ours):
             yield None, f"{both}, to two URLs: each is told the whole"
         elif len(by) > 1:
@@ -3380,7 +3336,7 @@ def try_hook(around: Surroundings, hook: RegisteredHook, path: str) -> Check:
     known = path in around.own or hook.command == hook_command(hook.event)
     if "TELEMHQ_" in hook.command or not known:
         return None, f"{name} was not tried: it may be a stranger's, or send elsewhere"
-    shell = "/bin/sh" if os.name == "posix" else GIT_BASH
+    shell = "/bin/sh" if os.name == "posix" else "C:\\Program Files\\Git\\bin\\bash.exe"
     event = {"hook_event_name": hook.event, "session_id": "x", "cwd": os.getcwd()}
     environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "0"}
     said, ping, times = play([shell, "-c", hook.command], event, environ)
@@ -3497,7 +3453,7 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     """How delivery from an outbox goes."""
     kind, state, now = kind_of(outbox), state_of(outbox), time.time()
     backoff_s, names = outbox.backoff_left_s(), outbox.waiting()
-    late = backoff_s or (names and now - PingName(names[0]).ns / 1e9 > WAIT_OLD_S)
+    late = backoff_s or (names and now - PingName(names[0]).ns / 1e9 > LIFE_S)
     yield not late, f"{kind}: {what_waits(outbox)}{': `flush` sends now' * bool(late)}"
     if backoff_s:
         why = in_words(state.problem, kind)
@@ -3506,8 +3462,8 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     when = f"{span(now - done)} ago" if done else "none yet"
     yield bool(done) or None, f"{kind}: last delivery: {when}"
     for reason, count in sorted(state.losses.items()):
-        yield False, f"{kind}: {count} lost, {reason}; `doctor --clear` when you saw it"
-    pings = [line["ping"] for line in deliveries(outbox)[-LAST_PINGS:]]
+        yield None, f"{kind}: {count} lost so far, {reason}"
+    pings = [line["ping"] for line in deliveries(outbox)[-100:]]
     short = [ping for ping in pings if ping.get("usage_complete") is False]
     if short:
         why = "an answer came late, the next has it"
@@ -3522,7 +3478,7 @@ def send_test(around: Surroundings) -> Iterator[Check]:
     settings, ns = around.settings, time.time_ns()
     event = {"hook_event_name": "Test", "cwd": os.getcwd()}
     ping = make_ping(event, settings, project_of(event, settings), ns, 0)
-    for tracker in destinations(settings):
+    for tracker in find_trackers(settings)[0]:  # why others are none is told above
         if tracker.wants(ping):
             kind, outbox = tracker.kind, outbox_of(settings, tracker)
             name = enqueue(outbox, tracker, ns, ping, {})
@@ -3538,37 +3494,25 @@ def doctor(options: Namespace) -> int:
     """check all that lies between an event and the tracker, and say what to do
 
     --send  send one real ping, with the event Test: that proves the token
-    --clear  forget the losses that you have seen
     """
-    around = Surroundings()
-    for outbox in outboxes(around.settings.state_dir) if options.clear else ():
-        lock = wait_for_lock(outbox)
-        state = state_of(outbox)
-        state.losses.clear()
-        state.save()
-        lock.release()
-    return 0 if run_checks(around, options.send) else 1
+    around, well = Surroundings(), True
+    os.environ.update(around.settings.environ)  # urllib looks for proxies there
+    looks = [check_settings, check_hooks, check_bytecode, check_trackers, check_disk]
+    for look in [*looks, send_test] if options.send else looks:
+        try:
+            for good, line in look(around):
+                say(f"{MARKS[good]} {line}")
+                well = well and good is not False
+        except (Skipped, OSError, ValueError) as error:
+            say(f"{MARKS[False]} not all could be looked at: {error}")
+            well = False
+    return 0 if well else 1
 
 
 # -- Commands: set-up ------------------------------------------------------------------
 
 BACKUP = ".telemhq-backup"  # added to the name of a file that install replaces
 TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins with it
-OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
-
-
-def is_old_client() -> bool:
-    """Whether the Claude Code here knows no StopFailure."""
-    import re
-    import subprocess
-
-    asked, null = ["claude", "--version"], subprocess.DEVNULL
-    try:
-        said = subprocess.check_output(asked, stdin=null, stderr=null, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return False
-    version = tuple(map(int, re.findall(rb"\d+", said)[:3]))
-    return len(version) == 3 and version < OLDEST_CLIENT
 
 
 def add_ours(content: Fields, url: str | None, events: list[str]) -> None:
@@ -3637,11 +3581,9 @@ def chosen_url(url: str | None, settings: Settings) -> str | None:
 def settings_to_change() -> File:
     """The user's settings; Skipped when they cannot be changed without harm."""
     file = File(config_path("settings.json"))
-    problem = file.problem and f"it is no settings file: {file.problem}"
-    if not file.mode & stat.S_IWUSR:
-        problem = "it is read-only"
-    if problem:
-        raise Skipped(f"{file.path} is left as it is: {problem}")
+    if file.problem:
+        why = f"it is no settings file: {file.problem}"
+        raise Skipped(f"{file.path} is left as it is: {why}")
     return file
 
 
@@ -3671,12 +3613,8 @@ def to_install(options: Namespace, url: str | None) -> list[Change]:
     if script.raw != source:
         say(f"{script.path} will be this script, version {__version__}.")
         changes.append((script.path, source, 0o700))
-    file, events = settings_to_change(), [*EVENTS]
-    if is_old_client():
-        print("Claude Code here is older than 2.1.78, which alone knows StopFailure.")
-        events.remove("StopFailure")
-    events += TOOL_EVENTS if options.tools else ()
-    add_ours(file.content, url, events)
+    file, tools = settings_to_change(), TOOL_EVENTS if options.tools else ()
+    add_ours(file.content, url, [*EVENTS, *tools])
     text = file.retold(file.content)
     if text != file.text:
         say(f"{file.path} will {'be made' if file.raw is None else 'change'}:")
@@ -3717,10 +3655,10 @@ def install(options: Namespace) -> int:
         need_yes("Write this?", options.yes)
         write_all(changes)
         print("Installed. Sessions that run already must be started anew.")
-    around, send = Surroundings(), bool(options.send)
-    if asks and not send and find_trackers(around.settings)[0]:
-        send = says_yes("Send one real test ping, too? Nothing else proves the token.")
-    return 0 if run_checks(around, send) else 1
+    if asks and not options.send and find_trackers(Surroundings().settings)[0]:
+        offer = "Send one real test ping, too? Nothing else proves the token."
+        options.send = says_yes(offer)
+    return doctor(options)
 
 
 def to_remove() -> list[Change]:
@@ -3734,9 +3672,8 @@ def to_remove() -> list[Change]:
         raise Skipped(f"{script.path} is not this script; nothing was changed")
     if URL_NAME in file.env or any(hook.is_ours for hook in file.hooks):
         content, what = without_ours(file.content), "our hooks and the ping URL"
-        raw: bytes | None = None
-        if content or backup.raw is not None:
-            raw = file.retold(content).encode("utf-8", "backslashreplace")
+        left = file.retold(content).encode("utf-8", "backslashreplace")
+        raw = left if content else None
         # Hooks without their script would be a veto.
         veto = before.raw is None and any(hook.is_ours for hook in backup.hooks)
         same = content == without_ours(backup.content) and not veto
@@ -3763,21 +3700,20 @@ def uninstall(options: Namespace) -> int:
 
     around = Surroundings()
     state_dir = around.settings.state_dir or ""
+    if around.plugin:
+        say(f"The plugin in {around.plugin} stays, with its state. To remove:")
+        say(f"  claude plugin uninstall {PLUGIN}; rm -r {state_dir}")
     print("This goes:")
     changes = to_remove()
     kept = [] if options.keep_state or around.plugin else outboxes(state_dir)
+    if not (changes or kept):
+        print("  nothing: none of it is here.")
+        return 0
     if kept:
         waiting = sum(len(outbox.waiting()) for outbox in kept)
         sent = sum(len(deliveries(outbox)) for outbox in kept)
         say(f"  {state_dir}, with the pings that wait: {waiting} (`flush` sends them),")
         print(f"    and the record of those sent: {sent} (--keep-state leaves both)")
-    if not (changes or kept):
-        print("  nothing: none of it is here.")
-    if around.plugin:
-        say(f"The plugin in {around.plugin} stays, with its state. To remove:")
-        say(f"  claude plugin uninstall {PLUGIN}; rm -r {state_dir}")
-    if not (changes or kept):
-        return 0
     need_yes("Remove it?", options.yes)
     write_all(changes)
     for outbox in kept:
@@ -3785,10 +3721,8 @@ def uninstall(options: Namespace) -> int:
         shutil.rmtree(outbox.directory)
     made = [config_path("hooks", "__pycache__"), config_path("hooks")]
     for directory in (*made, state_dir, config_path()):
-        try:
-            os.rmdir(directory)
-        except OSError:
-            continue  # there is more in it, or it is a link
+        if not os.path.islink(directory):
+            remove(directory)  # unless there is more in it
     print("Removed.")
     return 0
 
@@ -3796,14 +3730,11 @@ def uninstall(options: Namespace) -> int:
 # -- Commands: seeing ------------------------------------------------------------------
 
 DEMO_MODEL = "claude-opus-5-5"
-COMMON = {
-    "session_id": "sample",
-    "cwd": "/home/you/acme",
-    "transcript_path": "/home/you/.claude/session.jsonl",
-}
+COMMON = {"session_id": "sample", "cwd": "/home/you/acme"}
 SAMPLES: dict[str, Fields] = {
     "PostToolUseFailure": {
         **COMMON,
+        "transcript_path": "/home/you/.claude/session.jsonl",
         "tool_name": "Bash",
         "tool_input": {"command": "./deploy --password hunter2"},
         "error": "Exit code 3\nno /home/you/acme/deploy.key",
@@ -3813,7 +3744,6 @@ SAMPLES: dict[str, Fields] = {
     "Stop": {**COMMON, "last_assistant_message": "The password is hunter2."},
 }
 SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
-SHOWN_HEADERS = (*JSON_BODY, "Accept", "Idempotency-Key")  # others may hold secrets
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -3838,17 +3768,14 @@ def preview(options: Namespace) -> int:
     """
     import json
 
-    settings = Surroundings().settings
-    if options.event:
-        event = {"hook_event_name": options.event, **SAMPLES[options.event]}
-        size = len(encode_json(event))
+    settings, ns = Surroundings().settings, time.time_ns()
+    if options.event or os.isatty(0):
+        name = options.event or "Stop"
+        raw = encode_json({"hook_event_name": name, **SAMPLES[name]}).encode()
     else:
-        if os.isatty(0):
-            print("Paste an event (JSON), then Ctrl-D on a line of its own:")
         raw = read_stdin()
-        event, size = event_in(raw), len(raw)
-    ns, project = time.time_ns(), project_of(event, settings)
-    ping = make_ping(event, settings, project, ns, size)
+    event = event_in(raw)
+    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
     tracker = tracker_named(options.destination or TelemHQ.kind, settings)
     beside: Fields = {"own": tracker.frozen(ping)}
     if settings.usage and ping["event"] in USAGE_EVENTS:
@@ -3861,9 +3788,6 @@ def preview(options: Namespace) -> int:
     requests = tracker.requests(ping, beside) if tracker.wants(ping) else []
     for request in requests:
         print(f"POST {origin(request.url)}/...", file=sys.stderr)
-        for header, value in request.headers.items():
-            shows = value if header in SHOWN_HEADERS else "..."
-            print(f"{header}: {shows}", file=sys.stderr)
         print(json.dumps(json.loads(request.body or b"{}"), indent=2), flush=True)
     if not requests:
         print(f"{tracker.kind} gets nothing of {ping['event']}.")
@@ -3928,13 +3852,12 @@ def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
 
 
 def sent(options: Namespace) -> int:
-    """print the last pings that left, as they were sent, with time and answer
+    """print the last 20 pings that left, as they were sent, with time and answer
 
-    -n N  how many (20)
     --destination NAME  only this one: a tracker, or its directory's name
     """
     for outbox, lines in kept_of(options.destination):
-        for line in lines[-max(1, options.n or 20) :]:
+        for line in lines[-20:]:
             for body in line.get("bodies") or [encode_json(line["ping"])]:
                 print(line.get("at"), kind_of(outbox), line.get("answer"), body)
     return 0
@@ -4020,7 +3943,6 @@ def command_line() -> ArgumentParser:
     about = (__doc__ or "").partition("Variables\n")[2].partition("Exit status")[0]
     parser = argparse.ArgumentParser(
         prog=SCRIPT,
-        usage=f"{SCRIPT} COMMAND [OPTION ...]",
         epilog=f"variables:\n{about}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -4039,7 +3961,7 @@ def command_line() -> ArgumentParser:
             if "|" in value:
                 how = {"choices": value.split("|")}
             elif value:
-                how = {"metavar": value, "type": int if value == "N" else str}
+                how = {"metavar": value}
             if name[:1] != "-":
                 how["nargs"] = "?"
             if meaning:
@@ -4064,10 +3986,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # head(1) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        told, status = f"{where}{error.strerror or error}", 1
-    except (Skipped, ValueError) as error:
+    except (Skipped, OSError, ValueError) as error:
         told, status = str(error), 1
     print(f"{SCRIPT}: {at_home(told)}", file=sys.stderr)
     return status

@@ -172,6 +172,9 @@ LINES: dict[str, Callable[[Home], object]] = {
     f"!! Claude Code ignores all of {PROJECT}: ": lambda home: in_project(
         home, '{"a": 1 /* mine */}'
     ),
+    f"!! {PROJECT} turns hooks off: take disableAllHooks out": lambda home: in_project(
+        home, {"disableAllHooks": True}
+    ),
     f"ok Stop by {USER}: arrived at doctor's own receiver": lambda home: in_project(
         home, {"hooks": registered(COMMAND, ["Stop"])}
     ),
@@ -206,8 +209,8 @@ LINES: dict[str, Callable[[Home], object]] = {
         home, 2, 400000, True
     ),
     "!! telemhq: the next try is in 14 min, for 404: is the URL in": backed_off,
-    "!! telemhq: 2 lost, refused: HTTP 422; `doctor --clear`": lambda home: (
-        home.set_state(losses={"refused: HTTP 422": 2})
+    "-- telemhq: 2 lost so far, refused: HTTP 422": lambda home: home.set_state(
+        losses={"refused: HTTP 422": 2}
     ),
     "!! ~/.claude/telemhq is no directory, or a symbolic link: mend that": linked,
     "!! ~/.claude/telemhq/.*/outbox can be written by others": lambda home: (
@@ -435,13 +438,3 @@ def test_doctor_does_on_disk_as_a_hook_does(well: Home, name: str) -> None:
     assert "mend that, or set TELEMHQ_STATE_DIR to another place" in bad
     assert "telemhq: last delivery: " in good
     assert "for another URL 1 ping of api waits" in good
-
-
-def test_losses_can_be_acknowledged(well: Home) -> None:
-    """`doctor --clear` forgets losses, and leaves the rest of the state."""
-    well.set_state(losses={"tokens": 77}, delivered_at=12345)
-    assert "telemhq: 77 lost, tokens; `doctor --clear`" in diagnosis(well)[2]
-    code, good, _ = diagnosis(well, "--clear")
-    assert code == 0
-    assert re.search(r"last delivery: \d+ days ago", good)
-    assert diagnosis(well)[0] == 0

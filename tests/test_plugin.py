@@ -133,7 +133,7 @@ def play_plugin(world: World) -> dict[str, Any]:
     }
     found["removed"] = told(world, client(), "plugin", "uninstall", PLUGIN)
     found["after"] = ours(world.home.path)
-    remedy = found["uninstall --yes"][1].rpartition("; ")[2]
+    remedy = found["uninstall --yes"][1].rpartition("; ")[2].splitlines()[0]
     found["rest"] = told(world, "/bin/sh", "-c", remedy)
     found["state after"] = world.home.state.exists()
     return found

@@ -119,15 +119,15 @@ def test_what_was_delivered_is_kept_as_sent(home: Home, receiver: Receiver) -> N
 
 
 def test_sent_prints_the_last_ones_of_each(home: Home) -> None:
-    """`sent` prints the last twenty of each destination, `-n 3` the last three;
-    --destination chooses one. Another tracker's bodies are shown as sent."""
+    """`sent` prints the last twenty of each destination; --destination chooses one.
+    Another tracker's bodies are shown as sent."""
     kept(home, [ping(n) for n in range(30)])
     path = kept(home, [], "otlp-0123456789ab")
     line = {"at": "2026-01-01", "answer": "HTTP 200", "ping": ping(1)}
     path.write_text(json.dumps({**line, "bodies": ["{}", "[]"]}) + "\n")
     assert len(run(home, "sent").out.splitlines()) == 22
-    out = run(home, "sent", "-n", "3", "--destination", "telemhq").out
-    assert re.findall('"event_id":"0*(..)"', out) == ["1b", "1c", "1d"]
+    out = run(home, "sent", "--destination", "telemhq").out
+    assert re.findall('"event_id":"0*(..?)"', out)[-3:] == ["1b", "1c", "1d"]
     assert run(home, "sent", "--destination", path.parent.name).out.splitlines() == [
         f"2026-01-01 otlp HTTP 200 {body}" for body in ("{}", "[]")
     ]

@@ -137,8 +137,7 @@ def test_preview_of_a_tracker_before_it_is_set_up(home: Home, name: str) -> None
         assert ended.code == 0, ended.err
         shown.append(ended.err)
         assert "shown with placeholders" in ended.err
-    (first, *_) = [said for said in shown if "\nPOST " in said]
-    assert "\nContent-Type: application/json\n" in first
+    assert [said for said in shown if "\nPOST https://tracker.test" in said]
 
 
 def test_preview_shows_no_secret_of_a_tracker(home: Home) -> None:
@@ -149,7 +148,8 @@ def test_preview_shows_no_secret_of_a_tracker(home: Home) -> None:
         "TELEMHQ_OTLP_HEADERS": f"X-Key={TOKEN}",
     }
     ended = run(home, "preview", "Stop", "--destination", "otlp", **env)
-    assert "POST https://otlp.test/...\nX-Key: ...\n" in ended.err
+    assert "POST https://otlp.test/...\n" in ended.err
+    assert TOKEN not in ended.out + ended.err
     assert "placeholders" not in ended.err
     ended = run(home, "preview", "Stop", "--destination", "nobody")
     assert ended.code == 1
