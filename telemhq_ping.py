@@ -3320,8 +3320,9 @@ def check_hooks(around: Surroundings) -> Iterator[Check]:
         if around.plugin and event in EVENTS:
             by.append(f"the plugin ({around.plugin})")
         both = f"{event} by {' and '.join(by)}"
-        if not by:
-            yield False, f"no hook for {event}: run `install`"
+        if not by:  # StopFailure is not for every client
+            bad = None if event == "StopFailure" else False
+            yield bad, f"no hook for {event}: run `install`"
         elif len(by) > 1 and any(URL_NAME in hook.command for hook, _ in ours):
             yield None, f"{both}, to two URLs: each is told the whole"
         elif len(by) > 1:
@@ -3513,6 +3514,21 @@ def doctor(options: Namespace) -> int:
 
 BACKUP = ".telemhq-backup"  # added to the name of a file that install replaces
 TITLE = b"Tell a TelemHQ tracker what Claude Code did"  # each version begins with it
+OLDEST_CLIENT = (2, 1, 78)  # older ones ignore settings whole that name StopFailure
+
+
+def is_old_client() -> bool:
+    """Whether the Claude Code here knows no StopFailure."""
+    import re
+    import subprocess
+
+    asked, null = ["claude", "--version"], subprocess.DEVNULL
+    try:
+        said = subprocess.check_output(asked, stdin=null, stderr=null, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    version = tuple(map(int, re.findall(rb"\d+", said)[:3]))
+    return len(version) == 3 and version < OLDEST_CLIENT
 
 
 def add_ours(content: Fields, url: str | None, events: list[str]) -> None:
@@ -3613,8 +3629,12 @@ def to_install(options: Namespace, url: str | None) -> list[Change]:
     if script.raw != source:
         say(f"{script.path} will be this script, version {__version__}.")
         changes.append((script.path, source, 0o700))
-    file, tools = settings_to_change(), TOOL_EVENTS if options.tools else ()
-    add_ours(file.content, url, [*EVENTS, *tools])
+    file, events = settings_to_change(), [*EVENTS]
+    if is_old_client():
+        print("Claude Code here is older than 2.1.78, which alone knows StopFailure.")
+        events.remove("StopFailure")
+    events += TOOL_EVENTS if options.tools else ()
+    add_ours(file.content, url, events)
     text = file.retold(file.content)
     if text != file.text:
         say(f"{file.path} will {'be made' if file.raw is None else 'change'}:")

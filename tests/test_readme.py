@@ -133,6 +133,7 @@ def test_its_figures_are_the_scripts(script: ModuleType) -> None:
         f"{script.HOLD_S[0] / 120:.0f} min to {script.HOLD_S[1] / 3600:.0f} h",
         f"newest {script.REFUSED_MAX_PINGS} that",
         f"newest {script.ACCOUNTS_MAX} sessions",
+        f"Claude Code {'.'.join(map(str, script.OLDEST_CLIENT))}",
     ):
         assert figure in " ".join(README.split())
     assert (script.LIFE_S, script.DAY_S) == (60, 86400)  # "a minute", "a day"

@@ -33,6 +33,7 @@ from person import (
 from support import (
     ROOT,
     SCRIPT,
+    SMALL_PATH,
     Home,
     Receiver,
     event,
@@ -403,6 +404,21 @@ def test_a_full_disk_leaves_nothing_half_done(home: Home, fails: str) -> None:
     assert path.read_bytes() == before
     whole = [SCRIPT.read_bytes(), before]
     assert all(found in whole for _, found in tree(home.path).values() if found)
+
+
+@pytest.mark.parametrize("version", ["1.0.128", "2.1.77", "2.1.78"])
+def test_an_old_client_gets_no_stop_failure(home: Home, version: str) -> None:
+    """For a client before 2.1.78, which ignores a whole file that names StopFailure,
+    install leaves it out, and says so; doctor does not miss it."""
+    path = home.path / "bin" / "claude"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\necho '{version} (Claude Code)'\n")
+    path.chmod(0o755)
+    ended = install(home, "--url", URL, PATH=f"{home.path / 'bin'}:{SMALL_PATH}")
+    old = version != "2.1.78"
+    assert events_in(home) == (["Stop", "SessionEnd"] if old else EVENTS)
+    assert ("Claude Code here is older than 2.1.78" in ended.out) == old
+    assert ("-- no hook for StopFailure" in ended.out) == old
 
 
 # -- uninstall -------------------------------------------------------------------
