@@ -137,7 +137,11 @@ class Terminal:
         if not self.pid:
             os.chdir(str(home.project))
             command = script_command(*arguments)
-            os.execve(sys.executable, command, home.env(**{"COLUMNS": "80", **env}))
+            os.execve(
+                sys.executable,
+                command,
+                home.env(**{"COLUMNS": "80", "NO_COLOR": "1", **env}),
+            )
 
     def read(self) -> bool:
         """Take what it prints; False when it has ended."""
