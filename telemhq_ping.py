@@ -1878,7 +1878,8 @@ class Reading:
     ping's others. rows: as BESIDE has them, of what each answer has gained."""
 
     def __init__(self, account: Account, until: float, ends: float) -> None:
-        self.account, self.until, self.ends = account, until, ends
+        self.account, self.ends = account, ends
+        self.until = until + 0.001  # rows tell their time in milliseconds
         self.tool_names = True
         self.first = bool(account.since) and not account.transcripts
         self.parent: tuple[str, str] | None = None
