@@ -19,8 +19,8 @@ What leaves
     identifiers, the project's name. Never a prompt, an answer, a command, a tool's
     input or output, a path, an error's text, the environment.
 What is read and written
-    The event; the project's .git when it is a file; by the sender, for counts only, the
-    transcripts. All that is written is below $TELEMHQ_STATE_DIR, else telemhq/ in
+    The event; the project's .git when it is a file; a tracker's token, where its class
+    names a file for it; by the sender, for counts only, the transcripts. All that is written is below $TELEMHQ_STATE_DIR, else telemhq/ in
     $CLAUDE_CONFIG_DIR, else ~/.claude/telemhq/ (directories 0700, files 0600), and
     Python's own __pycache__ beside this file.
 Variables
@@ -2304,8 +2304,8 @@ def make_opener(url: str) -> OpenerDirector:
             raise Skipped("this Python was built without TLS")
         opener.add_handler(request.HTTPSHandler(context=verifying_context()))
     if not loopback(host):
-        proxies = request.getproxies_environment()
-        used = not request.proxy_bypass_environment(host, proxies)  # type: ignore[attr-defined]
+        proxies, there = request.getproxies_environment(), vars(request)
+        used = not there["proxy_bypass_environment"](host, proxies)
         if used and proxies.get(scheme, "").startswith("socks"):
             raise Skipped("SOCKS proxies are not supported")
         opener.add_handler(request.ProxyHandler(proxies))
@@ -2438,11 +2438,13 @@ def add_line(path: str, line: str, most: int) -> None:
     """Add a line to a file, which makes way for a new one when it has `most` bytes. It
     never fails: no disk may stop delivery."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_WAIT | NO_FOLLOW
+    raw = line.encode("utf-8", "replace")
     try:
-        with open(os.open(path, flags, 0o600), "ab") as file:
-            file.write(line.encode("utf-8", "replace"))
+        with open(os.open(path, flags, 0o600), "ab", buffering=0) as file:
             size = file.tell()
-        if size > most:
+            if file.write(raw) < len(raw):
+                file.truncate(size)  # a full disk: the line or nothing
+        if size + len(raw) > most:
             rename(path, path + ".1")
     except OSError:
         pass  # a FIFO, a directory, a full disk
