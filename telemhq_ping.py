@@ -20,9 +20,9 @@ What leaves
     input or output, a path, an error's text, the environment.
 What is read and written
     The event; the project's .git when it is a file; a tracker's token, where its class
-    names a file for it; by the sender, for counts only, the transcripts. All that is written is below $TELEMHQ_STATE_DIR, else telemhq/ in
-    $CLAUDE_CONFIG_DIR, else ~/.claude/telemhq/ (directories 0700, files 0600), and
-    Python's own __pycache__ beside this file.
+    names a file for it; by the sender, for counts only, the transcripts. All that is
+    written is below $TELEMHQ_STATE_DIR, else telemhq/ in $CLAUDE_CONFIG_DIR, else
+    ~/.claude/telemhq/ (directories 0700, files 0600), and Python's own __pycache__.
 Variables
     TELEMHQ_PING_URL    where pings go; unset, empty or invalid: nothing happens
     TELEMHQ_PROJECT     the project's name, instead of its directory's
