@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import pytest
 
+import trackers
 from support import SCRIPT, Home, Receiver, script_command
 from transcripts import (
     DAY_S,
@@ -261,6 +262,15 @@ def test_branch_with_more_turns_than_its_parent(session: Session) -> None:
     assert told(second) == (33, cost_of({OPUS: 33}))
 
 
+def test_fork_whose_parents_file_is_gone(session: Session) -> None:
+    """Nobody knows what its ledger has of before: no cost, nothing settled."""
+    fork = parent_of(session).fork()
+    session.path.unlink()
+    fork.hook("SessionStart-fork", 100)
+    assert ends_of(fork, {OPUS: 7, HAIKU: 8}) == (16, 0)
+    assert "usage_complete" not in fork.receiver.pings[-1]
+
+
 @pytest.mark.fault(90)
 @pytest.mark.parametrize("ended", [True, False], ids=["ended", "running"])
 @pytest.mark.parametrize("runs", [1, 2])
@@ -457,6 +467,19 @@ def test_adopted_pings_tell_no_token_twice(session: Session, charged: bool) -> N
         assert not session.home.waiting()
         found = {p["event_id"]: size_of(p) or 0 for p in second.pings}
         assert sum(found.values()) == 15  # the former one was told 1
+
+
+def test_rows_for_wigtoken_have_ids_of_their_own(session: Session) -> None:
+    """The answer's real id; with the API's request where a router repeats it."""
+    with trackers.Wigtoken() as place:
+        env: dict[str, Any] = {**place.env(), "TELEMHQ_DESTINATIONS": "wigtoken"}
+        session.add(prompt(0), message(1, 1, "r"), message(1.5, 2, "r", requestId="2"))
+        session.hook("Stop", 2, **env)
+        (directory,) = session.home.state.glob("wigtoken-*")
+        session.send(name=directory.name, **env)
+        (rows,) = [body["messages"] for _, body in place.accepted]
+        found = {row["message_id"]: row["input_tokens"] for row in rows}
+        assert (found, place.faults) == ({"msg_r": 1, "msg_r.2": 2}, [])
 
 
 @pytest.mark.fault(41)
