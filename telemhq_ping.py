@@ -3009,56 +3009,23 @@ class RegisteredHook:
             words = shlex.split(self.command.replace(IMPORT, "IMPORT"))
         except ValueError:  # a quote without its end
             words = []
-        names = [re.split(r"[/\\]", word)[-1].replace(" ", "_") for word in words]
-        names = ["PYTHON" if name[:2] == "py" else name for name in names]
-        said = " ".join(name for name in names if name[:1] != "-")
-        run = rf"(PYTHON )?{script}"
-        imported = rf"(trap  TERM; )?cd [^\s;&|]+ && PYTHON IMPORT( \|\| {run})?"
-        self.is_ours = bool(re.fullmatch(rf"({imported}|{run})( \|\| true)?", said))
+        names = [os.path.basename(word) for word in words if word[:1] != "-"]
+        run = rf"(py[\w.]* )?{script}"
+        imported = rf"(trap  TERM; )?cd [^;&|]+ && py[\w.]* IMPORT( \|\| {run})?"
+        self.is_ours = bool(
+            re.fullmatch(rf"({imported}|{run})( \|\| true)?", " ".join(names))
+        )
 
 
 def hooks_of(content: Fields) -> list[RegisteredHook]:
-    """The hooks in settings (dict), in their order."""
+    """The hooks in settings (dict), in their order. TypeError, AttributeError or
+    KeyError: they have not the form that is documented."""
     return [
         RegisteredHook(event, group, entry)
         for event, groups in content.get("hooks", {}).items()
-        for group in groups
-        for entry in group["hooks"]
+        for group in groups + []  # noqa: RUF005 - so that what is no list raises
+        for entry in group["hooks"] + []
     ]
-
-
-def retold(text: str, at: int, new: Any, line: str) -> str:
-    """`new` as JSON; what it has in common with the value at `at` in `text` stays as it
-    is written there, and what is one line stays one. line: the break and indent."""
-    import json
-    import re
-
-    decode, gap = json.JSONDecoder().raw_decode, re.compile(r"[\s,:]*")
-    old, end = decode(text, at)
-    if old == new:
-        return text[at:end]
-    if type(old) is not type(new) or not isinstance(new, (dict, list)):
-        return json.dumps(new, ensure_ascii=False)
-    left = dict(new if isinstance(new, dict) else enumerate(new))
-    unit = (re.findall(r"\n([ \t]+)\S", text) or ["  "])[0]
-    told, n, spot, line = "", 0, at + 1, line + unit
-    value = next(gap.finditer(text, spot)).end()
-    while text[value] not in "]}":
-        key: Any = n
-        if text[at] == "{":
-            key, value = decode(text, value)
-            value = next(gap.finditer(text, value)).end()
-        if key in left:
-            told += text[spot:value] + retold(text, value, left.pop(key), line)
-        spot, n = decode(text, value)[1], n + 1
-        value = next(gap.finditer(text, spot)).end()
-    lines = n == 0 or text[at + 1].isspace()
-    for key, added in left.items():
-        said = json.dumps(added, ensure_ascii=False, indent=unit if lines else None)
-        name = f"{json.dumps(key)}: " if text[at] == "{" else ""
-        told += ("," + line if lines else ", ") + name + said.replace("\n", line)
-    tail = text[spot:end] if n else line[: -len(unit)] + text[end - 1]
-    return text[at] + re.sub(r"^\s*,", "", told) + tail
 
 
 class File:
@@ -3073,6 +3040,7 @@ class File:
         self.path, self.real = path, os.path.realpath(path)
         self.raw: bytes | None = None
         self.content: Fields = {}
+        self.hooks: list[RegisteredHook] = []
         self.mode, self.text, self.problem = 0o600, "{}\n", ""
         try:
             if os.path.exists(self.real):
@@ -3082,25 +3050,41 @@ class File:
                 self.text = self.raw.decode("utf-8")
             # As strict as Claude Code: it ignores all of a file with a comment in it.
             content = json.loads(self.text.lstrip("\ufeff"))
-            lists = [*content.get("hooks", {}).values()]
-            lists += [hook.group["hooks"] for hook in hooks_of(content)]
-            if not all(isinstance(found, list) for found in lists):
-                raise TypeError
             content.get("env", {}).items()
-            self.content = content
+            self.hooks, self.content = hooks_of(content), content
         except (OSError, ValueError, RecursionError) as error:
             self.problem = str(getattr(error, "strerror", "") or error)
         except (AttributeError, KeyError, TypeError):
             self.problem = "it has not the form that is documented"
-        self.hooks = hooks_of(self.content)
         self.env: Fields = self.content.get("env", {})
 
     def retold(self, content: Fields) -> str:
-        """Its text, changed as little as can be to hold `content`."""
-        begin, end = self.text.index("{"), len(self.text.rstrip())
-        line = "\r\n" if "\r\n" in self.text else "\n"
-        new = retold(self.text, begin, content, line)
-        return self.text[:begin] + new + self.text[end:]
+        """The text of `content`, in which all that is not new has its place on the line
+        from ours, and what is added within a line does not break that."""
+        import difflib
+        import json
+        import re
+
+        part = re.compile(r'[\s\ufeff]*(?:"(?:[^"\\]|\\.)*"|[^\s"\[\]{},:]+|.)')
+        unit = (re.findall(r"\n([ \t]+)\S", self.text) or ["  "])[0]
+        before = json.loads(self.text.lstrip("\ufeff"))
+        old, new = (
+            part.findall(json.dumps(found, ensure_ascii=False, indent=unit))
+            for found in (before, content)
+        )
+        here, told = part.findall(self.text), ""
+        if len(old) != len(here):
+            here = old  # it has a key twice
+        matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
+        for what, start, end, first, last in matcher.get_opcodes():
+            added = "".join(new[first:last])
+            if what == "equal":
+                added = "".join(here[start:end])
+            elif what == "insert" and "\n" not in here[end]:
+                added = re.sub(r"\n\s*", " ", added)
+            told += added
+        ending = "\r\n" if "\r\n" in self.text else "\n"
+        return re.sub(r"\r?\n", ending, told) + self.text[len(self.text.rstrip()) :]
 
 
 class Surroundings:
@@ -3126,8 +3110,7 @@ class Surroundings:
             environ.update({name: str(value) for name, value in file.env.items()})
             if URL_NAME in file.env:
                 self.url_from = file.path
-            plugins = file.content.get("enabledPlugins")
-            if isinstance(plugins, dict) and plugins.get(PLUGIN):
+            if object_in(file.content, "enabledPlugins").get(PLUGIN):
                 self.plugin = file.path
             if file.path in managed and file.content.get("allowManagedHooksOnly"):
                 self.managed_only = True
@@ -3644,8 +3627,7 @@ def to_install(options: Namespace, url: str | None) -> list[Change]:
         print_changes(file.text if file.raw else "", text)
         if os.path.islink(file.path):
             say(f"It is a link: what changes is {file.real}")
-        again = any(hook.is_ours and IMPORT in hook.command for hook in file.hooks)
-        if file.raw is not None and not again:
+        if file.raw is not None and not os.path.exists(file.real + BACKUP):
             say(f"As it is now it is kept as {file.real + BACKUP}")
             changes.append((file.real + BACKUP, file.raw, 0o600))
         if file.mode & 0o044 and os.name == "posix" and URL_NAME in text:

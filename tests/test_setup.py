@@ -110,8 +110,8 @@ def test_the_text_is_changed_as_little_as_can_be(home: Home, unit: int | None) -
     path = write_settings(home, raw.encode())
     install(home, "--url", URL)
     text = path.read_text()
-    hooks = json.dumps(read(path)["hooks"], indent=unit).replace("\n", "\n  ")
-    hooks = f',\n  "hooks": {hooks}' if unit else f', "hooks": {hooks}'
+    hooks = json.dumps({"hooks": read(path)["hooks"]}, indent=2)[1:-2]
+    hooks = "," + (hooks if unit else re.sub(r"\n *", " ", hooks))
     url = f', "TELEMHQ_PING_URL": "{URL}"'
     assert text.replace(url, "", 1).replace(hooks, "", 1) == raw
 
