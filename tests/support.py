@@ -290,11 +290,12 @@ class Home:
         return found
 
     def quiet(self, timeout: float = 15) -> None:
-        """Wait until no process of this HOME runs any more; without a /proc, until none
-        holds a lock."""
-        wait_until(lambda: not self.processes(), timeout)
-        for lock in () if os.path.isdir("/proc/self") else self.state.glob("*/lock"):
-            wait_lock_free(lock, timeout)
+        """Wait until no process of this HOME runs any more; one that is just starting
+        has no command line yet, but a lock."""
+        locks = self.state.glob
+        wait_until(
+            lambda: not self.processes() and all(map(is_free, locks("*/lock"))), timeout
+        )
 
     def end(self) -> None:
         """End every process of this HOME, by id."""
@@ -318,19 +319,16 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def wait_lock_free(path: str | pathlib.Path, timeout: float = 15) -> None:
-    """Wait until nobody holds the flock of `path`."""
+def is_free(lock: str | pathlib.Path) -> bool:
+    """Whether nobody holds a file's flock."""
     import fcntl
 
-    def free() -> bool:
-        with open(path, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return False
-            return True
-
-    wait_until(free, timeout)
+    with open(lock, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def load_script() -> types.ModuleType:

@@ -34,12 +34,12 @@ from support import (
     dead_url,
     event,
     hook_command,
+    is_free,
     only_enqueue,
     patched,
     place,
     read_request,
     run_sender,
-    wait_lock_free,
     wait_until,
 )
 
@@ -78,12 +78,7 @@ wrap(fcntl, "flock", {moment}=unlocked)
 
 def is_locked(home: Home) -> bool:
     """Whether somebody holds the destination's lock."""
-    with open(home.destination() / "lock", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return True
-    return False
+    return not is_free(home.destination() / "lock")
 
 
 # -- From the hook to the sender -------------------------------------------------------
@@ -225,8 +220,8 @@ def test_a_tracker_that_comes_back(home: Home) -> None:
     url = dead_url()
     home.hook(event("Stop"), url)
     wait_until(lambda: len(list(home.state.glob("*/state.json"))) == 2)
-    for lock in home.state.glob("*/lock"):
-        wait_lock_free(lock)
+    locks = list(home.state.glob("*/lock"))
+    wait_until(lambda: all(map(is_free, locks)))
     assert home.processes()
 
 
