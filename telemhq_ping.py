@@ -3754,7 +3754,7 @@ SAMPLES: dict[str, Fields] = {
     "SessionEnd": {**COMMON, "reason": "prompt_input_exit"},
     "Stop": {**COMMON, "last_assistant_message": "The password is hunter2."},
 }
-SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
+SAMPLE_COUNTS = [12, 950, 41200, 2300, 0]
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -3789,13 +3789,12 @@ def preview(options: Namespace) -> int:
     tracker = tracker_named(options.destination or TelemHQ.kind, settings)
     beside: Fields = {"own": tracker.frozen(ping)}
     if settings.usage and ping["event"] in USAGE_EVENTS:
-        counts = [SAMPLE_USED[name] for name in TOKENS[:5]]
-        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *counts]]
-        beside["totals"] = beside["since_end"] = {**SAMPLE_USED, "tool_calls": 3}
-        ping = gate({**ping, **SAMPLE_USED, "model": DEMO_MODEL})
+        used = {**named(SAMPLE_COUNTS), "tool_calls": 3}
+        ping.update(used, model=DEMO_MODEL)
+        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *SAMPLE_COUNTS]]
+        beside["totals"] = beside["since_end"] = used
         print("The token counts are samples.", file=sys.stderr)
-    beside = gate_beside(beside, tracker.needs)
-    requests = tracker.requests(ping, beside) if tracker.wants(ping) else []
+    requests = tracker.requests(ping, beside)
     for request in requests:
         print(f"POST {origin(request.url)}/...", file=sys.stderr)
         print(json.dumps(json.loads(request.body or b"{}"), indent=2), flush=True)
@@ -3814,9 +3813,7 @@ def demo(_: Namespace) -> int:
 
     print("What Claude Code hands over, and what leaves of it:\n", flush=True)
     with tempfile.TemporaryDirectory() as place:
-        script = os.path.join(place, SCRIPT)
-        write_file(script, read_file(os.path.realpath(THIS_FILE), STATE_MAX_BYTES))
-        py_compile.compile(script)
+        py_compile.compile(shutil.copy(THIS_FILE, os.path.join(place, SCRIPT)))
         failed = SAMPLES["PostToolUseFailure"]
         event = {"hook_event_name": "PostToolUseFailure", **failed}
         start = f"import sys; sys.path.insert(0, {place!r}); {IMPORT}"
@@ -3828,16 +3825,26 @@ def demo(_: Namespace) -> int:
     for name, value in failed.items():
         text = json.dumps(value)
         if ping.get(name) != value:
-            left = {f"{name}_hash": " #", f"{name}_chars": " ="}
-            text = f"~~{text}~~" + "".join(left[k] for k in left if k in ping)
+            text = f"~~{text}~~"
+            if f"{name}_hash" in ping:
+                text += " #"
+            if f"{name}_chars" in ping:
+                text += " ="
         lines.append(f"  {name}: {text}")
-    marks = "~~: it stayed here. Of # only a hash has left, of = only the length."
-    lines += [f"  left {json.dumps(ping)}", "", marks, ""]
-    width = min(88, shutil.get_terminal_size().columns)
-    wrapper = textwrap.TextWrapper(width, subsequent_indent="    ")
-    wrapper.break_long_words = wrapper.break_on_hyphens = False
-    for paragraph in [*lines, f"To install it: python3 {SCRIPT} install"]:
-        print(wrapper.fill(paragraph))
+    lines += [
+        f"  left {json.dumps(ping)}",
+        "",
+        "~~: it stayed here. Of # only a hash has left, of = only the length.",
+        "",
+        f"To install it: python3 {SCRIPT} install",
+    ]
+    told = textwrap.TextWrapper(
+        min(88, shutil.get_terminal_size().columns),
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    print("\n".join(map(told.fill, lines)))
     return 0
 
 
@@ -3852,11 +3859,13 @@ COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
 
 
 def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
-    """What left all outboxes, or those of that kind or name; Skipped: nothing."""
-    kept = outboxes(Surroundings().settings.state_dir)
-    kept = [outbox for outbox in kept if name in (None, outbox.name(), kind_of(outbox))]
-    found = [(outbox, deliveries(outbox)) for outbox in kept]
-    if not any(lines for _, lines in found):
+    """What left all outboxes, or those whose name begins so; Skipped: nothing."""
+    found = []
+    for outbox in outboxes(Surroundings().settings.state_dir):
+        lines = deliveries(outbox)
+        if lines and outbox.name().startswith(name or ""):
+            found.append((outbox, lines))
+    if not found:
         raise Skipped("nothing was delivered yet: `doctor` says why, `flush` sends")
     return found
 
@@ -3873,58 +3882,50 @@ def sent(options: Namespace) -> int:
     return 0
 
 
-def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
-    """[(row's name, what of the ping counts there)]; several with several models."""
-    models = ping.get("models")
-    if by == "model" and isinstance(models, dict):
-        return [
-            (name, {**used, "total_tokens": sum(used.get(k, 0) for k in TOKENS[:4])})
-            for name, used in models.items()
-            if counts_by_model({name: used})
-        ]
-    seconds = seconds_of(ping.get("timestamp"))
-    day = time.strftime("%Y-%m-%d", time.localtime(seconds)) if seconds else "unknown"
-    name = "session_id" if by == "session" else by
-    return [(str({**ping, "day": day}.get(name, "unknown")), ping)]
+def rows_of(pings: list[Fields], by: str) -> Fields:
+    """Sums for each day, project, model or session that pings name, then for all; of
+    what somebody may have changed, only what the gate lets through."""
+    from collections import Counter
 
-
-def rows_of(pings: list[Fields], by: str) -> dict[str, Fields]:
-    """Sums for each day, project, model or session, of what its pings have told."""
-    rows: dict[str, Fields] = {}
-    for ping in pings:
-        turn = ping.get("event") in ("Stop", "StopFailure")
-        failed = turn and ping.get("status") == "failed"
-        more = {"turns": int(turn), "failed_turns": int(failed)}
-        for key, part in shares({**ping, **more}, by):
+    rows: Fields = {}
+    for ping in map(gate, pings):
+        at = time.localtime(seconds_of(ping.get("timestamp")))
+        ping.update(day=time.strftime("%Y-%m-%d", at), session=ping.get("session_id"))
+        if ping.get("event") in ("Stop", "StopFailure"):
+            ping.update(turns=1, failed_turns=int(ping.get("status") == "failed"))
+        parts = {ping.get(by): ping}
+        if by == "model":
+            parts = ping.get("models", parts)
+        for key, part in parts.items():
             for name in COLUMNS:
-                if number(part.get(name)) and (part[name] or name == "cost_usd"):
-                    row = rows.setdefault(clean(key), {})
-                    row[name] = round(row.get(name, 0) + part[name], 6)
-    return dict(sorted(rows.items()))
+                if key and name in part:
+                    rows.setdefault(key, Counter())[name] += part[name]
+    total: Any = Counter()
+    for row in rows.values():
+        total.update(row)
+    return {**dict(sorted(rows.items())), "in all": total}
 
 
-def print_table(rows: dict[str, Fields], by: str) -> None:
-    """Print rows and sums; without room, no kinds of tokens, then names cut off."""
+def print_table(rows: Fields, by: str) -> None:
+    """Print rows of sums; without room, no kinds of tokens, then names cut off."""
     import shutil
 
-    total: Fields = {}
-    for row in rows.values():
-        total.update({name: total.get(name, 0) + row[name] for name in row})
-    rows = {**rows, "in all": total}
-    names = list(COLUMNS)[4 if by == "model" else 0 :]  # a model has no turns
-    longest = max(map(len, rows))
-    for left in (names, [name for name in names if name not in TOKENS[:5]]):
-        lines = [[COLUMNS[name] for name in left]]
+    columns = {}
+    for name in list(COLUMNS)[4 if by == "model" else 0 :]:  # a model has no turns
+        shape, cells = ",.2f" if name == "cost_usd" else ",", [COLUMNS[name]]
         for row in rows.values():
-            lines.append([f"{row.get(name, 0):,}" for name in left])
-            lines[-1][-1] = f"{row['cost_usd']:.2f}" if "cost_usd" in row else "\u2013"
-        widths = [1 + max(map(len, column)) for column in zip(*lines)]
-        room = shutil.get_terminal_size().columns - sum(widths)
-        if room >= longest:
-            break
+            unknown = name == "cost_usd" and name not in row
+            cells.append("\u2013" if unknown else f"{row[name]:{shape}}")
+        width = 1 + max(map(len, cells))
+        columns[name] = [cell.rjust(width) for cell in cells]
+    widths = sum(len(cells[0]) for cells in columns.values())
+    room, longest = shutil.get_terminal_size().columns - widths, max(map(len, rows))
+    if room < longest:
+        for name in TOKENS[:5]:
+            room += len(columns.pop(name)[0])
     room = min(longest, max(room, len("2026-01-01")))
-    for key, cells in zip([by, *rows], lines):
-        print(f"{key:{room}.{room}}" + "".join(map(str.rjust, cells, widths)))
+    for key, *cells in zip([by, *rows], *columns.values()):
+        print(f"{key:{room}.{room}}" + "".join(cells))
 
 
 def report(options: Namespace) -> int:
@@ -3935,11 +3936,9 @@ def report(options: Namespace) -> int:
     """
     by, found = options.by or "day", kept_of(options.destination)
     for outbox, lines in found:
-        rows = rows_of([line["ping"] for line in lines], by)
         if len(found) > 1:
             print(f"{outbox.name()}:")
-        if rows:
-            print_table(rows, by)
+        print_table(rows_of([line["ping"] for line in lines], by), by)
     return 0
 
 
