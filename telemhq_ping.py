@@ -50,9 +50,10 @@ import sys
 
 # Before any other import: no json.py of a project, or beside this file, is ours.
 if __name__ == "__main__" and not sys.flags.isolated:
-    ours = (sys.base_prefix + "/", sys.base_exec_prefix + "/", sys.base_prefix + "\\")
-    top = [sys.base_prefix] if sys.platform == "win32" else []  # it has modules there
-    sys.path[:] = [path for path in sys.path if path in top or path.startswith(ours)]
+    from os.path import realpath  # it is there already; Homebrew's prefix is a link
+
+    ours = (realpath(sys.base_prefix), realpath(sys.base_exec_prefix))
+    sys.path[:] = [path for path in sys.path if realpath(path).startswith(ours)]
 elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
@@ -263,8 +264,10 @@ class Settings:
             lambda v: identifier(v) and v,
             "only letters, digits and _ . : - may be in it",
         )
-        seconds = self.choice("TELEMHQ_TIMEOUT", duration, "it is no number of seconds")
-        self.timeout_s: float = seconds or TIMEOUT_S[0]
+        self.timeout_s: float = (
+            self.choice("TELEMHQ_TIMEOUT", duration, "it is no number of seconds")
+            or TIMEOUT_S[0]
+        )
         self.state_dir: str | None = (  # None: nothing tells where home is
             self.choice("TELEMHQ_STATE_DIR", absolute, "it must be absolute")
             or absolute(os.path.join(environ.get("CLAUDE_CONFIG_DIR", ""), "telemhq"))
@@ -499,12 +502,11 @@ def error_fields(event: Fields) -> Fields:
         return {"error": error}  # one of Claude Code's own codes, or the gate drops it
     if name != "PostToolUseFailure":
         return {"error": "error"} if error else {}
-    fields: Fields = {"error": "tool_error"}
-    if isinstance(error, str):
-        fields["error_chars"] = len(error)
-        begin, _, code = error.partition("\n")[0].rpartition(" ")
-        if begin == "Exit code" and identifier(code) and code.isdigit():
-            fields["exit_code"] = int(code)
+    text = str(error or "")
+    fields: Fields = {"error": "tool_error", "error_chars": len(text)}
+    begin, _, code = text.partition("\n")[0].rpartition(" ")
+    if begin == "Exit code" and identifier(code) and code.isdigit():
+        fields["exit_code"] = int(code)
     return fields
 
 
@@ -516,9 +518,9 @@ def text_fields(event: Fields, settings: Settings) -> Fields:
         fields["model"] = model_shown(texts["model"])
     if "tool_name" in texts:
         fields["tool_name"] = tool_shown(texts["tool_name"], settings.tool_names)
-    if texts.get("agent_type"):
-        told = settings.tool_names or texts["agent_type"] in CLIENT_AGENTS
-        fields["agent_type"] = texts["agent_type"] if told else "custom"
+    agent = texts.get("agent_type")
+    if agent and not (settings.tool_names or agent in CLIENT_AGENTS):
+        fields["agent_type"] = "custom"
     for key in ("cwd", "transcript_path"):
         if texts.get(key):
             fields[f"{key}_hash"] = path_hash(texts[key], settings.hash_key)
@@ -536,22 +538,25 @@ def make_ping(
     name, effort = event.get("hook_event_name"), event.get("effort")
     tasks = event.get("background_tasks")
     errors = error_fields(event)
-    fields = {key: event.get(key) for key in COPIED}
-    fields.update(text_fields(event, settings), **errors, **ORIGIN)
-    fields.update(
-        event=name,
-        status="failed" if errors else "success",
-        project=project,
-        event_id=os.urandom(16).hex(),
-        timestamp=iso_time(ns),
-        machine=settings.machine,
-        event_bytes=event_bytes,
-        effort=effort.get("level") if isinstance(effort, dict) else effort,
-        background_tasks=len(tasks) if isinstance(tasks, list) else None,
+    return gate(
+        {
+            **{key: event.get(key) for key in COPIED},
+            **text_fields(event, settings),
+            **errors,
+            **ORIGIN,
+            "event": name,
+            "status": "failed" if errors else "success",
+            "project": project,
+            "event_id": os.urandom(16).hex(),
+            "timestamp": iso_time(ns),
+            "machine": settings.machine,
+            "event_bytes": event_bytes,
+            "effort": effort.get("level") if isinstance(effort, dict) else None,
+            "background_tasks": len(tasks) if isinstance(tasks, list) else None,
+            # Elsewhere it is a text.
+            "reason": event.get("reason") if name == "SessionEnd" else None,
+        }
     )
-    if name == "SessionEnd":  # elsewhere it is a text
-        fields["reason"] = event.get("reason")
-    return gate(fields)
 
 
 def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
@@ -3744,6 +3749,7 @@ DEMO_MODEL = "claude-opus-5-5"
 COMMON = {"session_id": "sample", "cwd": "/home/you/acme"}
 SAMPLES: dict[str, Fields] = {
     "PostToolUseFailure": {
+        "hook_event_name": "PostToolUseFailure",
         **COMMON,
         "transcript_path": "/home/you/.claude/session.jsonl",
         "tool_name": "Bash",
@@ -3751,8 +3757,16 @@ SAMPLES: dict[str, Fields] = {
         "error": "Exit code 3\nno /home/you/acme/deploy.key",
         "duration_ms": 1250,
     },
-    "SessionEnd": {**COMMON, "reason": "prompt_input_exit"},
-    "Stop": {**COMMON, "last_assistant_message": "The password is hunter2."},
+    "SessionEnd": {
+        "hook_event_name": "SessionEnd",
+        **COMMON,
+        "reason": "prompt_input_exit",
+    },
+    "Stop": {
+        "hook_event_name": "Stop",
+        **COMMON,
+        "last_assistant_message": "The password is hunter2.",
+    },
 }
 SAMPLE_COUNTS = [12, 950, 41200, 2300, 0]
 
@@ -3780,8 +3794,7 @@ def preview(options: Namespace) -> int:
 
     settings, ns = Surroundings().settings, time.time_ns()
     if options.event or os.isatty(0):
-        name = options.event or "Stop"
-        raw = encode_json({"hook_event_name": name, **SAMPLES[name]}).encode()
+        raw = encode_json(SAMPLES[options.event or "Stop"]).encode()
     else:
         raw = read_stdin()
     event = event_in(raw)
@@ -3814,37 +3827,31 @@ def demo(_: Namespace) -> int:
     print("What Claude Code hands over, and what leaves of it:\n", flush=True)
     with tempfile.TemporaryDirectory() as place:
         py_compile.compile(shutil.copy(THIS_FILE, os.path.join(place, SCRIPT)))
-        failed = SAMPLES["PostToolUseFailure"]
-        event = {"hook_event_name": "PostToolUseFailure", **failed}
+        event = SAMPLES["PostToolUseFailure"]
         start = f"import sys; sys.path.insert(0, {place!r}); {IMPORT}"
         environ = {k: v for k, v in os.environ.items() if k[:8] != "TELEMHQ_"}
         ping, times = play([sys.executable, "-ESc", start], event, environ)[1:]
     if not ping:
         raise Skipped("a ping did not arrive")
-    lines = [f"{ping['event']}: {times}"]
-    for name, value in failed.items():
+    lines = [times]
+    for name, value in event.items():
         text = json.dumps(value)
-        if ping.get(name) != value:
+        if value not in ping.values():
             text = f"~~{text}~~"
-            if f"{name}_hash" in ping:
-                text += " #"
-            if f"{name}_chars" in ping:
-                text += " ="
+        if f"{name}_hash" in ping:
+            text += " #"
+        if f"{name}_chars" in ping:
+            text += " ="
         lines.append(f"  {name}: {text}")
-    lines += [
-        f"  left {json.dumps(ping)}",
-        "",
-        "~~: it stayed here. Of # only a hash has left, of = only the length.",
-        "",
-        f"To install it: python3 {SCRIPT} install",
-    ]
     told = textwrap.TextWrapper(
         min(88, shutil.get_terminal_size().columns),
         subsequent_indent="    ",
         break_long_words=False,
         break_on_hyphens=False,
     )
-    print("\n".join(map(told.fill, lines)))
+    print("\n".join(map(told.fill, [*lines, f"  left {json.dumps(ping)}"])))
+    print("\n~~: it stayed here; of # its hash has left, of = its length.")
+    print(f"\nTo install it: python3 {SCRIPT} install")
     return 0
 
 
