@@ -50,9 +50,10 @@ import sys
 
 # Before any other import: no json.py of a project, or beside this file, is ours.
 if __name__ == "__main__" and not sys.flags.isolated:
-    ours = (sys.base_prefix + "/", sys.base_exec_prefix + "/", sys.base_prefix + "\\")
-    top = [sys.base_prefix] if sys.platform == "win32" else []  # it has modules there
-    sys.path[:] = [path for path in sys.path if path in top or path.startswith(ours)]
+    from os.path import realpath  # it is there already; Homebrew's prefix is a link
+
+    ours = (realpath(sys.base_prefix), realpath(sys.base_exec_prefix))
+    sys.path[:] = [path for path in sys.path if realpath(path).startswith(ours)]
 elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
@@ -239,7 +240,7 @@ def seconds_of(stamp: object) -> float:
 # -- Settings --------------------------------------------------------------------------
 
 PLUGIN_URL = "CLAUDE_PLUGIN_OPTION_PING_URL"  # what the plugin's user was asked for
-ON, OFF = ("1", "yes", "on", "true"), ("0", "no", "off", "false", "")
+ON, OFF = ("1", "yes", "on", "true"), ("0", "no", "off", "false")
 
 
 class Settings:
@@ -255,23 +256,22 @@ class Settings:
         self.allow_http = self.switch("TELEMHQ_ALLOW_HTTP")
         self.git = self.switch("TELEMHQ_GIT")
         # For privacy's sake, what is not understood in these two means off.
-        self.usage = self.switch("TELEMHQ_USAGE", unset=True)
-        self.tool_names = self.switch("TELEMHQ_TOOL_NAMES", unset=True)
-        self.project: str | None = self.choice(
-            "TELEMHQ_PROJECT", lambda v: clean(v).strip(), "it has nothing to show"
-        )
+        self.usage = self.switch("TELEMHQ_USAGE", "1")
+        self.tool_names = self.switch("TELEMHQ_TOOL_NAMES", "1")
+        self.project = clean(environ.get("TELEMHQ_PROJECT", "")).strip()
         self.machine: str | None = self.choice(
             "TELEMHQ_MACHINE",
             lambda v: identifier(v) and v,
             "only letters, digits and _ . : - may be in it",
         )
-        seconds = self.choice("TELEMHQ_TIMEOUT", duration, "it is no number of seconds")
-        self.timeout_s: float = seconds or TIMEOUT_S[0]
-        chosen = self.choice("TELEMHQ_STATE_DIR", absolute, "it must be absolute")
-        config = absolute(environ.get("CLAUDE_CONFIG_DIR", "")) or absolute("~/.claude")
-        # None: nothing tells where home is.
-        self.state_dir: str | None = chosen or (
-            os.path.join(config, "telemhq") if config else None
+        self.timeout_s: float = (
+            self.choice("TELEMHQ_TIMEOUT", duration, "it is no number of seconds")
+            or TIMEOUT_S[0]
+        )
+        self.state_dir: str | None = (  # None: nothing tells where home is
+            self.choice("TELEMHQ_STATE_DIR", absolute, "it must be absolute")
+            or absolute(os.path.join(environ.get("CLAUDE_CONFIG_DIR", ""), "telemhq"))
+            or absolute("~/.claude/telemhq")
         )
         named = environ.get("TELEMHQ_DESTINATIONS", "").lower().replace(",", " ")
         self.destinations = list(dict.fromkeys(named.split())) or ["telemhq"]
@@ -286,12 +286,12 @@ class Settings:
             self.ignored.append(f"{name} is ignored: {problem}")
         return found or None
 
-    def switch(self, name: str, unset: bool = False) -> bool:
+    def switch(self, name: str, unset: str = "0") -> bool:
         """A variable that is 1 or 0; what is neither counts as 0."""
-        value = self.environ.get(name, "").lower()
+        value = (self.environ.get(name) or unset).lower()
         if value not in (*ON, *OFF):
             self.ignored.append(f"{name} is ignored: it must be 1 or 0")
-        return value in ON if value else unset
+        return value in ON
 
 
 def duration(text: str) -> float | None:
@@ -310,34 +310,31 @@ def absolute(path: str) -> str | None:
     return path if os.path.isabs(path) else None
 
 
+def origin(url: str) -> str:
+    """Scheme, host and port: what may be shown of a valid URL."""
+    return "/".join(url.replace("?", "/").replace("#", "/").split("/")[:3])
+
+
 def split_url(url: str) -> tuple[str, str]:
     """(scheme, host) of an absolute URL; ValueError says what is wrong."""
-    if not url.isascii() or any(c <= " " or c in '\x7f\\"<>^`{|}' for c in url):
+    if not LETTERS_DIGITS.union("-._~:/?#[]@!$&'()*+,;=%").issuperset(url):
         raise ValueError("it has a space or another character that no URL may hold")
-    scheme, found, rest = url.partition("://")
-    if not found or scheme.lower() not in ("http", "https"):
+    scheme, _, host = origin(url).lower().partition("://")
+    port = "443"
+    if scheme not in ("http", "https"):
         raise ValueError("it must start with https://")
-    host = rest.replace("?", "/").replace("#", "/").split("/")[0]
-    if "@" in host:
-        raise ValueError("it must not hold user:password@")
     if ":" in host and not host.endswith("]"):
         host, _, port = host.rpartition(":")
-        if not (port.isdigit() and int(port) < 65536):
-            raise ValueError("its port is no number up to 65535")
     host = host.strip("[]")  # of an IPv6 address
-    if not host or not LETTERS_DIGITS.union("-._:").issuperset(host):
-        raise ValueError("it names no host")
-    return scheme.lower(), host.lower()
+    known = host and LETTERS_DIGITS.union("-._:").issuperset(host)
+    if not (known and port.isdigit() and int(port) < 65536):
+        raise ValueError("it must have HOST or HOST:PORT, and no user:password@")
+    return scheme, host
 
 
 def loopback(host: str) -> bool:
     """Whether `host` is this machine, by the names that people use."""
     return host in ("localhost", "127.0.0.1", "::1")
-
-
-def origin(url: str) -> str:
-    """Scheme, host and port: what may be shown of a valid URL."""
-    return "/".join(url.replace("?", "/").replace("#", "/").split("/")[:3])
 
 
 # -- Event -> ping: the privacy gate. What is not in this section never leaves. --------
@@ -419,12 +416,12 @@ CLIENT_AGENTS = frozenset(  # Claude Code's own agent types: 2.1.329's and older
 def message_rows(value: object) -> bool:
     """A list of [id, model, time (ms since 1970), the counts of an API message in the
     order of TOKENS, without their total]."""
-    return all(
+    return isinstance(value, list) and all(
         isinstance(row, list)
         and len(row) == 3 + 5
         and all(map(model_name, row[:2]))
         and all(map(number, row[2:]))
-        for row in (value if isinstance(value, list) else [value])
+        for row in value
     )
 
 
@@ -440,9 +437,7 @@ BESIDE: dict[str, Shape] = {  # beside a ping, for a tracker that needs it, neve
 def gate(fields: Fields, shapes: dict[str, Shape] = GATE) -> Fields:
     """Of `fields` what GATE names, in its shape. Every body is made by this."""
     return {
-        name: fields[name]
-        for name, shape in shapes.items()
-        if name in fields and shape(fields[name])
+        name: fields[name] for name, shape in shapes.items() if shape(fields.get(name))
     }
 
 
@@ -461,14 +456,21 @@ def tool_shown(name: str, tool_names: bool) -> str:
     return "mcp" if not tool_names and name.startswith("mcp__") else name
 
 
+def small_file(path: str) -> str:
+    """What a small text file begins with; "" when it is none, or cannot be read."""
+    if not os.path.isfile(path):  # a FIFO, which nobody may ever write to
+        return ""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(PATH_MAX_CHARS)
+    except OSError:
+        return ""
+
+
 def main_repository(directory: str) -> str:
     """Of a git worktree its repository's name, else "". A worktree's .git is a file:
     `gitdir: REPOSITORY/.git/worktrees/NAME` (gitrepository-layout)."""
-    path = os.path.join(directory, ".git")
-    if not os.path.isfile(path):  # nor a FIFO, which nobody may ever write to
-        return ""
-    with open(path, "rb") as file:
-        text = file.read(PATH_MAX_CHARS).decode()
+    text = small_file(os.path.join(directory, ".git"))
     repository, found, tree = text[len("gitdir: ") :].rpartition("/worktrees/")
     if not found or "/" in tree:  # a submodule's
         return ""
@@ -486,14 +488,10 @@ def project_of(event: Fields, settings: Settings) -> str:
     if not isinstance(cwd, str) or not cwd:
         return "unknown"
     directory, top = os.path.normpath(cwd), os.path.normpath(top)
-    if (directory + os.sep).startswith(top.rstrip(os.sep) + os.sep):
+    if (directory + os.sep).startswith(top + os.sep):
         directory = top
     name = directory.replace("\\", "/").split("/")[-1]
-    try:
-        name = main_repository(directory) or name
-    except (OSError, ValueError):
-        pass  # it cannot be read; a NUL in it
-    name = clean(name)
+    name = clean(main_repository(directory) or name)
     return name if name.strip(" .") else "unknown"
 
 
@@ -504,12 +502,11 @@ def error_fields(event: Fields) -> Fields:
         return {"error": error}  # one of Claude Code's own codes, or the gate drops it
     if name != "PostToolUseFailure":
         return {"error": "error"} if error else {}
-    fields: Fields = {"error": "tool_error"}
-    if isinstance(error, str):
-        fields["error_chars"] = len(error)
-        code = "".join(error[10:31].split()[:1])
-        if error.startswith("Exit code ") and code.isascii() and code.isdigit():
-            fields["exit_code"] = int(code)
+    text = str(error or "")
+    fields: Fields = {"error": "tool_error", "error_chars": len(text)}
+    begin, _, code = text.partition("\n")[0].rpartition(" ")
+    if begin == "Exit code" and identifier(code) and code.isdigit():
+        fields["exit_code"] = int(code)
     return fields
 
 
@@ -521,9 +518,9 @@ def text_fields(event: Fields, settings: Settings) -> Fields:
         fields["model"] = model_shown(texts["model"])
     if "tool_name" in texts:
         fields["tool_name"] = tool_shown(texts["tool_name"], settings.tool_names)
-    if texts.get("agent_type"):
-        told = settings.tool_names or texts["agent_type"] in CLIENT_AGENTS
-        fields["agent_type"] = texts["agent_type"] if told else "custom"
+    agent = texts.get("agent_type")
+    if agent and not (settings.tool_names or agent in CLIENT_AGENTS):
+        fields["agent_type"] = "custom"
     for key in ("cwd", "transcript_path"):
         if texts.get(key):
             fields[f"{key}_hash"] = path_hash(texts[key], settings.hash_key)
@@ -541,41 +538,40 @@ def make_ping(
     name, effort = event.get("hook_event_name"), event.get("effort")
     tasks = event.get("background_tasks")
     errors = error_fields(event)
-    fields = {key: event.get(key) for key in COPIED}
-    fields.update(text_fields(event, settings), **errors, **ORIGIN)
-    fields.update(
-        event=name,
-        status="failed" if errors else "success",
-        project=project,
-        event_id=os.urandom(16).hex(),
-        timestamp=iso_time(ns),
-        machine=settings.machine,
-        event_bytes=event_bytes,
-        effort=effort.get("level") if isinstance(effort, dict) else effort,
-        background_tasks=len(tasks) if isinstance(tasks, list) else None,
+    return gate(
+        {
+            **{key: event.get(key) for key in COPIED},
+            **text_fields(event, settings),
+            **errors,
+            **ORIGIN,
+            "event": name,
+            "status": "failed" if errors else "success",
+            "project": project,
+            "event_id": os.urandom(16).hex(),
+            "timestamp": iso_time(ns),
+            "machine": settings.machine,
+            "event_bytes": event_bytes,
+            "effort": effort.get("level") if isinstance(effort, dict) else None,
+            "background_tasks": len(tasks) if isinstance(tasks, list) else None,
+            # Elsewhere it is a text.
+            "reason": event.get("reason") if name == "SessionEnd" else None,
+        }
     )
-    if name == "SessionEnd":  # elsewhere it is a text
-        fields["reason"] = event.get("reason")
-    return gate(fields)
-
-
-def opens(path: object) -> bool:
-    """Whether a path in an event may be a transcript's."""
-    return isinstance(path, str) and path.endswith(".jsonl")
 
 
 def local_of(event: Fields, settings: Settings, ping: Fields) -> Fields:
     """What the sender needs for the ping's usage and never sends; {}: no usage."""
-    transcript, agent = event.get("transcript_path"), event.get("agent_transcript_path")
-    if not ("session_id" in ping and opens(transcript)):
+    transcript = event.get("transcript_path")
+    if not ("session_id" in ping and str(transcript).endswith(".jsonl")):
         return {}
     if not settings.usage:
         return {"usage": False}
-    shown: Fields = {"tool_names": settings.tool_names, "git": settings.git}
-    local = {"transcript": transcript, **shown}
-    if opens(agent):
-        local["agent_transcript"] = agent
-    return local
+    return {
+        "transcript": transcript,
+        "agent_transcript": event.get("agent_transcript_path") or None,
+        "tool_names": settings.tool_names,
+        "git": settings.git,
+    }
 
 
 # -- Trackers: who gets what -----------------------------------------------------------
@@ -588,6 +584,7 @@ SESSION_EVENTS = ("SessionStart", "Stop", "StopFailure", "SubagentStop", "Sessio
 ALLOW_HTTP = "http:// can be read on the way; use https:// (or TELEMHQ_ALLOW_HTTP=1)"
 JSON_BODY = {
     "Content-Type": "application/json",
+    "Accept": "application/json",  # or Laravel redirects where it does not accept
     "User-Agent": f"telemhq-ping/{__version__}",
 }
 
@@ -603,33 +600,34 @@ class Tracker:
     """A service that takes pings, as far as all of them are alike.
 
     kind: its name in TELEMHQ_DESTINATIONS. variables: what it is set up with: the URL,
-    what must never be shown, others. events: those that it wants (none: all). needs:
-    what of BESIDE it is given. asked: the path where a GET shows whether it takes us.
-    reads: how much of a 200's body says more than 200. url: where it is; secret: what
-    it knows us by. own: texts for its bodies, by its own variables. nothing: a body
-    that records nothing, where a GET says less. Skipped: why none can be made of the
-    settings.
+    what must never be shown, others. default_url: where it is else; path: what belongs
+    behind that. token: the variable that has it, file: where else it may stand. events:
+    those that it wants (none: all). needs: what of BESIDE it is given. asked: the path
+    where a GET shows whether it takes us. reads: how much of a 200's body says more
+    than 200. secret: what it knows us by. own: texts for its bodies, by its own
+    variables. nothing: a body that records nothing, where a GET says less. Skipped: why
+    none can be made of the settings.
     """
 
-    kind = ""
+    kind = default_url = path = token = file = asked = ""
     variables: tuple[str, ...] = ()
     events: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
-    asked = ""
     dislike = "it may not like a field, or the size"  # why it refuses, most likely
     reads = 0
 
-    def __init__(self, url: str, secret: str = "") -> None:
-        self.url, self.secret = url, secret
+    def __init__(self, settings: Settings) -> None:
+        self.url = url_in(settings, self.variables[0], self.default_url, self.path)
+        self.headers, self.secret = dict(JSON_BODY), ""
+        if self.token:
+            self.secret = secret_in(settings, self.token, self.file)
+            self.headers["Authorization"] = f"Bearer {self.secret}"
         self.own: dict[str, str] = {}
-        self.nothing: Fields | None = None
-        self.headers = dict(JSON_BODY)
-        if secret:
-            self.headers["Authorization"] = f"Bearer {secret}"
+        self.nothing: Fields = {}
 
     def directory_name(self) -> str:
         """Its directory's name, which tells neither the URL nor the secret."""
-        known_by = "\n".join(filter(None, (self.url, self.secret)))
+        known_by = f"{self.url}\n{self.secret}".strip()
         return f"{self.kind}-{sha256_hex(known_by.encode())[:12]}"
 
     def wants(self, ping: Fields) -> bool:
@@ -661,8 +659,9 @@ class Tracker:
         return Request(self.url + path, self.headers, encode_json(fields).encode())
 
 
-def url_in(settings: Settings, name: str, default: str = "") -> str:
-    """The URL in a variable; Skipped when it is none that a ping may go to."""
+def url_in(settings: Settings, name: str, default: str, path: str) -> str:
+    """The URL in a variable, with the path that belongs behind it; Skipped when it is
+    none that a ping may go to."""
     url = settings.environ.get(name) or default
     if not url:
         raise Skipped(f"{name} is not set")
@@ -672,21 +671,13 @@ def url_in(settings: Settings, name: str, default: str = "") -> str:
             raise ValueError(ALLOW_HTTP)
     except ValueError as error:
         raise Skipped(f"{name} is not usable: {error}") from None
-    return url
+    return url if url.endswith(path) else url.rstrip("/") + path
 
 
-def secret_in(settings: Settings, name: str, path: str = "") -> str:
-    """A token that may stand in a header, in a variable or else in a file (~ is home)
-    that only its owner can read; Skipped says what is wrong, and not it."""
-    text, file = settings.environ.get(name, ""), absolute(path) or ""
-    if not text and os.path.isfile(file):
-        found = os.stat(file)
-        if os.name == "posix" and (
-            found.st_mode & 0o077 or found.st_uid != os.getuid()
-        ):
-            raise Skipped(f"{path} can be read by others: chmod 600 mends that")
-        with open(file, encoding="ascii", errors="replace") as opened:
-            text = opened.read(PATH_MAX_CHARS)
+def secret_in(settings: Settings, name: str, path: str) -> str:
+    """A token that may stand in a header, in a variable or else in a file (~ is home);
+    Skipped says what is wrong, and not it."""
+    text = settings.environ.get(name) or small_file(absolute(path) or "")
     text = text.strip()
     if not text:
         raise Skipped(f"{name} is not set")
@@ -702,7 +693,8 @@ class TelemHQ(Tracker):
     variables = ("TELEMHQ_PING_URL",)
 
     def __init__(self, settings: Settings) -> None:
-        super().__init__(url_in(settings, "TELEMHQ_PING_URL", settings.url))
+        self.default_url = settings.url
+        super().__init__(settings)
 
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
         """The ping as it is; a repeat of it has the same Idempotency-Key."""
@@ -718,18 +710,16 @@ class Wigtoken(Tracker):
     kind = "wigtoken"
     variables = ("WIGTOKEN_SERVER", "WIGTOKEN_TOKEN", "WIGTOKEN_MACHINE")
     events = SESSION_EVENTS
+    path = "/api/ingest/messages"
+    token = "WIGTOKEN_TOKEN"
     needs = ("own", "messages")
     ROWS_MAX = 1000  # more in a request: 413
 
     def __init__(self, settings: Settings) -> None:
-        url = url_in(settings, "WIGTOKEN_SERVER").rstrip("/") + "/api/ingest/messages"
-        super().__init__(url, secret_in(settings, "WIGTOKEN_TOKEN"))
-        machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine
-        if not machine:
-            raise Skipped("WIGTOKEN_MACHINE is not set; the server demands a name")
+        super().__init__(settings)
+        machine = settings.environ.get("WIGTOKEN_MACHINE") or settings.machine or ""
         if not identifier(machine) or ":" in machine:
-            text = "only letters, digits and _ . - may be in it"
-            raise Skipped(f"WIGTOKEN_MACHINE is not usable: {text}")
+            raise Skipped("WIGTOKEN_MACHINE is not set to letters, digits and _ . -")
         self.own = {"machine": machine}
         self.nothing = {**self.own, "messages": []}
 
@@ -747,10 +737,11 @@ class Wigtoken(Tracker):
             }
             for message, model, ms, *counts in beside.get("messages", ())
         ]
-        machine = (beside.get("own") or self.own)["machine"]
-        most = range(0, len(rows), self.ROWS_MAX)
-        parts = [rows[first : first + self.ROWS_MAX] for first in most]
-        return [self.post("", {"machine": machine, "messages": part}) for part in parts]
+        own = beside.get("own") or self.own
+        return [
+            self.post("", {**own, "messages": rows[first : first + self.ROWS_MAX]})
+            for first in range(0, len(rows), self.ROWS_MAX)
+        ]
 
 
 class Recorder(Tracker):
@@ -762,23 +753,23 @@ class Recorder(Tracker):
     variables = ("RECORDER_URL", "RECORDER_PAT", "RECORDER_PREFIX")
     events = SESSION_EVENTS  # or a session that ends without a word is never told
     needs = ("own", "since_end")
-    URL = "https://api.recorder.nasebanal.com"
+    default_url = "https://api.recorder.nasebanal.com"
+    path = "/api/v1/records"
+    token = "RECORDER_PAT"
     NAMES = ("/Input", "/Output", "/CacheRead", "/CacheCreate")  # as TOKENS has them
 
     def __init__(self, settings: Settings) -> None:
-        url = url_in(settings, "RECORDER_URL", self.URL).rstrip("/") + "/api/v1/records"
-        super().__init__(url, secret_in(settings, "RECORDER_PAT"))
-        prefix = settings.environ.get("RECORDER_PREFIX", "").strip().rstrip("/")
+        super().__init__(settings)
+        prefix = settings.environ.get("RECORDER_PREFIX", "").rstrip("/ ")
         if not line_of_text(prefix):
-            text = "is not set for this project (to a line of text)"
-            raise Skipped(f"RECORDER_PREFIX {text}")
+            raise Skipped("RECORDER_PREFIX is not set to a line of text here")
         self.own = {"prefix": prefix}
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """What the session used, when it ends (again: since it last did)."""
-        used, prefix = beside.get("since_end", {}), beside.get("own", {}).get("prefix")
+        used, own = beside.get("since_end", {}), beside.get("own")
         ends = ping.get("event") in ("SessionEnd", "SessionLost")
-        if not (ends and prefix and any(used.values())):
+        if not (ends and own and used.get("total_tokens")):
             return []
         alike = {
             "unit": "tokens",
@@ -787,30 +778,46 @@ class Recorder(Tracker):
             "recorded_at": ping.get("timestamp"),
             "comment": f"telemhq_ping {ping['event_id']}",
         }
+        values = zip(self.NAMES, map(used.get, TOKENS))
         return [
-            self.post("", {"name": prefix + name, "value": used.get(count, 0), **alike})
-            for count, name in zip(TOKENS, self.NAMES)
+            self.post("", {"name": own["prefix"] + name, "value": value, **alike})
+            for name, value in values
         ]
 
 
-OTLP_NAMES = {  # the GenAI conventions' or the client's own telemetry's -> the ping's
-    "gen_ai.provider.name": "provider",
-    "gen_ai.response.model": "model",
-    "gen_ai.conversation.id": "session_id",
-    "session.id": "session_id",
-    "prompt.id": "prompt_id",
-    "gen_ai.usage.input_tokens": "all_input",
-    "gen_ai.usage.cache_read.input_tokens": "cached_input_tokens",
-    "gen_ai.usage.cache_creation.input_tokens": "cache_creation_input_tokens",
-    "gen_ai.usage.output_tokens": "output_tokens",
-}
+def with_all_input(counts: Fields) -> Fields:
+    """The same, with all tokens that went in, which TelemHQ's names tell apart."""
+    if "total_tokens" not in counts:
+        return counts
+    return {**counts, "all_input": counts["total_tokens"] - counts["output_tokens"]}
+
+
+def picked(fields: Fields, names: str) -> Fields:
+    """The fields named that there are; `theirs=ours`: under a tracker's name."""
+    found = {}
+    for word in names.split():
+        name, _, field = word.partition("=")
+        if (field or name) in fields:
+            found[name] = fields[field or name]
+    return found
+
+
+OTLP_NAMES = (  # the GenAI conventions' or the client's own telemetry's, the ping's
+    "gen_ai.provider.name=provider gen_ai.response.model=model "
+    "gen_ai.conversation.id=session_id session.id=session_id prompt.id=prompt_id "
+    "gen_ai.usage.input_tokens=all_input gen_ai.usage.output_tokens=output_tokens "
+    "gen_ai.usage.cache_read.input_tokens=cached_input_tokens "
+    "gen_ai.usage.cache_creation.input_tokens=cache_creation_input_tokens"
+)
+OTLP_TOLD = {pair.partition("=")[2] for pair in OTLP_NAMES.split()}.union(
+    ("input_tokens", "timestamp", "event", "hook_version")
+)
 OTLP_TYPES: dict[type, str] = {
     str: "stringValue",
     bool: "boolValue",
     int: "intValue",
     float: "doubleValue",
 }
-OTLP_ELSEWHERE = ("input_tokens", "timestamp", "event", "hook_version")
 
 
 class OTLP(Tracker):
@@ -821,12 +828,11 @@ class OTLP(Tracker):
     kind = "otlp"
     variables = ("TELEMHQ_OTLP_ENDPOINT", "TELEMHQ_OTLP_HEADERS")
     dislike = "it may take protobuf only, and no JSON"
+    path = "/v1/logs"
     reads = 4096
-    INFO, ERROR = 9, 17
 
     def __init__(self, settings: Settings) -> None:
-        url = url_in(settings, "TELEMHQ_OTLP_ENDPOINT").rstrip("/")
-        super().__init__(url if url.endswith("/v1/logs") else url + "/v1/logs")
+        super().__init__(settings)
         self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
         try:
             self.headers = {**self.headers_in(self.secret), **JSON_BODY}
@@ -840,7 +846,7 @@ class OTLP(Tracker):
         """Name=value,... with %XX in the values, as OpenTelemetry's own variables have
         it; ValueError when it is not so."""
         found = {}
-        for pair in filter(None, map(str.strip, text.split(","))):
+        for pair in filter(str.strip, text.split(",")):
             name, equals, value = map(str.strip, pair.partition("="))
             first, *rest = value.split("%")
             value = first + "".join(chr(int(p[:2], 16)) + p[2:] for p in rest)
@@ -853,30 +859,31 @@ class OTLP(Tracker):
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
         """The one record. (Back ends that do not know eventName yet show the body.)"""
         name = f"claude_code.{ping.get('event')}"
-        failed = ping.get("status") == "failed"
-        when_s = seconds_of(ping.get("timestamp"))
+        when_ms = seconds_of(ping.get("timestamp")) * 1000
         record = {
-            "timeUnixNano": str(round(when_s * 1000) * 10**6),
-            "severityNumber": self.ERROR if failed else self.INFO,
+            "timeUnixNano": f"{when_ms:.0f}000000",
+            "severityNumber": 17
+            if ping.get("status") == "failed"
+            else 9,  # ERROR, INFO
             "eventName": name,
             "body": {"stringValue": name},
             "attributes": self.attributes({"event.name": name, **self.named(ping)}),
         }
         scope = {"name": "telemhq_ping", "version": ping.get("hook_version", "")}
-        resource = {"attributes": self.attributes({"service.name": "claude-code"})}
-        scopes = [{"scope": scope, "logRecords": [record]}]
-        logs = [{"resource": resource, "scopeLogs": scopes}]
-        return [self.post("", {"resourceLogs": logs})]
+        logs = {
+            "resource": {
+                "attributes": self.attributes({"service.name": "claude-code"})
+            },
+            "scopeLogs": [{"scope": scope, "logRecords": [record]}],
+        }
+        return [self.post("", {"resourceLogs": [logs]})]
 
     @staticmethod
     def named(ping: Fields) -> Fields:
         """A ping's fields under the names that attributes have."""
         ping = with_all_input(ping)
-        found = {name: ping[key] for name, key in OTLP_NAMES.items() if key in ping}
-        for field in ping:
-            if field not in (*OTLP_NAMES.values(), *OTLP_ELSEWHERE):
-                found[f"telemhq.{field}"] = ping[field]
-        return found
+        rest = {f"telemhq.{name}": ping[name] for name in ping if name not in OTLP_TOLD}
+        return {**picked(ping, OTLP_NAMES), **rest}
 
     def attributes(self, fields: Fields) -> list[Fields]:
         """Fields as KeyValues, the inner ones of objects laid flat. An attribute keeps
@@ -886,10 +893,10 @@ class OTLP(Tracker):
             if isinstance(value, dict):
                 inner = {f"{name}.{key}": deeper for key, deeper in value.items()}
                 found += self.attributes(inner)
-                continue
-            kind = float if name.endswith("cost_usd") else type(value)
-            told = str(value) if kind is int else kind(value)
-            found.append({"key": name, "value": {OTLP_TYPES[kind]: told}})
+            else:
+                kind = float if name.endswith("cost_usd") else type(value)
+                told = str(value) if kind is int else kind(value)
+                found.append({"key": name, "value": {OTLP_TYPES[kind]: told}})
         return found
 
     def refuses(self, body: bytes) -> bool:
@@ -906,6 +913,36 @@ METRICS_KINDS = {
     "PreCompact": "pre_compact",
     "SubagentStop": "subagent_stop",
 }
+METRICS_EVENT = "session_id client_meta event_id turn_id=prompt_id permission_mode "
+METRICS_SESSION = (
+    "session_id client_meta tokens_in_total=all_input tokens_out_total=output_tokens "
+    "tool_calls_total=tool_calls "
+)
+METRICS = (  # a path, the events that are told there, the names of their fields
+    (
+        "/execution",  # also for any other with tokens
+        "Stop StopFailure",
+        METRICS_EVENT
+        + "message_length=last_assistant_message_chars model duration_ms status "
+        "stop_reason=error tokens_in=all_input tokens_out=output_tokens "
+        "cache_read_tokens=cached_input_tokens thinking_tokens=reasoning_tokens "
+        "cache_creation_tokens=cache_creation_input_tokens tools_used response_text",
+    ),
+    (
+        "/tool",
+        "PostToolUse PostToolUseFailure",
+        METRICS_EVENT
+        + "tool_name success duration_ms error_class=error subagent_type=agent_type",
+    ),
+    ("/system", " ".join(METRICS_KINDS), METRICS_EVENT + "kind payload"),
+    ("/session", "SessionStart", METRICS_SESSION + "started_at=timestamp"),
+    ("/session", "Stop", METRICS_SESSION),
+    (
+        "/session",
+        "SessionEnd SessionLost",
+        METRICS_SESSION + "ended_at=timestamp exit_kind=reason",
+    ),
+)
 
 
 class ClaudeMetrics(Tracker):
@@ -918,95 +955,51 @@ class ClaudeMetrics(Tracker):
         "CLAUDE_METRICS_API_TOKEN",
         "CLAUDE_METRICS_DISABLED",
     )
-    needs = ("totals",)
+    default_url = "http://127.0.0.1:8000/api/v1"
+    path = "/events"
     asked = "/session"
-    URL, FILE = "http://127.0.0.1:8000/api/v1", "~/.claude-metrics/token"
-    PATHS = (  # to where an event is told; one with tokens is an execution, too
-        ("/execution", ("Stop", "StopFailure")),
-        ("/tool", ("PostToolUse", "PostToolUseFailure")),
-        ("/system", tuple(METRICS_KINDS)),
-        ("/session", ("SessionStart", "Stop", "SessionEnd", "SessionLost")),
-    )
-    events = tuple(event for _, events in PATHS for event in events)
-    EXECUTION = (  # response_text: the plugin sends null, too, when it has none
-        "message_length=last_assistant_message_chars model duration_ms status "
-        "stop_reason=error tokens_in=all_input tokens_out=output_tokens "
-        "cache_read_tokens=cached_input_tokens thinking_tokens=reasoning_tokens "
-        "cache_creation_tokens=cache_creation_input_tokens"
-    )
-    TOOL = "tool_name duration_ms error_class=error subagent_type=agent_type"
-    TOTALS = (
-        "tokens_in_total=all_input tokens_out_total=output_tokens "
-        "tool_calls_total=tool_calls"
-    )
+    token = "CLAUDE_METRICS_API_TOKEN"
+    file = "~/.claude-metrics/token"
+    events = tuple(" ".join(events for _, events, _ in METRICS).split())
+    needs = ("totals",)
 
     def __init__(self, settings: Settings) -> None:
-        if settings.environ.get("CLAUDE_METRICS_DISABLED", "").lower() in ON:
+        super().__init__(settings)
+        if settings.switch("CLAUDE_METRICS_DISABLED"):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
-        url = (
-            url_in(settings, "CLAUDE_METRICS_API_URL", self.URL).rstrip("/") + "/events"
-        )
-        super().__init__(
-            url, secret_in(settings, "CLAUDE_METRICS_API_TOKEN", self.FILE)
-        )
-        # Without it, Laravel answers what it does not accept with a redirect.
-        self.headers["Accept"] = "application/json"
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """One of each kind that the event is."""
         found = []
-        for path, events in self.PATHS:
+        for path, events, names in METRICS:
             used = path == "/execution" and ping.get("total_tokens")
-            if used or ping.get("event") in events:
-                found.append(self.post(path, self.body(path, ping, beside)))
+            if used or ping["event"] in events.split():
+                told = self.told(path, ping, beside)
+                found.append(self.post(path, picked(told, names)))
         return found
 
-    def body(self, path: str, ping: Fields, beside: Fields) -> Fields:
-        """What every kind begins with, and its own; event_id is a UUID, and another one
-        for each request of a ping. A session is known by its own id."""
-        client = {"client": f"telemhq_ping {ping.get('hook_version')}"}
-        found = {**picked(ping, "session_id"), "client_meta": client}
-        if path == "/session":
-            ends = "ended_at=timestamp exit_kind=reason"
-            names = {"SessionStart": "started_at=timestamp", "Stop": ""}
-            own = picked({"reason": "lost", **ping}, names.get(ping["event"], ends))
-            totals = with_all_input(beside.get("totals", {}))
-            return {**found, **own, **picked(totals, self.TOTALS)}
+    def told(self, path: str, ping: Fields, beside: Fields) -> Fields:
+        """What the names stand for. event_id is a UUID, another one for each request of
+        a ping; a session is known by its own id. (The plugin sends null, too, when it
+        has no response_text.)"""
         from uuid import NAMESPACE_URL, uuid5
 
-        key = str(uuid5(NAMESPACE_URL, f"{ping['event_id']}{path}"))
-        found.update(picked(ping, "turn_id=prompt_id permission_mode"), event_id=key)
-        if path == "/execution":
-            tools = ping.get("tools", {}).items()
-            used = [{"name": name, "count": calls} for name, calls in tools]
-            found.update(picked(with_all_input(ping), self.EXECUTION), tools_used=used)
-            return {**found, "response_text": None}
-        if path == "/tool":
-            success = ping.get("status") == "success"
-            return {**found, **picked(ping, self.TOOL), "success": success}
-        payload = picked(ping, "notification_type trigger agent_id agent_type")
-        return {**found, "kind": METRICS_KINDS[ping["event"]], "payload": payload}
+        totals = beside.get("totals", {}) if path == "/session" else {}
+        tools = ping.get("tools", {}).items()
+        return {
+            "reason": "lost",
+            **with_all_input({**ping, **totals}),
+            "client_meta": {"client": f"telemhq_ping {ping.get('hook_version')}"},
+            "event_id": str(uuid5(NAMESPACE_URL, f"{ping['event_id']}{path}")),
+            "success": ping.get("status") == "success",
+            "response_text": None,
+            "tools_used": [{"name": name, "count": calls} for name, calls in tools],
+            "kind": METRICS_KINDS.get(ping["event"]),
+            "payload": picked(ping, "notification_type trigger agent_id agent_type"),
+        }
 
 
-def picked(ping: Fields, names: str) -> Fields:
-    """The fields named that a ping has; `theirs=ours`: under a tracker's name."""
-    found = {}
-    for word in names.split():
-        name, _, field = word.partition("=")
-        if (field or name) in ping:
-            found[name] = ping[field or name]
-    return found
-
-
-def with_all_input(counts: Fields) -> Fields:
-    """The same, with all tokens that went in, which TelemHQ's names tell apart."""
-    if "input_tokens" not in counts:
-        return counts
-    names = ("input_tokens", "cached_input_tokens", "cache_creation_input_tokens")
-    return {**counts, "all_input": sum(int(counts.get(name, 0)) for name in names)}
-
-
-TRACKERS: dict[str, Callable[[Settings], Tracker]] = {
+TRACKERS: dict[str, type[Tracker]] = {
     found.kind: found for found in (TelemHQ, Wigtoken, Recorder, OTLP, ClaudeMetrics)
 }
 
@@ -3738,6 +3731,7 @@ DEMO_MODEL = "claude-opus-5-5"
 COMMON = {"session_id": "sample", "cwd": "/home/you/acme"}
 SAMPLES: dict[str, Fields] = {
     "PostToolUseFailure": {
+        "hook_event_name": "PostToolUseFailure",
         **COMMON,
         "transcript_path": "/home/you/.claude/session.jsonl",
         "tool_name": "Bash",
@@ -3745,22 +3739,29 @@ SAMPLES: dict[str, Fields] = {
         "error": "Exit code 3\nno /home/you/acme/deploy.key",
         "duration_ms": 1250,
     },
-    "SessionEnd": {**COMMON, "reason": "prompt_input_exit"},
-    "Stop": {**COMMON, "last_assistant_message": "The password is hunter2."},
+    "SessionEnd": {
+        "hook_event_name": "SessionEnd",
+        **COMMON,
+        "reason": "prompt_input_exit",
+    },
+    "Stop": {
+        "hook_event_name": "Stop",
+        **COMMON,
+        "last_assistant_message": "The password is hunter2.",
+    },
 }
-SAMPLE_USED = dict(zip(TOKENS, (12, 950, 41200, 2300, 0, 44462)))
+SAMPLE_COUNTS = [12, 950, 41200, 2300, 0]
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
     """A tracker by its kind, as it is set up; before it is, with placeholders."""
     if name not in TRACKERS:
         raise Skipped(f"there is no tracker {name}; there are: {', '.join(TRACKERS)}")
-    make: Any = TRACKERS[name]
     try:
         return TRACKERS[name](settings)
     except Skipped as why:
         print(f"{why}; shown with placeholders.", file=sys.stderr)
-    url, *others = [n for n in make.variables if not n.endswith("HEADERS")]
+    url, *others = [n for n in TRACKERS[name].variables if not n.endswith("HEADERS")]
     environ = {url: "https://tracker.test", **dict.fromkeys(others, "sample")}
     return TRACKERS[name](Settings(environ))
 
@@ -3775,8 +3776,7 @@ def preview(options: Namespace) -> int:
 
     settings, ns = Surroundings().settings, time.time_ns()
     if options.event or os.isatty(0):
-        name = options.event or "Stop"
-        raw = encode_json({"hook_event_name": name, **SAMPLES[name]}).encode()
+        raw = encode_json(SAMPLES[options.event or "Stop"]).encode()
     else:
         raw = read_stdin()
     event = event_in(raw)
@@ -3784,13 +3784,12 @@ def preview(options: Namespace) -> int:
     tracker = tracker_named(options.destination or TelemHQ.kind, settings)
     beside: Fields = {"own": tracker.frozen(ping)}
     if settings.usage and ping["event"] in USAGE_EVENTS:
-        counts = [SAMPLE_USED[name] for name in TOKENS[:5]]
-        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *counts]]
-        beside["totals"] = beside["since_end"] = {**SAMPLE_USED, "tool_calls": 3}
-        ping = gate({**ping, **SAMPLE_USED, "model": DEMO_MODEL})
+        used = {**named(SAMPLE_COUNTS), "tool_calls": 3}
+        ping.update(used, model=DEMO_MODEL)
+        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *SAMPLE_COUNTS]]
+        beside["totals"] = beside["since_end"] = used
         print("The token counts are samples.", file=sys.stderr)
-    beside = gate_beside(beside, tracker.needs)
-    requests = tracker.requests(ping, beside) if tracker.wants(ping) else []
+    requests = tracker.requests(ping, beside)
     for request in requests:
         print(f"POST {origin(request.url)}/...", file=sys.stderr)
         print(json.dumps(json.loads(request.body or b"{}"), indent=2), flush=True)
@@ -3809,30 +3808,32 @@ def demo(_: Namespace) -> int:
 
     print("What Claude Code hands over, and what leaves of it:\n", flush=True)
     with tempfile.TemporaryDirectory() as place:
-        script = os.path.join(place, SCRIPT)
-        write_file(script, read_file(os.path.realpath(THIS_FILE), STATE_MAX_BYTES))
-        py_compile.compile(script)
-        failed = SAMPLES["PostToolUseFailure"]
-        event = {"hook_event_name": "PostToolUseFailure", **failed}
+        py_compile.compile(shutil.copy(THIS_FILE, os.path.join(place, SCRIPT)))
+        event = SAMPLES["PostToolUseFailure"]
         start = f"import sys; sys.path.insert(0, {place!r}); {IMPORT}"
         environ = {k: v for k, v in os.environ.items() if k[:8] != "TELEMHQ_"}
         ping, times = play([sys.executable, "-ESc", start], event, environ)[1:]
     if not ping:
         raise Skipped("a ping did not arrive")
-    lines = [f"{ping['event']}: {times}"]
-    for name, value in failed.items():
+    lines = [times]
+    for name, value in event.items():
         text = json.dumps(value)
-        if ping.get(name) != value:
-            left = {f"{name}_hash": " #", f"{name}_chars": " ="}
-            text = f"~~{text}~~" + "".join(left[k] for k in left if k in ping)
+        if value not in ping.values():
+            text = f"~~{text}~~"
+        if f"{name}_hash" in ping:
+            text += " #"
+        if f"{name}_chars" in ping:
+            text += " ="
         lines.append(f"  {name}: {text}")
-    marks = "~~: it stayed here. Of # only a hash has left, of = only the length."
-    lines += [f"  left {json.dumps(ping)}", "", marks, ""]
-    width = min(88, shutil.get_terminal_size().columns)
-    wrapper = textwrap.TextWrapper(width, subsequent_indent="    ")
-    wrapper.break_long_words = wrapper.break_on_hyphens = False
-    for paragraph in [*lines, f"To install it: python3 {SCRIPT} install"]:
-        print(wrapper.fill(paragraph))
+    told = textwrap.TextWrapper(
+        min(88, shutil.get_terminal_size().columns),
+        subsequent_indent="    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    print("\n".join(map(told.fill, [*lines, f"  left {json.dumps(ping)}"])))
+    print("\n~~: it stayed here; of # its hash has left, of = its length.")
+    print(f"\nTo install it: python3 {SCRIPT} install")
     return 0
 
 
@@ -3847,11 +3848,13 @@ COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
 
 
 def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
-    """What left all outboxes, or those of that kind or name; Skipped: nothing."""
-    kept = outboxes(Surroundings().settings.state_dir)
-    kept = [outbox for outbox in kept if name in (None, outbox.name(), kind_of(outbox))]
-    found = [(outbox, deliveries(outbox)) for outbox in kept]
-    if not any(lines for _, lines in found):
+    """What left all outboxes, or those whose name begins so; Skipped: nothing."""
+    found = []
+    for outbox in outboxes(Surroundings().settings.state_dir):
+        lines = deliveries(outbox)
+        if lines and outbox.name().startswith(name or ""):
+            found.append((outbox, lines))
+    if not found:
         raise Skipped("nothing was delivered yet: `doctor` says why, `flush` sends")
     return found
 
@@ -3868,58 +3871,50 @@ def sent(options: Namespace) -> int:
     return 0
 
 
-def shares(ping: Fields, by: str) -> list[tuple[str, Fields]]:
-    """[(row's name, what of the ping counts there)]; several with several models."""
-    models = ping.get("models")
-    if by == "model" and isinstance(models, dict):
-        return [
-            (name, {**used, "total_tokens": sum(used.get(k, 0) for k in TOKENS[:4])})
-            for name, used in models.items()
-            if counts_by_model({name: used})
-        ]
-    seconds = seconds_of(ping.get("timestamp"))
-    day = time.strftime("%Y-%m-%d", time.localtime(seconds)) if seconds else "unknown"
-    name = "session_id" if by == "session" else by
-    return [(str({**ping, "day": day}.get(name, "unknown")), ping)]
+def rows_of(pings: list[Fields], by: str) -> Fields:
+    """Sums for each day, project, model or session that pings name, then for all; of
+    what somebody may have changed, only what the gate lets through."""
+    from collections import Counter
 
-
-def rows_of(pings: list[Fields], by: str) -> dict[str, Fields]:
-    """Sums for each day, project, model or session, of what its pings have told."""
-    rows: dict[str, Fields] = {}
-    for ping in pings:
-        turn = ping.get("event") in ("Stop", "StopFailure")
-        failed = turn and ping.get("status") == "failed"
-        more = {"turns": int(turn), "failed_turns": int(failed)}
-        for key, part in shares({**ping, **more}, by):
+    rows: Fields = {}
+    for ping in map(gate, pings):
+        at = time.localtime(seconds_of(ping.get("timestamp")))
+        ping.update(day=time.strftime("%Y-%m-%d", at), session=ping.get("session_id"))
+        if ping.get("event") in ("Stop", "StopFailure"):
+            ping.update(turns=1, failed_turns=int(ping.get("status") == "failed"))
+        parts = {ping.get(by): ping}
+        if by == "model":
+            parts = ping.get("models", parts)
+        for key, part in parts.items():
             for name in COLUMNS:
-                if number(part.get(name)) and (part[name] or name == "cost_usd"):
-                    row = rows.setdefault(clean(key), {})
-                    row[name] = round(row.get(name, 0) + part[name], 6)
-    return dict(sorted(rows.items()))
+                if key and name in part:
+                    rows.setdefault(key, Counter())[name] += part[name]
+    total: Any = Counter()
+    for row in rows.values():
+        total.update(row)
+    return {**dict(sorted(rows.items())), "in all": total}
 
 
-def print_table(rows: dict[str, Fields], by: str) -> None:
-    """Print rows and sums; without room, no kinds of tokens, then names cut off."""
+def print_table(rows: Fields, by: str) -> None:
+    """Print rows of sums; without room, no kinds of tokens, then names cut off."""
     import shutil
 
-    total: Fields = {}
-    for row in rows.values():
-        total.update({name: total.get(name, 0) + row[name] for name in row})
-    rows = {**rows, "in all": total}
-    names = list(COLUMNS)[4 if by == "model" else 0 :]  # a model has no turns
-    longest = max(map(len, rows))
-    for left in (names, [name for name in names if name not in TOKENS[:5]]):
-        lines = [[COLUMNS[name] for name in left]]
+    columns = {}
+    for name in list(COLUMNS)[4 if by == "model" else 0 :]:  # a model has no turns
+        shape, cells = ",.2f" if name == "cost_usd" else ",", [COLUMNS[name]]
         for row in rows.values():
-            lines.append([f"{row.get(name, 0):,}" for name in left])
-            lines[-1][-1] = f"{row['cost_usd']:.2f}" if "cost_usd" in row else "\u2013"
-        widths = [1 + max(map(len, column)) for column in zip(*lines)]
-        room = shutil.get_terminal_size().columns - sum(widths)
-        if room >= longest:
-            break
+            unknown = name == "cost_usd" and name not in row
+            cells.append("\u2013" if unknown else f"{row[name]:{shape}}")
+        width = 1 + max(map(len, cells))
+        columns[name] = [cell.rjust(width) for cell in cells]
+    widths = sum(len(cells[0]) for cells in columns.values())
+    room, longest = shutil.get_terminal_size().columns - widths, max(map(len, rows))
+    if room < longest:
+        for name in TOKENS[:5]:
+            room += len(columns.pop(name)[0])
     room = min(longest, max(room, len("2026-01-01")))
-    for key, cells in zip([by, *rows], lines):
-        print(f"{key:{room}.{room}}" + "".join(map(str.rjust, cells, widths)))
+    for key, *cells in zip([by, *rows], *columns.values()):
+        print(f"{key:{room}.{room}}" + "".join(cells))
 
 
 def report(options: Namespace) -> int:
@@ -3930,11 +3925,9 @@ def report(options: Namespace) -> int:
     """
     by, found = options.by or "day", kept_of(options.destination)
     for outbox, lines in found:
-        rows = rows_of([line["ping"] for line in lines], by)
         if len(found) > 1:
             print(f"{outbox.name()}:")
-        if rows:
-            print_table(rows, by)
+        print_table(rows_of([line["ping"] for line in lines], by), by)
     return 0
 
 

@@ -96,7 +96,7 @@ BAD: tuple[Any, ...] = (
 IDENTIFIERS = (
     *("session_id", "prompt_id", "tool_name", "tool_use_id", "permission_mode"),
     *("agent_id", "agent_type", "source", "trigger", "notification_type"),
-    *("hook_event_name", "effort", "reason"),
+    *("hook_event_name", "reason"),
 )
 
 

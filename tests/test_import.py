@@ -263,3 +263,17 @@ def test_without_the_script_nothing_of_the_project_runs(
             assert process.returncode == status
     assert not installed.hit.exists()
     assert not installed.receiver.requests
+
+
+def test_a_prefix_that_is_a_link_hides_no_module(
+    home: Home, tmp_path: pathlib.Path
+) -> None:
+    """Homebrew's Python calls a link to its directory its prefix, and finds its library
+    in the directory: commands, which are run as a script, have all of it."""
+    (tmp_path / "opt").symlink_to(sys.base_prefix)
+    code = (
+        "import runpy, sys; sys.base_prefix = sys.base_exec_prefix = sys.argv.pop()\n"
+        "sys.argv[1] = '--version'; runpy.run_path(sys.argv.pop(2), None, '__main__')"
+    )
+    command = [sys.executable, "-c", code, "", str(SCRIPT), str(tmp_path / "opt")]
+    assert subprocess.check_output(command, env=home.env()) == b"1.1.0\n"

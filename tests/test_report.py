@@ -182,7 +182,7 @@ def test_failed_turns_and_failed_tools_are_apart(home: Home) -> None:
 
 
 MODELS = {
-    "claude-opus-5-5": {"input_tokens": 10, "output_tokens": 20, "cost_usd": 0.5},
+    "claude-opus-5-5": {"output_tokens": 30, "total_tokens": 30, "cost_usd": 0.5},
     "claude-haiku-5": {"cost_usd": 0.25},  # a title, which is in no transcript
 }
 

@@ -54,7 +54,7 @@ def test_demo_shows_what_leaves_and_what_stays(home: Home) -> None:
         'cwd: ~~"/home/you/acme"~~ # ',
         'deploy.key"~~ = ',
         'tool_name: "Bash" ',
-        "~~: it stayed here. Of # only a hash has left, of = only the length.",
+        "~~: it stayed here; of # its hash has left, of = its length.",
     ):
         assert words in out
     assert out.endswith("To install it: python3 telemhq_ping.py install")

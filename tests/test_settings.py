@@ -19,7 +19,6 @@ SILENT = (0, b"", b"")
 
 NONSENSE = (
     *(("TELEMHQ_MACHINE", value) for value in ("build 7", "a/b", "x" * 129, "é")),
-    *(("TELEMHQ_PROJECT", value) for value in ("\x1b\x07", "   ")),
     *(("TELEMHQ_TIMEOUT", value) for value in ("soon", "10s", "1,5")),
     *(("TELEMHQ_STATE_DIR", value) for value in ("relative/path", ".")),
     *(("TELEMHQ_FOREGROUND", "maybe"), ("TELEMHQ_ALLOW_HTTP", "2")),
@@ -45,7 +44,7 @@ def test_what_makes_no_sense_is_named_and_as_not_set(
     nonsense = (name, value) in NONSENSE
     assert [name in text for text in found.ignored] == [True] * nonsense
     if nonsense:
-        for known in ("project", "machine", "timeout_s", "state_dir", "foreground"):
+        for known in ("machine", "timeout_s", "state_dir", "foreground"):
             assert getattr(found, known) == getattr(plain, known)
         assert found.usage == (name != "TELEMHQ_USAGE")
         assert found.tool_names == (name != "TELEMHQ_TOOL_NAMES")
@@ -160,8 +159,8 @@ def test_which_urls_are_destinations(script: ModuleType, url: str) -> None:
     [
         (f"https://user:{TOKEN}@telemhq.com/", "user:password@"),
         (f"ftp://127.0.0.1/ping/{TOKEN}", "https://"),
-        (f"https:///ping/{TOKEN}", "host"),
-        (f"https://telemhq.com:https/{TOKEN}", "port"),
+        (f"https:///ping/{TOKEN}", "HOST"),
+        (f"https://telemhq.com:https/{TOKEN}", "PORT"),
         (f"https://telemhq.com/ping/{TOKEN}\r\nX: y", "space"),
         (f"http://192.0.2.7/ping/{TOKEN}", "TELEMHQ_ALLOW_HTTP=1"),
         (f"https://telemhq.com/ping/\udcff{TOKEN}", "character"),
