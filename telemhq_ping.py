@@ -211,6 +211,18 @@ def number(value: object) -> bool:
     return 0 <= value < 1 << 53  # of NaN that is false
 
 
+def number_in(found: Fields, name: str) -> Any:
+    """The number under `name`, 0 when there is none."""
+    value = found.get(name)
+    return value if number(value) else 0
+
+
+def object_in(found: Fields, name: str) -> Fields:
+    """The object under `name`, an empty one when there is none."""
+    value = found.get(name)
+    return value if isinstance(value, dict) else {}
+
+
 def boolean(value: object) -> bool:
     """True or False."""
     return isinstance(value, bool)
@@ -1110,32 +1122,16 @@ def age_s(path: str) -> float:
         return 0.0
 
 
-class Lock:
-    """A destination's lock, held. fd: -1 where there can be none. The kernel frees it
-    at its holder's death; the file is never deleted."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    def release(self, ours: bool = True) -> None:
-        """Give it back, also from a hook just ending that still shares it; not `ours`:
-        leave it to the sender that was given it."""
-        try:
-            if ours and self.fd >= 0 and os.name == "posix":
+def unlock(lock: int) -> None:
+    """Give a lock back, also from a hook just ending that still shares it."""
+    try:
+        with open(lock, "rb"):  # which closes it
+            if os.name == "posix":
                 import fcntl
 
-                fcntl.flock(self.fd, fcntl.LOCK_UN)
-        except OSError:
-            pass  # a file system without locks
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-def object_in(found: Fields, name: str) -> Fields:
-    """The object under `name`, an empty one when there is none."""
-    value = found.get(name)
-    return value if isinstance(value, dict) else {}
+                fcntl.flock(lock, fcntl.LOCK_UN)
+    except (OSError, ValueError):
+        pass  # there can be none
 
 
 class Record:
@@ -1148,11 +1144,6 @@ class Record:
     ) -> None:
         self.ping, self.local, self.beside = ping, local, beside
         self.accepted = accepted
-
-    def encode(self) -> bytes:
-        """As the file holds it."""
-        found: Fields = {"ping": self.ping, "local": self.local, "beside": self.beside}
-        return encode_json({**found, "accepted": self.accepted}).encode()
 
 
 class PingName:
@@ -1235,16 +1226,16 @@ class Outbox:
     def record(self, name: str) -> Record:
         """What a file holds. OSError: it is gone; ValueError: it is no ping."""
         found = read_object(self.file(name), RECORD_MAX_BYTES)
-        ping, accepted = gate(object_in(found, "ping")), found.get("accepted", 0)
+        ping = gate(object_in(found, "ping"))
         if "event_id" not in ping:
             raise ValueError("no ping")
         beside = gate_beside(object_in(found, "beside"), self.needs)
-        accepted = int(accepted) if number(accepted) else 0
+        accepted = int(number_in(found, "accepted"))
         return Record(ping, object_in(found, "local"), beside, accepted)
 
     def rewrite(self, name: str, record: Record) -> None:
         """Make the ping that waits under `name` this one, as it will be sent."""
-        write_file(self.file(name), record.encode())
+        write_file(self.file(name), encode_json(vars(record)).encode())
 
     def set_aside(self, name: str) -> None:
         """Move what can never be delivered out of the others' way, to refused/."""
@@ -1261,18 +1252,14 @@ class Outbox:
     def backoff_left_s(self) -> float:
         """Seconds until the back-off ends, 0 when none stands. One that was set in what
         is now the future is none: a clock that jumped must not stop delivery."""
-        try:
-            found = read_object(self.path("state.json"), STATE_MAX_BYTES)
-            set_at, ends = float(found["set_at"]), float(found["not_before"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
-            return 0.0
-        now = time.time()
-        left_s = min(ends, set_at + RETRY_AFTER_MAX_S) - now
-        return max(0.0, left_s) if set_at <= now else 0.0
+        state, now = State(self), time.time()
+        left_s = min(state.not_before, state.set_at + RETRY_AFTER_MAX_S) - now
+        return max(0.0, left_s) if state.set_at <= now else 0.0
 
-    def take_lock(self) -> Lock | None:
-        """The lock; None while someone else holds it. Any error but "busy" counts as
-        free: rather one ping twice under its id than all of them never."""
+    def take_lock(self) -> int | None:
+        """A descriptor that holds the lock, until its last holder's death at most; None
+        while someone else does. Any error but "busy" counts as free (-1: there can be
+        none): rather one ping twice under its id than all of them never."""
         fd = -1
         try:
             flags = os.O_RDWR | os.O_CREAT | NO_FOLLOW
@@ -1290,7 +1277,45 @@ class Outbox:
             if fd >= 0 and (busy or (os.name == "nt" and not error.errno)):  # Wine's
                 os.close(fd)
                 return None
-        return Lock(fd)
+        return fd
+
+
+class State:
+    """state.json: what a destination remembers from pass to pass.
+
+    failures: passes that failed, in a row. set_at, not_before: when the back-off was
+    set, and ends. delivered_at, swept_at, suspects_at: the last delivery, sweep, try of
+    charged suspects. (Seconds since 1970, 0: never.) verdict, problem: of the last
+    failure. suspects: name of a ping that failed -> how often it was charged; 0: it was
+    not judged yet. losses: reason -> pings lost.
+    """
+
+    failures = set_at = not_before = delivered_at = swept_at = suspects_at = 0.0
+    verdict = problem = ""
+
+    def __init__(self, outbox: Outbox) -> None:
+        """Whatever the file holds, every attribute has a value that makes sense."""
+        self.path = outbox.path("state.json")
+        try:
+            found = read_object(self.path, STATE_MAX_BYTES)
+        except (OSError, ValueError):
+            found = {}
+        for name, value in found.items():
+            default = getattr(State, name, None)
+            if number(value) if default == 0 else isinstance(default, type(value)):
+                setattr(self, name, value)
+        self.suspects, self.losses = (
+            {k: int(n) for k, n in object_in(found, name).items() if number(n)}
+            for name in ("suspects", "losses")
+        )
+
+    def save(self) -> None:
+        """Write the file; a disk that refuses must not stop delivery."""
+        found = {name: value for name, value in vars(self).items() if name != "path"}
+        try:
+            write_file(self.path, encode_json(found).encode())
+        except OSError:
+            pass
 
 
 def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
@@ -1304,6 +1329,7 @@ def outbox_of(settings: Settings, tracker: Tracker) -> Outbox:
 # -- Hook: what Claude Code runs -------------------------------------------------------
 
 THIS_FILE = os.path.abspath(__file__)  # now, for a hook leaves its directory
+START = "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
 
 
 def read_stdin() -> bytes:
@@ -1332,18 +1358,8 @@ def event_in(raw: bytes) -> Fields:
     raise Skipped("stdin held no event of Claude Code's: no JSON, no name, or Cursor's")
 
 
-def sender_command(*arguments: str) -> list[str]:
-    """The command of a sender: a fresh interpreter that imports this file."""
-    directory, name = os.path.split(THIS_FILE)
-    start = (
-        "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).sender()"
-    )
-    python = [sys.executable, "-I", "-S", "-X", "lazy_imports=all", "-c", start]
-    return [*python, directory, name[: -len(".py")], *arguments]
-
-
 def start_sender(
-    held: dict[str, Lock], environ: dict[str, str], how: str = "detached"
+    held: dict[str, int], environ: dict[str, str], how: str = "detached"
 ) -> Popen[bytes] | None:
     """Start a sender that outlives us, and hand it the locks of these destinations
     (names of their directories). It serves the first, and starts a sender for each of
@@ -1354,14 +1370,15 @@ def start_sender(
     session and with no descriptor but the locks: Claude Code kills groups and families,
     and waits for the end of its pipes.
     """
+    os.chdir("/")  # keep no project's directory busy
     if os.name == "nt":  # no descriptor is inherited there: a sender locks for itself
         for lock in held.values():
-            lock.release()
-    else:
-        os.chdir("/")  # keep no project's directory busy
-    fds = [lock.fd for lock in held.values() if lock.fd >= 0]
-    served = [word for name, lock in held.items() for word in (str(lock.fd), name)]
-    command = sender_command(how, *served)
+            unlock(lock)
+        held = dict.fromkeys(held, -1)
+    fds = [lock for lock in held.values() if lock >= 0]
+    served = [word for name, lock in held.items() for word in (str(lock), name)]
+    command = [sys.executable, "-I", "-S", "-X", "lazy_imports=all", "-c", START]
+    command += [*os.path.split(THIS_FILE[: -len(".py")]), how, *served]
     try:
         if how == "detached" and spawn(command, fds, environ):
             return None
@@ -1369,12 +1386,12 @@ def start_sender(
 
         apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
         if os.name == "nt":  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
-            apart = {"creationflags": 0x8 | 0x200, "cwd": os.path.dirname(THIS_FILE)}
+            apart = {"creationflags": 0x8 | 0x200}
         apart["stderr"] = None if how == "debug" else DEVNULL
         return Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
     finally:
-        for lock in held.values():
-            lock.release(ours=False)
+        for lock in fds:
+            os.close(lock)
 
 
 def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
@@ -1394,39 +1411,31 @@ def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
     return True
 
 
-def free_locks(queued: dict[Outbox, str], settings: Settings) -> dict[Outbox, Lock]:
-    """The locks of the outboxes where no sender runs, and no back-off stands (which
-    debug mode ignores). Where one runs, it will see the file."""
-    held = {}
-    for outbox in queued:
+def start_delivery(queued: dict[Outbox, str], settings: Settings, ends: float) -> None:
+    """Start a sender for the outboxes (and the name of our ping in each) where no
+    back-off stands, which debug mode ignores. Where one runs already, it will see the
+    file. In the foreground each makes one pass, and is waited for; where another runs,
+    until that has sent our ping; until `ends` (monotonic) at most."""
+    held, busy = {}, []
+    for outbox, name in queued.items():
         if settings.debug or not outbox.backoff_left_s():
             lock = outbox.take_lock()
-            if lock is not None:
-                held[outbox] = lock
-    return held
-
-
-def deliver_in_foreground(
-    queued: dict[Outbox, str], settings: Settings, ends: float
-) -> None:
-    """Have a sender make one pass over each outbox, and wait for its end; while another
-    has the lock, until that has sent our ping or a back-off stands; until `ends`
-    (monotonic) at most."""
-    how = "debug" if settings.debug else "once"
-    senders: dict[Outbox, Any] = {
-        outbox: start_sender({outbox.name(): lock}, settings.environ, how)
-        for outbox, lock in free_locks(queued, settings).items()
-    }
-
-    def over(outbox: Outbox) -> bool:
-        if outbox in senders:
-            return senders[outbox].poll() is not None
-        waits = os.path.exists(outbox.file(queued[outbox]))
-        return not waits or outbox.backoff_left_s() > 0
-
-    while time.monotonic() < ends and not all(map(over, queued)):
+            if lock is None:
+                busy.append(outbox.file(name))
+            else:
+                held[outbox.name()] = lock
+    if not settings.foreground:
+        if held:
+            start_sender(held, settings.environ)
+        return
+    how, environ = "debug" if settings.debug else "once", settings.environ
+    senders: list[Any] = [start_sender({n: held[n]}, environ, how) for n in held]
+    while time.monotonic() < ends and (
+        any(sender.poll() is None for sender in senders)
+        or any(map(os.path.exists, busy))
+    ):
         time.sleep(LOOK_S / 10)
-    for sender in senders.values():
+    for sender in senders:
         sender.kill()  # no use to one that has ended
 
 
@@ -1464,12 +1473,7 @@ def report_event(settings: Settings, tell: Tell) -> None:
                 tell(f"{ping['event']} {ping['event_id']} is in the outbox")
         except Skipped as why:
             problems.append(str(why))
-    if settings.foreground:
-        deliver_in_foreground(queued, settings, ends)
-    else:
-        held = {o.name(): lock for o, lock in free_locks(queued, settings).items()}
-        if held:
-            start_sender(held, settings.environ)
+    start_delivery(queued, settings, ends)
     if problems:
         raise Skipped("; ".join(problems))
 
@@ -1577,12 +1581,6 @@ def matters(line: bytes) -> bool:
 def short_id(text: str) -> str:
     """What is kept of an id: ID_CHARS, enough to know it again."""
     return path_hash(text, "")
-
-
-def number_in(found: Fields, name: str) -> Any:
-    """The number under `name`, 0 when there is none."""
-    value = found.get(name)
-    return value if number(value) else 0
 
 
 def counts_in(usage: Fields) -> list[int]:
@@ -2382,51 +2380,6 @@ def no_answer(cause: object, verdict: str) -> Answer:
 # -- Sender: empties one outbox --------------------------------------------------------
 
 
-class State:
-    """state.json: what a destination remembers from pass to pass.
-
-    failures: passes that failed, in a row. set_at, not_before: when the back-off was
-    set, and ends. delivered_at, swept_at, suspects_at: the last delivery, sweep, try of
-    charged suspects. (Seconds since 1970, 0: never.) verdict, problem: of the last
-    failure. suspects: name of a ping that failed -> how often it was charged; 0: it was
-    not judged yet. losses: reason -> pings lost.
-    """
-
-    failures = set_at = not_before = delivered_at = swept_at = suspects_at = 0.0
-    verdict = problem = ""
-
-    def __init__(self, path: str) -> None:
-        """Whatever the file holds, every attribute has a value that makes sense."""
-        from collections import Counter
-
-        try:
-            found = read_object(path, STATE_MAX_BYTES)
-        except (OSError, ValueError):
-            found = {}
-        for name, value in found.items():
-            default = getattr(State, name, None)
-            if number(value) if default == 0 else isinstance(default, type(value)):
-                setattr(self, name, value)
-        self.path = path
-        self.suspects, self.losses = (
-            Counter({k: int(n) for k, n in object_in(found, name).items() if number(n)})
-            for name in ("suspects", "losses")
-        )
-
-    def save(self) -> None:
-        """Write the file; a disk that refuses must not stop delivery."""
-        found = {name: value for name, value in vars(self).items() if name != "path"}
-        try:
-            write_file(self.path, encode_json(found).encode())
-        except OSError:
-            pass
-
-
-def state_of(outbox: Outbox) -> State:
-    """What is remembered of an outbox."""
-    return State(outbox.path("state.json"))
-
-
 def add_line(path: str, line: str, most: int) -> None:
     """Add a line to a file, which makes way for a new one when it has `most` bytes. It
     never fails: no disk may stop delivery."""
@@ -2457,7 +2410,7 @@ class Pass:
 
     def __init__(self, sender: Sender) -> None:
         self.sender, self.outbox = sender, sender.outbox
-        self.state = state_of(sender.outbox)
+        self.state = State(sender.outbox)
         self.names: list[str] = []
         self.done: set[str] = set()
         self.noted: dict[str, Answer] = {}
@@ -2471,33 +2424,30 @@ class Pass:
             if name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
                 remove(self.outbox.file(name))
         names, suspects = self.outbox.waiting(), self.state.suspects
-        lost = sorted(names, key=lambda name: PingName(name).event in USAGE_EVENTS)
-        lost = lost[: max(0, len(names) - OUTBOX_MAX_PINGS)]
-        for start in range(0, len(lost), 100):
-            for name in lost[start : start + 100]:
-                self.count_loss(name, "outbox full")
-            self.state.save()  # before they go: we may be killed meanwhile
-            for name in lost[start : start + 100]:
-                remove(self.outbox.file(name))
-        self.names = sorted(set(names).difference(lost))
-        for name in set(suspects).difference(self.names):
-            del suspects[name]
-        for name, _ in suspects.most_common()[SUSPECTS_MAX:]:
-            del suspects[name]
+        names.sort(key=lambda name: PingName(name).event in USAGE_EVENTS)
+        for name in names[:-OUTBOX_MAX_PINGS]:
+            self.count_loss(name, "outbox full")
+            remove(self.outbox.file(name))
+        self.names = sorted(names[-OUTBOX_MAX_PINGS:])
+        waiting = suspects.keys() & self.names
+        known = sorted(waiting, key=lambda name: -suspects[name])[:SUSPECTS_MAX]
+        self.state.suspects = {name: suspects[name] for name in known}
 
     def count_loss(self, name: str, reason: str) -> None:
-        """Count a ping that will not be delivered, and the tokens charged to it."""
-        self.state.losses[reason] += 1
+        """Count a ping that will not be delivered, and the tokens charged to it, before
+        it goes: we may be killed meanwhile."""
+        losses = self.state.losses
+        losses[reason] = losses.get(reason, 0) + 1
         try:
-            ping = self.outbox.record(name).ping
-            self.state.losses["tokens"] += ping["total_tokens"]
+            tokens = self.outbox.record(name).ping["total_tokens"]
+            losses["tokens"] = losses.get("tokens", 0) + tokens
         except (OSError, ValueError, KeyError):
             pass
+        self.state.save()
 
     def set_aside(self, name: str, reason: str) -> None:
         """Move what can never be delivered out of the others' way."""
         self.count_loss(name, reason)
-        self.state.save()
         self.outbox.set_aside(name)
 
     def order(self) -> Iterator[str]:
@@ -2517,8 +2467,8 @@ class Pass:
         due = not 0 <= time.time() - self.state.suspects_at < SUSPECT_PAUSE_S
         if due:
             self.state.suspects_at = time.time()
-        known = reversed(suspects.most_common())
-        yield from [name for name, charges in known if due or not charges]
+        known = sorted(suspects, key=lambda name: suspects[name])
+        yield from [name for name in known if due or not suspects[name]]
         self.done.update(suspects)
 
     def charge_before(self, witness: str) -> None:
@@ -2755,7 +2705,7 @@ def sweep(sender: Sender) -> None:
     state.save()
 
 
-def live(sender: Sender, lock: Lock | None) -> None:
+def live(sender: Sender, lock: int | None) -> None:
     """Pass after pass, to the end of a sender's life. After each the lock is given
     back, and then the outbox listed once more: a hook that found the lock busy counts
     on that. When this life is over then, news begin a new one."""
@@ -2771,7 +2721,7 @@ def live(sender: Sender, lock: Lock | None) -> None:
             if not sender.news():
                 sweep(sender)
             again = sender.news() and not (sender.is_over() or outbox.backoff_left_s())
-        lock.release()
+        unlock(lock)
         wait = outbox.backoff_left_s()
         if wait and (sender.once or time.monotonic() + wait >= sender.ends):
             return
@@ -2779,7 +2729,7 @@ def live(sender: Sender, lock: Lock | None) -> None:
             return
         time.sleep(wait)
         lock = outbox.take_lock()
-        if lock and sender.is_over():
+        if lock is not None and sender.is_over():
             start_sender({outbox.name(): lock}, sender.settings.environ)
             return
 
@@ -2791,16 +2741,13 @@ def send(settings: Settings, tell: Tell) -> None:
     once = how != "detached"
     ends = time.monotonic() + (ONCE_S if once else LIFE_S)
     if others:  # the next one starts the rest
-        held = {other: Lock(int(fd)) for fd, other in zip(others[::2], others[1::2])}
+        held = {other: int(fd) for fd, other in zip(others[::2], others[1::2])}
         start_sender(held, settings.environ)
-    trackers, problems = find_trackers(settings)
-    found = [tracker for tracker in trackers if tracker.directory_name() == name]
-    if not found:
-        raise Skipped("; ".join(problems) or "it is no destination any more")
-    outbox = outbox_of(settings, found[0])
-    outbox.need_sound()
-    lock = Lock(int(fd)) if int(fd) >= 0 else outbox.take_lock()
-    sender = Sender(outbox, found[0], settings, ends, tell, once)
+    trackers = find_trackers(settings)[0]
+    (tracker,) = [one for one in trackers if one.directory_name() == name]
+    outbox = outbox_of(settings, tracker)
+    lock = int(fd) if int(fd) >= 0 else outbox.take_lock()
+    sender = Sender(outbox, tracker, settings, ends, tell, once)
     if not once and os.name == "posix":
         os.nice(5)  # the session's own work comes first
     try:
@@ -3130,7 +3077,7 @@ def take_settings() -> None:
         os.environ.setdefault(name, value)
 
 
-def wait_for_lock(outbox: Outbox) -> Lock:
+def wait_for_lock(outbox: Outbox) -> int:
     """The outbox's lock; Skipped when a sender has it for longer than its life."""
     ends, lock = time.monotonic() + LIFE_S, outbox.take_lock()
     while lock is None:
@@ -3172,7 +3119,7 @@ def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> N
             except (OSError, ValueError) as error:
                 print(f"  {name} stays there: {error}")
         for lock in locks:
-            lock.release()
+            unlock(lock)
 
 
 def flush(options: Namespace) -> int:
@@ -3259,7 +3206,7 @@ def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Field
                 write_file(outbox.file(PingName.make(time.time_ns(), ping)), b"")
             lock = wait_for_lock(outbox)
             time.sleep(LOOK_S)  # a sender that tries it now ends
-            lock.release()
+            unlock(lock)
     return said, ping, f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
 
 
@@ -3431,7 +3378,7 @@ def check_disk(around: Surroundings) -> Iterator[Check]:
 
 def check_delivery(outbox: Outbox) -> Iterator[Check]:
     """How delivery from an outbox goes."""
-    kind, state, now = kind_of(outbox), state_of(outbox), time.time()
+    kind, state, now = kind_of(outbox), State(outbox), time.time()
     backoff_s, names = outbox.backoff_left_s(), outbox.waiting()
     late = backoff_s or (names and now - PingName(names[0]).ns / 1e9 > LIFE_S)
     yield not late, f"{kind}: {what_waits(outbox)}{': `flush` sends now' * bool(late)}"
@@ -3715,7 +3662,7 @@ def uninstall(options: Namespace) -> int:
     need_yes("Remove it?", options.yes)
     write_all(changes)
     for outbox in kept:
-        wait_for_lock(outbox).release()
+        unlock(wait_for_lock(outbox))
         shutil.rmtree(outbox.directory)
     made = [config_path("hooks", "__pycache__"), config_path("hooks")]
     for directory in (*made, state_dir, config_path()):
