@@ -1578,14 +1578,11 @@ def short_id(text: object) -> str:
 
 
 def numbers_in(found: Fields, names: list[str]) -> list[Any]:
-    """The numbers under these names, 0 where there is none."""
+    """The numbers under these names (an answer's thinking is told in its details), 0
+    where there is none."""
+    found = {**found, **object_in(found, "output_tokens_details")}
     values = [found.get(name) for name in names]
     return [value if number(value) else 0 for value in values]
-
-
-def counts_in(usage: Fields) -> list[Any]:
-    """The counts of an answer's usage."""
-    return numbers_in({**usage, **object_in(usage, "output_tokens_details")}, COUNTS)
 
 
 def blocks_in(found: Fields, name: str, kind: str) -> list[Fields]:
@@ -1632,7 +1629,7 @@ class AnswerRow(Row):
         self.request = str(fields.get("requestId") or "")
         self.name = str(message.get("id") or self.request or fields["uuid"])
         self.key = short_id(self.name) + short_id(self.request)[:4]
-        self.counts = counts_in(message["usage"])
+        self.counts = numbers_in(message["usage"], COUNTS)
         if message.get("model") == "<synthetic>" or fields.get("isApiErrorMessage"):
             raise ValueError("words of the client's own")
         self.model = model_shown(message.get("model"))
@@ -1645,7 +1642,7 @@ class AnswerRow(Row):
             short_id(call.get("id")): call.get("name") for call in calls
         }
         self.inner = [
-            (model_shown(call.get("model")), counts_in(call))
+            (model_shown(call.get("model")), numbers_in(call, COUNTS))
             for call in blocks_in(message["usage"], "iterations", "advisor_message")
         ]
         branch = fields.get("gitBranch")
@@ -1689,19 +1686,17 @@ def rows_behind(path: str, place: Fields, ends: float) -> Iterator[Row]:
     offset of the end of the last line read; {}: the begin. OSError or ValueError: it
     cannot be read; TimeoutError: not to its end by `ends` (monotonic)."""
     with open(open_regular(path), "rb") as file:
-        inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
+        inode, at = str(os.fstat(file.fileno()).st_ino), 0.0
         file.seek(place.get("offset", 0))
         if inode != place.get("inode") or file.read(1) != b"\n":
             file.seek(0)  # another file, or not what it was
             place.update(inode=inode, offset=0)
         for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
-            begins, whole = whole, line.endswith(b"\n")
-            # The parts of one that is too long are no lines.
-            row = Row.parse(line) if begins and whole else None
-            if row is not None:
-                at = row.at = row.at or at
-                yield row
-            if whole:
+            if line.endswith(b"\n"):  # else it is half-written, or too long
+                row = Row.parse(line)
+                if row is not None:
+                    at = row.at = row.at or at
+                    yield row
                 place["offset"] = file.tell() - 1
             if time.monotonic() > ends:
                 raise TimeoutError("the rest is for the next ping")
@@ -1711,7 +1706,6 @@ def rows_behind(path: str, place: Fields, ends: float) -> Iterator[Row]:
 
 USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd", "SessionLost")
 HISTORY, CALLED = "history", "call"  # what else stands in `seen`
-IDENTITY = "project session_id cwd_hash transcript_path_hash timestamp".split()
 
 
 def less(counts: list[int], others: list[int]) -> list[int]:
@@ -1736,7 +1730,7 @@ class Account:
     """What of a session was charged at one destination. Every attribute is what its
     file holds, a plain value of JSON.
 
-    identity, beside: of the last ping, for a SessionLost. since: older rows are
+    ping, beside: the last one, for a SessionLost. since: older rows are
     history. transcripts: path -> the place read to, and when the last row came that
     ended a turn. seen: key of an answer -> its counts, or HISTORY; short id of a tool
     call -> CALLED, HISTORY when it failed. in_history: the main chain's last answer is.
@@ -1748,7 +1742,7 @@ class Account:
     def __init__(self, path: str, since: float = 0) -> None:
         self.path, self.since = path, float(since)
         self.transcript = self.model = self.branch = ""
-        self.identity: Fields = {}
+        self.ping: Fields = {}
         self.beside: Fields = {}
         self.stopped_at = self.prompted_at = 0.0
         self.in_history = False
@@ -1835,7 +1829,7 @@ def ledger_until(path: str, key: str, ends: float) -> list[Any]:
                     break
                 copied = row.key == key
     except (OSError, ValueError):
-        return []
+        copied = False
     return found if copied else []
 
 
@@ -1955,7 +1949,7 @@ class Reading:
         """Count what an answer has gained: in older rows the output may be partial, and
         some routers begin with none at all. name: under which a tracker is told the
         answer: one that keeps the first row of each gets another for what is later."""
-        known = self.account.seen.setdefault(key, NONE)
+        known = self.account.seen.get(key, NONE)
         more = less(counts, known)
         self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
         if any(known):
@@ -1968,7 +1962,7 @@ class Reading:
         if not any(more):
             return
         self.models = added(self.models, model, more)
-        if identifier(name) and len(self.rows) < ROWS_MAX - 200:
+        if identifier(name) and len(self.rows) < ROWS_MAX:
             self.rows.append([name, model, int(at * 1000), *more[:-1]])
         else:
             self.rest = added(self.rest, model, more)
@@ -2049,8 +2043,7 @@ class Charge:
         path = str(self.local["transcript"])
         if os.path.isfile(path) or not account.transcript:
             account.transcript = path
-        account.beside = self.beside
-        account.identity = {name: self.ping.get(name) for name in IDENTITY}
+        account.ping, account.beside = self.ping, self.beside
         if self.event in USAGE_EVENTS and event_id not in account.charged:
             account.charged[event_id] = self.tell()
         return object_in(account.charged, event_id)
@@ -2159,19 +2152,19 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     power), if something of it was told to nobody. path: its account's. The ping's id is
     made of that, so that a crash makes no two; today's settings shape it."""
     account = Account.load(path)
-    known = account.identity
+    known = account.ping
     event = {"hook_event_name": "SessionLost", "session_id": known["session_id"]}
     event["transcript_path"] = account.transcript
     ns = round(seconds_of(known["timestamp"]) * 1000) * 10**6
     ping = make_ping(event, settings, known["project"], ns, -1)  # an event of no size
     ping["event_id"] = sha256_hex(account.encode())[:32]
     if ping["transcript_path_hash"] == known["transcript_path_hash"]:
-        ping["cwd_hash"] = known["cwd_hash"]  # of another key it would say nothing
+        ping["cwd_hash"] = known.get("cwd_hash")  # of another key it would say nothing
     record = Record(ping, local_of(event, settings, ping), account.beside)
     name = PingName.make(ns, ping)
     told = Charge(outbox, name, record, ends).tell()
-    news = [told.get(name) for name in ("total_tokens", *LEDGER_SUMS)]
-    if any(news) or any(object_in(told, "since_end").values()):
+    used = told["total_tokens"] or told.get("cost_usd")
+    if used or any(object_in(told, "since_end").values()):
         outbox.rewrite(name, record)
 
 
