@@ -67,6 +67,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
+    from collections import Counter
     from ssl import SSLContext
     from subprocess import Popen
     from threading import Thread
@@ -118,7 +119,6 @@ WAIT_MAX_S = 3600.0  # a ping that cannot be charged for a full disk goes withou
 DAY_S = 86400.0  # a session without a word for so long is lost
 ACCOUNTS_MAX = 500  # sessions remembered: some months' worth
 ACCOUNT_MAX_BYTES = 16 << 20  # 64,000 answers: 4 MB
-SEEN_MAX = 1 << 18  # answers and tool calls remembered; a very long session has 130,000
 CHARGED_MAX = 8  # charges remembered, until the ping's own file has them
 
 
@@ -1552,49 +1552,46 @@ def hook() -> NoReturn:
 # -- Transcripts: rows that count ------------------------------------------------------
 
 INTERRUPTED = "[Request interrupted by user"  # the client's words, in a row of its own
-NEEDLES = (b'"usage"', b'"is_error":true', b'"cost-state"', INTERRUPTED.encode())
-COUNTS = (  # in the order of TOKENS, which has their total behind them
+COUNTS = (  # in the order of TOKENS; then what they cost, which only the ledger tells
     "input_tokens output_tokens cache_read_input_tokens cache_creation_input_tokens "
-    "thinking_tokens"
+    "thinking_tokens costUSD"
 ).split()
 LEDGER_COUNTS = (
     "inputTokens outputTokens cacheReadInputTokens cacheCreationInputTokens "
-    "thinkingTokens"
+    "thinkingTokens costUSD"
 ).split()
 LEDGER_SUMS = {  # the ping's name -> the ledger's
     "cost_usd": "totalCostUSD",
     "lines_added": "totalLinesAdded",
     "lines_removed": "totalLinesRemoved",
 }
-NO_LEDGER: list[Any] = [{}, {}, {}]
 NONE = [0] * len(COUNTS)
-OUTPUT = 1  # the output tokens' place
+NO_LEDGER: list[Any] = [{}, [0] * len(LEDGER_SUMS)]
 
 
-def matters(line: bytes) -> bool:
-    """Whether a line of a transcript may hold a count, or begin a turn, by its bytes.
-    Tools' results are most of the file."""
-    begins = b'"promptId"' in line and b'"tool_result"' not in line
-    return begins or any(needle in line for needle in NEEDLES)
-
-
-def short_id(text: str) -> str:
+def short_id(text: object) -> str:
     """What is kept of an id: ID_CHARS, enough to know it again."""
-    return path_hash(text, "")
+    return path_hash(str(text), "")
 
 
-def counts_in(usage: Fields) -> list[int]:
-    """The counts of an answer's usage."""
-    usage = {**usage, **object_in(usage, "output_tokens_details")}
-    return [int(number_in(usage, name)) for name in COUNTS]
+def numbers_in(found: Fields, names: list[str]) -> list[Any]:
+    """The numbers under these names (an answer's thinking is told in its details), 0
+    where there is none."""
+    found = {**found, **object_in(found, "output_tokens_details")}
+    return [number_in(found, name) for name in names]
 
 
-def added(models: Models, more: Models) -> Models:
-    """The sum, model by model, count by count."""
-    sums = dict(models)
-    for name, counts in more.items():
-        sums[name] = [a + b for a, b in zip(sums.get(name, NONE), counts)]
-    return sums
+def blocks_in(found: Fields, name: str, kind: str) -> list[Fields]:
+    """Of the list under `name` the objects of one type."""
+    value = found.get(name)
+    blocks = value if isinstance(value, list) else []
+    return [block for block in blocks if block.get("type") == kind]
+
+
+def added(models: Models, name: str, counts: list[int]) -> Models:
+    """The same, with more counts of a model."""
+    known = models.get(name, NONE)
+    return {**models, name: [a + b for a, b in zip(known, counts)]}
 
 
 class Row:
@@ -1628,25 +1625,24 @@ class AnswerRow(Row):
         self.request = str(fields.get("requestId") or "")
         self.name = str(message.get("id") or self.request or fields["uuid"])
         self.key = short_id(self.name) + short_id(self.request)[:4]
-        self.counts = counts_in(message["usage"])
+        self.counts = numbers_in(message["usage"], COUNTS)
         if message.get("model") == "<synthetic>" or fields.get("isApiErrorMessage"):
             raise ValueError("words of the client's own")
         self.model = model_shown(message.get("model"))
         self.stop_reason = message.get("stop_reason")
         self.origin = fields.get("requestSessionId", session)
-        self.branched = bool(fields.get("forkedFrom"))
+        self.branched = fields.get("forkedFrom")
         self.copied = self.origin != session or self.branched
-        self.calls: Fields = {}
-        content = message.get("content")
-        for block in content if isinstance(content, list) else ():
-            if block.get("type") == "tool_use" and isinstance(block.get("id"), str):
-                self.calls[short_id(block["id"])] = block.get("name")
+        calls = blocks_in(message, "content", "tool_use")
+        self.calls: Fields = {
+            short_id(call.get("id")): call.get("name") for call in calls
+        }
         self.inner = [
-            (model_shown(call.get("model")), counts_in(call))
-            for call in message["usage"].get("iterations") or ()
-            if call.get("type") == "advisor_message"
+            (model_shown(call.get("model")), numbers_in(call, COUNTS))
+            for call in blocks_in(message["usage"], "iterations", "advisor_message")
         ]
-        self.branch = fields.get("gitBranch")
+        branch = fields.get("gitBranch")
+        self.branch = str(branch) if branch_name(branch) else ""
 
 
 class UserRow(Row):
@@ -1654,31 +1650,27 @@ class UserRow(Row):
     tool calls that failed. interrupt: it tells of one. prompt: it begins a turn."""
 
     def __init__(self, fields: Fields) -> None:
-        content = fields["message"].get("content")
-        blocks = content if isinstance(content, list) else []
-        results = [block for block in blocks if block.get("type") == "tool_result"]
-        failed = [block for block in results if block.get("is_error") is True]
-        self.failed = [short_id(str(block.get("tool_use_id"))) for block in failed]
-        said = "".join([str(block.get("text")) for block in blocks])
+        results = blocks_in(fields["message"], "content", "tool_result")
+        failed = [block for block in results if block.get("is_error")]
+        self.failed = [short_id(block.get("tool_use_id")) for block in failed]
+        texts = blocks_in(fields["message"], "content", "text")
+        said = "".join([str(block.get("text")) for block in texts])
         self.interrupt = said.startswith(INTERRUPTED)
         inserted = fields.get("isMeta") or fields.get("isCompactSummary")
-        self.prompt = not (results or self.interrupt or inserted)
+        other = results or self.interrupt or inserted
+        self.prompt = "promptId" in fields and not other
 
 
 class LedgerRow(Row):
-    """The client's own sums of a session so far. ledger: [model -> counts, model ->
-    USD, name in LEDGER_SUMS -> sum]."""
+    """The client's own sums of a session so far. ledger: [model -> counts, sums in the
+    order of LEDGER_SUMS]."""
 
     def __init__(self, fields: Fields) -> None:
         models: Models = {}
-        costs: dict[str, float] = {}
         for name, used in fields["modelUsage"].items():
-            shown = model_shown(name)
-            counts = [int(number_in(used, count)) for count in LEDGER_COUNTS]
-            models = added(models, {shown: counts})
-            costs[shown] = costs.get(shown, 0) + number_in(used, "costUSD")
-        sums = {ours: number_in(fields, name) for ours, name in LEDGER_SUMS.items()}
-        self.ledger = [models, costs, sums]
+            counts = numbers_in(used, LEDGER_COUNTS)
+            models = added(models, model_shown(name), counts)
+        self.ledger = [models, numbers_in(fields, [*LEDGER_SUMS.values()])]
 
 
 ROWS = {"assistant": AnswerRow, "user": UserRow, "cost-state": LedgerRow}
@@ -1686,25 +1678,22 @@ ROWS = {"assistant": AnswerRow, "user": UserRow, "cost-state": LedgerRow}
 
 def rows_behind(path: str, place: Fields, ends: float) -> Iterator[Row]:
     """The rows of a transcript behind a place, which moves on; one at which the reader
-    stops is read again next time. place: offset, and inode (a text, for JSON readers
-    lose digits); {}: the begin. OSError or ValueError: it cannot be read; TimeoutError:
-    not to its end by `ends` (monotonic)."""
+    stops is read again next time. place: inode (a text, for JSON readers lose digits),
+    offset of the end of the last line read; {}: the begin. OSError or ValueError: it
+    cannot be read; TimeoutError: not to its end by `ends` (monotonic)."""
     with open(open_regular(path), "rb") as file:
-        inode, at, whole = str(os.fstat(file.fileno()).st_ino), 0.0, True
-        offset = place.get("offset", 0)
-        file.seek(max(0, offset - 1))
-        if inode != place.get("inode") or (offset and file.read(1) != b"\n"):
-            offset = file.seek(0)  # another file, or not what it was
-        place.update(inode=inode, offset=offset)
+        inode, at = str(os.fstat(file.fileno()).st_ino), 0.0
+        file.seek(place.get("offset", 0))
+        if inode != place.get("inode") or file.read(1) != b"\n":
+            file.seek(0)  # another file, or not what it was
+            place.update(inode=inode, offset=0)
         for line in iter(lambda: file.readline(LINE_MAX_BYTES), b""):
-            begins, whole = whole, line.endswith(b"\n")
-            # The parts of one that is too long are no lines.
-            row = Row.parse(line) if begins and whole and matters(line) else None
-            if row is not None:
-                at = row.at = row.at or at
-                yield row
-            if whole:
-                place["offset"] = file.tell()
+            if line.endswith(b"\n"):  # else it is half-written, or too long
+                row = Row.parse(line)
+                if row is not None:
+                    at = row.at = row.at or at
+                    yield row
+                place["offset"] = file.tell() - 1
             if time.monotonic() > ends:
                 raise TimeoutError("the rest is for the next ping")
 
@@ -1713,12 +1702,11 @@ def rows_behind(path: str, place: Fields, ends: float) -> Iterator[Row]:
 
 USAGE_EVENTS = ("Stop", "StopFailure", "SubagentStop", "SessionEnd", "SessionLost")
 HISTORY, CALLED = "history", "call"  # what else stands in `seen`
-IDENTITY = "project session_id cwd_hash transcript_path_hash timestamp".split()
 
 
 def less(counts: list[int], others: list[int]) -> list[int]:
     """The difference, count by count; never negative."""
-    return [max(0, a - b) for a, b in zip(counts, others)]
+    return [max(0, round(a - b, 10)) for a, b in zip(counts, others)]
 
 
 def total(models: Models) -> list[int]:
@@ -1727,23 +1715,21 @@ def total(models: Models) -> list[int]:
 
 
 def named(counts: list[int]) -> Fields:
-    """Counts as a ping has them, with their total: reasoning is part of the output."""
-    return dict(zip(TOKENS, [*counts, sum(counts[:-1])]))
-
-
-def gained(now: Fields, before: Fields) -> Fields:
-    """What numbers have gained, name by name; never negative."""
-    return {name: max(0, round(n - before.get(name, 0), 10)) for name, n in now.items()}
+    """Counts as a ping has them: with their total (reasoning is part of the output),
+    and with what they cost, where that is known."""
+    *tokens, cost = counts
+    found: Fields = dict(zip(TOKENS, [*tokens, sum(tokens[:-1])]))
+    return {**found, "cost_usd": cost} if cost else found
 
 
 class Account:
-    """What of a session was charged at one destination. Every attribute but `path` is
-    what its file holds, a plain value of JSON.
+    """What of a session was charged at one destination. Every attribute is what its
+    file holds, a plain value of JSON.
 
-    identity, own: of the last ping, for a SessionLost. since: older rows are history.
-    transcripts: name -> the place read to, and when the last row came that ended a
-    turn. seen: key of an answer -> its counts, or HISTORY; short id of a tool call ->
-    CALLED, HISTORY when it failed. in_history: the main chain's last answer is.
+    ping, beside: the last one, for a SessionLost. since: older rows are
+    history. transcripts: path -> the place read to, and when the last row came that
+    ended a turn. seen: key of an answer -> its counts, or HISTORY; short id of a tool
+    call -> CALLED, HISTORY when it failed. in_history: the main chain's last answer is.
     baseline: the ledger at the end of history, and what was told since; [] when nobody
     knows it. ledger: the client's, while it is the last word. totals: told in all;
     at_end: when the session last ended. charged: event_id -> what it is told.
@@ -1752,8 +1738,8 @@ class Account:
     def __init__(self, path: str, since: float = 0) -> None:
         self.path, self.since = path, float(since)
         self.transcript = self.model = self.branch = ""
-        self.identity: Fields = {}
-        self.own: Fields = {}
+        self.ping: Fields = {}
+        self.beside: Fields = {}
         self.stopped_at = self.prompted_at = 0.0
         self.in_history = False
         self.transcripts: dict[str, Fields] = {}
@@ -1768,59 +1754,55 @@ class Account:
     def load(cls, path: str) -> Account:
         """OSError as it comes; ValueError: the file holds no account."""
         account, found = cls(path), read_object(path, ACCOUNT_MAX_BYTES)
-        for name, value in account.kept().items():
+        for name, value in vars(account).items():
             if type(found.get(name)) is not type(value):
                 raise ValueError("no account")
             setattr(account, name, found[name])
+        account.path = path  # it may have moved
         return account
 
-    def kept(self) -> Fields:
-        """All that its file holds."""
-        return {name: value for name, value in vars(self).items() if name != "path"}
+    def encode(self) -> bytes:
+        """As the file holds it."""
+        return encode_json(vars(self)).encode()
 
     def save(self) -> None:
         """Write the file, all or nothing."""
-        self.seen = dict(list(self.seen.items())[-SEEN_MAX:])
+        from pathlib import Path
+
         self.charged = dict(list(self.charged.items())[-CHARGED_MAX:])
-        directory = os.path.dirname(self.path)
-        if not os.path.isdir(directory):
-            os.mkdir(directory, 0o700)
-        write_file(self.path, encode_json(self.kept()).encode())
+        Path(self.path).parent.mkdir(0o700, exist_ok=True)
+        write_file(self.path, self.encode())
 
-    def files(self) -> dict[str, str]:
-        """Name -> path of the session's transcripts: its own, "", and its agents', at
-        any depth. The names stay where the files move."""
-        from glob import escape, glob
+    def files(self) -> list[str]:
+        """The session's transcripts: its own, and its agents', at any depth."""
+        from pathlib import Path
 
-        top = self.transcript[: -len(".jsonl")]
-        agents = os.path.join(escape(top), "subagents", "**", "agent-*.jsonl")
-        paths = sorted(glob(agents, recursive=True))
-        return {"": self.transcript, **{os.path.relpath(p, top): p for p in paths}}
+        top = Path(self.transcript).with_suffix("")
+        agents = top.glob("subagents/**/agent-*.jsonl")
+        return [self.transcript, *[str(path) for path in agents if path.is_file()]]
 
     def settle(self, usage: Reading) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
         (compaction and titles are calls of no row), its cost and lines. It is sums that
         are compared: it may name a model otherwise than rows. It is the baseline from
         now on."""
-        models, costs, sums = self.ledger
-        told, base_costs, base_sums = self.baseline
+        models, sums = self.ledger
+        told, base_sums = self.baseline
         left = less(total(models), total(told))
         for model, counts in models.items():
             known = told.get(model, NONE)
             more = [min(pair) for pair in zip(less(counts, known), left)]
             left = less(left, more)
-            if any(more):
-                usage.models = added(usage.models, {model: more})
+            usage.add(model, more)
         self.baseline = self.ledger
-        usage.costs = gained(costs, base_costs)
-        usage.numbers.update(gained(sums, base_sums))
+        usage.numbers.update(dict(zip(LEDGER_SUMS, less(sums, base_sums))))
 
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
-        from glob import escape, glob
+        from pathlib import Path
 
         found: set[str] = set()
-        for path in glob(os.path.join(escape(os.path.dirname(self.path)), "*.json")):
+        for path in map(str, Path(self.path).parent.glob("*.json")):
             try:
                 if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
@@ -1841,9 +1823,9 @@ def ledger_until(path: str, key: str, ends: float) -> list[Any]:
             elif isinstance(row, AnswerRow):
                 if copied and row.key != key:
                     break
-                copied = copied or row.key == key
+                copied = row.key == key
     except (OSError, ValueError):
-        return []
+        copied = False
     return found if copied else []
 
 
@@ -1863,23 +1845,29 @@ def end_of_earlier_runs(path: str, until: float, ends: float) -> float:
 
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
-    until: the time of the event. ends: monotonic. first: there may be a history that
-    nobody knows yet. parent: of a fork: its parent's file, key of the last answer
-    copied. models: model -> counts; costs: -> USD. tools: name -> calls. numbers: a
-    ping's others. rows: as BESIDE has them, of what each answer has gained."""
+    until: the time of the event. ends: monotonic. elsewhere: what other sessions'
+    accounts have seen; None: there may be a history that nobody knows yet. copied: the
+    main chain's last answer, if another session has it, too. models: model -> counts;
+    rest: those that are in no row. rows: as BESIDE has them, of what each answer has
+    gained. tools: name -> calls. numbers: a ping's others."""
 
-    def __init__(self, account: Account, until: float, ends: float) -> None:
-        self.account, self.ends = account, ends
+    def __init__(
+        self, account: Account, until: float, ends: float, tool_names: bool
+    ) -> None:
+        from collections import Counter
+
+        self.account, self.ends, self.tool_names = account, ends, tool_names
         self.until = until + 0.001  # rows tell their time in milliseconds
-        self.tool_names = True
-        self.first = bool(account.since) and not account.transcripts
-        self.parent: tuple[str, str] | None = None
-        self.elsewhere: set[str] | None = None if self.first else set()
+        self.elsewhere: set[str] | None = set()
+        if account.since and not account.transcripts:
+            begun = end_of_earlier_runs(account.transcript, self.until, ends)
+            account.since, self.elsewhere = max(account.since, begun), None
+        self.copied: AnswerRow | None = None
         self.models: Models = {}
-        self.costs: Fields = {}
-        self.tools: dict[str, int] = {}
-        self.numbers: Fields = {"tool_calls": 0, "tool_failures": 0}
+        self.rest: Models = {}
         self.rows: list[list[Any]] = []
+        self.tools: Counter[str] = Counter()
+        self.numbers = Counter(tool_calls=0, tool_failures=0)
         # The first answer of each id: some routers give many answers the same.
         self.firsts = {key[:ID_CHARS]: key for key in reversed(account.seen)}
 
@@ -1887,29 +1875,20 @@ class Reading:
         """Count what was gained; False: a part. The session's own comes first: agents'
         files may begin with copies of its rows. OSError or ValueError: one cannot be
         read."""
-        account = self.account
         try:
-            if self.first:
-                begun = end_of_earlier_runs(account.transcript, self.until, self.ends)
-                account.since, self.first = max(account.since, begun), False
-            for name, path in account.files().items():
-                if not name or os.path.isfile(path):
-                    self.read_one(name, path)
+            for path in self.account.files():
+                self.read_one(path, path == self.account.transcript)
         except TimeoutError:
             return False
-        if self.parent and not account.baseline:  # now, for that one may go on
-            path = os.path.join(os.path.dirname(account.transcript), self.parent[0])
-            account.baseline = ledger_until(path, self.parent[1], self.ends)
-        self.parent = None
         return True
 
-    def read_one(self, name: str, path: str) -> None:
+    def read_one(self, path: str, main: bool) -> None:
         """Count what one transcript has gained, up to the event's time: the client
         writes agents' rows a little later."""
-        account, main = self.account, not name
-        place = account.transcripts.setdefault(name, {"ended_at": 0.0})
+        account = self.account
+        place = account.transcripts.setdefault(path, {"ended_at": 0.0})
         for row in rows_behind(path, place, self.ends):
-            if row.at > self.until + (LAG_S if name else 0):
+            if row.at > self.until + (0 if main else LAG_S):
                 break  # a later ping's
             if isinstance(row, AnswerRow):
                 counts = self.count_answer(row, main)
@@ -1933,60 +1912,56 @@ class Reading:
 
     def count_answer(self, row: AnswerRow, main: bool) -> bool:
         """Count an answer's tokens, once, and its tool calls; False: it is history."""
-        seen = self.account.seen
-        new = row.key not in seen
-        if new and self.is_history(row):
+        account, seen = self.account, self.account.seen
+        if row.key not in seen and self.is_history(row):
             seen[row.key] = HISTORY
-        past = seen.get(row.key) == HISTORY
-        if main:
-            self.note(row, past, new)
-        if past:
+            if main:  # what its ledger had of before stands behind it, or nobody knows
+                account.in_history, account.ledger = True, []
+                account.baseline = NO_LEDGER if row.branched else []
+                self.copied = row if row.copied else None
+        if seen.get(row.key) == HISTORY:
             return False
-        self.gain(row.key, row.model, row.counts, row)
+        if main:
+            account.in_history = False
+            account.model, account.branch = row.model, row.branch
+            if row.stop_reason is not None:
+                account.ledger = []  # no last word any more
+        first = self.firsts.setdefault(row.key[:ID_CHARS], row.key)
+        name = row.name if first == row.key else f"{row.name}.{row.request}"
+        self.gain(row.key, row.model, row.counts, name, row.at)
         for n, (model, counts) in enumerate(row.inner):
-            self.gain(short_id(f"{row.key} {n}"), model, counts)
-        for call, name in row.calls.items():
+            self.gain(f"{row.key}.{n}", model, counts)
+        for call, tool in row.calls.items():
             if call not in seen:
                 seen[call] = CALLED
                 self.numbers["tool_calls"] += 1
-                if identifier(name):
-                    tool = tool_shown(name, self.tool_names)
-                    self.tools[tool] = self.tools.get(tool, 0) + 1
+                if identifier(tool):
+                    self.tools[tool_shown(tool, self.tool_names)] += 1
         return True
 
-    def note(self, row: AnswerRow, past: bool, new: bool) -> None:
-        """Note what the main chain's newest answer tells."""
-        account = self.account
-        if not past:
-            account.in_history, account.model = False, row.model
-            account.branch = str(row.branch) if branch_name(row.branch) else ""
-            if row.stop_reason is not None:
-                account.ledger = []  # no last word any more
-        elif new:
-            # /branch begins a ledger anew; of others it is found behind the history.
-            account.baseline = NO_LEDGER if row.branched else []
-            account.in_history = not row.branched
-            copied = row.copied and identifier(row.origin)
-            self.parent = (f"{row.origin}.jsonl", row.key) if copied else None
-            account.ledger = []
-
     def gain(
-        self, key: str, model: str, counts: list[int], row: AnswerRow | None = None
+        self, key: str, model: str, counts: list[int], name: str = "", at: float = 0
     ) -> None:
         """Count what an answer has gained: in older rows the output may be partial, and
-        some routers begin with none at all. row: for a tracker that keeps the first row
-        of each id, which then is one of its own for what was gained later."""
-        known = self.account.seen.setdefault(key, NONE)
+        some routers begin with none at all. name: under which a tracker is told the
+        answer: one that keeps the first row of each gets another for what is later."""
+        known = self.account.seen.get(key, NONE)
         more = less(counts, known)
-        if counts[OUTPUT] < known[OUTPUT] or not any(more):
-            return
         self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
-        self.models = added(self.models, {model: more})
-        if row and identifier(row.name):
-            first = self.firsts.setdefault(key[:ID_CHARS], key)
-            name = row.name if first == key else f"{row.name}.{row.request}"
-            name += f".{counts[OUTPUT]}" if any(known) else ""
-            self.rows.append([name, model, int(row.at * 1000), *more])
+        if any(known):
+            name += f".{sum(counts)}"
+        self.add(model, more, name, at)
+
+    def add(self, model: str, more: list[int], name: str = "", at: float = 0) -> None:
+        """Count what was used, in a row of its own, if it has a name and there is room
+        for it."""
+        if not any(more):
+            return
+        self.models = added(self.models, model, more)
+        if identifier(name) and len(self.rows) < ROWS_MAX:
+            self.rows.append([name, model, int(at * 1000), *more[:-1]])
+        else:
+            self.rest = added(self.rest, model, more)
 
     def count_user(self, row: UserRow, main: bool) -> None:
         """Count failed tools and interrupts; note that a prompt begins a turn."""
@@ -1997,7 +1972,7 @@ class Reading:
                 self.numbers["tool_failures"] += 1
         if main and row.at >= account.since:
             if row.interrupt:
-                self.numbers["interrupts"] = self.numbers.get("interrupts", 0) + 1
+                self.numbers["interrupts"] += 1
             if row.prompt:
                 account.prompted_at = row.at
 
@@ -2005,14 +1980,21 @@ class Reading:
         """The fields of a ping. model: the main chain's last."""
         fields = {**named(total(self.models)), **self.numbers, "model": model}
         models = {name: named(counts) for name, counts in self.models.items()}
-        for name in filter(self.costs.get, self.costs):
-            models.setdefault(name, {})["cost_usd"] = self.costs[name]
         if models and list(models) != [model]:
             fields["models"] = models
         if self.tools:
-            used = sorted(self.tools.items(), key=lambda pair: (-pair[1], pair[0]))
-            fields["tools"] = dict(used[:20])
+            fields["tools"] = dict(self.tools.most_common(20))
         return fields
+
+    def messages(self, event_id: str, at: float) -> list[list[Any]]:
+        """The rows: together what the ping says, to the token. What no answer has (the
+        ledger's, or more than there may be) has a row for each model."""
+        rest = [
+            [f"{event_id}.{model}"[:128], model, int(at * 1000), *counts[:-1]]
+            for model, counts in self.rest.items()
+            if any(counts[:-1])
+        ]
+        return self.rows + rest
 
 
 def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
@@ -2021,203 +2003,165 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
     OSError: it cannot be read, and must not be replaced. ValueError: it was damaged,
     and has begun anew."""
     path = outbox.account_path(session_name(ping["session_id"]))
-    at = PingName(name).ns / 1e9
     try:
         return Account.load(path)
     except ValueError:
-        account = Account(path, time.time())
-        account.baseline = []
-        account.save()
+        Account(path, time.time()).save()
         raise
     except FileNotFoundError:
         pass
+    at = PingName(name).ns / 1e9
     ours = (THIS_FILE, outbox.path("lock"))
-    installed = min(at, *(os.stat(path).st_ctime for path in ours))
+    installed = min(os.stat(path).st_ctime for path in ours)
     known = {"startup": 0.0, "clear": 0.0, "resume": at, "fork": at}
     source = str(ping.get("source"))  # of a SessionStart
     return Account(path, known.get(source, max(installed, at - DAY_S)))
 
 
-def messages(usage: Reading, event_id: str, ms: int) -> list[list[Any]]:
-    """Its rows: together what the ping says, to the token. What no answer has (the
-    ledger's, or more than there may be) has a row for each model. ms: the time."""
-    found, left = usage.rows[: ROWS_MAX - 200], dict(usage.models)
-    for _, model, _, *counts in found:
-        left[model] = less(left[model], counts)
-    for model, counts in left.items():
-        if any(counts):
-            found.append([f"{event_id}.{model}"[:128], model, ms, *counts])
-    return found
-
-
 class Charge:
-    """One try to give a ping its session's new usage. at: the event's time. ends: the
-    session does."""
+    """One try to give a ping its session's new usage. at: the event's time. over: the
+    session is. ends: monotonic."""
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
-        self.outbox, self.name, self.record = outbox, name, record
-        self.ping, self.local = record.ping, record.local
+        self.ping, self.local, self.beside = record.ping, record.local, record.beside
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
-        self.ends = self.event in ("SessionEnd", "SessionLost")
+        self.needs, self.ends = outbox.needs, ends
+        self.over = self.event in ("SessionEnd", "SessionLost")
         self.account = open_account(outbox, name, record.ping)
-        until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
-        self.reading = Reading(self.account, until.get(self.event, self.at), ends)
-        self.reading.tool_names = self.local.get("tool_names") is not False
 
-    def count(self) -> None:
-        """Note what is new; for a SessionLost, too. OSError or ValueError: the
-        transcript cannot be read."""
+    def count(self) -> Fields:
+        """What the ping is told: now or, after a crash, again. OSError or ValueError:
+        the transcript cannot be read."""
         account, event_id = self.account, self.ping["event_id"]
         if self.local.get("usage") is False:
             account.since = max(account.since, self.at)
-            return
+            return {}
         path = str(self.local["transcript"])
         if os.path.isfile(path) or not account.transcript:
             account.transcript = path
-        account.own = self.record.beside.get("own", {})
-        account.identity = {k: self.ping[k] for k in IDENTITY if k in self.ping}
+        account.ping, account.beside = self.ping, self.beside
         if self.event in USAGE_EVENTS and event_id not in account.charged:
             account.charged[event_id] = self.tell()
-
-    def keep(self) -> Record:
-        """The ping with its usage: now or, after a crash, again. The account is saved
-        with it, then the ping's file is rewritten, then it may be sent: so nothing is
-        lost, and nothing told twice."""
-        self.account.save()
-        told = self.account.charged.get(self.ping["event_id"])
-        if told is None:
-            return self.record
-        beside = gate_beside({**self.record.beside, **told}, self.outbox.needs)
-        record = Record(gate({**self.ping, **told}), {}, beside)
-        self.outbox.rewrite(self.name, record)
-        return record
+        return object_in(account.charged, event_id)
 
     def tell(self) -> Fields:
         """All that was used since the last charge: usage fields, what stands beside."""
-        account, usage = self.account, self.reading
-        complete = self.read_and_wait()
+        account, event_id = self.account, self.ping["event_id"]
+        until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
+        tool_names = self.local.get("tool_names") is not False
+        usage = Reading(account, until.get(self.event, self.at), self.ends, tool_names)
+        complete = self.read_and_wait(usage)
+        if usage.copied and not account.baseline:
+            top = os.path.dirname(account.transcript)
+            path = os.path.join(top, f"{usage.copied.origin}.jsonl")
+            account.baseline = ledger_until(path, usage.copied.key, self.ends)
         if account.baseline:
-            told, *sums = account.baseline
-            account.baseline = [added(told, usage.models), *sums]
-        if self.ends and complete and account.baseline and account.ledger:
-            account.settle(usage)
-        elif not complete or self.event == "SessionLost":
+            told, sums = account.baseline
+            for model, counts in usage.models.items():
+                told = added(told, model, counts)
+            account.baseline = [told, sums]
+        if not complete:
             usage.numbers["usage_complete"] = False
+        elif self.over and account.baseline:
+            account.settle(usage)
         fields = usage.fields(account.model)
         self.add_turn(fields)
         totals = {name: n + fields[name] for name, n in account.totals.items()}
         beside = {
-            "messages": messages(usage, self.ping["event_id"], int(self.at * 1000)),
+            "messages": usage.messages(event_id, self.at),
             "totals": totals,
-            "since_end": gained(totals, account.at_end),
+            "since_end": {name: n - account.at_end[name] for name, n in totals.items()},
         }
         account.totals = totals
-        account.at_end = totals if self.ends else account.at_end
-        return {**fields, **gate_beside(beside, self.outbox.needs)}
+        account.at_end = totals if self.over else account.at_end
+        return {**fields, **gate_beside(beside, self.needs)}
 
     def add_turn(self, fields: Fields) -> None:
         """Add what is known of the turn that ends; note that it does."""
-        account, begun = self.account, self.account.stopped_at
-        # Else another hook had the turn go on from there.
-        if not self.ping.get("stop_hook_active"):
-            begun = account.prompted_at if account.prompted_at > begun else 0.0
+        account = self.account
+        begun = account.prompted_at
+        if self.ping.get("stop_hook_active"):
+            begun = account.stopped_at  # another hook had the turn go on from there
         if self.event == "Stop" and 0 < begun <= self.at:
             fields["duration_ms"] = round((self.at - begun) * 1000)
         if self.local.get("git") is True:
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
-            account.stopped_at = self.at
+            account.stopped_at, account.prompted_at = self.at, 0.0
 
-    def read_and_wait(self) -> bool:
+    def read_and_wait(self, usage: Reading) -> bool:
         """Read until all has come, or the event is LAG_S old: the client writes a
         turn's last row, a session's ledger after it. Whether all has."""
-        lag = min(LAG_S, self.at + LAG_S - time.time())
-        give_up = min(time.monotonic() + lag, self.reading.ends)
-        while True:
-            came = self.reading.read() and self.has_come()
-            if came or time.monotonic() >= give_up:
-                return came
+        for _ in range(round(LAG_S / POLL_S)):
+            if usage.read() and self.has_come():
+                return True
+            if time.time() > self.at + LAG_S:
+                break
             time.sleep(POLL_S)
+        return False
 
     def has_come(self) -> bool:
         """Whether what the client writes at such an event is there."""
-        account, name = self.account, ""
-        if self.ends:
+        account = self.account
+        if self.over:
             return not account.baseline or bool(account.ledger)
-        if self.event == "SubagentStop":
-            agent, top = str(self.local.get("agent_transcript")), account.transcript
-            name = os.path.relpath(agent, top[: -len(".jsonl")])
-            if not os.path.isfile(agent):
-                return True
-        elif self.event != "Stop":
-            return True
-        ended_at: float = account.transcripts.get(name, {}).get("ended_at", 0.0)
-        return ended_at > account.stopped_at
+        agent = self.local.get("agent_transcript")
+        awaited = {"Stop": account.transcript, "SubagentStop": agent}
+        place = account.transcripts.get(str(awaited.get(self.event)))
+        return place is None or place["ended_at"] > account.stopped_at
 
 
 def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | None:
     """What the file of a ping holds, with the usage in it. Its `local` is not empty.
-    ends: monotonic. None: it must wait, for the disk refuses what must be remembered.
-    Where nothing can be read, nothing is charged: it is for the session's next ping."""
-    charges = record.ping.get("event") in USAGE_EVENTS
-    off, saving = record.local.get("usage") is False, False
-    path = outbox.account_path(session_name(record.ping["session_id"]))
-    if not (charges or off) and os.path.exists(path):
-        os.utime(path)  # its session is not lost
+    ends: monotonic. The account is saved with what is told, then the ping's file is
+    rewritten, then it may be sent: so nothing is lost, and nothing told twice. None: it
+    must wait, for the disk refuses that. Where nothing can be read, nothing is charged:
+    it is for the session's next ping."""
+    if record.ping.get("event") not in ("SessionStart", *USAGE_EVENTS):
         return record
+    told = unknown = {"usage_complete": False}
     for _ in range(CHARGE_TRIES):
-        saving = False
         try:
             one = Charge(outbox, name, record, ends)
-            one.count()
-            saving = True
-            return one.keep()
+            told = one.count()
+            one.account.save()
+            break
         except (FileNotFoundError, ValueError):
             break  # there is no such transcript; the account is damaged
         except OSError:
             time.sleep(POLL_S)
-    if off or not charges:
-        return record
-    if saving and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
-        return None
-    fields = {**record.ping, "usage_complete": False}
-    record = Record(gate(fields), {}, record.beside)
+    else:
+        if told != unknown and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
+            return None
+        told = unknown
+    beside = gate_beside({**record.beside, **told}, outbox.needs)
+    record = Record(gate({**record.ping, **told}), {}, beside)
     try:
-        outbox.rewrite(name, record)  # so that a repeat is the same
+        outbox.rewrite(name, record)
     except OSError:
-        pass
+        pass  # the account knows what it is told
     return record
 
 
 def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> None:
     """Put a ping into the outbox for a session that ended without a word (kill -9,
     power), if something of it was told to nobody. path: its account's. The ping's id is
-    made of what it will tell, so that a crash makes no two; today's settings shape it.
-    """
+    made of that, so that a crash makes no two; today's settings shape it."""
     account = Account.load(path)
-    reading = Reading(account, float("inf"), ends)
-    reading.read()
-    known, now = account.baseline[1:], account.ledger[1:]  # cost and lines
-    news = reading.models or (known and now and known != now)
-    ended = account.totals == account.at_end or "since_end" not in outbox.needs
-    if ended and not news:
-        return
-    shown = dict(account.identity)
-    transcript_hash = path_hash(account.transcript, settings.hash_key)
-    if shown.get("transcript_path_hash") != transcript_hash:
-        shown.pop("cwd_hash", None)  # hashed under another key; its path is not known
-    shown.update(
-        ORIGIN,
-        event="SessionLost",
-        status="success",
-        event_id=sha256_hex(encode_json(account.kept()).encode())[:32],
-        transcript_path_hash=transcript_hash,
-        machine=settings.machine,
-    )
-    local = {"transcript": account.transcript, "tool_names": settings.tool_names}
-    record = Record(gate(shown), {**local, "git": settings.git}, {"own": account.own})
-    ns = int(seconds_of(shown["timestamp"]) * 1e9)
-    outbox.rewrite(PingName.make(ns, shown), record)
+    known = account.ping
+    event = {"hook_event_name": "SessionLost", "session_id": known["session_id"]}
+    event["transcript_path"] = account.transcript
+    ns = round(seconds_of(known["timestamp"]) * 1000) * 10**6
+    ping = make_ping(event, settings, known["project"], ns, -1)  # an event of no size
+    ping["event_id"] = sha256_hex(account.encode())[:32]
+    if ping["transcript_path_hash"] == known["transcript_path_hash"]:
+        ping["cwd_hash"] = known.get("cwd_hash")  # of another key it would say nothing
+    record = Record(ping, local_of(event, settings, ping), account.beside)
+    name = PingName.make(ns, ping)
+    told = Charge(outbox, name, record, ends).tell()
+    used = told["total_tokens"] or told.get("cost_usd")
+    if used or any(object_in(told, "since_end").values()):
+        outbox.rewrite(name, record)
 
 
 # -- Delivery: one request, one verdict ------------------------------------------------

@@ -328,7 +328,7 @@ def test_ledger_settles_what_is_in_no_row(session: Session) -> None:
     end = session.charge(END, 13, *turn(10, 2), ledger({OPUS: 7, HAIKU: 2}, (31, 12)))
     assert end["models"] == {
         OPUS: {**used(6), "cost_usd": cost_of({OPUS: 7})},
-        HAIKU: {"cost_usd": cost_of({HAIKU: 2})},
+        HAIKU: {**used(0), "cost_usd": cost_of({HAIKU: 2})},
     }
     found = [end[name] for name in ("model", "lines_added", "lines_removed")]
     assert found == [OPUS, 31, 12]

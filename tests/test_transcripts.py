@@ -304,7 +304,7 @@ def test_broken_transcript_costs_its_ping_the_usage_only(
 @pytest.mark.fault(36)
 def test_nothing_inside_a_long_line_counts(session: Session) -> None:
     """A line of 50 MB is passed over, in any two reads; all behind it counts."""
-    begun = b'{"a":' + b" " * (50 << 20)
+    begun = b'{"a":"' + b"a" * (50 << 20)
     assert size_of(session.charge("Stop", 2, *turn(0, 1), begun)) == 1
     inside = message(3, 1024)
     assert size_of(session.charge("Stop", 12, inside, *turn(10, 2))) == 2
