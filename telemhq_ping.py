@@ -2904,11 +2904,10 @@ def need_yes(question: str, yes: bool) -> None:
 
 
 def span(seconds: float) -> str:
-    """`40 s`, `3 min`, `5 h`, `2 days`."""
-    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * unit:
-            return f"{int(seconds / unit)} {name}"
-    return f"{int(max(seconds, 0))} s"
+    """`0:06:40`, `4 days, 15:06:40`."""
+    from datetime import timedelta
+
+    return str(timedelta(seconds=int(max(seconds, 0))))
 
 
 def what_waits(outbox: Outbox) -> str:
@@ -3157,13 +3156,12 @@ def take_settings() -> None:
 
 def wait_for_lock(outbox: Outbox) -> Lock:
     """The outbox's lock; Skipped when a sender has it for longer than its life."""
-    ends, lock = time.monotonic() + LIFE_S, outbox.take_lock()
-    while lock is None:
-        if time.monotonic() >= ends:
-            raise Skipped(f"a sender is at work in {outbox.directory}; try later")
-        time.sleep(LOOK_S)
+    for _ in range(int(LIFE_S / LOOK_S)):
         lock = outbox.take_lock()
-    return lock
+        if lock:
+            return lock
+        time.sleep(LOOK_S)
+    raise Skipped(f"a sender is at work in {outbox.directory}; try later")
 
 
 def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> str:
@@ -3250,8 +3248,8 @@ def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Field
     import subprocess
     import tempfile
 
-    listening = socket.create_server(("127.0.0.1", 0))
-    with listening as server, tempfile.TemporaryDirectory() as place:
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, tempfile.TemporaryDirectory() as place:
         own = {
             "CLAUDE_PROJECT_DIR": os.getcwd(),
             "TELEMHQ_DESTINATIONS": TelemHQ.kind,  # nobody else is to get samples
@@ -3352,7 +3350,7 @@ def check_bytecode(_: Surroundings) -> Iterator[Check]:
 
     script = config_path("hooks", SCRIPT)
     cached, loader = cache_from_source(script), SourceFileLoader("", script)
-    if not (os.path.exists(cached) and os.path.exists(script)):
+    if not os.path.exists(cached):
         return
     try:
         made = loader.source_to_code(loader.get_data(script), script)
@@ -3370,8 +3368,8 @@ def answer_to(asked: Request, settings: Settings) -> Answer:
 
     try:
         how = make_opener(asked.url), asked, settings.timeout_s
-        asking = ThreadPool(1).apply_async(post, how)
-        return asking.get(DEADLINE * settings.timeout_s)
+        with ThreadPool(1) as pool:  # whose threads keep no process alive
+            return pool.apply_async(post, how).get(DEADLINE * settings.timeout_s)
     except Skipped as why:
         return Answer(HOLD, str(why))
     except Late:
@@ -3441,7 +3439,8 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     kind, state, now = kind_of(outbox), state_of(outbox), time.time()
     backoff_s, names = outbox.backoff_left_s(), outbox.waiting()
     late = backoff_s or (names and now - PingName(names[0]).ns / 1e9 > LIFE_S)
-    yield not late, f"{kind}: {what_waits(outbox)}{': `flush` sends now' * bool(late)}"
+    remedy = ": `flush` sends now" if late else ""
+    yield not late, f"{kind}: {what_waits(outbox)}{remedy}"
     if backoff_s:
         why = in_words(state.problem, kind)
         yield False, f"{kind}: the next try is in {span(backoff_s)}, for {why}"

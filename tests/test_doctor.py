@@ -208,7 +208,7 @@ LINES: dict[str, Callable[[Home], object]] = {
     "-- for another URL 2 pings of api wait, .* for 4 days": lambda home: wait_there(
         home, 2, 400000, True
     ),
-    "!! telemhq: the next try is in 14 min, for 404: is the URL in": backed_off,
+    "!! telemhq: the next try is in 0:14:.., for 404: is the URL in": backed_off,
     "-- telemhq: 2 lost so far, refused: HTTP 422": lambda home: home.set_state(
         losses={"refused: HTTP 422": 2}
     ),

@@ -239,7 +239,7 @@ def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None
         ended = run(home, "flush", "--adopt", "--yes", url=receiver.url)
         code, out = ended.code, ended.out
     assert code == 0
-    assert "3 pings of api wait, the oldest for 6 min\n" in out
+    assert "3 pings of api wait, the oldest for 0:06:4" in out
     host = f"http://127.0.0.1:{receiver.port}"
     assert f"\n  from {former} to {present}, {host}\n" in out
     assert [ping["event_id"] for ping in receiver.pings] == sent
