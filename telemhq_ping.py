@@ -3253,7 +3253,7 @@ def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Field
         own = {
             "CLAUDE_PROJECT_DIR": os.getcwd(),
             "TELEMHQ_DESTINATIONS": TelemHQ.kind,  # nobody else is to get samples
-            "TELEMHQ_FOREGROUND": "0",
+            "TELEMHQ_FOREGROUND": "0",  # it is answered when it has ended
             "TELEMHQ_HOOK_DEBUG": "0",
             "TELEMHQ_STATE_DIR": place,
             URL_NAME: f"http://127.0.0.1:{server.getsockname()[1]}/ping/sample",
@@ -3974,8 +3974,8 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
-    """Run a command; the exit status."""
+def main(arguments: list[str]) -> int | str:
+    """Run a command; for sys.exit(): its status, or why it failed."""
     os.umask(0o077)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # what a terminal does not know
@@ -3992,7 +3992,7 @@ def main(arguments: list[str]) -> int:
         told = f"this Python lacks the module {error.name}; take a whole one"
     except (Skipped, OSError, ValueError) as error:
         told = str(error)
-    sys.exit(f"{SCRIPT}: {at_home(told)}")
+    return f"{SCRIPT}: {at_home(told)}"
 
 
 if __name__ == "__main__":
