@@ -68,9 +68,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from argparse import ArgumentParser, Namespace
     from collections import Counter
+    from socket import socket
     from ssl import SSLContext
     from subprocess import Popen
-    from threading import Thread
     from typing import Any, Callable, Dict, Iterator, NoReturn, Optional, Tuple
     from urllib.request import OpenerDirector
 
@@ -683,7 +683,9 @@ def url_in(settings: Settings, name: str, default: str, path: str) -> str:
             raise ValueError(ALLOW_HTTP)
     except ValueError as error:
         raise Skipped(f"{name} is not usable: {error}") from None
-    return url if url.endswith(path) else url.rstrip("/") + path
+    if path:
+        url = url.rstrip("/")
+    return url if url.endswith(path) else url + path
 
 
 def secret_in(settings: Settings, name: str, path: str) -> str:
@@ -1875,11 +1877,17 @@ class Reading:
         """Count what was gained; False: a part. The session's own comes first: agents'
         files may begin with copies of its rows. OSError or ValueError: one cannot be
         read."""
+        account = self.account
         try:
-            for path in self.account.files():
-                self.read_one(path, path == self.account.transcript)
+            for path in account.files():
+                self.read_one(path, path == account.transcript)
         except TimeoutError:
             return False
+        copied, self.copied = self.copied, None
+        if copied and not account.baseline:  # now, for its parent may go on
+            top = os.path.dirname(account.transcript)
+            path = os.path.join(top, f"{copied.origin}.jsonl")
+            account.baseline = ledger_until(path, copied.key, self.ends)
         return True
 
     def read_one(self, path: str, main: bool) -> None:
@@ -1916,7 +1924,7 @@ class Reading:
         if row.key not in seen and self.is_history(row):
             seen[row.key] = HISTORY
             if main:  # what its ledger had of before stands behind it, or nobody knows
-                account.in_history, account.ledger = True, []
+                account.in_history, account.ledger = not row.branched, []
                 account.baseline = NO_LEDGER if row.branched else []
                 self.copied = row if row.copied else None
         if seen.get(row.key) == HISTORY:
@@ -2012,7 +2020,7 @@ def open_account(outbox: Outbox, name: str, ping: Fields) -> Account:
         pass
     at = PingName(name).ns / 1e9
     ours = (THIS_FILE, outbox.path("lock"))
-    installed = min(os.stat(path).st_ctime for path in ours)
+    installed = min(at, *(os.stat(path).st_ctime for path in ours))
     known = {"startup": 0.0, "clear": 0.0, "resume": at, "fork": at}
     source = str(ping.get("source"))  # of a SessionStart
     return Account(path, known.get(source, max(installed, at - DAY_S)))
@@ -2051,10 +2059,6 @@ class Charge:
         tool_names = self.local.get("tool_names") is not False
         usage = Reading(account, until.get(self.event, self.at), self.ends, tool_names)
         complete = self.read_and_wait(usage)
-        if usage.copied and not account.baseline:
-            top = os.path.dirname(account.transcript)
-            path = os.path.join(top, f"{usage.copied.origin}.jsonl")
-            account.baseline = ledger_until(path, usage.copied.key, self.ends)
         if account.baseline:
             told, sums = account.baseline
             for model, counts in usage.models.items():
@@ -2127,6 +2131,7 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
             one.account.save()
             break
         except (FileNotFoundError, ValueError):
+            told = unknown
             break  # there is no such transcript; the account is damaged
         except OSError:
             time.sleep(POLL_S)
@@ -2499,11 +2504,12 @@ class Sender:
     ends: monotonic: no request begins after it. tell: for a person. once: somebody
     waits: for no back-off, and for ONCE_LAST_S beyond the end at most. status: the exit
     status when a request that overstays ends the process. deadline: monotonic, of the
-    request on its way.
+    request on its way. answered: what the last answer was.
     """
 
     opener: OpenerDirector | None = None
     deadline = float("inf")
+    answered = ""
 
     def __init__(
         self,
@@ -2580,7 +2586,7 @@ class Sender:
         self.deadline = float("inf")
         if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
             answer = Answer(REFUSED, f"{answer.what}, rejected")
-        took_ms = (time.monotonic() - begun) * 1000
+        self.answered, took_ms = answer.what, (time.monotonic() - begun) * 1000
         said = answer.verdict if answer.verdict in (DELIVERED, REFUSED) else "kept"
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
@@ -2717,10 +2723,10 @@ def kind_of(outbox: Outbox) -> str:
 
 def outboxes(state_dir: str | None) -> list[Outbox]:
     """Every destination's outbox that there is, also of URLs no longer configured."""
-    top = state_dir or ""
-    names = sorted(os.listdir(top)) if os.path.isdir(top) else []
-    found = [Outbox(os.path.join(top, name)) for name in names if "-" in name]
-    return [outbox for outbox in found if os.path.isdir(outbox.path("outbox"))]
+    import pathlib
+
+    places = sorted(pathlib.Path(state_dir or os.devnull).glob("*-*/outbox"))
+    return [Outbox(str(place.parent)) for place in places if place.is_dir()]
 
 
 def adopt(former: Outbox, present: Outbox, name: str) -> None:
@@ -2728,16 +2734,15 @@ def adopt(former: Outbox, present: Outbox, name: str) -> None:
     must not be told here twice: the session's account here begins behind it, or, when
     that has counted already, it goes without numbers. OSError, ValueError: it stays."""
     record = Outbox(former.directory, present.needs).record(name)
-    used = record.ping.get("total_tokens") and "session_id" in record.ping
-    if used and not record.local:
+    if record.ping.get("total_tokens"):
         account, at = open_account(present, name, record.ping), PingName(name).ns / 1e9
-        if not account.transcripts:
-            account.since = max(account.since, at)
-            account.save()
-        elif account.since < at:
+        if account.transcripts and account.since < at:
             told = (number, counts, counts_by_model)
             ping = {k: v for k, v in record.ping.items() if GATE[k] not in told}
             record = Record({**ping, "usage_complete": False}, {}, {})
+        else:
+            account.since = max(account.since, at)
+            account.save()
     present.rewrite(name, record)
     remove(former.file(name))
 
@@ -2811,28 +2816,29 @@ def what_waits(outbox: Outbox) -> str:
     return f"{len(names)} {pings} of {whose} {wait}, the oldest for {age}"
 
 
-MEANINGS = (  # of an answer, by what it begins with
-    (("HTTP 401", "HTTP 402", "HTTP 403"), "is the token in {token} right, and paid?"),
-    (("HTTP 404", "HTTP 405", "HTTP 410"), "is the URL in {url} right, is it there?"),
-    (("HTTP 408", "HTTP 409", "HTTP 425", "HTTP 429"), "it is busy; sent again later"),
-    (("HTTP 407", "proxy"), "HTTPS_PROXY may lack USER:PASSWORD@, NO_PROXY this host"),
-    (("SOCKS",), "name an HTTP proxy in HTTPS_PROXY"),
-    (("HTTP 3",), "it has moved; put its new address into {url}"),
-    (("HTTP 5", "no whole"), "it has a problem of its own; sent again later"),
-    (("HTTP",), "it refuses this ping; {dislike}"),
-    (("TLS: WRONG_VERSION", "TLS: HTTP"), "no TLS is spoken there; is https:// right?"),
-    (("TLS",), "SSL_CERT_FILE can name a company's certificates"),
-    (("this Python",), "run `install` with a whole Python"),
-    (("",), "is {url} right, is there a network?"),
-)
+MEANINGS = {  # of an answer: what it begins with (a pattern) -> the meaning
+    "HTTP 40[123]": "is the token in {token} right, and paid?",
+    "HTTP (404|405|410)": "is the URL in {url} right, is it there?",
+    "HTTP (408|409|425|429)": "it is busy; sent again later",
+    "HTTP 407|proxy": "HTTPS_PROXY may lack USER:PASSWORD@, NO_PROXY this host",
+    "SOCKS": "name an HTTP proxy in HTTPS_PROXY",
+    "HTTP 3": "it has moved; put its new address into {url}",
+    "HTTP 5|no whole": "it has a problem of its own; sent again later",
+    "HTTP": "it refuses this ping; {dislike}",
+    "TLS: (WRONG_VERSION|HTTP)": "no TLS is spoken there; is https:// right?",
+    "TLS": "SSL_CERT_FILE can name a company's certificates",
+    "this Python": "run `install` with a whole Python",
+    "": "is {url} right, is there a network?",
+}
 
 
 def in_words(what: str, kind: str) -> str:
     """An answer (`what` of an Answer) of a kind of tracker, and what it means."""
-    meaning = next(text for begins, text in MEANINGS if what.startswith(begins))
+    import re
+
+    meaning = next(text for begin, text in MEANINGS.items() if re.match(begin, what))
     tracker: Any = TRACKERS[kind]
-    url, *others = tracker.variables
-    token = (others or [url])[0]
+    url, token = tracker.variables[0], tracker.variables[:2][-1]
     meaning = meaning.format(url=url, token=token, dislike=tracker.dislike)
     return f"{what.replace('HTTP ', '')}: {meaning}"
 
@@ -3009,46 +3015,40 @@ class Surroundings:
 
 def take_settings() -> None:
     """Give a hook that is run by hand in debug mode what Claude Code would give it."""
-    if not Settings(dict(os.environ)).debug or "CLAUDE_PROJECT_DIR" in os.environ:
+    given = dict(os.environ)
+    if not Settings(given).debug or "CLAUDE_PROJECT_DIR" in given:
         return
     try:
         around = Surroundings()
     except (Skipped, OSError):
         return
-    if around.url_from and URL_NAME not in os.environ:
+    if around.url_from and URL_NAME not in given:
         tell_on_stderr(at_home(f": {URL_NAME} is from {around.url_from}"))
-    for name, value in around.settings.environ.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**around.settings.environ, **given})
 
 
 def wait_for_lock(outbox: Outbox) -> int:
     """The outbox's lock; Skipped when a sender has it for longer than its life."""
-    ends, lock = time.monotonic() + LIFE_S, outbox.take_lock()
-    while lock is None:
-        if time.monotonic() >= ends:
-            raise Skipped(f"a sender is at work in {outbox.directory}; try later")
-        time.sleep(LOOK_S)
+    for _ in range(int(LIFE_S / LOOK_S)):
         lock = outbox.take_lock()
-    return lock
+        if lock is not None:
+            return lock
+        time.sleep(LOOK_S)
+    raise Skipped(f"a sender is at work in {outbox.directory}; try later")
 
 
 def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> str:
-    """Deliver what waits, in spite of a back-off; the last answer."""
-    told, ends = [""], time.monotonic() + LIFE_S
-
-    def tell(text: str) -> None:
-        print(text, flush=True)
-        told.append(text)
-
-    sender = Sender(outbox, tracker, settings, ends, tell, once=True, status=1)
+    """Deliver what waits, in spite of a back-off; what the last answer was."""
+    ends = time.monotonic() + LIFE_S
+    sender = Sender(outbox, tracker, settings, ends, say, once=True, status=1)
     live(sender, wait_for_lock(outbox))
-    return told[-1].partition(": ")[2].rpartition(" in ")[0]
+    return sender.answered
 
 
-def adopt_all(present: Outbox, tracker: Tracker, state_dir: str, yes: bool) -> None:
+def adopt_all(present: Outbox, tracker: Tracker, settings: Settings, yes: bool) -> None:
     """Move what waits for a tracker's former URLs, if a person says so."""
-    for former in outboxes(state_dir):
-        other = kind_of(former) == kind_of(present) and former.name() != present.name()
+    for former in outboxes(settings.state_dir):
+        other = kind_of(former) == tracker.kind and former.name() != present.name()
         if not (other and former.waiting()):
             continue
         former.need_sound()
@@ -3075,18 +3075,20 @@ def flush(options: Namespace) -> int:
     around, left = Surroundings(), 0
     settings = around.settings
     os.environ.update(settings.environ)  # urllib looks for proxies there
-    if around.url_is_kept and settings.destinations == [TelemHQ.kind]:
-        raise Skipped("only Claude Code knows the plugin's URL: start a session")
     trackers, problems = find_trackers(settings)
+    if around.url_is_kept:
+        problems.append("only Claude Code knows the plugin's URL: start a session")
     for tracker in trackers:
         outbox = outbox_of(settings, tracker)
         outbox.need_sound()
         if options.adopt:
-            adopt_all(outbox, tracker, settings.state_dir or "", options.yes)
-        what = flush_outbox(outbox, tracker, settings) if outbox.waiting() else ""
+            adopt_all(outbox, tracker, settings, options.yes)
+        if outbox.waiting():
+            flush_outbox(outbox, tracker, settings)
         left += len(outbox.waiting())
-        if outbox.waiting() and what:
-            print(f"{tracker.kind}: {in_words(what, tracker.kind)}")
+        if outbox.backoff_left_s():
+            why = in_words(State(outbox).problem, tracker.kind)
+            print(f"{tracker.kind}: {why}")
     if problems:
         raise Skipped("; ".join(problems))
     print(f"{left or 'None'} left.")
@@ -3099,59 +3101,60 @@ ARRIVES_S = 30.0  # a ping that has not come by then is lost
 HOOK_MOST_S = 15.0  # a hook that takes longer is stuck
 
 
-def receiver(arrived: list[tuple[float, Fields]]) -> tuple[int, Thread]:
-    """A tracker on loopback: (port, a thread that takes one (monotonic, ping))."""
-    import http.server
-    import threading
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            arrived.append((time.monotonic(), decode_json(body.decode())))
-            self.send_response_only(200)  # which logs nothing
-            self.end_headers()
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-    server.timeout = ARRIVES_S
-    thread = threading.Thread(target=server.handle_request, daemon=True)
-    thread.start()
-    return server.server_address[1], thread
+def receive(server: socket) -> Fields:
+    """The ping that comes to a tracker on loopback, {} when none does in time. Asked to
+    wait for longer than it lives, its sender ends at once."""
+    try:
+        connection = server.accept()[0]
+    except OSError:
+        return {}
+    connection.settimeout(ARRIVES_S)
+    with connection, connection.makefile("rb") as request:
+        connection.sendall(b"HTTP/1.0 503 \r\nRetry-After: 99\r\n\r\n")
+        connection.shutdown(1)  # nothing more is written: the sender hangs up
+        ping: Fields = decode_json(request.read().decode().partition("\r\n\r\n")[2])
+    return ping
 
 
 def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Fields, str]:
     """Run a hook, 15 s at most: (what it printed, the ping that arrived, times)."""
+    import socket
     import subprocess
     import tempfile
 
-    arrived: list[tuple[float, Fields]] = []
-    port, thread = receiver(arrived)
-    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryFile() as out:
-        environ = {**environ, "TELEMHQ_STATE_DIR": os.path.join(place, "state")}
-        environ["TELEMHQ_DESTINATIONS"] = TelemHQ.kind  # nobody else is to get samples
-        environ["CLAUDE_PROJECT_DIR"] = os.getcwd()
-        environ[URL_NAME] = f"http://127.0.0.1:{port}/ping/sample"
+    server = socket.create_server(("127.0.0.1", 0))
+    with server, tempfile.TemporaryDirectory() as place:
+        own = {
+            "CLAUDE_PROJECT_DIR": os.getcwd(),
+            "TELEMHQ_DESTINATIONS": TelemHQ.kind,  # nobody else is to get samples
+            "TELEMHQ_FOREGROUND": "0",  # it is answered when it has ended
+            "TELEMHQ_HOOK_DEBUG": "0",
+            "TELEMHQ_STATE_DIR": place,
+            URL_NAME: f"http://127.0.0.1:{server.getsockname()[1]}/ping/sample",
+        }
         begun, pipe = time.monotonic(), subprocess.PIPE
         process = subprocess.Popen(
-            command, 0, None, pipe, out, out, env=environ, start_new_session=True
+            command,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+            env={**environ, **own},
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,
         )
         try:
-            process.communicate(encode_json(event).encode(), HOOK_MOST_S)
+            said = process.communicate(encode_json(event), HOOK_MOST_S)[0]
         except subprocess.TimeoutExpired:
             getattr(os, "killpg", os.kill)(process.pid, 9)
             return "it does not end", {}, ""
         hook_ms = (time.monotonic() - begun) * 1000
-        out.seek(0)
-        said = out.read().decode("utf-8", "replace")
         # Where it made no state nothing will arrive.
-        thread.join(ARRIVES_S if os.listdir(place) else 10 * LOOK_S)
-        at, ping = arrived[0] if arrived else (begun, {})
-        for outbox in outboxes(environ["TELEMHQ_STATE_DIR"]):
-            if ping:  # its sender looks for more: what is none ends that at once
-                write_file(outbox.file(PingName.make(time.time_ns(), ping)), b"")
-            lock = wait_for_lock(outbox)
-            time.sleep(LOOK_S)  # a sender that tries it now ends
-            unlock(lock)
-    return said, ping, f"hook {hook_ms:.0f} ms, all {(at - begun) * 1000:.0f} ms"
+        server.settimeout(ARRIVES_S if os.listdir(place) else 10 * LOOK_S)
+        ping, all_ms = receive(server), (time.monotonic() - begun) * 1000
+        for outbox in outboxes(place):
+            unlock(wait_for_lock(outbox))
+    return said, ping, f"hook {hook_ms:.0f} ms, all {all_ms:.0f} ms"
 
 
 def check_settings(around: Surroundings) -> Iterator[Check]:
@@ -3177,43 +3180,39 @@ def check_settings(around: Surroundings) -> Iterator[Check]:
 
 def check_hooks(around: Surroundings) -> Iterator[Check]:
     """Whether each event runs the script, and once; each such command is run."""
-    found: dict[tuple[str, str], tuple[RegisteredHook, str]] = {}
+    found: dict[str, dict[str, str]] = {event: {} for event in EVENTS}
     for file in around.files:
-        for hook in [hook for hook in file.hooks if hook.names_script]:
-            key = hook.event, hook.command  # Claude Code runs the same one once
-            found.setdefault(key, (hook, file.path))
-    for event in dict.fromkeys([*EVENTS, *(event for event, _ in found)]):
-        ours = [pair for pair in found.values() if pair[0].event == event]
-        for hook, path in ours:
-            yield try_hook(around, hook, path)
-        by = [path for _, path in ours]
-        if around.plugin and event in EVENTS:
-            by.append(f"the plugin ({around.plugin})")
-        both = f"{event} by {' and '.join(by)}"
-        if not by:  # StopFailure is not for every client
+        for hook in file.hooks:
+            if hook.names_script:  # Claude Code runs the same command once
+                found.setdefault(hook.event, {}).setdefault(hook.command, file.path)
+    for event in EVENTS if around.plugin else ():
+        found[event][PLUGIN] = f"the plugin ({around.plugin})"
+    for event, commands in found.items():
+        for command, path in commands.items():
+            yield try_hook(around, event, command, path)
+        both = f"{event} by {' and '.join(commands.values())}"
+        if not commands:  # StopFailure is not for every client
             bad = None if event == "StopFailure" else False
             yield bad, f"no hook for {event}: run `install`"
-        elif len(by) > 1 and any(URL_NAME in hook.command for hook, _ in ours):
+        elif len(commands) > 1 and any(URL_NAME in command for command in commands):
             yield None, f"{both}, to two URLs: each is told the whole"
-        elif len(by) > 1:
+        elif len(commands) > 1:
             yield False, f"{both}: take one out, for each sends a ping"
-        elif not ours:
-            yield True, both
 
 
-def try_hook(around: Surroundings, hook: RegisteredHook, path: str) -> Check:
+def try_hook(around: Surroundings, event: str, command: str, path: str) -> Check:
     """Run a hook's command; whether its ping arrived."""
-    name = f"{hook.event} by {path}"
-    known = path in around.own or hook.command == hook_command(hook.event)
-    if "TELEMHQ_" in hook.command or not known:
-        return None, f"{name} was not tried: it may be a stranger's, or send elsewhere"
+    name = f"{event} by {path}"
+    known = path in around.own or command == hook_command(event)
+    if "TELEMHQ_" in command or not known:
+        return None, f"{name} was not tried: it may send elsewhere, or be a stranger's"
     shell = "/bin/sh" if os.name == "posix" else "C:\\Program Files\\Git\\bin\\bash.exe"
-    event = {"hook_event_name": hook.event, "session_id": "x", "cwd": os.getcwd()}
-    environ = {**around.settings.environ, "TELEMHQ_HOOK_DEBUG": "0"}
-    said, ping, times = play([shell, "-c", hook.command], event, environ)
+    sample = {"hook_event_name": event, "session_id": "x", "cwd": os.getcwd()}
+    environ = around.settings.environ
+    said, ping, times = play([shell, "-c", command], sample, environ)
     if ping and not said:
         return True, f"{name}: arrived at doctor's own receiver, {times}"
-    line = (said.strip().splitlines() or ["nothing"])[-1]
+    line = said.strip().rpartition("\n")[2] or "nothing"
     does = "prints" if ping else "sends nothing and says"
     return False, f"{name} {does} `{line}`: run `install`, or mend it"
 
@@ -3225,7 +3224,7 @@ def check_bytecode(_: Surroundings) -> Iterator[Check]:
 
     script = config_path("hooks", SCRIPT)
     cached, loader = cache_from_source(script), SourceFileLoader("", script)
-    if not (os.path.exists(cached) and os.path.exists(script)):
+    if not os.path.exists(cached):
         return
     try:
         made = loader.source_to_code(loader.get_data(script), script)
@@ -3272,47 +3271,39 @@ def check_trackers(around: Surroundings) -> Iterator[Check]:
             yield False, f"{name}: {in_words(answer.what, tracker.kind)}"
 
 
-def obstacle(outbox: Outbox) -> str:
-    """What keeps hooks from writing and locking a file in an outbox, or ""."""
-    import errno
-
-    path = outbox.path("outbox")
+def try_disk(outbox: Outbox) -> Check:
+    """Write and lock a file in an outbox as hooks do; whether they can."""
+    path, problem = outbox.path("outbox"), "is not writable"
     while not os.path.isdir(path):
         path = os.path.dirname(path)
     trial = os.path.join(path, ".doctor")
     try:
         outbox.need_sound()
         write_file(trial, b" " * (64 << 10))
+        problem = "has no locks, so that pings go twice"
         if os.name == "posix":
             import fcntl
 
             with open(trial, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except Skipped as error:
-        return str(error).partition(";")[0]
+        return True, f"hooks can write to {path}"
+    except Skipped as why:
+        told = str(why).partition(";")[0]
     except OSError as error:
-        no_locks = error.errno in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP)
-        what = "has no locks, so that pings go twice" if no_locks else "is not writable"
-        return f"{path} {what} ({error.strerror})"
+        told = f"{path} {problem} ({error.strerror})"
     finally:
         remove(trial)
-    return ""
+    return False, f"{told}: mend that, or set TELEMHQ_STATE_DIR to another place"
 
 
 def check_disk(around: Surroundings) -> Iterator[Check]:
     """Whether hooks can write, how delivery goes, what waits for other URLs."""
     settings, kept = around.settings, outboxes(around.settings.state_dir)
-    trackers = find_trackers(settings)[0]
-    ours = [outbox_of(settings, tracker) for tracker in trackers]
+    names = [tracker.directory_name() for tracker in find_trackers(settings)[0]]
     if around.url_is_kept:
-        ours += [outbox for outbox in kept if kind_of(outbox) == TelemHQ.kind]
-    nowhere = Outbox(os.path.join(settings.state_dir or "", "none"))
-    problems = list(filter(None, map(obstacle, ours or [nowhere])))
-    for problem in problems:
-        yield False, f"{problem}: mend that, or set TELEMHQ_STATE_DIR to another place"
-    if not problems:
-        yield True, f"hooks can write to {settings.state_dir}"
-    names = [outbox.name() for outbox in ours]
+        names += [outbox.name() for outbox in kept if kind_of(outbox) == TelemHQ.kind]
+    for name in names or ["none"]:
+        yield try_disk(Outbox(os.path.join(settings.state_dir or "", name)))
     for outbox in kept:
         if outbox.name() in names:
             yield from check_delivery(outbox)
@@ -3325,21 +3316,22 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     kind, state, now = kind_of(outbox), State(outbox), time.time()
     backoff_s, names = outbox.backoff_left_s(), outbox.waiting()
     late = backoff_s or (names and now - PingName(names[0]).ns / 1e9 > LIFE_S)
-    yield not late, f"{kind}: {what_waits(outbox)}{': `flush` sends now' * bool(late)}"
+    remedy = ": `flush` sends now" if late else ""
+    yield not late, f"{kind}: {what_waits(outbox)}{remedy}"
     if backoff_s:
         why = in_words(state.problem, kind)
         yield False, f"{kind}: the next try is in {span(backoff_s)}, for {why}"
     done = state.delivered_at
     when = f"{span(now - done)} ago" if done else "none yet"
     yield bool(done) or None, f"{kind}: last delivery: {when}"
-    for reason, count in sorted(state.losses.items()):
+    for reason, count in state.losses.items():
         yield None, f"{kind}: {count} lost so far, {reason}"
     pings = [line["ping"] for line in deliveries(outbox)[-100:]]
     short = [ping for ping in pings if ping.get("usage_complete") is False]
     if short:
-        why = "an answer came late, the next has it"
-        if not any("total_tokens" in ping for ping in short):
-            why = "no transcript could be read"
+        why = "no transcript could be read"
+        if any("total_tokens" in ping for ping in short):
+            why = "an answer came late, the next has it"
         text = f"{kind}: usage_complete is false in {len(short)} of the last"
         yield None, f"{text} {len(pings)}: {why}"
 
@@ -3858,27 +3850,25 @@ def command_line() -> ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
-    """Run a command; the exit status."""
+def main(arguments: list[str]) -> int | str:
+    """Run a command; for sys.exit(): its status, or why it failed."""
     os.umask(0o077)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # what a terminal does not know
     try:
         options = command_line().parse_args(arguments or ["--help"])
-        status: int = options.run(options)
-        return status
-    except (KeyboardInterrupt, EOFError):
-        print(file=sys.stderr)  # behind the question
-        told, status = "interrupted", 130
-    except ImportError as error:
-        told, status = f"this Python lacks the module {error.name}; take a whole one", 1
+        return int(options.run(options))
     except BrokenPipeError:  # head(1) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
+    except (KeyboardInterrupt, EOFError):
+        print(file=sys.stderr)  # behind the question
+        told = "interrupted"
+    except ImportError as error:
+        told = f"this Python lacks the module {error.name}; take a whole one"
     except (Skipped, OSError, ValueError) as error:
-        told, status = str(error), 1
-    print(f"{SCRIPT}: {at_home(told)}", file=sys.stderr)
-    return status
+        told = str(error)
+    return f"{SCRIPT}: {at_home(told)}"
 
 
 if __name__ == "__main__":

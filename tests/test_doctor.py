@@ -193,7 +193,7 @@ LINES: dict[str, Callable[[Home], object]] = {
     f"!! Stop by {USER} prints `hello`: run `install`, or mend": lambda home: settings(
         home, f"echo hello; python3 {SCRIPT_THERE}"
     ),
-    f"-- Stop by {USER} was not tried: it may be": lambda home: settings(
+    f"-- Stop by {USER} was not tried: it may": lambda home: settings(
         home, f"TELEMHQ_PROJECT=x {RAN}"
     ),
     f"-- PreCompact by {PROJECT} was not tried: it may": lambda home: in_project(
