@@ -3233,13 +3233,14 @@ def receive(server: socket) -> Fields:
     wait for longer than it lives, its sender ends at once."""
     try:
         connection = server.accept()[0]
-    except OSError:
+        with connection, connection.makefile("rb") as request:
+            connection.sendall(b"HTTP/1.0 503 \r\nRetry-After: 99\r\n\r\n")
+            connection.shutdown(1)  # nothing more is written: the sender hangs up
+            body = request.read().decode().partition("\r\n\r\n")[2]
+        ping: Fields = decode_json(body)
+        return ping
+    except (OSError, ValueError):
         return {}
-    with connection, connection.makefile("rb") as request:
-        connection.sendall(b"HTTP/1.0 503 \r\nRetry-After: 99\r\n\r\n")
-        connection.shutdown(1)  # nothing more is written: the sender hangs up
-        ping: Fields = decode_json(request.read().decode().partition("\r\n\r\n")[2])
-    return ping
 
 
 def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Fields, str]:
@@ -3334,8 +3335,7 @@ def try_hook(around: Surroundings, event: str, command: str, path: str) -> Check
         return None, f"{name} was not tried: it may send elsewhere, or be a stranger's"
     shell = "/bin/sh" if os.name == "posix" else "C:\\Program Files\\Git\\bin\\bash.exe"
     sample = {"hook_event_name": event, "session_id": "x", "cwd": os.getcwd()}
-    environ = around.settings.environ
-    said, ping, times = play([shell, "-c", command], sample, environ)
+    said, ping, times = play([shell, "-c", command], sample, around.settings.environ)
     if ping and not said:
         return True, f"{name}: arrived at doctor's own receiver, {times}"
     line = said.strip().rpartition("\n")[2] or "nothing"
