@@ -596,7 +596,6 @@ SESSION_EVENTS = ("SessionStart", "Stop", "StopFailure", "SubagentStop", "Sessio
 ALLOW_HTTP = "http:// can be read on the way; use https:// (or TELEMHQ_ALLOW_HTTP=1)"
 JSON_BODY = {
     "Content-Type": "application/json",
-    "Accept": "application/json",  # or Laravel redirects where it does not accept
     "User-Agent": f"telemhq-ping/{__version__}",
 }
 
@@ -981,6 +980,8 @@ class ClaudeMetrics(Tracker):
         super().__init__(settings)
         if settings.switch("CLAUDE_METRICS_DISABLED"):
             raise Skipped("CLAUDE_METRICS_DISABLED is set")
+        # Without it, Laravel answers what it does not accept with a redirect.
+        self.headers["Accept"] = "application/json"
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """One of each kind that the event is."""
@@ -3106,14 +3107,15 @@ def receive(server: socket) -> Fields:
     wait for longer than it lives, its sender ends at once."""
     try:
         connection = server.accept()[0]
-    except OSError:
+        connection.settimeout(server.gettimeout())
+        with connection, connection.makefile("rb") as request:
+            connection.sendall(b"HTTP/1.0 503 \r\nRetry-After: 99\r\n\r\n")
+            connection.shutdown(1)  # nothing more is written: the sender hangs up
+            body = request.read().decode().partition("\r\n\r\n")[2]
+        ping: Fields = decode_json(body)
+        return ping
+    except (OSError, ValueError):
         return {}
-    connection.settimeout(ARRIVES_S)
-    with connection, connection.makefile("rb") as request:
-        connection.sendall(b"HTTP/1.0 503 \r\nRetry-After: 99\r\n\r\n")
-        connection.shutdown(1)  # nothing more is written: the sender hangs up
-        ping: Fields = decode_json(request.read().decode().partition("\r\n\r\n")[2])
-    return ping
 
 
 def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Fields, str]:
@@ -3208,8 +3210,7 @@ def try_hook(around: Surroundings, event: str, command: str, path: str) -> Check
         return None, f"{name} was not tried: it may send elsewhere, or be a stranger's"
     shell = "/bin/sh" if os.name == "posix" else "C:\\Program Files\\Git\\bin\\bash.exe"
     sample = {"hook_event_name": event, "session_id": "x", "cwd": os.getcwd()}
-    environ = around.settings.environ
-    said, ping, times = play([shell, "-c", command], sample, environ)
+    said, ping, times = play([shell, "-c", command], sample, around.settings.environ)
     if ping and not said:
         return True, f"{name}: arrived at doctor's own receiver, {times}"
     line = said.strip().rpartition("\n")[2] or "nothing"
