@@ -1592,10 +1592,9 @@ def blocks_in(found: Fields, name: str, kind: str) -> list[Fields]:
     return [block for block in blocks if block.get("type") == kind]
 
 
-def added(models: Models, name: str, counts: list[int]) -> Models:
-    """The same, with more counts of a model."""
-    known = models.get(name, NONE)
-    return {**models, name: [a + b for a, b in zip(known, counts)]}
+def add_counts(models: Models, name: str, counts: list[int]) -> None:
+    """Add to a model's counts."""
+    models[name] = [a + b for a, b in zip(models.get(name, NONE), counts)]
 
 
 class Row:
@@ -1672,8 +1671,7 @@ class LedgerRow(Row):
     def __init__(self, fields: Fields) -> None:
         models: Models = {}
         for name, used in fields["modelUsage"].items():
-            counts = numbers_in(used, LEDGER_COUNTS)
-            models = added(models, model_shown(name), counts)
+            add_counts(models, model_shown(name), numbers_in(used, LEDGER_COUNTS))
         self.ledger = [models, numbers_in(fields, [*LEDGER_SUMS.values()])]
 
 
@@ -1765,17 +1763,13 @@ class Account:
         account.path = path  # it may have moved
         return account
 
-    def encode(self) -> bytes:
-        """As the file holds it."""
-        return encode_json(vars(self)).encode()
-
     def save(self) -> None:
         """Write the file, all or nothing."""
         from pathlib import Path
 
         self.charged = dict(list(self.charged.items())[-CHARGED_MAX:])
         Path(self.path).parent.mkdir(0o700, exist_ok=True)
-        write_file(self.path, self.encode())
+        write_file(self.path, encode_json(vars(self)).encode())
 
     def files(self) -> list[str]:
         """The session's transcripts: its own, and its agents', at any depth."""
@@ -1961,11 +1955,11 @@ class Reading:
         for it."""
         if not any(more):
             return
-        self.models = added(self.models, model, more)
+        add_counts(self.models, model, more)
         if identifier(name) and len(self.rows) < ROWS_MAX:
             self.rows.append([name, model, int(at * 1000), *more[:-1]])
         else:
-            self.rest = added(self.rest, model, more)
+            add_counts(self.rest, model, more)
 
     def count_user(self, row: UserRow, main: bool) -> None:
         """Count failed tools and interrupts; note that a prompt begins a turn."""
@@ -2052,7 +2046,7 @@ class Charge:
         """All that was used since the last charge: usage fields, what stands beside."""
         account, event_id = self.account, self.ping["event_id"]
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
-        tool_names = self.local.get("tool_names") is not False
+        tool_names = bool(self.local.get("tool_names"))
         usage = Reading(account, until.get(self.event, self.at), self.ends, tool_names)
         complete = self.read_and_wait(usage)
         if usage.copied and not account.baseline:
@@ -2061,9 +2055,9 @@ class Charge:
             account.baseline = ledger_until(path, usage.copied.key, self.ends)
         if account.baseline:
             told, sums = account.baseline
+            account.baseline = [{**told}, sums]
             for model, counts in usage.models.items():
-                told = added(told, model, counts)
-            account.baseline = [told, sums]
+                add_counts(account.baseline[0], model, counts)
         if not complete:
             usage.numbers["usage_complete"] = False
         elif self.over and account.baseline:
@@ -2088,7 +2082,7 @@ class Charge:
             begun = account.stopped_at  # another hook had the turn go on from there
         if self.event == "Stop" and 0 < begun <= self.at:
             fields["duration_ms"] = round((self.at - begun) * 1000)
-        if self.local.get("git") is True:
+        if self.local.get("git"):
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at, account.prompted_at = self.at, 0.0
@@ -2131,7 +2125,8 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
             one.account.save()
             break
         except (FileNotFoundError, ValueError):
-            break  # there is no such transcript; the account is damaged
+            told = unknown  # there is no such transcript; the account is damaged
+            break
         except OSError:
             time.sleep(POLL_S)
     else:
@@ -2157,7 +2152,7 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     event["transcript_path"] = account.transcript
     ns = round(seconds_of(known["timestamp"]) * 1000) * 10**6
     ping = make_ping(event, settings, known["project"], ns, -1)  # an event of no size
-    ping["event_id"] = sha256_hex(account.encode())[:32]
+    ping["event_id"] = sha256_hex(encode_json(vars(account)).encode())[:32]
     if ping["transcript_path_hash"] == known["transcript_path_hash"]:
         ping["cwd_hash"] = known.get("cwd_hash")  # of another key it would say nothing
     record = Record(ping, local_of(event, settings, ping), account.beside)
