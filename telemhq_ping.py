@@ -1654,8 +1654,11 @@ class UserRow(Row):
 
     def __init__(self, fields: Fields) -> None:
         results = blocks_in(fields["message"], "content", "tool_result")
-        failed = [block for block in results if block.get("is_error")]
-        self.failed = [short_id(block.get("tool_use_id")) for block in failed]
+        self.failed = [
+            short_id(block.get("tool_use_id"))
+            for block in results
+            if block.get("is_error")
+        ]
         texts = blocks_in(fields["message"], "content", "text")
         said = "".join([str(block.get("text")) for block in texts])
         self.interrupt = said.startswith(INTERRUPTED)
@@ -1777,7 +1780,7 @@ class Account:
 
         top = Path(self.transcript).with_suffix("")
         agents = top.glob("subagents/**/agent-*.jsonl")
-        return [self.transcript, *[str(path) for path in agents if path.is_file()]]
+        return [self.transcript] + [str(path) for path in agents if path.is_file()]
 
     def settle(self, usage: Reading) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -1791,7 +1794,9 @@ class Account:
             known = told.get(model, NONE)
             more = [min(pair) for pair in zip(less(counts, known), left)]
             left = less(left, more)
-            usage.add(model, more)
+            if any(more):
+                add_counts(usage.models, model, more)
+                add_counts(usage.rest, model, more)
         self.baseline = self.ledger
         usage.numbers.update(dict(zip(LEDGER_SUMS, less(sums, base_sums))))
 
@@ -1945,17 +1950,12 @@ class Reading:
         answer: one that keeps the first row of each gets another for what is later."""
         known = self.account.seen.get(key, NONE)
         more = less(counts, known)
-        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
-        if any(known):
-            name += f".{sum(counts)}"
-        self.add(model, more, name, at)
-
-    def add(self, model: str, more: list[int], name: str = "", at: float = 0) -> None:
-        """Count what was used, in a row of its own, if it has a name and there is room
-        for it."""
         if not any(more):
             return
+        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
         add_counts(self.models, model, more)
+        if any(known):
+            name += f".{sum(counts)}"
         if identifier(name) and len(self.rows) < ROWS_MAX:
             self.rows.append([name, model, int(at * 1000), *more[:-1]])
         else:
@@ -2021,11 +2021,12 @@ class Charge:
     session is. ends: monotonic."""
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
-        self.ping, self.local, self.beside = record.ping, record.local, record.beside
+        self.ping, self.local = record.ping, record.local
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
         self.needs, self.ends = outbox.needs, ends
         self.over = self.event in ("SessionEnd", "SessionLost")
         self.account = open_account(outbox, name, record.ping)
+        self.account.ping, self.account.beside = record.ping, record.beside
 
     def count(self) -> Fields:
         """What the ping is told: now or, after a crash, again. OSError or ValueError:
@@ -2037,7 +2038,6 @@ class Charge:
         path = str(self.local["transcript"])
         if os.path.isfile(path) or not account.transcript:
             account.transcript = path
-        account.ping, account.beside = self.ping, self.beside
         if self.event in USAGE_EVENTS and event_id not in account.charged:
             account.charged[event_id] = self.tell()
         return object_in(account.charged, event_id)
@@ -2148,8 +2148,11 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of that, so that a crash makes no two; today's settings shape it."""
     account = Account.load(path)
     known = account.ping
-    event = {"hook_event_name": "SessionLost", "session_id": known["session_id"]}
-    event["transcript_path"] = account.transcript
+    event = {
+        "hook_event_name": "SessionLost",
+        "session_id": known["session_id"],
+        "transcript_path": account.transcript,
+    }
     ns = round(seconds_of(known["timestamp"]) * 1000) * 10**6
     ping = make_ping(event, settings, known["project"], ns, -1)  # an event of no size
     ping["event_id"] = sha256_hex(encode_json(vars(account)).encode())[:32]
