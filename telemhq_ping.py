@@ -1591,10 +1591,9 @@ def blocks_in(found: Fields, name: str, kind: str) -> list[Fields]:
     return [block for block in blocks if block.get("type") == kind]
 
 
-def added(models: Models, name: str, counts: list[int]) -> Models:
-    """The same, with more counts of a model."""
-    known = models.get(name, NONE)
-    return {**models, name: [a + b for a, b in zip(known, counts)]}
+def add_counts(models: Models, name: str, counts: list[int]) -> None:
+    """Add to a model's counts."""
+    models[name] = [a + b for a, b in zip(models.get(name, NONE), counts)]
 
 
 class Row:
@@ -1654,8 +1653,11 @@ class UserRow(Row):
 
     def __init__(self, fields: Fields) -> None:
         results = blocks_in(fields["message"], "content", "tool_result")
-        failed = [block for block in results if block.get("is_error")]
-        self.failed = [short_id(block.get("tool_use_id")) for block in failed]
+        self.failed = [
+            short_id(block.get("tool_use_id"))
+            for block in results
+            if block.get("is_error")
+        ]
         texts = blocks_in(fields["message"], "content", "text")
         said = "".join([str(block.get("text")) for block in texts])
         self.interrupt = said.startswith(INTERRUPTED)
@@ -1671,8 +1673,7 @@ class LedgerRow(Row):
     def __init__(self, fields: Fields) -> None:
         models: Models = {}
         for name, used in fields["modelUsage"].items():
-            counts = numbers_in(used, LEDGER_COUNTS)
-            models = added(models, model_shown(name), counts)
+            add_counts(models, model_shown(name), numbers_in(used, LEDGER_COUNTS))
         self.ledger = [models, numbers_in(fields, [*LEDGER_SUMS.values()])]
 
 
@@ -1764,17 +1765,13 @@ class Account:
         account.path = path  # it may have moved
         return account
 
-    def encode(self) -> bytes:
-        """As the file holds it."""
-        return encode_json(vars(self)).encode()
-
     def save(self) -> None:
         """Write the file, all or nothing."""
         from pathlib import Path
 
         self.charged = dict(list(self.charged.items())[-CHARGED_MAX:])
         Path(self.path).parent.mkdir(0o700, exist_ok=True)
-        write_file(self.path, self.encode())
+        write_file(self.path, encode_json(vars(self)).encode())
 
     def files(self) -> list[str]:
         """The session's transcripts: its own, and its agents', at any depth."""
@@ -1782,7 +1779,7 @@ class Account:
 
         top = Path(self.transcript).with_suffix("")
         agents = top.glob("subagents/**/agent-*.jsonl")
-        return [self.transcript, *[str(path) for path in agents if path.is_file()]]
+        return [self.transcript] + [str(path) for path in agents if path.is_file()]
 
     def settle(self, usage: Reading) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -1796,7 +1793,9 @@ class Account:
             known = told.get(model, NONE)
             more = [min(pair) for pair in zip(less(counts, known), left)]
             left = less(left, more)
-            usage.add(model, more)
+            if any(more):
+                add_counts(usage.models, model, more)
+                add_counts(usage.rest, model, more)
         self.baseline = self.ledger
         usage.numbers.update(dict(zip(LEDGER_SUMS, less(sums, base_sums))))
 
@@ -1956,21 +1955,16 @@ class Reading:
         answer: one that keeps the first row of each gets another for what is later."""
         known = self.account.seen.get(key, NONE)
         more = less(counts, known)
-        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
-        if any(known):
-            name += f".{sum(counts)}"
-        self.add(model, more, name, at)
-
-    def add(self, model: str, more: list[int], name: str = "", at: float = 0) -> None:
-        """Count what was used, in a row of its own, if it has a name and there is room
-        for it."""
         if not any(more):
             return
-        self.models = added(self.models, model, more)
+        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
+        add_counts(self.models, model, more)
+        if any(known):
+            name += f".{sum(counts)}"
         if identifier(name) and len(self.rows) < ROWS_MAX:
             self.rows.append([name, model, int(at * 1000), *more[:-1]])
         else:
-            self.rest = added(self.rest, model, more)
+            add_counts(self.rest, model, more)
 
     def count_user(self, row: UserRow, main: bool) -> None:
         """Count failed tools and interrupts; note that a prompt begins a turn."""
@@ -2032,11 +2026,12 @@ class Charge:
     session is. ends: monotonic."""
 
     def __init__(self, outbox: Outbox, name: str, record: Record, ends: float) -> None:
-        self.ping, self.local, self.beside = record.ping, record.local, record.beside
+        self.ping, self.local = record.ping, record.local
         self.event, self.at = str(record.ping["event"]), PingName(name).ns / 1e9
         self.needs, self.ends = outbox.needs, ends
         self.over = self.event in ("SessionEnd", "SessionLost")
         self.account = open_account(outbox, name, record.ping)
+        self.account.ping, self.account.beside = record.ping, record.beside
 
     def count(self) -> Fields:
         """What the ping is told: now or, after a crash, again. OSError or ValueError:
@@ -2048,7 +2043,6 @@ class Charge:
         path = str(self.local["transcript"])
         if os.path.isfile(path) or not account.transcript:
             account.transcript = path
-        account.ping, account.beside = self.ping, self.beside
         if self.event in USAGE_EVENTS and event_id not in account.charged:
             account.charged[event_id] = self.tell()
         return object_in(account.charged, event_id)
@@ -2057,14 +2051,14 @@ class Charge:
         """All that was used since the last charge: usage fields, what stands beside."""
         account, event_id = self.account, self.ping["event_id"]
         until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
-        tool_names = self.local.get("tool_names") is not False
+        tool_names = bool(self.local.get("tool_names"))
         usage = Reading(account, until.get(self.event, self.at), self.ends, tool_names)
         complete = self.read_and_wait(usage)
         if account.baseline:
             told, sums = account.baseline
+            account.baseline = [{**told}, sums]
             for model, counts in usage.models.items():
-                told = added(told, model, counts)
-            account.baseline = [told, sums]
+                add_counts(account.baseline[0], model, counts)
         if not complete:
             usage.numbers["usage_complete"] = False
         elif self.over and account.baseline:
@@ -2089,7 +2083,7 @@ class Charge:
             begun = account.stopped_at  # another hook had the turn go on from there
         if self.event == "Stop" and 0 < begun <= self.at:
             fields["duration_ms"] = round((self.at - begun) * 1000)
-        if self.local.get("git") is True:
+        if self.local.get("git"):
             fields["git_branch"] = account.branch
         if self.event in ("Stop", "StopFailure"):
             account.stopped_at, account.prompted_at = self.at, 0.0
@@ -2132,8 +2126,8 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
             one.account.save()
             break
         except (FileNotFoundError, ValueError):
-            told = unknown
-            break  # there is no such transcript; the account is damaged
+            told = unknown  # there is no such transcript; the account is damaged
+            break
         except OSError:
             time.sleep(POLL_S)
     else:
@@ -2155,11 +2149,14 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     made of that, so that a crash makes no two; today's settings shape it."""
     account = Account.load(path)
     known = account.ping
-    event = {"hook_event_name": "SessionLost", "session_id": known["session_id"]}
-    event["transcript_path"] = account.transcript
+    event = {
+        "hook_event_name": "SessionLost",
+        "session_id": known["session_id"],
+        "transcript_path": account.transcript,
+    }
     ns = round(seconds_of(known["timestamp"]) * 1000) * 10**6
     ping = make_ping(event, settings, known["project"], ns, -1)  # an event of no size
-    ping["event_id"] = sha256_hex(account.encode())[:32]
+    ping["event_id"] = sha256_hex(encode_json(vars(account)).encode())[:32]
     if ping["transcript_path_hash"] == known["transcript_path_hash"]:
         ping["cwd_hash"] = known.get("cwd_hash")  # of another key it would say nothing
     record = Record(ping, local_of(event, settings, ping), account.beside)
