@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterator, NoReturn, Optional, Tuple
     from urllib.request import OpenerDirector
 
+    Names = Tuple[str, ...]
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
     Models = Dict[str, list[int]]  # model -> counts, in the order of COUNTS
     Shape = Callable[[object], bool]
@@ -198,17 +199,21 @@ LETTERS_DIGITS = frozenset("0123456789" + LOWER + LOWER.upper())
 
 def identifier(value: object, more: str = "") -> bool:
     """1 to 128 letters, digits and _ . : - (and `more`), a letter or digit first."""
-    if not isinstance(value, str) or not 0 < len(value) <= 128:
-        return False
-    allowed = LETTERS_DIGITS.union("_.:-", more)
-    return value[0] in LETTERS_DIGITS and allowed.issuperset(value)
+    return (
+        isinstance(value, str)
+        and len(value) <= 128
+        and value[:1] in LETTERS_DIGITS
+        and LETTERS_DIGITS.union("_.:-", more).issuperset(value)
+    )
 
 
 def number(value: object) -> bool:
     """A finite number from 0 up to 2^53, which every JSON reader keeps exact."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    return 0 <= value < 1 << 53  # of NaN that is false
+    return (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and 0 <= value < 1 << 53  # of NaN that is false
+    )
 
 
 def number_in(found: Fields, name: str) -> Any:
@@ -290,13 +295,11 @@ class Settings:
 
     def choice(self, name: str, accept: Callable[[str], Any], problem: str) -> Any:
         """What `accept` makes of a variable; None when that is nothing."""
-        value = self.environ.get(name)
-        if not value:
-            return None
-        found = accept(value)
-        if not found:
+        value = self.environ.get(name, "")
+        found = accept(value) or None
+        if value and not found:
             self.ignored.append(f"{name} is ignored: {problem}")
-        return found or None
+        return found
 
     def switch(self, name: str, unset: str = "0") -> bool:
         """A variable that is 1 or 0; what is neither counts as 0."""
@@ -395,20 +398,29 @@ def counts_by_model(value: object) -> bool:
 # All that can ever leave: field -> the only shape it may have.
 GATE: dict[str, Shape] = {}
 for names, shape in (
-    ("event_id event timestamp status provider tool hook_version machine", identifier),
-    ("session_id prompt_id tool_name tool_use_id permission_mode effort", identifier),
-    ("agent_id agent_type source reason trigger notification_type", identifier),
+    (
+        (
+            "event_id event timestamp status provider tool hook_version machine "
+            "session_id prompt_id tool_use_id agent_id tool_name agent_type "
+            "permission_mode effort source reason trigger notification_type "
+            "cwd_hash transcript_path_hash"
+        ),
+        identifier,
+    ),
+    (
+        (
+            "duration_ms exit_code error_chars prompt_chars event_bytes "
+            "last_assistant_message_chars background_tasks tool_calls tool_failures "
+            "interrupts cost_usd lines_added lines_removed"
+        ),
+        number,
+    ),
+    (" ".join(TOKENS), number),
+    ("is_interrupt stop_hook_active usage_complete", boolean),
     ("project", line_of_text),
     ("model", model_name),
     ("git_branch", branch_name),
     ("error", error_code),
-    ("cwd_hash transcript_path_hash", identifier),
-    ("is_interrupt stop_hook_active usage_complete", boolean),
-    ("duration_ms exit_code error_chars prompt_chars", number),
-    ("last_assistant_message_chars background_tasks event_bytes", number),
-    ("tool_calls tool_failures interrupts", number),
-    ("cost_usd lines_added lines_removed", number),
-    (" ".join(TOKENS), number),
     ("tools", counts),  # name -> calls
     ("models", counts_by_model),
 ):
@@ -453,7 +465,7 @@ def gate(fields: Fields, shapes: dict[str, Shape] = GATE) -> Fields:
     }
 
 
-def gate_beside(fields: Fields, needs: tuple[str, ...]) -> Fields:
+def gate_beside(fields: Fields, needs: Names) -> Fields:
     """Of what stands beside a ping only what its tracker needs, in its shape."""
     return gate(fields, {name: BESIDE[name] for name in needs})
 
@@ -621,9 +633,9 @@ class Tracker:
     """
 
     kind = default_url = path = token = file = asked = ""
-    variables: tuple[str, ...] = ()
-    events: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
+    variables: Names = ()
+    events: Names = ()
+    needs: Names = ()
     dislike = "it may not like a field, or the size"  # why it refuses, most likely
     reads = 0
 
@@ -633,7 +645,7 @@ class Tracker:
         if self.token:
             self.secret = secret_in(settings, self.token, self.file)
             self.headers["Authorization"] = f"Bearer {self.secret}"
-        self.own: dict[str, str] = {}
+        self.own: Fields = {}
         self.nothing: Fields = {}
 
     def directory_name(self) -> str:
@@ -645,7 +657,7 @@ class Tracker:
         """Whether a ping concerns it: others are not even queued."""
         return not self.events or ping.get("event") in self.events
 
-    def frozen(self, ping: Fields) -> dict[str, str]:
+    def frozen(self, ping: Fields) -> Fields:
         """Its own texts, to wait beside the ping: the sender may be another session's,
         with other settings."""
         project = str(ping.get("project"))
@@ -690,11 +702,10 @@ def url_in(settings: Settings, name: str, default: str, path: str) -> str:
 def secret_in(settings: Settings, name: str, path: str) -> str:
     """A token that may stand in a header, in a variable or else in a file (~ is home);
     Skipped says what is wrong, and not it."""
-    text = settings.environ.get(name) or small_file(absolute(path) or "")
-    text = text.strip()
+    text = (settings.environ.get(name) or small_file(absolute(path) or "")).strip()
     if not text:
         raise Skipped(f"{name} is not set")
-    if not text.isascii() or not text.isprintable() or " " in text:
+    if not (text.isascii() and text.isprintable()):
         raise Skipped(f"{name} is not usable: it has characters that no token has")
     return text
 
@@ -784,18 +795,19 @@ class Recorder(Tracker):
         ends = ping.get("event") in ("SessionEnd", "SessionLost")
         if not (ends and own and used.get("total_tokens")):
             return []
-        alike = {
-            "unit": "tokens",
-            "data_type": "integer",
-            "chart_type": "line",
-            "recorded_at": ping.get("timestamp"),
-            "comment": f"telemhq_ping {ping['event_id']}",
-        }
-        values = zip(self.NAMES, map(used.get, TOKENS))
-        return [
-            self.post("", {"name": own["prefix"] + name, "value": value, **alike})
-            for name, value in values
+        bodies = [
+            {
+                "name": own["prefix"] + name,
+                "unit": "tokens",
+                "data_type": "integer",
+                "chart_type": "line",
+                "value": used.get(count),
+                "recorded_at": ping.get("timestamp"),
+                "comment": f"telemhq_ping {ping['event_id']}",
+            }
+            for name, count in zip(self.NAMES, TOKENS)
         ]
+        return [self.post("", body) for body in bodies]
 
 
 def with_all_input(counts: Fields) -> Fields:
@@ -898,18 +910,17 @@ class OTLP(Tracker):
         rest = {f"telemhq.{name}": ping[name] for name in ping if name not in OTLP_TOLD}
         return {**picked(ping, OTLP_NAMES), **rest}
 
-    def attributes(self, fields: Fields) -> list[Fields]:
+    def attributes(self, fields: Fields, prefix: str = "") -> list[Fields]:
         """Fields as KeyValues, the inner ones of objects laid flat. An attribute keeps
         its type: a cost is a double, also when it is 0."""
         found: list[Fields] = []
         for name, value in fields.items():
             if isinstance(value, dict):
-                inner = {f"{name}.{key}": deeper for key, deeper in value.items()}
-                found += self.attributes(inner)
+                found += self.attributes(value, f"{prefix}{name}.")
             else:
                 kind = float if name.endswith("cost_usd") else type(value)
                 told = str(value) if kind is int else kind(value)
-                found.append({"key": name, "value": {OTLP_TYPES[kind]: told}})
+                found.append({"key": prefix + name, "value": {OTLP_TYPES[kind]: told}})
         return found
 
     def refuses(self, body: bytes) -> bool:
