@@ -398,29 +398,20 @@ def counts_by_model(value: object) -> bool:
 # All that can ever leave: field -> the only shape it may have.
 GATE: dict[str, Shape] = {}
 for names, shape in (
-    (
-        (
-            "event_id event timestamp status provider tool hook_version machine "
-            "session_id prompt_id tool_use_id agent_id tool_name agent_type "
-            "permission_mode effort source reason trigger notification_type "
-            "cwd_hash transcript_path_hash"
-        ),
-        identifier,
-    ),
-    (
-        (
-            "duration_ms exit_code error_chars prompt_chars event_bytes "
-            "last_assistant_message_chars background_tasks tool_calls tool_failures "
-            "interrupts cost_usd lines_added lines_removed"
-        ),
-        number,
-    ),
-    (" ".join(TOKENS), number),
-    ("is_interrupt stop_hook_active usage_complete", boolean),
+    ("event_id event timestamp status provider tool hook_version machine", identifier),
+    ("session_id prompt_id tool_name tool_use_id permission_mode effort", identifier),
+    ("agent_id agent_type source reason trigger notification_type", identifier),
     ("project", line_of_text),
     ("model", model_name),
     ("git_branch", branch_name),
     ("error", error_code),
+    ("cwd_hash transcript_path_hash", identifier),
+    ("is_interrupt stop_hook_active usage_complete", boolean),
+    ("duration_ms exit_code error_chars prompt_chars", number),
+    ("last_assistant_message_chars background_tasks event_bytes", number),
+    ("tool_calls tool_failures interrupts", number),
+    ("cost_usd lines_added lines_removed", number),
+    (" ".join(TOKENS), number),
     ("tools", counts),  # name -> calls
     ("models", counts_by_model),
 ):
@@ -705,7 +696,7 @@ def secret_in(settings: Settings, name: str, path: str) -> str:
     text = (settings.environ.get(name) or small_file(absolute(path) or "")).strip()
     if not text:
         raise Skipped(f"{name} is not set")
-    if not (text.isascii() and text.isprintable()):
+    if not text.isascii() or not text.isprintable() or " " in text:
         raise Skipped(f"{name} is not usable: it has characters that no token has")
     return text
 

@@ -75,7 +75,7 @@ UNUSABLE = (  # a variable, values, and what is said of them
     ("wigtoken", "WIGTOKEN_SERVER", "is not set", [""]),
     ("wigtoken", "WIGTOKEN_SERVER", "TELEMHQ_ALLOW_HTTP", ["http://far.example"]),
     ("wigtoken", "WIGTOKEN_SERVER", "user:", ["https://u:SECRET@far.example"]),
-    ("wigtoken", "WIGTOKEN_TOKEN", "is not", ["", "SECRET\r\nX: y", "é"]),
+    ("wigtoken", "WIGTOKEN_TOKEN", "is not", ["", "SECRET\r\nX: y", "SECRET b", "é"]),
     ("wigtoken", "WIGTOKEN_MACHINE", "is not", ["", "my laptop", "a:b"]),
     ("recorder", "RECORDER_PAT", "is not set", [""]),
     ("recorder", "RECORDER_PREFIX", "is not set", ["", "  ", "a\nb", "a" * 129]),
