@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from typing import Any, Callable, Dict, Iterator, NoReturn, Optional, Tuple
     from urllib.request import OpenerDirector
 
-    Names = Tuple[str, ...]
+    Names = Tuple[str, ...]  # of fields, events, variables
     Fields = Dict[str, Any]  # of an event, a ping, a row: what JSON's objects hold
     Models = Dict[str, list[int]]  # model -> counts, in the order of COUNTS
     Shape = Callable[[object], bool]
@@ -3633,7 +3633,7 @@ SAMPLES: dict[str, Fields] = {
         "last_assistant_message": "The password is hunter2.",
     },
 }
-SAMPLE_COUNTS = [12, 950, 41200, 2300, 0]
+SAMPLE_COUNTS = [12, 950, 41200, 2300, 0, 0]  # in the order of COUNTS
 
 
 def tracker_named(name: str, settings: Settings) -> Tracker:
@@ -3669,7 +3669,7 @@ def preview(options: Namespace) -> int:
     if settings.usage and ping["event"] in USAGE_EVENTS:
         used = {**named(SAMPLE_COUNTS), "tool_calls": 3}
         ping.update(used, model=DEMO_MODEL)
-        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *SAMPLE_COUNTS]]
+        beside["messages"] = [["msg_01", DEMO_MODEL, ns // 10**6, *SAMPLE_COUNTS[:-1]]]
         beside["totals"] = beside["since_end"] = used
         print("The token counts are samples.", file=sys.stderr)
     requests = tracker.requests(ping, beside)
