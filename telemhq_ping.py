@@ -1732,13 +1732,13 @@ class Account:
     """What of a session was charged at one destination. Every attribute is what its
     file holds, a plain value of JSON.
 
-    ping, beside: the last one, for a SessionLost. since: older rows are
-    history. transcripts: path -> the place read to, and when the last row came that
-    ended a turn. seen: key of an answer -> its counts, or HISTORY; short id of a tool
-    call -> CALLED, HISTORY when it failed. in_history: the main chain's last answer is.
-    baseline: the ledger at the end of history, and what was told since; [] when nobody
-    knows it. ledger: the client's, while it is the last word. totals: told in all;
-    at_end: when the session last ended. charged: event_id -> what it is told.
+    ping, beside: the last one, and what stood there, for a SessionLost. since: older
+    rows are history. transcripts: path -> the place read to, and when the last row that
+    ended a turn came. seen: key of an answer -> its counts, or HISTORY; short id of a
+    tool call -> CALLED, HISTORY when it failed. in_history: the main chain's last
+    answer is. baseline: the ledger at the end of history, and what was told since; []
+    when nobody knows it. ledger: the client's, while it is the last word. totals: told
+    in all; at_end: when the session last ended. charged: event_id -> what it is told.
     """
 
     def __init__(self, path: str, since: float = 0) -> None:
@@ -1957,9 +1957,9 @@ class Reading:
         answer: one that keeps the first row of each gets another for what is later."""
         known = self.account.seen.get(key, NONE)
         more = less(counts, known)
+        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
         if not any(more):
             return
-        self.account.seen[key] = [max(pair) for pair in zip(known, counts)]
         add_counts(self.models, model, more)
         if any(known):
             name += f".{sum(counts)}"
@@ -2133,7 +2133,7 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
         except OSError:
             time.sleep(POLL_S)
     else:
-        if told != unknown and time.time() - PingName(name).ns / 1e9 < WAIT_MAX_S:
+        if told != unknown and age_s(outbox.file(name)) < WAIT_MAX_S:
             return None
         told = unknown
     beside = gate_beside({**record.beside, **told}, outbox.needs)
