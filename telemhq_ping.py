@@ -632,7 +632,8 @@ class Tracker:
 
     def __init__(self, settings: Settings) -> None:
         self.url = url_in(settings, self.variables[0], self.default_url, self.path)
-        self.headers, self.secret = dict(JSON_BODY), ""
+        self.headers = dict(JSON_BODY)
+        self.secret = ""
         if self.token:
             self.secret = secret_in(settings, self.token, self.file)
             self.headers["Authorization"] = f"Bearer {self.secret}"
@@ -836,6 +837,17 @@ OTLP_TYPES: dict[type, str] = {
 }
 
 
+def header_in(pair: str) -> tuple[str, str]:
+    """Name=value with %XX in the value, as OpenTelemetry's own variables have it;
+    ValueError when it is not so."""
+    name, equals, value = map(str.strip, pair.partition("="))
+    first, *rest = value.split("%")
+    value = first + "".join(chr(int(p[:2], 16)) + p[2:] for p in rest)
+    if not (equals and identifier(name) and value.isascii() and value.isprintable()):
+        raise ValueError("no header")
+    return name, value
+
+
 class OTLP(Tracker):
     """OpenTelemetry: a log record a ping, OTLP/HTTP with JSON (its specification: names
     in lowerCamelCase, 64-bit integers as strings, nanoseconds). At least once:
@@ -851,55 +863,33 @@ class OTLP(Tracker):
         super().__init__(settings)
         self.secret = settings.environ.get("TELEMHQ_OTLP_HEADERS", "")
         try:
-            self.headers = {**self.headers_in(self.secret), **JSON_BODY}
+            given = map(header_in, filter(str.strip, self.secret.split(",")))
+            self.headers = {**dict(given), **JSON_BODY}
         except ValueError:
             text = "it must be Name=value,Name=value (%2C is a comma, %20 a space)"
             raise Skipped(f"TELEMHQ_OTLP_HEADERS is not usable: {text}") from None
         self.nothing = {"resourceLogs": []}
 
-    @staticmethod
-    def headers_in(text: str) -> dict[str, str]:
-        """Name=value,... with %XX in the values, as OpenTelemetry's own variables have
-        it; ValueError when it is not so."""
-        found = {}
-        for pair in filter(str.strip, text.split(",")):
-            name, equals, value = map(str.strip, pair.partition("="))
-            first, *rest = value.split("%")
-            value = first + "".join(chr(int(p[:2], 16)) + p[2:] for p in rest)
-            good = identifier(name) and value.isascii() and value.isprintable()
-            if not (equals and good):
-                raise ValueError("no header")
-            found[name] = value
-        return found
-
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
         """The one record. (Back ends that do not know eventName yet show the body.)"""
-        name = f"claude_code.{ping.get('event')}"
+        name, severity = f"claude_code.{ping.get('event')}", 9  # INFO
+        if ping.get("status") == "failed":
+            severity = 17  # ERROR
         when_ms = seconds_of(ping.get("timestamp")) * 1000
+        rest = {f"telemhq.{key}": ping[key] for key in ping if key not in OTLP_TOLD}
+        fields = {**picked(with_all_input(ping), OTLP_NAMES), **rest}
         record = {
             "timeUnixNano": f"{when_ms:.0f}000000",
-            "severityNumber": 17
-            if ping.get("status") == "failed"
-            else 9,  # ERROR, INFO
+            "severityNumber": severity,
             "eventName": name,
             "body": {"stringValue": name},
-            "attributes": self.attributes({"event.name": name, **self.named(ping)}),
+            "attributes": self.attributes({"event.name": name, **fields}),
         }
         scope = {"name": "telemhq_ping", "version": ping.get("hook_version", "")}
-        logs = {
-            "resource": {
-                "attributes": self.attributes({"service.name": "claude-code"})
-            },
-            "scopeLogs": [{"scope": scope, "logRecords": [record]}],
-        }
-        return [self.post("", {"resourceLogs": [logs]})]
-
-    @staticmethod
-    def named(ping: Fields) -> Fields:
-        """A ping's fields under the names that attributes have."""
-        ping = with_all_input(ping)
-        rest = {f"telemhq.{name}": ping[name] for name in ping if name not in OTLP_TOLD}
-        return {**picked(ping, OTLP_NAMES), **rest}
+        service = {"attributes": self.attributes({"service.name": "claude-code"})}
+        scopes = [{"scope": scope, "logRecords": [record]}]
+        logs = [{"resource": service, "scopeLogs": scopes}]
+        return [self.post("", {"resourceLogs": logs})]
 
     def attributes(self, fields: Fields, prefix: str = "") -> list[Fields]:
         """Fields as KeyValues, the inner ones of objects laid flat. An attribute keeps

@@ -334,18 +334,8 @@ LONG = (  # secrets in any shape but an identifier's
     *("\ufeffCANARY", "CANARY\ud800", "CANARYx" * 200, "CANARYé", "CANARY " * 50),
     *("-CANARY", '{"session_id":"CANARY"}', "https://user:CANARY@example.org/"),
 )
-OTHERS: Any = (
-    float("nan"),
-    float("inf"),
-    -5,
-    1e308,
-    10**4000,
-    2**53,
-    [],
-    {},
-    True,
-    None,
-)
+NUMBERS = (float("nan"), float("inf"), -5, 1e308, 10**4000, 2**53)
+OTHERS: Any = (*NUMBERS, [], {}, True, None)
 
 
 def strange(key: str) -> Iterator[Any]:
