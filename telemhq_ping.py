@@ -1041,11 +1041,11 @@ def unsound(directory: str) -> str:
         return error.strerror or "cannot be read"
     if not stat.S_ISDIR(found.st_mode):
         return "is no directory, or a symbolic link"
-    if os.name == "posix" and found.st_uid != os.geteuid():
+    if os.name != "posix":
+        return ""
+    if found.st_uid != os.geteuid():
         return "belongs to someone else"
-    if os.name == "posix" and found.st_mode & 0o022:
-        return "can be written by others"
-    return ""
+    return "can be written by others" if found.st_mode & 0o022 else ""
 
 
 def write_file(path: str, content: bytes) -> None:
@@ -1098,15 +1098,13 @@ def read_object(path: str, most: int) -> Fields:
     return found
 
 
-def remove(path: str) -> bool:
-    """Delete a file or an empty directory; whether that worked."""
+def remove(path: str) -> None:
+    """Delete a file or an empty directory, if that can be."""
     for delete in (os.unlink, os.rmdir):
         try:
             delete(path)
-            return True
         except OSError:
             continue
-    return False
 
 
 def age_s(path: str) -> float:
@@ -1201,16 +1199,6 @@ class Outbox:
             if problem:
                 raise Skipped(f"{directory} {problem}; mend or remove it")
 
-    def put(self, ns: int, record: Record) -> str:
-        """Add the ping of an event of that time; its name. It is whole or not there."""
-        name = PingName.make(ns, record.ping)
-        try:
-            self.rewrite(name, record)
-        except FileNotFoundError:  # only here: what `uninstall` has removed must not
-            os.makedirs(self.path("outbox"), 0o700, exist_ok=True)  # come back
-            self.rewrite(name, record)
-        return name
-
     def waiting(self) -> list[str]:
         """Names of the pings that wait, oldest first."""
         try:
@@ -1229,7 +1217,7 @@ class Outbox:
         return Record(ping, object_in(found, "local"), beside, accepted)
 
     def rewrite(self, name: str, record: Record) -> None:
-        """Make the ping that waits under `name` this one, as it will be sent."""
+        """Make the ping that waits under `name` this one, all or nothing."""
         write_file(self.file(name), encode_json(vars(record)).encode())
 
     def set_aside(self, name: str) -> None:
@@ -1290,9 +1278,8 @@ class State:
 
     def __init__(self, outbox: Outbox) -> None:
         """Whatever the file holds, every attribute has a value that makes sense."""
-        self.path = outbox.path("state.json")
         try:
-            found = read_object(self.path, STATE_MAX_BYTES)
+            found = read_object(outbox.path("state.json"), STATE_MAX_BYTES)
         except (OSError, ValueError):
             found = {}
         for name, value in found.items():
@@ -1300,15 +1287,14 @@ class State:
             if number(value) if default == 0 else isinstance(default, type(value)):
                 setattr(self, name, value)
         self.suspects, self.losses = (
-            {k: int(n) for k, n in object_in(found, name).items() if number(n)}
+            {key: int(n) for key, n in object_in(found, name).items() if number(n)}
             for name in ("suspects", "losses")
         )
 
-    def save(self) -> None:
+    def save(self, outbox: Outbox) -> None:
         """Write the file; a disk that refuses must not stop delivery."""
-        found = {name: value for name, value in vars(self).items() if name != "path"}
         try:
-            write_file(self.path, encode_json(found).encode())
+            write_file(outbox.path("state.json"), encode_json(vars(self)).encode())
         except OSError:
             pass
 
@@ -1332,10 +1318,7 @@ def read_stdin() -> bytes:
     early. More than STDIN_MAX_BYTES are none."""
     raw, part = bytearray(), b"-"
     while part and len(raw) <= STDIN_MAX_BYTES:
-        try:
-            part = os.read(0, 1 << 16)  # as much as a pipe holds
-        except OSError:
-            part = b""
+        part = os.read(0, 1 << 16)  # as much as a pipe holds
         raw += part
     return bytes(raw) if len(raw) <= STDIN_MAX_BYTES else b""
 
@@ -1354,17 +1337,16 @@ def event_in(raw: bytes) -> Fields:
 
 
 def start_sender(
-    held: dict[str, int], environ: dict[str, str], how: str = "detached"
+    held: dict[str, int], settings: Settings, once: bool = False
 ) -> Popen[bytes] | None:
     """Start a sender that outlives us, and hand it the locks of these destinations
     (names of their directories). It serves the first, and starts a sender for each of
-    the others: one start is all that Claude Code waits for. how: "once" makes one pass,
-    "debug" talks on our stderr besides; only of these the process is given.
+    the others: one start is all that Claude Code waits for. once: it makes one pass,
+    in debug mode it talks on our stderr; only of such a one the process is given.
 
-    A fresh interpreter, for urllib crashes in a forked process on macOS. In its own
-    session and with no descriptor but the locks: Claude Code kills groups and families,
-    and waits for the end of its pipes.
-    """
+    A fresh interpreter, for urllib crashes in a forked process on macOS. In a session
+    of its own, without our descriptors: Claude Code kills groups and families, and
+    waits for the end of its pipes."""
     os.chdir("/")  # keep no project's directory busy
     if os.name == "nt":  # no descriptor is inherited there: a sender locks for itself
         for lock in held.values():
@@ -1373,17 +1355,24 @@ def start_sender(
     fds = [lock for lock in held.values() if lock >= 0]
     served = [word for name, lock in held.items() for word in (str(lock), name)]
     command = [sys.executable, "-I", "-S", "-X", "lazy_imports=all", "-c", START]
-    command += [*os.path.split(THIS_FILE[: -len(".py")]), how, *served]
+    command += os.path.split(THIS_FILE[: -len(".py")])
+    command += ["once" if once else "detached", *served]
     try:
-        if how == "detached" and spawn(command, fds, environ):
+        if not once and spawn(command, fds, settings.environ):
             return None
         from subprocess import DEVNULL, Popen
 
-        apart: dict[str, Any] = {"pass_fds": fds, "start_new_session": True}
-        if os.name == "nt":  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
-            apart = {"creationflags": 0x8 | 0x200}
-        apart["stderr"] = None if how == "debug" else DEVNULL
-        return Popen(command, stdin=DEVNULL, stdout=DEVNULL, env=environ, **apart)
+        return Popen(
+            command,
+            stdin=DEVNULL,
+            stdout=DEVNULL,
+            stderr=None if once and settings.debug else DEVNULL,
+            env=settings.environ,
+            pass_fds=fds,
+            start_new_session=True,
+            # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
+            creationflags=0x8 | 0x200 if os.name == "nt" else 0,
+        )
     finally:
         for lock in fds:
             os.close(lock)
@@ -1392,26 +1381,32 @@ def start_sender(
 def spawn(command: list[str], fds: list[int], environ: dict[str, str]) -> bool:
     """Start a process without the import of subprocess, 8 ms; whether that works here.
     fds: what it inherits."""
-    usual: Any = {"setsid": True, "setsigdef": [15]}  # SIGTERM: our shell may ignore it
     try:
         for fd in map(int, os.listdir("/dev/fd")):
             try:
-                os.set_inheritable(fd, fd in (0, 1, 2, *fds))
+                os.set_inheritable(fd, fd in fds)
             except OSError:
                 continue  # the listing's own
         quiet = [(os.POSIX_SPAWN_OPEN, n, os.devnull, os.O_RDWR, 0) for n in (0, 1, 2)]
-        os.posix_spawn(command[0], command, environ, file_actions=quiet, **usual)
+        os.posix_spawn(
+            command[0],
+            command,
+            environ,
+            file_actions=quiet,
+            setsid=True,
+            setsigdef=[15],  # SIGTERM: our shell may ignore it
+        )
     except (AttributeError, NotImplementedError, OSError):
         return False  # Windows, PyPy, Termux, no /proc; setsid=: old C libraries
     return True
 
 
-def start_delivery(queued: dict[Outbox, str], settings: Settings, ends: float) -> None:
+def start_delivery(queued: dict[Outbox, str], settings: Settings) -> None:
     """Start a sender for the outboxes (and the name of our ping in each) where no
     back-off stands, which debug mode ignores. Where one runs already, it will see the
     file. In the foreground each makes one pass, and is waited for; where another runs,
-    until that has sent our ping; until `ends` (monotonic) at most."""
-    held, busy = {}, []
+    until that has sent our ping; FOREGROUND_S at most."""
+    ends, held, busy = time.monotonic() + FOREGROUND_S, {}, []
     for outbox, name in queued.items():
         if settings.debug or not outbox.backoff_left_s():
             lock = outbox.take_lock()
@@ -1421,10 +1416,9 @@ def start_delivery(queued: dict[Outbox, str], settings: Settings, ends: float) -
                 held[outbox.name()] = lock
     if not settings.foreground:
         if held:
-            start_sender(held, settings.environ)
+            start_sender(held, settings)
         return
-    how, environ = "debug" if settings.debug else "once", settings.environ
-    senders: list[Any] = [start_sender({n: held[n]}, environ, how) for n in held]
+    senders: list[Any] = [start_sender({n: held[n]}, settings, True) for n in held]
     while time.monotonic() < ends and (
         any(sender.poll() is None for sender in senders)
         or any(map(os.path.exists, busy))
@@ -1440,16 +1434,20 @@ def enqueue(
     """Put a ping into a tracker's outbox; its name. Skipped says why that cannot be."""
     outbox.need_sound()
     beside = gate_beside({"own": tracker.frozen(ping)}, tracker.needs)
+    name = PingName.make(ns, ping)
     try:
-        return outbox.put(ns, Record(ping, local, beside))
+        # Only here: what `uninstall` has removed must not come back.
+        os.makedirs(outbox.path("outbox"), exist_ok=True)
+        outbox.rewrite(name, Record(ping, local, beside))
     except OSError as error:
         raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
+    return name
 
 
 def report_event(settings: Settings, tell: Tell) -> None:
     """The event on stdin becomes a ping in the outboxes; Skipped says why it did not.
     No destination hinders another."""
-    ends, ns = time.monotonic() + FOREGROUND_S, time.time_ns()
+    ns = time.time_ns()
     for text in settings.ignored:
         tell(text)
     raw = read_stdin()
@@ -1468,7 +1466,7 @@ def report_event(settings: Settings, tell: Tell) -> None:
                 tell(f"{ping['event']} {ping['event_id']} is in the outbox")
         except Skipped as why:
             problems.append(str(why))
-    start_delivery(queued, settings, ends)
+    start_delivery(queued, settings)
     if problems:
         raise Skipped("; ".join(problems))
 
@@ -2199,7 +2197,7 @@ def retry_after_s(text: str | None, now: float) -> float:
     text = (text or "").strip()
     try:
         if text.isascii() and text.isdigit():
-            wait = float(text[:20])
+            wait = float(text)
         else:
             wait = timegm(parsedate(text)) - now  # type: ignore[arg-type]
     except (TypeError, ValueError, IndexError, OverflowError):
@@ -2234,9 +2232,9 @@ def make_opener(url: str) -> OpenerDirector:
             raise Skipped("this Python was built without TLS")
         opener.add_handler(request.HTTPSHandler(context=verifying_context()))
     if not loopback(host):
-        proxies, there = request.getproxies_environment(), vars(request)
-        used = not there["proxy_bypass_environment"](host, proxies)
-        if used and proxies.get(scheme, "").startswith("socks"):
+        proxies = request.getproxies_environment()
+        spared = request.proxy_bypass_environment(host, proxies)  # type: ignore[attr-defined]
+        if not spared and proxies.get(scheme, "").startswith("socks"):
             raise Skipped("SOCKS proxies are not supported")
         opener.add_handler(request.ProxyHandler(proxies))
     return opener
@@ -2248,12 +2246,13 @@ def verifying_context() -> SSLContext:
     for macOS, until its "Install Certificates.command" has run) takes the system's."""
     import ssl
 
-    context, paths = ssl.create_default_context(), [SYSTEM_CERTIFICATES]
+    context = ssl.create_default_context()
     context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
-    chosen = {"SSL_CERT_FILE", "SSL_CERT_DIR"}.intersection(os.environ)
-    if chosen or context.cert_store_stats()["x509_ca"]:
-        paths = []
-    for path in [*paths, os.environ.get("NODE_EXTRA_CA_CERTS", "")]:
+    paths = [os.environ.get("NODE_EXTRA_CA_CERTS", "")]
+    named = {"SSL_CERT_FILE", "SSL_CERT_DIR"}.intersection(os.environ)
+    if not (named or context.cert_store_stats()["x509_ca"]):
+        paths.append(SYSTEM_CERTIFICATES)
+    for path in paths:
         try:
             context.load_verify_locations(path)
         except (OSError, ValueError):
@@ -2270,22 +2269,19 @@ def post(
     from urllib import request
     from urllib.error import URLError
 
+    answer = None
     try:
         posted = request.Request(sent.url, sent.body, sent.headers)
-        response: Any = opener.open(posted, timeout=timeout_s)
-        with response:
+        with opener.open(posted, timeout=timeout_s) as response:
             answer = answer_of(response)
-            try:
-                if reads and answer.verdict == DELIVERED:
-                    answer.body = response.read1(reads)
-            except (OSError, HTTPException, ValueError):
-                pass  # what breaks off now has been accepted
+            if reads and answer.verdict == DELIVERED:
+                answer.body = response.read1(reads)
             return answer
     except URLError as error:  # urllib wraps what fails up to the end of sending
         broken = isinstance(error.reason, (ConnectionResetError, BrokenPipeError))
         return no_answer(error.reason, RETRY if broken else NOT_NOW)
     except (OSError, HTTPException, ValueError) as error:  # and nothing after that
-        return no_answer(error, RETRY)
+        return answer or no_answer(error, RETRY)
 
 
 def answer_of(response: Any) -> Answer:
@@ -2344,8 +2340,7 @@ class Pass:
     aside, what else failed is charged. When only failures come, of different events,
     the pass ends with a back-off, and nobody is to blame. noted: name -> its answer,
     since the last delivery. done: names that are no news; trying: the last. in_burst:
-    what was delivered last ends nothing, so that others are likely to follow.
-    """
+    what was delivered last ends nothing, so that others are likely to follow."""
 
     def __init__(self, sender: Sender) -> None:
         self.sender, self.outbox = sender, sender.outbox
@@ -2356,9 +2351,9 @@ class Pass:
         self.trying, self.delivered, self.in_burst = "", 0, False
 
     def tidy(self) -> None:
-        """List what waits, and make way: of more than OUTBOX_MAX_PINGS the oldest
-        without usage are lost, then the oldest; of the suspects those are remembered
-        that wait, and were charged most: in an outage everything looks suspect."""
+        """List what waits, and make way: of too many the oldest without usage are lost,
+        then the oldest; of the suspects those that were charged most are kept in mind.
+        """
         for name in os.listdir(self.outbox.path("outbox")):
             if name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
                 remove(self.outbox.file(name))
@@ -2368,7 +2363,7 @@ class Pass:
             self.count_loss(name, "outbox full")
             remove(self.outbox.file(name))
         self.names = sorted(names[-OUTBOX_MAX_PINGS:])
-        waiting = suspects.keys() & self.names
+        waiting = sorted(suspects.keys() & self.names)
         known = sorted(waiting, key=lambda name: -suspects[name])[:SUSPECTS_MAX]
         self.state.suspects = {name: suspects[name] for name in known}
 
@@ -2382,7 +2377,7 @@ class Pass:
             losses["tokens"] = losses.get("tokens", 0) + tokens
         except (OSError, ValueError, KeyError):
             pass
-        self.state.save()
+        self.state.save(self.outbox)
 
     def set_aside(self, name: str, reason: str) -> None:
         """Move what can never be delivered out of the others' way."""
@@ -2390,18 +2385,12 @@ class Pass:
         self.outbox.set_aside(name)
 
     def order(self) -> Iterator[str]:
-        """The names, in the order of their tries. The last failure that is borne is one
-        of another event, the newest: a witness like the others would say little."""
+        """The names, in the order of their tries."""
         suspects = self.state.suspects
         fresh = [name for name in self.names if name not in suspects]
         for name in fresh:
             if len(self.noted) == self.borne() - 1:
-                failed = PingName(next(iter(self.noted))).event
-                for other in reversed(fresh):
-                    if other not in self.done and PingName(other).event != failed:
-                        self.charge_before(other)
-                        yield other
-                        break
+                yield from self.witness(fresh)
             yield name
         due = not 0 <= time.time() - self.state.suspects_at < SUSPECT_PAUSE_S
         if due:
@@ -2410,27 +2399,33 @@ class Pass:
         yield from [name for name in known if due or not suspects[name]]
         self.done.update(suspects)
 
-    def charge_before(self, witness: str) -> None:
-        """Charge the older pings of the session of one that is tried before them, so
-        that the tokens are each turn's own."""
-        session = PingName(witness).session
-        for name in sorted({*self.names} - self.done):
-            if name < witness and PingName(name).session == session:
-                self.charged(name)
+    def witness(self, fresh: list[str]) -> Iterator[str]:
+        """The last failure that is borne is the newest of another event: a witness like
+        the others would say little. The older pings of its session are charged before
+        it, so that the tokens are each turn's own."""
+        kind = PingName(next(iter(self.noted))).event
+        left = [n for n in fresh if n not in self.done and PingName(n).event != kind]
+        for newest in left[-1:]:
+            session = PingName(newest).session
+            for name in fresh:
+                if name < newest and PingName(name).session == session:
+                    self.charged(name)
+            yield newest
 
     def charged(self, name: str) -> Record | None:
         """The ping to send, its usage charged: whatever a transcript holds, the ping
         goes. None when there is none under `name`, or it must wait."""
-        record = None
         try:
             record = self.outbox.record(name)
+        except OSError:
+            return None  # gone, or an I/O error: perhaps another time
+        except ValueError:
+            self.set_aside(name, "no ping")
+            return None
+        try:
             if record.local:
                 return charge(self.outbox, name, record, self.sender.ends)
-        except OSError:
-            pass  # gone, or an I/O error: perhaps another time
         except Exception as error:  # noqa: BLE001
-            if record is None and isinstance(error, ValueError):
-                self.set_aside(name, "no ping")
             self.sender.log(f"{type(error).__name__} at {name}")
         return record
 
@@ -2450,10 +2445,10 @@ class Pass:
                 record = self.charged(name)
                 answer = record and self.sender.deliver(name, record)
                 if answer and not self.weigh(name, answer):
-                    self.sender.fail(answer)
+                    self.fail(answer)
                     return
         if self.noted and not self.delivered:
-            self.sender.fail(self.noted.popitem()[1])
+            self.fail(self.noted.popitem()[1])
 
     def weigh(self, name: str, answer: Answer) -> bool:
         """Find out whose fault an answer is; False when the pass is over."""
@@ -2469,10 +2464,9 @@ class Pass:
             if answer.what.startswith("HTTP 5"):
                 state.suspects.setdefault(name, 0)  # others go first, next time
             return False
-        elif charges or (charges == 0 and self.delivered):
-            if self.delivered:  # the tracker is well
-                self.judge(name, answer)
-        else:
+        elif self.delivered and charges is not None:
+            self.judge(name, answer)
+        elif not charges:
             self.noted[name] = answer
             state.suspects.setdefault(name, 0)
             return len(self.noted) < self.borne()
@@ -2486,6 +2480,19 @@ class Pass:
             self.set_aside(name, f"refused: {answer.what}")
         elif self.state.suspects[name] >= POISON_CHARGES and old:
             self.set_aside(name, "always fails")
+
+    def fail(self, answer: Answer) -> None:
+        """The pass failed: start a back-off. The row of failures begins anew when it is
+        a person's turn to mend something, or no more."""
+        now, state = time.time(), self.state
+        mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
+        state.failures = 1 if mended else state.failures + 1
+        wait = backoff_s(answer.verdict, state.failures, answer.retry_after_s)
+        state.set_at, state.not_before = now, now + wait
+        state.verdict, state.problem = answer.verdict, answer.what
+        state.save(self.outbox)
+        self.done.update(self.names)  # no news, even on a full disk
+        self.sender.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
 
 
 class Sender:
@@ -2503,7 +2510,6 @@ class Sender:
 
     def __init__(
         self,
-        outbox: Outbox,
         tracker: Tracker,
         settings: Settings,
         ends: float,
@@ -2511,7 +2517,8 @@ class Sender:
         once: bool = False,
         status: int = 0,
     ) -> None:
-        self.outbox, self.tracker, self.settings = outbox, tracker, settings
+        self.tracker, self.settings = tracker, settings
+        self.outbox = outbox_of(settings, tracker)
         self.ends, self.tell, self.once, self.status = ends, tell, once, status
         self.on_pass = Pass(self)
 
@@ -2562,19 +2569,18 @@ class Sender:
         from _thread import start_new_thread
 
         timeout_s, begun = self.settings.timeout_s, time.monotonic()
-        limit = DEADLINE * timeout_s
+        self.deadline = begun + DEADLINE * timeout_s
         if self.once:
-            limit = min(limit, self.ends + ONCE_LAST_S - begun)
+            self.deadline = min(self.deadline, self.ends + ONCE_LAST_S)
         try:
             if not self.opener:
                 self.opener = make_opener(self.tracker.url)
                 start_new_thread(self.watch, ())
-            self.deadline, reads = begun + limit, self.tracker.reads
-            answer = post(self.opener, request, min(timeout_s, limit), reads)
+            answer = post(self.opener, request, timeout_s, self.tracker.reads)
         except (Skipped, ImportError) as why:  # some ship a part of the library
             answer = Answer(HOLD, str(why))
         self.deadline = float("inf")
-        if answer.verdict == DELIVERED and self.tracker.refuses(answer.body):
+        if self.tracker.refuses(answer.body):
             answer = Answer(REFUSED, f"{answer.what}, rejected")
         self.answered, took_ms = answer.what, (time.monotonic() - begun) * 1000
         said = answer.verdict if answer.verdict in (DELIVERED, REFUSED) else "kept"
@@ -2588,61 +2594,55 @@ class Sender:
         """The watchdog, a thread. When a request overstays (a hung resolver, a dripping
         response), have that noted and end the process: nothing else ends it."""
         while time.monotonic() < self.deadline:
-            time.sleep(LOOK_S / 2)
+            time.sleep(LOOK_S)
         try:
             self.break_off("no whole answer in time")
         finally:
             os._exit(self.status)
 
     def one_pass(self) -> None:
-        """Tidy, try what waits, remember what became of it."""
+        """Tidy, try what waits, remember what became of it; wait for the next of a
+        burst of events, and sweep when none comes."""
         self.on_pass = on_pass = Pass(self)
         on_pass.tidy()
         on_pass.walk()
-        on_pass.state.save()
+        on_pass.state.save(self.outbox)
         self.log(f"delivered {on_pass.delivered} of {len(on_pass.names)}")
-
-    def fail(self, answer: Answer) -> None:
-        """Count a pass that failed, and start a back-off. The row of failures begins
-        anew when it is a person's turn to mend something, or no more."""
-        now, state = time.time(), self.on_pass.state
-        mended = (answer.verdict in HOLDS) != (state.verdict in HOLDS)
-        state.failures = 1 if mended else state.failures + 1
-        wait = backoff_s(answer.verdict, state.failures, answer.retry_after_s)
-        state.set_at, state.not_before = now, now + wait
-        state.verdict, state.problem = answer.verdict, answer.what
-        state.save()
-        self.on_pass.done.update(self.on_pass.names)  # no news, even on a full disk
-        self.log(f"{answer.verdict}: {answer.what}, next try in {wait:.0f} s")
+        until = time.monotonic() + LINGER_S
+        waits = on_pass.in_burst and not self.once
+        while waits and time.monotonic() < until and not self.news():
+            time.sleep(LOOK_S)  # meanwhile hooks start no process
+        if not self.news():
+            self.sweep()
 
     def break_off(self, what: str) -> None:
         """Note that this process ends with the ping that is tried."""
         answer = Answer(RETRY, what)
         self.on_pass.weigh(self.on_pass.trying, answer)
-        self.fail(answer)
+        self.on_pass.fail(answer)
         self.tell(f"{what}; the ping waits")
 
+    def sweep(self) -> None:
+        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
+        from glob import escape, glob
 
-def sweep(sender: Sender) -> None:
-    """Once a day: tell of sessions that were lost, forget the oldest accounts."""
-    now, state = time.time(), sender.on_pass.state
-    accounts = sender.outbox.path("accounts")
-    if 0 <= now - state.swept_at < DAY_S or not os.path.isdir(accounts):
-        return
-    names = os.listdir(accounts)
-    paths = [os.path.join(accounts, name) for name in names if name[0] != "."]
-    for path in sorted(paths, key=age_s)[ACCOUNTS_MAX:]:
-        remove(path)
-    for path in paths if sender.settings.usage else ():
-        if sender.is_over():
+        now, state = time.time(), self.on_pass.state
+        if 0 <= now - state.swept_at < DAY_S:
             return
-        try:
-            if age_s(path) > DAY_S:
-                report_lost(sender.outbox, path, sender.settings, sender.ends)
-        except Exception as error:  # noqa: BLE001 - it must not hide the others
-            sender.log(f"lost session: {type(error).__name__}")
-    state.swept_at = now
-    state.save()
+        accounts = escape(self.outbox.path("accounts"))
+        paths = sorted(glob(os.path.join(accounts, "*.json")), key=age_s)
+        for path in paths[ACCOUNTS_MAX:]:
+            remove(path)
+        for path in paths if self.settings.usage else ():
+            if self.is_over():
+                return
+            try:
+                if age_s(path) > DAY_S:
+                    report_lost(self.outbox, path, self.settings, self.ends)
+            except Exception as error:  # noqa: BLE001 - it must not hide the others
+                self.log(f"lost session: {type(error).__name__}")
+        state.swept_at = now
+        state.save(self.outbox)
 
 
 def live(sender: Sender, lock: int | None) -> None:
@@ -2651,16 +2651,8 @@ def live(sender: Sender, lock: int | None) -> None:
     on that. When this life is over then, news begin a new one."""
     outbox = sender.outbox
     while lock is not None:
-        again = sender.once or not outbox.backoff_left_s()
-        while again:
+        if sender.once or not outbox.backoff_left_s():
             sender.one_pass()
-            until = min(time.monotonic() + LINGER_S, sender.ends)
-            waits = sender.on_pass.in_burst and not sender.once
-            while waits and time.monotonic() < until and not sender.news():
-                time.sleep(LOOK_S)  # meanwhile hooks start no process
-            if not sender.news():
-                sweep(sender)
-            again = sender.news() and not (sender.is_over() or outbox.backoff_left_s())
         unlock(lock)
         wait = outbox.backoff_left_s()
         if wait and (sender.once or time.monotonic() + wait >= sender.ends):
@@ -2670,7 +2662,7 @@ def live(sender: Sender, lock: int | None) -> None:
         time.sleep(wait)
         lock = outbox.take_lock()
         if lock is not None and sender.is_over():
-            start_sender({outbox.name(): lock}, sender.settings.environ)
+            start_sender({outbox.name(): lock}, sender.settings)
             return
 
 
@@ -2682,12 +2674,11 @@ def send(settings: Settings, tell: Tell) -> None:
     ends = time.monotonic() + (ONCE_S if once else LIFE_S)
     if others:  # the next one starts the rest
         held = {other: int(fd) for fd, other in zip(others[::2], others[1::2])}
-        start_sender(held, settings.environ)
+        start_sender(held, settings)
     trackers = find_trackers(settings)[0]
     (tracker,) = [one for one in trackers if one.directory_name() == name]
-    outbox = outbox_of(settings, tracker)
-    lock = int(fd) if int(fd) >= 0 else outbox.take_lock()
-    sender = Sender(outbox, tracker, settings, ends, tell, once)
+    sender = Sender(tracker, settings, ends, tell, once)
+    lock = int(fd) if int(fd) >= 0 else sender.outbox.take_lock()
     if not once and os.name == "posix":
         os.nice(5)  # the session's own work comes first
     try:
@@ -3030,7 +3021,7 @@ def wait_for_lock(outbox: Outbox) -> int:
 def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> str:
     """Deliver what waits, in spite of a back-off; what the last answer was."""
     ends = time.monotonic() + LIFE_S
-    sender = Sender(outbox, tracker, settings, ends, say, once=True, status=1)
+    sender = Sender(tracker, settings, ends, say, once=True, status=1)
     live(sender, wait_for_lock(outbox))
     return sender.answered
 
