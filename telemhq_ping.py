@@ -1103,6 +1103,7 @@ def remove(path: str) -> None:
     for delete in (os.unlink, os.rmdir):
         try:
             delete(path)
+            return
         except OSError:
             continue
 
@@ -2352,8 +2353,7 @@ class Pass:
 
     def tidy(self) -> None:
         """List what waits, and make way: of too many the oldest without usage are lost,
-        then the oldest; of the suspects those that were charged most are kept in mind.
-        """
+        then the oldest; of the suspects the most charged are kept in mind."""
         for name in os.listdir(self.outbox.path("outbox")):
             if name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
                 remove(self.outbox.file(name))
@@ -2368,8 +2368,7 @@ class Pass:
         self.state.suspects = {name: suspects[name] for name in known}
 
     def count_loss(self, name: str, reason: str) -> None:
-        """Count a ping that will not be delivered, and the tokens charged to it, before
-        it goes: we may be killed meanwhile."""
+        """Count a ping and its tokens as lost before it goes: we may be killed."""
         losses = self.state.losses
         losses[reason] = losses.get(reason, 0) + 1
         try:
