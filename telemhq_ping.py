@@ -1319,7 +1319,10 @@ def read_stdin() -> bytes:
     early. More than STDIN_MAX_BYTES are none."""
     raw, part = bytearray(), b"-"
     while part and len(raw) <= STDIN_MAX_BYTES:
-        part = os.read(0, 1 << 16)  # as much as a pipe holds
+        try:
+            part = os.read(0, 1 << 16)  # as much as a pipe holds
+        except OSError:
+            part = b""
         raw += part
     return bytes(raw) if len(raw) <= STDIN_MAX_BYTES else b""
 
