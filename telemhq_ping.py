@@ -1009,8 +1009,9 @@ def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
     for name in settings.destinations:
         try:
             if name not in TRACKERS:
-                known = ", ".join(TRACKERS)
-                raise Skipped(f"TELEMHQ_DESTINATIONS: {name!r} is none of {known}")
+                raise Skipped(
+                    f"TELEMHQ_DESTINATIONS: {name!r} is none of {', '.join(TRACKERS)}"
+                )
             trackers.append(TRACKERS[name](settings))
         except Skipped as why:
             problems.append(str(why))
