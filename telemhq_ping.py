@@ -545,11 +545,9 @@ def text_fields(event: Fields, settings: Settings) -> Fields:
     return fields
 
 
-def make_ping(
-    event: Fields, settings: Settings, project: str, ns: int, event_bytes: int
-) -> Fields:
-    """The ping of one event. project: its name. ns: when it happened, in nanoseconds
-    since 1970. event_bytes: its size on stdin."""
+def make_ping(event: Fields, settings: Settings, ns: int, event_bytes: int) -> Fields:
+    """The ping of one event. ns: when it happened, in nanoseconds since 1970.
+    event_bytes: its size on stdin."""
     name, effort = event.get("hook_event_name"), event.get("effort")
     tasks = event.get("background_tasks")
     errors = error_fields(event)
@@ -561,7 +559,7 @@ def make_ping(
             **ORIGIN,
             "event": name,
             "status": "failed" if errors else "success",
-            "project": project,
+            "project": project_of(event, settings),
             "event_id": os.urandom(16).hex(),
             "timestamp": iso_time(ns),
             "machine": settings.machine,
@@ -619,8 +617,9 @@ class Tracker:
     those that it wants (none: all). needs: what of BESIDE it is given. asked: the path
     where a GET shows whether it takes us. reads: how much of a 200's body says more
     than 200. secret: what it knows us by. own: texts for its bodies, by its own
-    variables. nothing: a body that records nothing, where a GET says less. Skipped: why
-    none can be made of the settings.
+    variables; they wait beside a ping, for the sender may be another session's, with
+    other settings. nothing: a body that records nothing, where a GET says less.
+    Skipped: why none can be made of the settings.
     """
 
     kind = default_url = path = token = file = asked = ""
@@ -648,12 +647,6 @@ class Tracker:
     def wants(self, ping: Fields) -> bool:
         """Whether a ping concerns it: others are not even queued."""
         return not self.events or ping.get("event") in self.events
-
-    def frozen(self, ping: Fields) -> Fields:
-        """Its own texts, to wait beside the ping: the sender may be another session's,
-        with other settings."""
-        project = str(ping.get("project"))
-        return {k: clean(t.replace("{project}", project)) for k, t in self.own.items()}
 
     def requests(self, ping: Fields, beside: Fields) -> list[Request]:
         """What is sent of a ping, in this order; the same bytes at every repeat."""
@@ -787,9 +780,10 @@ class Recorder(Tracker):
         ends = ping.get("event") in ("SessionEnd", "SessionLost")
         if not (ends and own and used.get("total_tokens")):
             return []
+        prefix = clean(own["prefix"].replace("{project}", str(ping.get("project"))))
         bodies = [
             {
-                "name": own["prefix"] + name,
+                "name": prefix + name,
                 "unit": "tokens",
                 "data_type": "integer",
                 "chart_type": "line",
@@ -1017,8 +1011,9 @@ def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
     for name in settings.destinations:
         try:
             if name not in TRACKERS:
-                known = ", ".join(TRACKERS)
-                raise Skipped(f"TELEMHQ_DESTINATIONS: {name!r} is none of {known}")
+                raise Skipped(
+                    f"TELEMHQ_DESTINATIONS: {name!r} is none of {', '.join(TRACKERS)}"
+                )
             trackers.append(TRACKERS[name](settings))
         except Skipped as why:
             problems.append(str(why))
@@ -1437,7 +1432,7 @@ def enqueue(
 ) -> str:
     """Put a ping into a tracker's outbox; its name. Skipped says why that cannot be."""
     outbox.need_sound()
-    beside = gate_beside({"own": tracker.frozen(ping)}, tracker.needs)
+    beside = gate_beside({"own": tracker.own}, tracker.needs)
     name = PingName.make(ns, ping)
     try:
         # Only here: what `uninstall` has removed must not come back.
@@ -1459,7 +1454,7 @@ def report_event(settings: Settings, tell: Tell) -> None:
     if not trackers:
         raise Skipped("; ".join(problems))
     event = event_in(raw)
-    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
+    ping = make_ping(event, settings, ns, len(raw))
     local = local_of(event, settings, ping)
     queued = {}
     for tracker in trackers:
@@ -2149,7 +2144,8 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
         "transcript_path": account.transcript,
     }
     ns = round(seconds_of(known["timestamp"]) * 1000) * 10**6
-    ping = make_ping(event, settings, known["project"], ns, -1)  # an event of no size
+    ping = make_ping(event, settings, ns, -1)  # an event of no size
+    ping["project"] = known["project"]
     ping["event_id"] = sha256_hex(encode_json(vars(account)).encode())[:32]
     if ping["transcript_path_hash"] == known["transcript_path_hash"]:
         ping["cwd_hash"] = known.get("cwd_hash")  # of another key it would say nothing
@@ -3323,7 +3319,7 @@ def send_test(around: Surroundings) -> Iterator[Check]:
     """Send a ping that is marked as a test, the way that every ping goes."""
     settings, ns = around.settings, time.time_ns()
     event = {"hook_event_name": "Test", "cwd": os.getcwd()}
-    ping = make_ping(event, settings, project_of(event, settings), ns, 0)
+    ping = make_ping(event, settings, ns, 0)
     for tracker in find_trackers(settings)[0]:  # why others are none is told above
         if tracker.wants(ping):
             kind, outbox = tracker.kind, outbox_of(settings, tracker)
@@ -3646,9 +3642,9 @@ def preview(options: Namespace) -> int:
     else:
         raw = read_stdin()
     event = event_in(raw)
-    ping = make_ping(event, settings, project_of(event, settings), ns, len(raw))
+    ping = make_ping(event, settings, ns, len(raw))
     tracker = tracker_named(options.destination or TelemHQ.kind, settings)
-    beside: Fields = {"own": tracker.frozen(ping)}
+    beside: Fields = {"own": tracker.own}
     if settings.usage and ping["event"] in USAGE_EVENTS:
         used = {**named(SAMPLE_COUNTS), "tool_calls": 3}
         ping.update(used, model=DEMO_MODEL)

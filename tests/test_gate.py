@@ -30,8 +30,7 @@ PINGS = json.loads((FIXTURES / "pings.json").read_text("utf-8"))
 def ping_of(script: ModuleType, found: Any, **environ: str) -> dict[str, Any]:
     """The ping of an event through the pure functions."""
     settings = script.Settings(environ)
-    named = script.project_of(found, settings)
-    ping: dict[str, Any] = script.make_ping(found, settings, named, NS, 700)
+    ping: dict[str, Any] = script.make_ping(found, settings, NS, 700)
     return ping
 
 

@@ -119,7 +119,7 @@ def test_a_directory_is_named_by_url_and_secret(script: ModuleType) -> None:
         assert made(script, kind, **change).directory_name() != name
     other = made(script, "wigtoken", WIGTOKEN_MACHINE="", TELEMHQ_MACHINE="x")
     assert other.directory_name() == made(script, "wigtoken").directory_name()
-    assert other.frozen(PING) == {"machine": "x"}
+    assert other.own == {"machine": "x"}
 
 
 # -- From a ping to requests -----------------------------------------------------------
@@ -267,7 +267,7 @@ def test_what_is_sent_is_the_same_at_every_repeat(
     environ = {"WIGTOKEN_MACHINE": "other", "RECORDER_PREFIX": "Other/{project}"}
     first, later = made(script, kind), made(script, kind, **environ)
     beside: dict[str, Any] = {"messages": [ROW], "totals": USED, "since_end": USED}
-    beside["own"] = first.frozen(PING)
+    beside["own"] = first.own
     for name in ("Stop", "SessionEnd", "PostToolUse"):
         ping = dict(PING, event=name)
         one, two = first.requests(ping, beside), later.requests(ping, beside)
