@@ -1234,13 +1234,11 @@ class Outbox:
 
     def set_aside(self, name: str) -> None:
         """Move what can never be delivered out of the others' way, to refused/."""
-        refused = self.path("refused")
         try:
-            if not os.path.isdir(refused):
-                os.mkdir(refused, 0o700)
-            os.replace(self.file(name), os.path.join(refused, name))
-            for old in sorted(os.listdir(refused))[:-REFUSED_MAX_PINGS]:
-                remove(os.path.join(refused, old))
+            os.replace(self.file(name), self.path("refused", name))
+            names = sorted(os.listdir(self.path("refused")))
+            for old in names[:-REFUSED_MAX_PINGS]:
+                remove(self.path("refused", old))
         except OSError:
             remove(self.file(name))
 
@@ -1326,11 +1324,15 @@ START = "import sys; sys.path.insert(0, sys.argv[1]); __import__(sys.argv[2]).se
 def read_stdin() -> bytes:
     """All bytes of stdin, to its end: Claude Code shows an error when it is closed
     early. More than STDIN_MAX_BYTES are none."""
-    raw, part = bytearray(), b"-"
-    while part and len(raw) <= STDIN_MAX_BYTES:
-        part = os.read(0, 1 << 16)  # as much as a pipe holds
-        raw += part
-    return bytes(raw) if len(raw) <= STDIN_MAX_BYTES else b""
+    raw = bytearray()
+    try:
+        for part in iter(lambda: os.read(0, 1 << 16), b""):  # what a pipe holds
+            raw += part
+            if len(raw) > STDIN_MAX_BYTES:
+                return b""
+    except OSError:
+        pass  # it is closed
+    return bytes(raw)
 
 
 def event_in(raw: bytes) -> Fields:
@@ -1447,7 +1449,8 @@ def enqueue(
     name = PingName.make(ns, ping)
     try:
         # Only here: what `uninstall` has removed must not come back.
-        os.makedirs(outbox.path("outbox"), exist_ok=True)
+        for part in ("outbox", "refused"):
+            os.makedirs(outbox.path(part), exist_ok=True)
         outbox.rewrite(name, Record(ping, local, beside))
     except OSError as error:
         raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
@@ -2643,7 +2646,7 @@ class Sender:
         took_ms = (time.monotonic() - begun) * 1000
         self.tell(
             f"{ping.get('event')} {ping['event_id']} to {origin(self.tracker.url)}: "
-            f"{answer.what} in {took_ms:.0f} ms, {answer.verdict}"
+            f"{answer.what} in {took_ms:.0f} ms"
         )
         return answer
 
