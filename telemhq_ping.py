@@ -1218,13 +1218,11 @@ class Outbox:
 
     def set_aside(self, name: str) -> None:
         """Move what can never be delivered out of the others' way, to refused/."""
-        refused = self.path("refused")
         try:
-            if not os.path.isdir(refused):
-                os.mkdir(refused, 0o700)
-            os.replace(self.file(name), os.path.join(refused, name))
-            for old in sorted(os.listdir(refused))[:-REFUSED_MAX_PINGS]:
-                remove(os.path.join(refused, old))
+            os.replace(self.file(name), self.path("refused", name))
+            names = sorted(os.listdir(self.path("refused")))
+            for old in names[:-REFUSED_MAX_PINGS]:
+                remove(self.path("refused", old))
         except OSError:
             remove(self.file(name))
 
@@ -1436,7 +1434,8 @@ def enqueue(
     name = PingName.make(ns, ping)
     try:
         # Only here: what `uninstall` has removed must not come back.
-        os.makedirs(outbox.path("outbox"), exist_ok=True)
+        for part in ("outbox", "refused"):
+            os.makedirs(outbox.path(part), exist_ok=True)
         outbox.rewrite(name, Record(ping, local, beside))
     except OSError as error:
         raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
