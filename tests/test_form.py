@@ -53,7 +53,7 @@ def test_each_section_has_a_banner_that_one_can_grep() -> None:
         (0, RULERS[0], 1700, 0),
         (0, RULERS[2], 2850, 21000),
         (RULERS[2], len(LINES), 1200, 0),
-        (0, len(LINES), 4050, 31500),
+        (0, len(LINES), 4000, 29500),
     ],
     ids=("what Claude Code waits for", "what runs by itself", "commands", "all"),
 )
