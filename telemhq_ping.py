@@ -1195,6 +1195,12 @@ class Outbox:
             if problem:
                 raise Skipped(f"{directory} {problem}; mend or remove it")
 
+    def make(self) -> None:
+        """Make its directories (the umask is 077): only where a ping is put into them,
+        for what `uninstall` has removed must not come back."""
+        for part in ("outbox", "refused", "accounts"):
+            os.makedirs(self.path(part), exist_ok=True)
+
     def waiting(self) -> list[str]:
         """Names of the pings that wait, oldest first."""
         try:
@@ -1433,9 +1439,7 @@ def enqueue(
     beside = gate_beside({"own": tracker.own}, tracker.needs)
     name = PingName.make(ns, ping)
     try:
-        # Only here: what `uninstall` has removed must not come back.
-        for part in ("outbox", "refused"):
-            os.makedirs(outbox.path(part), exist_ok=True)
+        outbox.make()
         outbox.rewrite(name, Record(ping, local, beside))
     except OSError as error:
         raise Skipped(f"cannot write to {outbox.directory}: {error.strerror}") from None
@@ -1755,19 +1759,17 @@ class Account:
 
     def save(self) -> None:
         """Write the file, all or nothing."""
-        from pathlib import Path
-
         self.charged = dict(list(self.charged.items())[-CHARGED_MAX:])
-        Path(self.path).parent.mkdir(0o700, exist_ok=True)
         write_file(self.path, encode_json(vars(self)).encode())
 
     def files(self) -> list[str]:
         """The session's transcripts: its own, and its agents', at any depth."""
-        from pathlib import Path
+        from glob import escape, glob
 
-        top = Path(self.transcript).with_suffix("")
-        agents = top.glob("subagents/**/agent-*.jsonl")
-        return [self.transcript] + [str(path) for path in agents if path.is_file()]
+        top = escape(self.transcript[: -len(".jsonl")])
+        agents = os.path.join(top, "subagents", "**", "agent-*.jsonl")
+        paths = sorted(glob(agents, recursive=True))
+        return [self.transcript, *filter(os.path.isfile, paths)]
 
     def settle(self, usage: Reading) -> None:
         """Add what the client's ledger has gained since the baseline and nobody told
@@ -1789,10 +1791,10 @@ class Account:
 
     def seen_elsewhere(self, key: str) -> set[str]:
         """All that the accounts of other sessions, which have this key, have seen."""
-        from pathlib import Path
+        from glob import escape, glob
 
         found: set[str] = set()
-        for path in map(str, Path(self.path).parent.glob("*.json")):
+        for path in glob(os.path.join(escape(os.path.dirname(self.path)), "*.json")):
             try:
                 if key.encode() in read_file(path, ACCOUNT_MAX_BYTES):
                     found.update(Account.load(path).seen)
@@ -3033,7 +3035,7 @@ def adopt_all(present: Outbox, tracker: Tracker, settings: Settings, yes: bool) 
         print(what_waits(former))
         print(f"  from {former.name()} to {present.name()}, {origin(tracker.url)}")
         need_yes("Move them?", yes)
-        os.makedirs(present.path("outbox"), exist_ok=True)
+        present.make()
         locks = [wait_for_lock(one) for one in (former, present)]
         for name in former.waiting():
             try:
