@@ -359,7 +359,6 @@ def test_four_hundred_lost_sessions_in_the_foreground(
     """The daily sweep of a slow disk ends with the hook's time, too."""
     place(home, receiver.url)
     accounts = home.destination() / "accounts"
-    accounts.mkdir(mode=0o700)
     for n in range(400):
         account = accounts / f"{n:016x}.json"
         account.write_text("{}")
