@@ -693,6 +693,22 @@ def test_what_cannot_be_read_is_never_told_as_zero(session: Session, what: str) 
     assert told(session)[0] == 15
 
 
+def test_transcript_that_is_longer_than_a_senders_life(session: Session) -> None:
+    """What is read by then is told, and that some is missing; the next ping has it."""
+    session.hook(START, -1)
+    session.add(message(1, 1), message(2, 2))
+    session.hook("Stop", 3)
+    over = """
+real, fstat, opened = time.monotonic, os.fstat, []
+time.monotonic = lambda: real() + 100 * len(opened)
+os.fstat = lambda fd: opened.append(fd) or fstat(fd)
+"""
+    session.send(patch=over)  # of the start only
+    assert complete(*session.send()) == [False]
+    session.charge("Stop", 10, *turn(9, 4))
+    assert told(session)[0] == 7
+
+
 # -- A sender that dies, or is refused by the disk, at every single step ---------------
 
 KILLED, FULL = "killed", "no space"
