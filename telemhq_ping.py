@@ -2336,12 +2336,11 @@ class Pass:
     """One walk along an outbox: pings that never failed, oldest first; then those that
     failed and were not judged; then those that were charged.
 
-    A failure may be the ping's fault or the tracker's: another ping that is delivered
-    tells. So failures are noted, and a delivery judges them: what was refused is set
-    aside, what else failed is charged. When only failures come, of different events,
-    the pass ends with a back-off, and nobody is to blame. noted: name -> its answer,
-    since the last delivery. done: names that are no news; trying: the last. in_burst:
-    what was delivered last ends nothing, so that others are likely to follow."""
+    A failure may be the ping's fault or the tracker's: another's delivery tells. So
+    failures are noted, and a delivery judges them: what was refused is set aside, what
+    else failed is charged. When only failures come, of different events, the pass ends
+    with a back-off. noted: name -> its answer, since the last delivery. done: names
+    that are no news; trying: the last. in_burst: what was delivered last goes on."""
 
     def __init__(self, sender: Sender) -> None:
         self.sender, self.outbox = sender, sender.outbox
@@ -2352,35 +2351,37 @@ class Pass:
         self.trying, self.delivered, self.in_burst = "", 0, False
 
     def tidy(self) -> None:
-        """List what waits, and make way: of too many the oldest without usage are lost,
-        then the oldest; of the suspects the most charged are kept in mind."""
+        """List what waits; of too many the oldest without usage are lost first."""
         for name in os.listdir(self.outbox.path("outbox")):
             if name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
                 remove(self.outbox.file(name))
         names, suspects = self.outbox.waiting(), self.state.suspects
         names.sort(key=lambda name: PingName(name).event in USAGE_EVENTS)
-        for name in names[:-OUTBOX_MAX_PINGS]:
-            self.count_loss(name, "outbox full")
-            remove(self.outbox.file(name))
+        lost = names[:-OUTBOX_MAX_PINGS]
+        for batch in [lost[n : n + 100] for n in range(0, len(lost), 100)]:
+            self.count_losses(batch, "outbox full")
+            for name in batch:
+                remove(self.outbox.file(name))
         self.names = sorted(names[-OUTBOX_MAX_PINGS:])
         waiting = sorted(suspects.keys() & self.names)
         known = sorted(waiting, key=lambda name: -suspects[name])[:SUSPECTS_MAX]
         self.state.suspects = {name: suspects[name] for name in known}
 
-    def count_loss(self, name: str, reason: str) -> None:
-        """Count a ping and its tokens as lost before it goes: we may be killed."""
+    def count_losses(self, names: list[str], reason: str) -> None:
+        """Count pings and their tokens as lost before they go: we may be killed."""
         losses = self.state.losses
-        losses[reason] = losses.get(reason, 0) + 1
-        try:
-            tokens = self.outbox.record(name).ping["total_tokens"]
-            losses["tokens"] = losses.get("tokens", 0) + tokens
-        except (OSError, ValueError, KeyError):
-            pass
+        losses[reason] = losses.get(reason, 0) + len(names)
+        for name in names:
+            try:
+                tokens = self.outbox.record(name).ping["total_tokens"]
+                losses["tokens"] = losses.get("tokens", 0) + tokens
+            except (OSError, ValueError, KeyError):
+                continue
         self.state.save(self.outbox)
 
     def set_aside(self, name: str, reason: str) -> None:
         """Move what can never be delivered out of the others' way."""
-        self.count_loss(name, reason)
+        self.count_losses([name], reason)
         self.outbox.set_aside(name)
 
     def order(self) -> Iterator[str]:
@@ -2399,9 +2400,8 @@ class Pass:
         self.done.update(suspects)
 
     def witness(self, fresh: list[str]) -> Iterator[str]:
-        """The last failure that is borne is the newest of another event: a witness like
-        the others would say little. The older pings of its session are charged before
-        it, so that the tokens are each turn's own."""
+        """The newest of another event, for a witness like the others would say little.
+        The older of its session are charged first: tokens are each turn's own."""
         kind = PingName(next(iter(self.noted))).event
         left = [n for n in fresh if n not in self.done and PingName(n).event != kind]
         for newest in left[-1:]:

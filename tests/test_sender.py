@@ -348,7 +348,7 @@ def test_fifty_thousand_in_the_foreground(home: Home, receiver: Receiver) -> Non
     home.hook(event("Stop"), receiver.url)  # a slow machine's sender was ended
     wait_until(lambda: not home.waiting(), 60, 0.2)
     # What one has counted that was ended before it went, is counted once more.
-    assert 45_001 <= home.state_json()["losses"]["outbox full"] <= 45_003
+    assert 45_001 <= home.state_json()["losses"]["outbox full"] <= 45_102
     assert 5000 <= len(receiver.requests) <= 5002
 
 
