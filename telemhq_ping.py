@@ -2340,7 +2340,7 @@ class Pass:
     failures are noted, and a delivery judges them: what was refused is set aside, what
     else failed is charged. When only failures come, of different events, the pass ends
     with a back-off. noted: name -> its answer, since the last delivery. done: names
-    that are no news; trying: the last. in_burst: what was delivered last goes on."""
+    that are no news; trying: the last. in_burst: more is likely to follow."""
 
     def __init__(self, sender: Sender) -> None:
         self.sender, self.outbox = sender, sender.outbox
