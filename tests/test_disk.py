@@ -70,9 +70,7 @@ def test_a_ping_waits_in_a_file_of_its_own(home: Home, usage: bool) -> None:
     """Its name tells time, event, session and id; it holds the ping and what charging
     needs, of which the transcript's path is kept only where usage is on."""
     before, found = time.time_ns(), event("Stop")
-    url, env = dead_url(), {"TELEMHQ_USAGE": str(int(usage))}
-    assert outcome(home.hook(found, url, **env)) == SILENT  # type: ignore[arg-type]
-    (path,) = home.waiting()
+    path = only_enqueue(home, dead_url(), found, TELEMHQ_USAGE=str(int(usage)))
     ns, kind, session, event_id = path.name[: -len(".json")].split("-")
     assert before <= int(ns) <= time.time_ns()
     assert (len(ns), kind) == (20, "Stop")
