@@ -227,6 +227,7 @@ def test_install_into_an_empty_home(home: Home) -> None:
     assert not [n for n, mode in modes.items() if n[:7] == ".claude" and mode & 0o077]
     uninstall(home)
     assert tree(home.path) == before
+    assert uninstall(home).code == 0  # nothing of it is here
 
 
 @pytest.mark.fault(27)
