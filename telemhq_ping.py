@@ -50,10 +50,11 @@ import sys
 
 # Before any other import: no json.py of a project, or beside this file, is ours.
 if __name__ == "__main__" and not sys.flags.isolated:
-    from os.path import realpath  # it is there already; Homebrew's prefix is a link
+    from os.path import join, realpath  # it is there already
 
-    ours = (realpath(sys.base_prefix), realpath(sys.base_exec_prefix))
-    sys.path[:] = [path for path in sys.path if realpath(path).startswith(ours)]
+    # Homebrew's prefix is a link; with a separator, for /opt/py-app is not in /opt/py.
+    ours = tuple(join(realpath(p), "") for p in (sys.base_prefix, sys.base_exec_prefix))
+    sys.path[:] = [p for p in sys.path if join(realpath(p), "").startswith(ours)]
 elif sys.flags.no_site:
     beside = __file__[: -len(__name__ + ".py") - 1]
     sys.path[:] = [path for path in sys.path if path not in ("", beside)]
@@ -1330,7 +1331,8 @@ def event_in(raw: bytes) -> Fields:
     """The event that stdin held; Skipped when that is none of Claude Code's."""
     try:
         event: Fields = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
-        ours = "A" <= event["hook_event_name"][:1] <= "Z"
+        name = event["hook_event_name"]
+        ours = identifier(name) and "A" <= name[:1] <= "Z"
         # Cursor runs hooks of ~/.claude/settings.json too, with events of its own.
         if ours and "cursor_version" not in event:
             return event
@@ -2233,8 +2235,8 @@ def make_opener(url: str) -> OpenerDirector:
             raise Skipped("this Python was built without TLS")
         opener.add_handler(request.HTTPSHandler(context=verifying_context()))
     if not loopback(host):
-        proxies = request.getproxies_environment()
-        spared = request.proxy_bypass_environment(host, proxies)  # type: ignore[attr-defined]
+        proxies, there = request.getproxies_environment(), vars(request)
+        spared = there["proxy_bypass_environment"](host, proxies)
         if not spared and proxies.get(scheme, "").startswith("socks"):
             raise Skipped("SOCKS proxies are not supported")
         opener.add_handler(request.ProxyHandler(proxies))
@@ -3300,7 +3302,8 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     yield not late, f"{kind}: {what_waits(outbox)}{remedy}"
     if backoff_s:
         why = in_words(state.problem, kind)
-        yield False, f"{kind}: the next try is in {span(backoff_s)}, for {why}"
+        yield False, f"{kind}: {why}"
+        yield False, f"{kind}: the next try is in {span(backoff_s)}"
     done = state.delivered_at
     when = f"{span(now - done)} ago" if done else "none yet"
     yield bool(done) or None, f"{kind}: last delivery: {when}"

@@ -208,10 +208,9 @@ LINES: dict[str, Callable[[Home], object]] = {
     "-- for another URL 2 pings of api wait, .* for 4 days": lambda home: wait_there(
         home, 2, 400000, True
     ),
-    "!! telemhq: 2 pings of api wait, the oldest for 6 min: `flush` sends": (
-        lambda home: wait_there(home, 2, 400)
-    ),
-    "!! telemhq: the next try is in 14 min, for 404: is the URL in": backed_off,
+    "!! .* for 6 min: `flush` sends": lambda home: wait_there(home, 2, 400),
+    "!! telemhq: 404: is the URL in": backed_off,
+    "!! telemhq: the next try is in 14 min": backed_off,
     "-- telemhq: 2 lost so far, refused: HTTP 422": lambda home: home.set_state(
         losses={"refused: HTTP 422": 2}
     ),

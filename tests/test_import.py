@@ -269,10 +269,14 @@ def test_a_prefix_that_is_a_link_hides_no_module(
     home: Home, tmp_path: pathlib.Path
 ) -> None:
     """Homebrew's Python calls a link to its directory its prefix, and finds its library
-    in the directory: commands, which are run as a script, have all of it."""
+    in the directory: commands have all of it. A name that only begins so is another."""
     (tmp_path / "opt").symlink_to(sys.base_prefix)
+    (tmp_path / "py-app").mkdir()
+    (tmp_path / "py-app" / "argparse.py").write_text("raise SystemExit(9)")
     code = (
-        "import runpy, sys; sys.base_prefix = sys.base_exec_prefix = sys.argv.pop()\n"
+        "import runpy, sys; sys.base_prefix = sys.argv.pop()\n"
+        "sys.base_exec_prefix = sys.base_prefix[:-3] + 'py'\n"
+        "sys.path.insert(0, sys.base_exec_prefix + '-app')\n"
         "sys.argv[1] = '--version'; runpy.run_path(sys.argv.pop(2), None, '__main__')"
     )
     command = [sys.executable, "-c", code, "", str(SCRIPT), str(tmp_path / "opt")]
