@@ -109,7 +109,7 @@ def test_preview_prints_the_ping_that_the_hook_sends(
     assert ended.err.startswith(f"POST http://127.0.0.1:{receiver.port}/...\n")
 
 
-@pytest.mark.parametrize("raw", ["", "{", "[1]", NAME + 'x"}', NAME + 'A b"}'])
+@pytest.mark.parametrize("raw", ["", "{", '{"hook_event_name": "A b"}'])
 def test_preview_says_plainly_when_that_is_no_event(home: Home, raw: str) -> None:
     """What is no event gets a sentence, and exit status 1; so does a closed stdin."""
     ended = run(home, "preview", sent=raw.encode())
@@ -124,7 +124,6 @@ def test_preview_says_plainly_when_that_is_no_event(home: Home, raw: str) -> Non
     assert b"stdin held no event" in done.stderr
 
 
-NAME = '{"hook_event_name": "'
 TRACKERS = ["telemhq", "wigtoken", "recorder", "otlp", "claude-metrics"]
 
 
