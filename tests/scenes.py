@@ -132,7 +132,6 @@ def run(number, event):
     over, held = os.pipe()
     pid = os.fork()
     if not pid:
-        random.seed(number)
         read, write = os.pipe()
         os.write(write, json.dumps(event).encode())
         os.close(write)
@@ -146,6 +145,8 @@ def run(number, event):
 def spawn(_, command, environ, **__):
     pid = os.fork()
     if not pid:
+        number = struct.unpack_from("q", shared, 8)[0]
+        random.seed(SEED + number)  # or a fork takes a seed of its own
         start = command.index("-c")
         sys.argv[:] = ["-c", *command[start + 2:]]
         exec(command[start + 1])
@@ -154,7 +155,7 @@ def spawn(_, command, environ, **__):
 time.time = time.monotonic = now
 time.time_ns = lambda: int(now() * 1e9)
 time.sleep, os.posix_spawn, os.POSIX_SPAWN_OPEN = sleep, spawn, 0
-random.seed(7)
+SEED = 7
 sleep(given.pop()[0] - now())
 """
 ANSWER_S = 0.05  # what an answer takes
