@@ -24,7 +24,7 @@ What is read and written
     written is below $TELEMHQ_STATE_DIR, else telemhq/ in $CLAUDE_CONFIG_DIR, else
     ~/.claude/telemhq/ (directories 0700, files 0600), and Python's own __pycache__.
 Variables
-    TELEMHQ_PING_URL    where pings go; unset, empty or invalid: nothing happens
+    TELEMHQ_PING_URL    where pings go; empty: no tracker gets anything
     TELEMHQ_PROJECT     the project's name, instead of its directory's
     TELEMHQ_MACHINE     a name for this machine, sent along
     TELEMHQ_HASH_KEY    makes the hashes of paths HMACs under this key
@@ -306,7 +306,7 @@ class Settings:
         """A variable that is 1 or 0; what is neither counts as 0."""
         value = (self.environ.get(name) or unset).lower()
         if value not in (*ON, *OFF):
-            self.ignored.append(f"{name} is ignored: it must be 1 or 0")
+            self.ignored.append(f"{name} counts as 0: it must be 1 or 0")
         return value in ON
 
 
@@ -704,6 +704,8 @@ class TelemHQ(Tracker):
 
     def __init__(self, settings: Settings) -> None:
         self.default_url = settings.url
+        if not self.default_url:
+            raise Skipped("TELEMHQ_PING_URL is not set: run `install`")
         super().__init__(settings)
 
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
@@ -904,7 +906,7 @@ class OTLP(Tracker):
         try:
             partial = decode_json(body.decode("utf-8", "replace"))["partialSuccess"]
             return int(partial["rejectedLogRecords"]) > 0
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             return False
 
 
@@ -1007,8 +1009,11 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
-    """The trackers that the settings name; and why others that they name are none."""
+    """The trackers that the settings name; and why others that they name are none. An
+    empty URL switches them all off."""
     trackers, problems = [], []
+    if settings.environ.get("TELEMHQ_PING_URL") == "":
+        return [], ["TELEMHQ_PING_URL is empty: all is switched off here"]
     for name in settings.destinations:
         try:
             if name not in TRACKERS:
@@ -1330,15 +1335,16 @@ def read_stdin() -> bytes:
 def event_in(raw: bytes) -> Fields:
     """The event that stdin held; Skipped when that is none of Claude Code's."""
     try:
-        event: Fields = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
-        name = event["hook_event_name"]
-        ours = identifier(name) and "A" <= name[:1] <= "Z"
-        # Cursor runs hooks of ~/.claude/settings.json too, with events of its own.
-        if ours and "cursor_version" not in event:
-            return event
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise Skipped("stdin held no event of Claude Code's: no JSON, no name, or Cursor's")
+        event = decode_json(raw.decode("utf-8", "replace").lstrip("\ufeff"))
+    except ValueError:
+        raise Skipped("stdin is not JSON") from None
+    found: Fields = event if isinstance(event, dict) else {}
+    name = found.get("hook_event_name", "")
+    ours = identifier(name) and "A" <= name[:1] <= "Z"
+    # Cursor runs hooks of ~/.claude/settings.json too, with events of its own.
+    if not ours or "cursor_version" in found:
+        raise Skipped("stdin held no event of Claude Code's")
+    return found
 
 
 def start_sender(
@@ -1643,7 +1649,8 @@ class AnswerRow(Row):
 
 class UserRow(Row):
     """A prompt, results of tools, or what the client put in. failed: short ids of the
-    tool calls that failed. interrupt: it tells of one. prompt: it begins a turn."""
+    tool calls that failed. interrupt: it tells of one. key: what the row is known by.
+    prompt: it begins a turn."""
 
     def __init__(self, fields: Fields) -> None:
         results = blocks_in(fields["message"], "content", "tool_result")
@@ -1655,6 +1662,7 @@ class UserRow(Row):
         texts = blocks_in(fields["message"], "content", "text")
         said = "".join([str(block.get("text")) for block in texts])
         self.interrupt = said.startswith(INTERRUPTED)
+        self.key = short_id(fields.get("uuid") or fields.get("timestamp"))
         inserted = fields.get("isMeta") or fields.get("isCompactSummary")
         other = results or self.interrupt or inserted
         self.prompt = "promptId" in fields and not other
@@ -1727,10 +1735,11 @@ class Account:
     ping, beside: the last one, and what stood there, for a SessionLost. since: older
     rows are history. transcripts: path -> the place read to, and when the last row that
     ended a turn came. seen: key of an answer -> its counts, or HISTORY; short id of a
-    tool call -> CALLED, HISTORY when it failed. in_history: the main chain's last
-    answer is. baseline: the ledger at the end of history, and what was told since; []
-    when nobody knows it. ledger: the client's, while it is the last word. totals: told
-    in all; at_end: when the session last ended. charged: event_id -> what it is told.
+    tool call -> CALLED, HISTORY when it failed; of an interrupt -> HISTORY.
+    in_history: the main chain's last answer is. baseline: the ledger at the end of
+    history, and what was told since; [] when nobody knows it. ledger: the client's,
+    while it is the last word. totals: told in all; at_end: when the session last ended.
+    charged: event_id -> what it is told.
     """
 
     def __init__(self, path: str, since: float = 0) -> None:
@@ -1839,19 +1848,21 @@ def end_of_earlier_runs(path: str, until: float, ends: float) -> float:
 
 class Reading:
     """A look, or several, at what the transcripts of an account's session have gained.
-    until: the time of the event. ends: monotonic. elsewhere: what other sessions'
+    at: the time of the event. over: the session is. ends: monotonic. until: of the last
+    row that counts; agents_until: of theirs. elsewhere: what other sessions'
     accounts have seen; None: there may be a history that nobody knows yet. copied: the
     main chain's last answer, if another session has it, too. models: model -> counts;
     rest: those that are in no row. rows: as BESIDE has them, of what each answer has
     gained. tools: name -> calls. numbers: a ping's others."""
 
     def __init__(
-        self, account: Account, until: float, ends: float, tool_names: bool
+        self, account: Account, at: float, over: bool, ends: float, tool_names: bool
     ) -> None:
         from collections import Counter
 
         self.account, self.ends, self.tool_names = account, ends, tool_names
-        self.until = until + 0.001  # rows tell their time in milliseconds
+        at += 0.001  # rows tell their time in milliseconds
+        self.until, self.agents_until = at + (LAG_S if over else 0), at + LAG_S
         self.elsewhere: set[str] | None = set()
         if account.since and not account.transcripts:
             begun = end_of_earlier_runs(account.transcript, self.until, ends)
@@ -1888,7 +1899,7 @@ class Reading:
         account = self.account
         place = account.transcripts.setdefault(path, {"ended_at": 0.0})
         for row in rows_behind(path, place, self.ends):
-            if row.at > self.until + (0 if main else LAG_S):
+            if row.at > (self.until if main else self.agents_until):
                 break  # a later ping's
             if isinstance(row, AnswerRow):
                 counts = self.count_answer(row, main)
@@ -1966,7 +1977,8 @@ class Reading:
                 seen[call] = HISTORY
                 self.numbers["tool_failures"] += 1
         if main and row.at >= account.since:
-            if row.interrupt:
+            if row.interrupt and row.key not in seen:
+                seen[row.key] = HISTORY
                 self.numbers["interrupts"] += 1
             if row.prompt:
                 account.prompted_at = row.at
@@ -2042,9 +2054,9 @@ class Charge:
     def tell(self) -> Fields:
         """All that was used since the last charge: usage fields, what stands beside."""
         account, event_id = self.account, self.ping["event_id"]
-        until = {"SessionEnd": self.at + LAG_S, "SessionLost": float("inf")}
+        at = float("inf") if self.event == "SessionLost" else self.at
         tool_names = bool(self.local.get("tool_names"))
-        usage = Reading(account, until.get(self.event, self.at), self.ends, tool_names)
+        usage = Reading(account, at, self.over, self.ends, tool_names)
         complete = self.read_and_wait(usage)
         if account.baseline:
             told, sums = account.baseline
@@ -2354,9 +2366,6 @@ class Pass:
 
     def tidy(self) -> None:
         """List what waits; of too many the oldest without usage are lost first."""
-        for name in os.listdir(self.outbox.path("outbox")):
-            if name.startswith(".") and age_s(self.outbox.file(name)) > UNFINISHED_S:
-                remove(self.outbox.file(name))
         names, suspects = self.outbox.waiting(), self.state.suspects
         names.sort(key=lambda name: PingName(name).event in USAGE_EVENTS)
         lost = names[:-OUTBOX_MAX_PINGS]
@@ -2428,6 +2437,7 @@ class Pass:
                 return charge(self.outbox, name, record, self.sender.ends)
         except Exception as error:  # noqa: BLE001
             self.sender.log(f"{type(error).__name__} at {name}")
+            record.ping["usage_complete"] = False
         return record
 
     def borne(self) -> int:
@@ -2624,15 +2634,21 @@ class Sender:
         self.tell(f"{what}; the ping waits")
 
     def sweep(self) -> None:
-        """Once a day: tell of sessions that were lost, forget the oldest accounts."""
+        """Once a day: tell of sessions that were lost, forget the oldest accounts and
+        files whose writer was killed."""
         from glob import escape, glob
 
         now, state = time.time(), self.on_pass.state
         if 0 <= now - state.swept_at < DAY_S:
             return
-        accounts = escape(self.outbox.path("accounts"))
-        paths = sorted(glob(os.path.join(accounts, "*.json")), key=age_s)
-        for path in paths[ACCOUNTS_MAX:]:
+        place = escape(self.outbox.directory)
+        paths = sorted(glob(os.path.join(place, "accounts", "*.json")), key=age_s)
+        unfinished = [
+            *glob(os.path.join(place, ".*")),
+            *glob(os.path.join(place, "*", ".*")),
+        ]
+        old = [path for path in unfinished if age_s(path) > UNFINISHED_S]
+        for path in [*old, *paths[ACCOUNTS_MAX:]]:
             remove(path)
         for path in paths if self.settings.usage else ():
             if self.is_over():
@@ -2707,7 +2723,8 @@ def outboxes(state_dir: str | None) -> list[Outbox]:
     """Every destination's outbox that there is, also of URLs no longer configured."""
     import pathlib
 
-    places = sorted(pathlib.Path(state_dir or os.devnull).glob("*-*/outbox"))
+    ours = f"*-{12 * '[0-9a-f]'}/outbox"  # as directory_name() calls them
+    places = sorted(pathlib.Path(state_dir or os.devnull).glob(ours))
     return [Outbox(str(place.parent)) for place in places if place.is_dir()]
 
 
@@ -2749,6 +2766,7 @@ def deliveries(outbox: Outbox) -> list[Fields]:
 # -- Commands: talking with a person ---------------------------------------------------
 
 URL_NAME = "TELEMHQ_PING_URL"
+URL_IS_KEPT = "only Claude Code knows the plugin's URL: start a session"
 MARKS = {True: "ok", False: "!!", None: "--"}  # of a check; None: it is only told
 
 
@@ -2758,9 +2776,18 @@ def at_home(text: str) -> str:
     return text.replace(home + os.sep, "~" + os.sep) if len(home) > 1 else text
 
 
+def folded(text: str, columns: int) -> str:
+    """A line of text in lines of so many columns, broken only between words."""
+    from textwrap import TextWrapper
+
+    fold = TextWrapper(columns, subsequent_indent="    ", break_on_hyphens=False)
+    fold.break_long_words = False
+    return fold.fill(text)
+
+
 def say(text: str) -> None:
     """Print a line for a person."""
-    print(at_home(text), flush=True)
+    print(folded(at_home(text), 100), flush=True)
 
 
 def says_yes(question: str) -> bool:
@@ -2794,23 +2821,25 @@ def what_waits(outbox: Outbox) -> str:
         return "no pings wait"
     pings, wait = ("ping", "waits") if len(names) == 1 else ("pings", "wait")
     age = span(time.time() - PingName(names[0]).ns / 1e9)
-    whose = ", ".join(sorted(projects)[:5])
+    whose = ", ".join(sorted(projects)[:5]) or "nobody"
     return f"{len(names)} {pings} of {whose} {wait}, the oldest for {age}"
 
 
 MEANINGS = {  # of an answer: what it begins with (a pattern) -> the meaning
     "HTTP 40[123]": "is the token in {token} right, and paid?",
-    "HTTP (404|405|410)": "is the URL in {url} right, is it there?",
+    "HTTP (404|405|410|451)": "is the URL in {url} right, is it there?",
     "HTTP (408|409|425|429)": "it is busy; sent again later",
     "HTTP 407|proxy": "HTTPS_PROXY may lack USER:PASSWORD@, NO_PROXY this host",
     "SOCKS": "name an HTTP proxy in HTTPS_PROXY",
+    "HTTP 413": "it refuses this ping as too large",
     "HTTP 3": "it has moved; put its new address into {url}",
     "HTTP 5|no whole": "it has a problem of its own; sent again later",
+    "HTTP 2..$": "older pings go first; `flush` sends the rest",
     "HTTP": "it refuses this ping; {dislike}",
     "TLS: (WRONG_VERSION|HTTP)": "no TLS is spoken there; is https:// right?",
     "TLS": "SSL_CERT_FILE can name a company's certificates",
     "this Python": "run `install` with a whole Python",
-    "": "is {url} right, is there a network?",
+    "": "is {url} right, is a proxy down, is there a network?",
 }
 
 
@@ -2855,7 +2884,7 @@ def hook_command(event: str) -> str:
 
     paths = [sys.executable, config_path("hooks"), config_path("hooks", SCRIPT)]
     if sys.prefix != sys.base_prefix:  # a virtual environment comes and goes
-        paths[0] = os.path.realpath(sys.executable)
+        paths[0] = os.path.realpath(getattr(sys, "_base_executable", paths[0]))
     # With slashes, for Git Bash.
     python, directory, script = (shlex.quote(p.replace(os.sep, "/")) for p in paths)
     # A failing `claude -p` sends a TERM before Python is up.
@@ -2883,7 +2912,7 @@ class RegisteredHook:
             words = []
         names = [os.path.basename(word) for word in words if word[:1] != "-"]
         run = rf"(py[\w.]* )?{script}"
-        imported = rf"(trap  TERM; )?cd [^;&|]+ && py[\w.]* IMPORT( \|\| {run})?"
+        imported = rf"(trap  TERM; )?cd [^;&|]+ && [^;&|]+ IMPORT( \|\| {run})?"
         self.is_ours = bool(
             re.fullmatch(rf"({imported}|{run})( \|\| true)?", " ".join(names))
         )
@@ -2920,14 +2949,14 @@ class File:
                 self.raw = read_file(self.real, FILE_MAX_BYTES)
             if self.raw and self.raw.strip():
                 self.text = self.raw.decode("utf-8")
-            # As strict as Claude Code: it ignores all of a file with a comment in it.
-            content = json.loads(self.text.lstrip("\ufeff"))
+            # As strict as Claude Code: a comment or NaN, and it ignores all of a file.
+            content = json.loads(self.text.lstrip("\ufeff"), parse_constant=int)
             content.get("env", {}).items()
             self.hooks, self.content = hooks_of(content), content
         except (OSError, ValueError, RecursionError) as error:
             self.problem = str(getattr(error, "strerror", "") or error)
         except (AttributeError, KeyError, TypeError):
-            self.problem = "it has not the form that is documented"
+            self.problem = "its env or a hook has not the form that is documented"
         self.env: Fields = self.content.get("env", {})
 
     def retold(self, content: Fields) -> str:
@@ -2969,6 +2998,7 @@ class Surroundings:
     def __init__(self) -> None:
         import glob
 
+        projects = [n for one in TRACKERS.values() for n in one.variables[2:]]
         company = MANAGED_DIRS.get(sys.platform, "/etc/claude-code")
         managed = [os.path.join(company, "managed-settings.json")]
         managed += sorted(glob.glob(os.path.join(company, "managed-settings.d/*.json")))
@@ -2979,11 +3009,14 @@ class Surroundings:
         self.own, self.managed_only, self.plugin = {user, *managed}, False, ""
         environ, self.url_from = dict(os.environ), ""
         for file in self.files:
-            environ.update({name: str(value) for name, value in file.env.items()})
+            for name, value in file.env.items():
+                if file.path in self.own or name[:8] == "TELEMHQ_" or name in projects:
+                    environ[name] = str(value)
             if URL_NAME in file.env:
                 self.url_from = file.path
-            if object_in(file.content, "enabledPlugins").get(PLUGIN):
-                self.plugin = file.path
+            enabled = object_in(file.content, "enabledPlugins").get(PLUGIN)
+            if enabled is not None:
+                self.plugin = file.path if enabled else ""
             if file.path in managed and file.content.get("allowManagedHooksOnly"):
                 self.managed_only = True
         self.settings = Settings(environ)
@@ -3002,11 +3035,13 @@ def take_settings() -> None:
         return
     try:
         around = Surroundings()
-    except (Skipped, OSError):
+        os.environ.update({**around.settings.environ, **given})
+    except (Skipped, OSError, ValueError):
         return
-    if around.url_from and URL_NAME not in given:
+    if around.url_is_kept:
+        tell_on_stderr(f": {URL_IS_KEPT}")
+    elif around.url_from and URL_NAME not in given:
         tell_on_stderr(at_home(f": {URL_NAME} is from {around.url_from}"))
-    os.environ.update({**around.settings.environ, **given})
 
 
 def wait_for_lock(outbox: Outbox) -> int:
@@ -3027,25 +3062,35 @@ def flush_outbox(outbox: Outbox, tracker: Tracker, settings: Settings) -> str:
     return sender.answered
 
 
-def adopt_all(present: Outbox, tracker: Tracker, settings: Settings, yes: bool) -> None:
-    """Move what waits for a tracker's former URLs, if a person says so."""
-    for former in outboxes(settings.state_dir):
-        other = kind_of(former) == tracker.kind and former.name() != present.name()
-        if not (other and former.waiting()):
-            continue
-        former.need_sound()
-        print(what_waits(former))
-        print(f"  from {former.name()} to {present.name()}, {origin(tracker.url)}")
+def adopt_all(here: list[Tracker], settings: Settings, yes: bool) -> int:
+    """Move what waits for trackers' former URLs, if a person says so; how many stay."""
+    moves, stay = [], 0
+    for tracker in here:
+        present = outbox_of(settings, tracker)
+        for former in outboxes(settings.state_dir):
+            other = kind_of(former) == tracker.kind and former.name() != present.name()
+            if other and former.waiting():
+                former.need_sound()
+                present.need_sound()
+                say(what_waits(former))
+                names = f"{former.name()} to {present.name()}"
+                print(f"  from {names}, {origin(tracker.url)}")
+                moves.append((former, present))
+    if moves:
         need_yes("Move them?", yes)
+    for former, present in moves:
         present.make()
         locks = [wait_for_lock(one) for one in (former, present)]
         for name in former.waiting():
             try:
                 adopt(former, present, name)
             except (OSError, ValueError) as error:
-                print(f"  {name} stays there: {error}")
+                stay += 1
+                why = getattr(error, "strerror", "") or error
+                say(f"{former.file(name)} stays: {why}")
         for lock in locks:
             unlock(lock)
+    return stay
 
 
 def flush(options: Namespace) -> int:
@@ -3059,18 +3104,17 @@ def flush(options: Namespace) -> int:
     os.environ.update(settings.environ)  # urllib looks for proxies there
     trackers, problems = find_trackers(settings)
     if around.url_is_kept:
-        problems.append("only Claude Code knows the plugin's URL: start a session")
+        problems = [URL_IS_KEPT]
+    if options.adopt:
+        left = adopt_all(trackers, settings, options.yes)
     for tracker in trackers:
         outbox = outbox_of(settings, tracker)
         outbox.need_sound()
-        if options.adopt:
-            adopt_all(outbox, tracker, settings, options.yes)
         if outbox.waiting():
             flush_outbox(outbox, tracker, settings)
         left += len(outbox.waiting())
         if outbox.backoff_left_s():
-            why = in_words(State(outbox).problem, tracker.kind)
-            print(f"{tracker.kind}: {why}")
+            say(f"{tracker.kind}: {in_words(State(outbox).problem, tracker.kind)}")
     if problems:
         raise Skipped("; ".join(problems))
     print(f"{left or 'None'} left.")
@@ -3137,17 +3181,20 @@ def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Field
         ping, all_ms = receive(server), (time.monotonic() - begun) * 1000
         for outbox in outboxes(place):
             unlock(wait_for_lock(outbox))
-    return said, ping, f"hook {hook_ms:.0f} ms, all {all_ms:.0f} ms"
+    return said, ping, f"hook {hook_ms:.0f} ms, arrival {all_ms:.0f} ms"
 
 
 def check_settings(around: Surroundings) -> Iterator[Check]:
     """Whether Claude Code reads the settings and runs hooks, and what these will do."""
     settings = around.settings
     if around.managed_only:
-        yield False, "allowManagedHooksOnly: hooks run in your company's settings only"
+        yield (
+            False,
+            "allowManagedHooksOnly: only your company's own hooks run; ask there",
+        )
     for file in around.files:
         if file.problem:
-            yield False, f"Claude Code ignores all of {file.path}: {file.problem}"
+            yield False, f"Claude Code ignores {file.path} or a part: {file.problem}"
         if file.content.get("disableAllHooks") is True:
             yield False, f"{file.path} turns hooks off: take disableAllHooks out of it"
     for problem in settings.ignored:
@@ -3173,14 +3220,14 @@ def check_hooks(around: Surroundings) -> Iterator[Check]:
     for event, commands in found.items():
         for command, path in commands.items():
             yield try_hook(around, event, command, path)
-        both = f"{event} by {' and '.join(commands.values())}"
+        both = f"{event} by {' and '.join(dict.fromkeys(commands.values()))}"
         if not commands:  # StopFailure is not for every client
             bad = None if event == "StopFailure" else False
             yield bad, f"no hook for {event}: run `install`"
         elif len(commands) > 1 and any(URL_NAME in command for command in commands):
-            yield None, f"{both}, to two URLs: each is told the whole"
+            yield None, f"{both}: two commands, to two URLs; each is told the whole"
         elif len(commands) > 1:
-            yield False, f"{both}: take one out, for each sends a ping"
+            yield False, f"{both}: each sends a ping; take one out"
 
 
 def try_hook(around: Surroundings, event: str, command: str, path: str) -> Check:
@@ -3188,7 +3235,7 @@ def try_hook(around: Surroundings, event: str, command: str, path: str) -> Check
     name = f"{event} by {path}"
     known = path in around.own or command == hook_command(event)
     if "TELEMHQ_" in command or not known:
-        return None, f"{name} was not tried: it may send elsewhere, or be a stranger's"
+        return None, f"{name} was not tried: not your own, or it sets TELEMHQ_ itself"
     shell = "/bin/sh" if os.name == "posix" else "C:\\Program Files\\Git\\bin\\bash.exe"
     sample = {"hook_event_name": event, "session_id": "x", "cwd": os.getcwd()}
     said, ping, times = play([shell, "-c", command], sample, around.settings.environ)
@@ -3219,17 +3266,14 @@ def check_bytecode(_: Surroundings) -> Iterator[Check]:
 
 def answer_to(asked: Request, settings: Settings) -> Answer:
     """What a tracker answers within a sender's deadline."""
-    import threading
+    from threading import Thread
 
+    try:
+        given = make_opener(asked.url), asked, settings.timeout_s
+    except Skipped as why:
+        return Answer(HOLD, str(why))
     answers = [Answer(RETRY, "no whole answer in time")]
-
-    def ask() -> None:
-        try:
-            answers.append(post(make_opener(asked.url), asked, settings.timeout_s))
-        except Skipped as why:
-            answers.append(Answer(HOLD, str(why)))
-
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = Thread(target=lambda: answers.append(post(*given)), daemon=True)
     thread.start()
     thread.join(DEADLINE * settings.timeout_s)
     return answers[-1]
@@ -3248,7 +3292,8 @@ def check_trackers(around: Surroundings) -> Iterator[Check]:
         answer = answer_to(asked, settings)
         takes_posts = answer.what in ("HTTP 400", "HTTP 405", "HTTP 422")
         if (takes_posts and asked.body is None) or answer.verdict == DELIVERED:
-            yield True, f"{name} answers; only `doctor --send` proves the token"
+            proof = "`doctor --send`" if tracker.wants({"event": "Test"}) else "a turn"
+            yield True, f"{name} answers; only {proof} proves the token"
         else:
             yield False, f"{name}: {in_words(answer.what, tracker.kind)}"
 
@@ -3289,8 +3334,11 @@ def check_disk(around: Surroundings) -> Iterator[Check]:
     for outbox in kept:
         if outbox.name() in names:
             yield from check_delivery(outbox)
-        elif outbox.waiting():
+        elif outbox.waiting() and any(n.startswith(kind_of(outbox)) for n in names):
             yield None, f"for another URL {what_waits(outbox)} (`flush --adopt`)"
+        elif outbox.waiting():
+            kind = kind_of(outbox)
+            yield None, f"for {kind}, which gets nothing here, {what_waits(outbox)}"
 
 
 def check_delivery(outbox: Outbox) -> Iterator[Check]:
@@ -3301,8 +3349,7 @@ def check_delivery(outbox: Outbox) -> Iterator[Check]:
     remedy = ": `flush` sends now" if late else ""
     yield not late, f"{kind}: {what_waits(outbox)}{remedy}"
     if backoff_s:
-        why = in_words(state.problem, kind)
-        yield False, f"{kind}: {why}"
+        yield False, f"{kind}: {in_words(state.problem, kind)}"
         yield False, f"{kind}: the next try is in {span(backoff_s)}"
     done = state.delivered_at
     when = f"{span(now - done)} ago" if done else "none yet"
@@ -3324,16 +3371,21 @@ def send_test(around: Surroundings) -> Iterator[Check]:
     settings, ns = around.settings, time.time_ns()
     event = {"hook_event_name": "Test", "cwd": os.getcwd()}
     ping = make_ping(event, settings, ns, 0)
-    for tracker in find_trackers(settings)[0]:  # why others are none is told above
-        if tracker.wants(ping):
-            kind, outbox = tracker.kind, outbox_of(settings, tracker)
-            name = enqueue(outbox, tracker, ns, ping, {})
-            what = flush_outbox(outbox, tracker, settings)
-            kept = [outbox.file(name), outbox.path("refused", name)]
-            if any(map(os.path.exists, kept)):
-                yield False, f"{kind} did not take the test, {in_words(what, kind)}"
-            else:
-                yield True, f"{kind} has taken the test {ping['event_id']}"
+    trackers = find_trackers(settings)[0]
+    if not trackers:
+        yield False, "no test was sent: no tracker is set up here"
+    for tracker in trackers:
+        kind, outbox = tracker.kind, outbox_of(settings, tracker)
+        if not tracker.wants(ping):
+            yield None, f"{kind} takes no test: its first turn proves the token"
+            continue
+        name = enqueue(outbox, tracker, ns, ping, {})
+        what = flush_outbox(outbox, tracker, settings)
+        kept = [outbox.file(name), outbox.path("refused", name)]
+        taken, told = True, f"has taken the test {ping['event_id']}"
+        if any(map(os.path.exists, kept)):
+            taken, told = False, f"did not take the test, {in_words(what, kind)}"
+        yield taken, f"{kind} {told}"
 
 
 def doctor(options: Namespace) -> int:
@@ -3350,7 +3402,7 @@ def doctor(options: Namespace) -> int:
                 say(f"{MARKS[good]} {line}")
                 well = well and good is not False
         except (Skipped, OSError, ValueError) as error:
-            say(f"{MARKS[False]} not all could be looked at: {error}")
+            say(f"{MARKS[False]} not all could be done: {error}")
             well = False
     return 0 if well else 1
 
@@ -3443,21 +3495,25 @@ def settings_to_change() -> File:
     """The user's settings; Skipped when they cannot be changed without harm."""
     file = File(config_path("settings.json"))
     if file.problem:
-        why = f"it is no settings file: {file.problem}"
-        raise Skipped(f"{file.path} is left as it is: {why}")
+        raise Skipped(f"{file.path} is left as it is: {file.problem}")
     return file
 
 
 def write_all(changes: list[Change]) -> None:
-    """Make each file what it is to be; Skipped names one that cannot be written."""
+    """Make each file what it is to be (None: it goes, or a directory with all that is
+    in it); Skipped names one where that cannot be."""
+    from shutil import rmtree
+
     for path, content, mode in changes:
         try:
-            if content is None:
-                remove(path)
-            else:
+            if content is not None:
                 os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
                 write_file(path, content)
                 os.chmod(path, mode)
+            elif os.path.isdir(path):
+                rmtree(path)
+            elif os.path.exists(path):
+                os.unlink(path)
         except OSError as error:  # a full disk has no path in it
             raise Skipped(f"{path}: {error.strerror}") from error
 
@@ -3520,12 +3576,11 @@ def install(options: Namespace) -> int:
         write_all(changes)
         print("Installed. Sessions that run already must be started anew.")
     if asks and not options.send and find_trackers(Surroundings().settings)[0]:
-        offer = "Send one real test ping, too? Nothing else proves the token."
-        options.send = says_yes(offer)
+        options.send = says_yes("Send a real test ping? Nothing else proves the token.")
     return doctor(options)
 
 
-def to_remove() -> list[Change]:
+def to_remove(around: Surroundings) -> list[Change]:
     """Say what uninstall removes; it, settings first: no command without its script."""
     import glob
 
@@ -3534,18 +3589,26 @@ def to_remove() -> list[Change]:
     before, backup = File(script.path + BACKUP), File(file.real + BACKUP)
     if TITLE not in (script.raw or TITLE)[:1000]:
         raise Skipped(f"{script.path} is not this script; nothing was changed")
+    others = [
+        found.path
+        for found in around.files
+        for hook in found.hooks
+        if hook.names_script and not (hook.is_ours and found.path == file.path)
+    ]
     if URL_NAME in file.env or any(hook.is_ours for hook in file.hooks):
         content, what = without_ours(file.content), "our hooks and the ping URL"
         left = file.retold(content).encode("utf-8", "backslashreplace")
         raw = left if content else None
         # Hooks without their script would be a veto.
         veto = before.raw is None and any(hook.is_ours for hook in backup.hooks)
-        same = content == without_ours(backup.content) and not veto
-        if same and backup.raw is not None:
+        same = encode_json(content) == encode_json(without_ours(backup.content))
+        if same and not veto and backup.raw is not None:
             raw, what = backup.raw, "it is again as it was before install"
         say(f"  {file.path}: {what}")
         changes += [(file.real, raw, file.mode), (backup.path, None, 0)]
-    if script.raw is not None:
+    if others and before.raw is None:  # without it they would end with 2, a veto
+        say(f"  not {script.path}: a command in {others[0]} runs it; take that out")
+    elif script.raw is not None:
         back = ", and the one from before install comes back"
         say(f"  {script.path}{'' if before.raw is None else back}")
         changes += [(script.path, before.raw, before.mode), (before.path, None, 0)]
@@ -3560,16 +3623,15 @@ def uninstall(options: Namespace) -> int:
     --keep-state  leave what waits, and the record of what was sent
     --yes  ask nothing
     """
-    import shutil
-
     around = Surroundings()
     state_dir = around.settings.state_dir or ""
     if around.plugin:
         say(f"The plugin in {around.plugin} stays, with its state. To remove:")
         say(f"  claude plugin uninstall {PLUGIN}; rm -r {state_dir}")
     print("This goes:")
-    changes = to_remove()
-    kept = [] if options.keep_state or around.plugin else outboxes(state_dir)
+    changes = to_remove(around)
+    stays = options.keep_state or around.plugin
+    kept = [] if stays else outboxes(state_dir)
     if not (changes or kept):
         print("  nothing: none of it is here.")
         return 0
@@ -3582,11 +3644,13 @@ def uninstall(options: Namespace) -> int:
     write_all(changes)
     for outbox in kept:
         unlock(wait_for_lock(outbox))
-        shutil.rmtree(outbox.directory)
+    write_all([(outbox.directory, None, 0) for outbox in kept])
     made = [config_path("hooks", "__pycache__"), config_path("hooks")]
     for directory in (*made, state_dir, config_path()):
         if not os.path.islink(directory):
             remove(directory)  # unless there is more in it
+    if not stays and os.path.isdir(state_dir):
+        say(f"{state_dir} stays: there is more in it")
     print("Removed.")
     return 0
 
@@ -3594,28 +3658,18 @@ def uninstall(options: Namespace) -> int:
 # -- Commands: seeing ------------------------------------------------------------------
 
 DEMO_MODEL = "claude-opus-5-5"
-COMMON = {"session_id": "sample", "cwd": "/home/you/acme"}
 SAMPLES: dict[str, Fields] = {
     "PostToolUseFailure": {
-        "hook_event_name": "PostToolUseFailure",
-        **COMMON,
         "transcript_path": "/home/you/.claude/session.jsonl",
         "tool_name": "Bash",
         "tool_input": {"command": "./deploy --password hunter2"},
         "error": "Exit code 3\nno /home/you/acme/deploy.key",
         "duration_ms": 1250,
     },
-    "SessionEnd": {
-        "hook_event_name": "SessionEnd",
-        **COMMON,
-        "reason": "prompt_input_exit",
-    },
-    "Stop": {
-        "hook_event_name": "Stop",
-        **COMMON,
-        "last_assistant_message": "The password is hunter2.",
-    },
+    "SessionEnd": {"reason": "prompt_input_exit"},
+    "Stop": {"last_assistant_message": "The password is hunter2."},
 }
+HERE = {"session_id": "sample", "cwd": "/home/you/acme"}  # of all samples
 SAMPLE_COUNTS = [12, 950, 41200, 2300, 0, 0]  # in the order of COUNTS
 
 
@@ -3641,10 +3695,9 @@ def preview(options: Namespace) -> int:
     import json
 
     settings, ns = Surroundings().settings, time.time_ns()
-    if options.event or os.isatty(0):
-        raw = encode_json(SAMPLES[options.event or "Stop"]).encode()
-    else:
-        raw = read_stdin()
+    name = options.event or "Stop"
+    sample = encode_json({"hook_event_name": name, **HERE, **SAMPLES[name]}).encode()
+    raw = sample if options.event or os.isatty(0) else read_stdin()
     event = event_in(raw)
     ping = make_ping(event, settings, ns, len(raw))
     tracker = tracker_named(options.destination or TelemHQ.kind, settings)
@@ -3670,15 +3723,14 @@ def demo(_: Namespace) -> int:
     import py_compile
     import shutil
     import tempfile
-    import textwrap
 
     print("What Claude Code hands over, and what leaves of it:\n", flush=True)
     with tempfile.TemporaryDirectory() as place:
         py_compile.compile(shutil.copy(THIS_FILE, os.path.join(place, SCRIPT)))
-        event = SAMPLES["PostToolUseFailure"]
+        name = "PostToolUseFailure"
+        event = {"hook_event_name": name, **HERE, **SAMPLES[name]}
         start = f"import sys; sys.path.insert(0, {place!r}); {IMPORT}"
-        environ = {k: v for k, v in os.environ.items() if k[:8] != "TELEMHQ_"}
-        ping, times = play([sys.executable, "-ESc", start], event, environ)[1:]
+        ping, times = play([sys.executable, "-ESc", start], event, dict(os.environ))[1:]
     if not ping:
         raise Skipped("a ping did not arrive")
     lines = [times]
@@ -3686,18 +3738,12 @@ def demo(_: Namespace) -> int:
         text = json.dumps(value)
         if value not in ping.values():
             text = f"~~{text}~~"
-        if f"{name}_hash" in ping:
-            text += " #"
-        if f"{name}_chars" in ping:
-            text += " ="
+        text += " #" if f"{name}_hash" in ping else ""
+        text += " =" if f"{name}_chars" in ping else ""
         lines.append(f"  {name}: {text}")
-    told = textwrap.TextWrapper(
-        min(88, shutil.get_terminal_size().columns),
-        subsequent_indent="    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    print("\n".join(map(told.fill, [*lines, f"  left {json.dumps(ping)}"])))
+    columns = min(88, shutil.get_terminal_size().columns)
+    for line in [*lines, f"  left {json.dumps(ping)}"]:
+        print(folded(line, columns))
     print("\n~~: it stayed here; of # its hash has left, of = its length.")
     print(f"\nTo install it: python3 {SCRIPT} install")
     return 0
@@ -3715,14 +3761,15 @@ COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
 
 def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
     """What left all outboxes, or those whose name begins so; Skipped: nothing."""
-    found = []
-    for outbox in outboxes(Surroundings().settings.state_dir):
-        lines = deliveries(outbox)
-        if lines and outbox.name().startswith(name or ""):
-            found.append((outbox, lines))
+    kept = [(o, deliveries(o)) for o in outboxes(Surroundings().settings.state_dir)]
+    found = [(outbox, lines) for outbox, lines in kept if lines]
     if not found:
         raise Skipped("nothing was delivered yet: `doctor` says why, `flush` sends")
-    return found
+    chosen = [one for one in found if one[0].name().startswith(name or "")]
+    if not chosen:
+        there = ", ".join(outbox.name() for outbox, _ in found)
+        raise Skipped(f"nothing was delivered to {name} yet, but to: {there}")
+    return chosen
 
 
 def sent(options: Namespace) -> int:
@@ -3774,7 +3821,8 @@ def print_table(rows: Fields, by: str) -> None:
         width = 1 + max(map(len, cells))
         columns[name] = [cell.rjust(width) for cell in cells]
     widths = sum(len(cells[0]) for cells in columns.values())
-    room, longest = shutil.get_terminal_size().columns - widths, max(map(len, rows))
+    room = shutil.get_terminal_size().columns - widths
+    longest = max(map(len, [by, *rows]))
     if room < longest:
         for name in TOKENS[:5]:
             room += len(columns.pop(name)[0])
@@ -3836,6 +3884,8 @@ def command_line() -> ArgumentParser:
 def main(arguments: list[str]) -> int | str:
     """Run a command; for sys.exit(): its status, or why it failed."""
     os.umask(0o077)
+    if sys.version_info < (3, 8):
+        return "it needs Python 3.8 or newer"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # what a terminal does not know
     try:

@@ -100,7 +100,7 @@ def assert_all_delivered(
 @pytest.mark.fault(1, 2, 42)
 def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> None:
     """Wherever a hook is killed, its ping is whole in the outbox or not there, and the
-    lock is free: the next hook delivers; an hour later what it left is swept."""
+    lock is free: the next hook delivers; a day later what it left is swept."""
     step, whole, survived = 0, set(), False
     patches = [HALF_WRITTEN]
     while not survived:
@@ -120,10 +120,14 @@ def test_a_hook_killed_at_each_of_its_steps(home: Home, receiver: Receiver) -> N
     assert not {"step-1", "step-2"} & set(prompts)
     leftovers = list(home.state.glob("*/outbox/.*"))
     assert leftovers
+    for name in ("accounts", "outbox", "."):
+        leftovers.append(home.destination() / name / ".state.json.0123abcd")
+        leftovers[-1].write_text("{")
     for path in leftovers:
         os.utime(path, (time.time() - 3700,) * 2)
+    home.set_state(**{**home.state_json(), "swept_at": 0})
     home.hook(event("Stop"), receiver.url, TELEMHQ_FOREGROUND="1")
-    assert list(home.state.glob("*/outbox/*")) == []
+    assert list(home.state.glob("*/.*")) + list(home.state.glob("*/*/.*")) == []
 
 
 # -- The sender ------------------------------------------------------------------------

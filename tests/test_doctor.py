@@ -66,7 +66,9 @@ def well(home: Home, receiver: Receiver) -> Home:
 def told(ended: Ended) -> tuple[int, str, str]:
     """A doctor's exit status, its good lines and its bad ones, as two texts. What it
     only tells is among the good ones, with its mark."""
-    lines = [line for line in ended.out.splitlines() if line[2:3] == " "]
+    assert max(map(len, ended.out.splitlines())) <= 100
+    out = ended.out.replace("\n    ", " ")
+    lines = [line for line in out.splitlines() if line[2:3] == " "]
     good = [line for line in lines if line[:3] in ("ok ", "-- ")]
     bad = [line for line in lines if line.startswith("!! ")]
     assert len(good) + len(bad) == len(lines)
@@ -94,7 +96,7 @@ def doctor_where(home: Home, patch: str, **env: Any) -> tuple[int, str, str]:
 
 
 def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
-    """All is well: exit 0, a line of at most 100 columns for each thing that was tried:
+    """All is well: exit 0, a line for each thing that was tried and none left behind:
     each hook's own command, with a receiver of doctor's, whose times are told; the
     tracker, by one GET; the disk. The token is not called proven."""
     code, good, bad = diagnosis(well)
@@ -103,7 +105,7 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
         r"ok {} by ~/.claude/settings.json: arrived at doctor's own receiver, hook "
     )
     for name in EVENTS:
-        assert re.search(arrived.format(name) + r"\d+ ms, all \d+ ms", good)
+        assert re.search(arrived.format(name) + r"\d+ ms, arrival \d+ ms", good)
     for words in (
         "-- TELEMHQ_PING_URL is from ~/.claude/settings.json",
         f"ok telemhq at http://127.0.0.1:{receiver.port} answers; only `doctor --send`",
@@ -113,7 +115,7 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
         assert words in good
     assert [request.method for request in receiver.requests] == ["POST", "GET"]
     assert receiver.requests[1].body == b""
-    assert max(map(len, good.splitlines())) <= 100
+    assert os.listdir(str(well.destination() / "outbox")) == []
 
 
 # -- Each thing that may be wrong has its line --------------------------------------
@@ -146,6 +148,19 @@ def backed_off(home: Home) -> None:
     home.set_state(set_at=now, not_before=now + 900, problem="HTTP 404")
 
 
+def plugin_is_off(home: Home) -> None:
+    """The user's settings enable the plugin, the project's disable it."""
+    settings(home, **PLUGIN)
+    in_project(home, {"enabledPlugins": dict.fromkeys(PLUGIN["enabledPlugins"], False)})
+
+
+def gone_tracker(home: Home) -> None:
+    """Pings wait for a tracker that is no longer named."""
+    wait_there(home, 2, 10, True)
+    outbox = home.waiting()[0].parent.parent
+    outbox.rename(outbox.with_name("otlp-0123456789ab"))
+
+
 def told_before(home: Home, count: int, **fields: Any) -> None:
     """Of 150 pings that were delivered the last ones lack tokens."""
     pings: list[dict[str, Any]] = [{"event_id": f"{n:032x}"} for n in range(150)]
@@ -169,7 +184,7 @@ LINES: dict[str, Callable[[Home], object]] = {
     "!! no hook for SessionEnd: run `install`": lambda home: settings(
         home, hooks=registered(events=["Stop", "StopFailure"])
     ),
-    f"!! Claude Code ignores all of {PROJECT}: ": lambda home: in_project(
+    f"!! Claude Code ignores {PROJECT} or a part: ": lambda home: in_project(
         home, '{"a": 1 /* mine */}'
     ),
     f"!! {PROJECT} turns hooks off: take disableAllHooks out": lambda home: in_project(
@@ -178,14 +193,16 @@ LINES: dict[str, Callable[[Home], object]] = {
     f"ok Stop by {USER}: arrived at doctor's own receiver": lambda home: in_project(
         home, {"hooks": registered(COMMAND, ["Stop"])}
     ),
-    f"!! Stop by {USER} and {PROJECT}: take one out": lambda home: in_project(
-        home, {"hooks": registered(SECOND, ["Stop"])}
+    f"!! Stop by {USER} and {PROJECT}: each sends a ping; take": lambda home: (
+        in_project(home, {"hooks": registered(SECOND, ["Stop"])})
     ),
-    f"!! Stop by {USER} and the plugin .{USER}.: take one out": lambda home: settings(
+    f"!! Stop by {USER} and the plugin .{USER}.: each sends": lambda home: settings(
         home, **PLUGIN
     ),
-    f"-- Stop by {USER} and {PROJECT}, to two URLs: each": lambda home: in_project(
-        home, {"hooks": registered(f"TELEMHQ_PING_URL=x {SECOND}", ["Stop"])}
+    f"-- Stop by {USER} and {PROJECT}: two commands, to two URLs": lambda home: (
+        in_project(
+            home, {"hooks": registered(f"TELEMHQ_PING_URL=x {SECOND}", ["Stop"])}
+        )
     ),
     f"!! Stop by {USER} sends nothing and says `.*: not found": lambda home: settings(
         home, f"/no/python3 {SCRIPT_THERE}"
@@ -193,10 +210,10 @@ LINES: dict[str, Callable[[Home], object]] = {
     f"!! Stop by {USER} prints `hello`: run `install`, or mend": lambda home: settings(
         home, f"echo hello; python3 {SCRIPT_THERE}"
     ),
-    f"-- Stop by {USER} was not tried: it may": lambda home: settings(
+    f"-- Stop by {USER} was not tried: not your own, or": lambda home: settings(
         home, f"TELEMHQ_PROJECT=x {RAN}"
     ),
-    f"-- PreCompact by {PROJECT} was not tried: it may": lambda home: in_project(
+    f"-- PreCompact by {PROJECT} was not tried: not your own": lambda home: in_project(
         home, {"hooks": registered(RAN, ["PreCompact"])}
     ),
     f"-- switched off here: .* is empty in {PROJECT}": lambda home: in_project(
@@ -208,6 +225,9 @@ LINES: dict[str, Callable[[Home], object]] = {
     "-- for another URL 2 pings of api wait, .* for 4 days": lambda home: wait_there(
         home, 2, 400000, True
     ),
+    "-- for otlp, which gets nothing here, 2 pings of api wait": gone_tracker,
+    "-- Claude Code keeps the plugin's URL": lambda home: write_settings(home, PLUGIN),
+    f"ok SessionEnd by {USER}: arrived": plugin_is_off,
     "!! .* for 6 min: `flush` sends": lambda home: wait_there(home, 2, 400),
     "!! telemhq: 404: is the URL in": backed_off,
     "!! telemhq: the next try is in 14 min": backed_off,
@@ -258,7 +278,7 @@ def test_doctor_sees_managed_settings(well: Home, where: str) -> None:
     path.write_text(json.dumps({"allowManagedHooksOnly": True, "env": env}))
     patch = f"t.MANAGED_DIRS = {{sys.platform: {str(well.path / 'company')!r}}}"
     bad = doctor_where(well, patch)[2]
-    assert "!! allowManagedHooksOnly: hooks run in your company's settings only" in bad
+    assert "!! allowManagedHooksOnly: only your company's own hooks run" in bad
     assert "!! TELEMHQ_TIMEOUT is ignored: it is no number of seconds" in bad
 
 
@@ -282,7 +302,7 @@ def test_doctors_own_runs_stay_on_this_machine(home: Home, receiver: Receiver) -
         more = {"TELEMHQ_DESTINATIONS": "telemhq,otlp", "TELEMHQ_HOOK_DEBUG": "1"}
         set_up(home, receiver.url, env={**more, "TELEMHQ_OTLP_ENDPOINT": endpoint})
         code, good, _ = diagnosis(home, TELEMHQ_STATE_DIR=home.state)
-        assert code == 0
+        assert (code, good.count("ok hooks can write to")) == (0, 2)
         assert f"otlp at {endpoint} answers" in good
         assert [request.ping for request in other.requests] == [{"resourceLogs": []}]
     assert [request.method for request in receiver.requests] == ["GET"]
@@ -332,9 +352,12 @@ def test_doctor_sees_a_wrong_url(home: Home, url: str, words: str) -> None:
 
 
 ANSWERS = {
-    401: "401: is the token in TELEMHQ_PING_URL right, and paid?",
-    404: "404: is the URL in TELEMHQ_PING_URL right, is it there?",
-    413: "413: it refuses this ping; it may not like a field, or the size",
+    **{
+        n: f"{n}: is the token in TELEMHQ_PING_URL right, and paid?" for n in (401, 403)
+    },
+    **{n: f"{n}: is the URL in TELEMHQ_PING_URL right, is it" for n in (404, 410, 451)},
+    **{n: f"{n}: it refuses this ping; it may not like" for n in (400, 415, 422)},
+    413: "413: it refuses this ping as too large",
     429: "429: it is busy; sent again later",
     500: "500: it has a problem of its own; sent again later",
 }
@@ -351,9 +374,12 @@ def test_doctor_tells_what_an_answer_means(
     ended = run(home, "doctor", "--send")
     code, _, bad = told(ended)
     assert code == 1
-    assert f"!! telemhq at http://127.0.0.1:{receiver.port}: {ANSWERS[status]}" in bad
+    at = f"telemhq at http://127.0.0.1:{receiver.port}"
+    takes_posts = status in (400, 422)  # and tells nothing of a GET
+    assert (f"!! {at}: {ANSWERS[status]}" in bad) == (not takes_posts)
     assert f"!! telemhq did not take the test, {ANSWERS[status]}" in bad
-    assert len(home.waiting()) == 1
+    refused = [400, 413, 415, 422]
+    assert len(home.waiting()) == 1 or status in refused
     assert not re.search(r"hold|not now|retry|hidden", ended.out)
 
 
@@ -361,10 +387,11 @@ def test_a_collector_may_take_protobuf_only(home: Home, receiver: Receiver) -> N
     """400 and 415 of an OTLP receiver mean that it takes no JSON, most likely; and it
     is its own endpoint that 404 speaks of."""
     endpoint = {"TELEMHQ_OTLP_ENDPOINT": receiver.url.partition("/ping")[0]}
-    set_up(home, "", env={"TELEMHQ_DESTINATIONS": "otlp", **endpoint})
+    set_up(home, receiver.url, env={"TELEMHQ_DESTINATIONS": "otlp", **endpoint})
     for status, words in (
         (400, "400: it refuses this ping; it may take protobuf only, and no JSON"),
         (415, "415: it refuses this ping; it may take protobuf only, and no JSON"),
+        (413, "413: it refuses this ping as too large"),
         (404, "404: is the URL in TELEMHQ_OTLP_ENDPOINT right"),
     ):
         receiver.answer = status
@@ -399,6 +426,37 @@ def test_send_proves_the_token(home: Home, receiver: Receiver) -> None:
     assert f"ok telemhq has taken the test {ping['event_id']}" in good
     home.set_state()
     assert "-- telemhq: last delivery: none yet" in diagnosis(home)[1]
+
+
+def test_a_test_that_was_not_sent_is_told(home: Home, receiver: Receiver) -> None:
+    """Some trackers take none: that is said, and what proves their token; where
+    nothing is to be sent to at all, --send has failed."""
+    server = receiver.url.partition("/ping")[0]
+    more = {"WIGTOKEN_SERVER": server, "WIGTOKEN_TOKEN": TOKEN, "WIGTOKEN_MACHINE": "m"}
+    set_up(
+        home, "https://a.invalid/x", env={"TELEMHQ_DESTINATIONS": "wigtoken", **more}
+    )
+    code, good, _ = diagnosis(home, "--send")
+    assert f"ok wigtoken at {server} answers; only a turn proves the token" in good
+    assert "-- wigtoken takes no test: its first turn proves the token" in good
+    assert (code, len(receiver.requests)) == (0, 1)
+    settings(home, env={"TELEMHQ_PING_URL": ""})
+    assert "!! no test was sent: no tracker is set up" in diagnosis(home, "--send")[2]
+
+
+def test_a_strangers_settings_give_little(well: Home, receiver: Receiver) -> None:
+    """Of the env in a project's settings, which may be a stranger's, only variables of
+    ours count: no PATH, through which a command would be theirs, and no proxy."""
+    theirs = well.project / "python3"
+    theirs.write_text("#!/bin/sh\ntouch ran\n")
+    theirs.chmod(0o755)
+    env = {"PATH": str(well.project), "HTTPS_PROXY": receiver.url}
+    in_project(well, {"env": {**env, "TELEMHQ_TIMEOUT": "theirs"}})
+    settings(well, env={"TELEMHQ_PING_URL": "https://a.invalid/x"})
+    bad = diagnosis(well)[2]
+    assert "TELEMHQ_TIMEOUT is ignored" in bad
+    assert not (well.project / "ran").exists()
+    assert [r for r in receiver.requests if r.method != "POST"] == []
 
 
 # -- The disk ----------------------------------------------------------------------

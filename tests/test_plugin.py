@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 from types import ModuleType
@@ -122,7 +123,12 @@ def play_plugin(world: World) -> dict[str, Any]:
         assert code == 0, said
     world.claude("WORK")
     world.settle()
-    copy = "python3 ~/.claude/plugins/cache/telemhq-ping/*/*/telemhq_ping.py "
+    readme = (ROOT / "README.md").read_text("utf-8")
+    (here,) = world.home.path.glob(".claude/plugins/cache/telemhq-ping/*/*")
+    old = here.with_name("0.9.0")  # the client keeps it for a while
+    old.mkdir()
+    (old / SCRIPT.name).write_text("import sys; sys.exit(9)")
+    copy = re.findall("`(python3 .*telemhq-ping/.*) doctor`", readme)[0] + " "
     for command in ("doctor", "sent", "uninstall --yes"):
         found[command] = told(world, "/bin/sh", "-c", copy + command)
     found["settings"] = (world.home.path / ".claude/settings.json").read_text("utf-8")

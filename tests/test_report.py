@@ -203,6 +203,7 @@ def test_a_cost_that_is_not_known_yet_is_a_dash(home: Home, by: str) -> None:
     """A session that is open has told no cost: a dash; not 0.00, which is what a
     session may have cost."""
     kept(home, [ping(1), ping(6, project="free", model="free", cost_usd=0)])
+    assert run(home, "report", "--by", by).out.startswith(by + " ")  # a short name's
     costs = [row["cost"] for row in list(rows(home, "--by", by).values())[:-1]]
     assert sorted(costs) == (["0.00"] if by == "day" else ["0.00", "\u2013"])
 
@@ -234,6 +235,8 @@ def test_each_destination_is_apart(home: Home) -> None:
     assert [line for line in lines if line.endswith(":")] == [f"{n}:" for n in names]
     for name in ("otlp", names[0]):
         assert rows(home, "--destination", name)["in all"]["turns"] == "1"
+    said = run(home, "report", "--destination", "nobody").err
+    assert f"nothing was delivered to nobody yet, but to: {', '.join(names)}" in said
 
 
 # -- report: the table -------------------------------------------------------------

@@ -114,14 +114,14 @@ def test_preview_says_plainly_when_that_is_no_event(home: Home, raw: str) -> Non
     """What is no event gets a sentence, and exit status 1; so does a closed stdin."""
     ended = run(home, "preview", sent=raw.encode())
     assert (ended.code, ended.out) == (1, "")
-    assert "stdin held no event" in ended.err
+    assert ("stdin held no event" if raw[1:] else "stdin is not JSON") in ended.err
     done = subprocess.run(
         ["/bin/sh", "-c", f"'{sys.executable}' '{SCRIPT}' preview <&-"],
         env=home.env(),
         capture_output=True,
     )
     assert done.returncode == 1
-    assert b"stdin held no event" in done.stderr
+    assert b"stdin is not JSON" in done.stderr
 
 
 TRACKERS = ["telemhq", "wigtoken", "recorder", "otlp", "claude-metrics"]
@@ -210,6 +210,7 @@ def test_flush_without_a_url_says_what_to_do(home: Home) -> None:
     ended = run(home, "flush")
     assert ended.code == 1
     assert "only Claude Code knows the plugin's URL" in ended.err
+    assert "only Claude Code knows" in by_hand(home, TELEMHQ_HOOK_DEBUG=1)
 
 
 # -- flush --adopt -----------------------------------------------------------------
@@ -224,13 +225,14 @@ def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None
     other = home.waiting()[0].parent.parent
     other = other.rename(other.with_name("otlp-0123456789ab"))  # stays where it is
     (kept,) = home.waiting()
-    sent = place(home, dead_url(), 2, 400)
-    damaged = home.waiting()[0].with_name(
-        f"{time.time_ns():020d}-Stop--{'0' * 32}.json"
-    )
+    sent = place(home, dead_url(), 1, 500)
+    sent += place(home, dead_url(), 2, 400)
+    path = home.waiting()[2]
+    path.write_text(path.read_text().replace('"api"', '"web"'))
+    damaged = path.with_name(f"{time.time_ns():020d}-Stop--{'0' * 32}.json")
     damaged.write_text("{")  # hinders no other
     sent += place(home, receiver.url, 1)
-    former, *_, present = [path.parent.parent.name for path in home.waiting()]
+    *_, former, present = [path.parent.parent.name for path in home.waiting()]
     if how == "asked":
         terminal = Terminal(home, "flush", "--adopt", TELEMHQ_PING_URL=receiver.url)
         terminal.answer("Move them? [y/N] ", "y\n")
@@ -238,14 +240,14 @@ def test_adopt_shows_and_moves(home: Home, receiver: Receiver, how: str) -> None
     else:
         ended = run(home, "flush", "--adopt", "--yes", url=receiver.url)
         code, out = ended.code, ended.out
-    assert code == 0
-    assert "3 pings of api wait, the oldest for 6 min\n" in out
+    assert code == 1
+    assert "3 pings of api, web wait, the oldest for 6 min\n" in out
     host = f"http://127.0.0.1:{receiver.port}"
     assert f"\n  from {former} to {present}, {host}\n" in out
     assert [ping["event_id"] for ping in receiver.pings] == sent
     assert [path for path in home.waiting() if path != damaged] == [kept]
-    assert f"{damaged.name} stays there: " in out
-    assert "None left." in out
+    assert re.search(rf"~/.claude/telemhq/.*/{damaged.name}\s+stays: ", out)
+    assert "1 left." in out
 
 
 @pytest.mark.fault(34)

@@ -8,6 +8,7 @@ import re
 import shlex
 import stat
 import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     import pathlib
 
 BACKUP = "~/.claude/settings.json.telemhq-backup"
+HERE = "~/.claude/hooks/telemhq_ping.py"
 
 
 def events_in(home: Home) -> list[str]:
@@ -120,6 +122,7 @@ MALFORMED = {
     "a comment": b'{\n  // mine\n  "a": 1\n}\n',
     "hooks is a list": b'{"hooks": []}',
     "Stop is an object": b'{"hooks": {"Stop": {}}}',
+    "a number that is none": b'{"a": NaN}',
     "a directory": b"",
 }
 
@@ -136,7 +139,7 @@ def test_a_file_that_cannot_be_changed_is_left_alone(home: Home, what: str) -> N
     for command in install, uninstall:
         ended = command(home)
         assert ended.code == 1
-        assert "~/.claude/settings.json is left as it is: it is" in ended.err
+        assert "~/.claude/settings.json is left as it is: " in ended.err
         assert tree(home.path) == before
 
 
@@ -163,7 +166,7 @@ OURS = [
         f"trap '' TERM; cd '/old place' && /usr/bin/python3 -ESc '{IMPORT}' || "
         "/usr/bin/python3 -I -S '/old place/telemhq_ping.py' || true"
     ),
-    f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}'",
+    f"cd ~/.claude/hooks && /opt/Python -ESc '{IMPORT}'",
 ]
 
 
@@ -199,9 +202,12 @@ def test_an_upgrade_replaces_only_our_commands(home: Home) -> None:
         assert new["note"] == "kept"
         check_command(home, new["command"])
     assert installed(home).read_bytes() == SCRIPT.read_bytes()
-    uninstall(home)
+    ended = uninstall(home)
     left = {"Stop": [{**group, "hooks": theirs}], "SessionEnd": [{"hooks": theirs}]}
     assert read(settings_path(home)) == {"hooks": left}
+    # Without the script theirs would be a veto.
+    assert f"not {HERE}: a command in ~/.claude/settings.json runs it" in ended.out
+    assert installed(home).exists()
 
 
 @pytest.mark.fault(28)
@@ -332,17 +338,15 @@ def test_install_at_a_terminal(home: Home, receiver: Receiver) -> None:
 
 def test_other_trackers_alone_need_no_url(home: Home, receiver: Receiver) -> None:
     """With other trackers only in TELEMHQ_DESTINATIONS no ping URL is asked for."""
-    terminal = Terminal(
-        home,
-        "install",
-        TELEMHQ_DESTINATIONS="otlp",
-        TELEMHQ_OTLP_ENDPOINT=receiver.url.rpartition("/ping")[0],
-    )
+    endpoint = receiver.url.rpartition("/ping")[0]
+    env = {"TELEMHQ_DESTINATIONS": "otlp", "TELEMHQ_OTLP_ENDPOINT": endpoint}
+    write_settings(home, {"env": env})
+    terminal = Terminal(home, "install")
     terminal.answer("Write this? [y/N]", "y\n")
     terminal.answer("Nothing else proves the token. [y/N]", "n\n")
     out = terminal.end()[1]
     assert ASKED not in out
-    assert "env" not in read(settings_path(home))
+    assert read(settings_path(home))["env"] == env
 
 
 ASKED = "The URL of your tracker (not shown"
@@ -474,15 +478,38 @@ def test_uninstall_takes_only_what_is_ours(home: Home) -> None:
     path.write_text(path.read_text().replace("[1, 2]", "[1,  3]"))
     cache = installed(home).parent / "__pycache__"
     files = [cache / "mine.cpython-39.pyc", home.state / "notes.txt"]
+    files.append(home.state / "acme-mail" / "outbox" / "letter")
     for file in (*files, cache / "telemhq_ping.cpython-39.pyc"):
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("x")
-    assert uninstall(home).code == 0
+    ended = uninstall(home)
+    assert (ended.code, "telemhq stays: there is more in it" in ended.out) == (0, True)
     assert path.read_text() == theirs.replace("[1, 2]", "[1,  3]")
     assert all(file.exists() for file in files)
     assert os.listdir(str(cache)) == ["mine.cpython-39.pyc"]
     assert not installed(home).exists()
     assert not path.with_name(path.name + ".telemhq-backup").exists()
+
+
+def test_uninstall_names_what_it_cannot_remove(home: Home) -> None:
+    """What the system does not let go is named, with its word, and exit 1. A project's
+    own command that needs the script keeps it."""
+    install(home, "--url", URL)
+    refuse = "def refuse(path):\n    raise PermissionError(13, 'Permission denied')\n"
+    code = f"import os, sys, telemhq_ping as t\n{refuse}os.unlink = refuse\n"
+    code += "sys.exit(t.main(['uninstall', '--yes']))"
+    env = home.env(PYTHONPATH=str(ROOT))
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True)
+    assert done.returncode == 1
+    assert b"~/.claude/settings.json: Permission denied" in done.stderr
+    path = home.project / ".claude" / "settings.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(THEIR_SETTINGS))
+    assert f"not {HERE}: a command in ~/acme/api/" in uninstall(home).out
+    assert installed(home).exists()
+    path.unlink()
+    assert uninstall(home).code == 0
+    assert not installed(home).exists()
 
 
 def sent_once(home: Home) -> None:

@@ -174,6 +174,7 @@ def test_a_partial_success_refuses(script: ModuleType) -> None:
         ('{"partialSuccess": {"rejectedLogRecords": "0"}}', False),
         ('{"partialSuccess": {"errorMessage": "a warning"}}', False),
         ('{"partialSuccess": {"rejectedLogRecords": "1"', False),
+        ('{"partialSuccess": {"rejectedLogRecords": 1e999}}', False),
         ('{"partialSuccess": {"rejectedLogRecords": "1"}}', True),
         ('{"partialSuccess": {"rejectedLogRecords": 1}}', True),
     ):
