@@ -2132,6 +2132,11 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
         except (FileNotFoundError, ValueError):
             told = unknown  # there is no such transcript; the account is damaged
             break
+        except (TypeError, LookupError, AttributeError):  # it is damaged inside
+            path = outbox.account_path(session_name(record.ping["session_id"]))
+            Account(path, time.time()).save()
+            told = unknown
+            break
         except OSError:
             time.sleep(POLL_S)
     else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from person import run
+from person import run, write_settings
 from support import (
     SCRIPT,
     Home,
@@ -140,6 +140,16 @@ def test_without_pings_it_says_what_to_do(home: Home, command: str) -> None:
     assert ended.code == 1
     assert "nothing was delivered yet: `doctor` says why, `flush` sends" in ended.err
     assert sorted(os.listdir(str(home.path))) == ["acme"]
+
+
+def test_the_state_may_be_where_settings_say(home: Home) -> None:
+    """sent, report and uninstall take TELEMHQ_STATE_DIR from a settings file, too."""
+    kept(home, [ping(1)])
+    elsewhere = home.state.rename(home.path / "elsewhere")
+    write_settings(home, {"env": {"TELEMHQ_STATE_DIR": str(elsewhere)}})
+    for command in (["sent"], ["report"], ["uninstall", "--yes"]):
+        assert run(home, *command).code == 0
+    assert not elsewhere.exists()
 
 
 # -- report: the sums --------------------------------------------------------------

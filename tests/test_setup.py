@@ -286,6 +286,18 @@ def test_a_home_of_any_name(tmp_path: pathlib.Path, name: str) -> None:
     assert tree(home.path) == before
 
 
+@pytest.mark.parametrize("how", ["--symlinks", "--copies"])
+def test_a_virtual_environment_is_not_named(home: Home, how: str) -> None:
+    """It comes and goes: the Python that it was made of is the one that stays."""
+    if how == "--copies" and sys.version_info < (3, 11):
+        pytest.skip("such a one does not tell")
+    place = home.path / "venv"
+    made = [sys.executable, "-m", "venv", "--without-pip", how, str(place)]
+    subprocess.check_call(made)
+    install(home, "--url", URL, python=str(place / "bin" / "python"))
+    assert str(place) not in settings_path(home).read_text()
+
+
 # -- What install says, and asks -------------------------------------------------
 
 

@@ -346,7 +346,7 @@ def test_replaced_transcript_is_read_again(
     there has its say."""
     path = session.agent() if of_agent else session.path
     session.hook(START, -1)
-    session.add(*turn(0, 1))
+    session.add(*turn(0, 1), interrupted(2))
     session.add(*OLD, to=path)
     assert size_of(session.charge("Stop", 6)) == 7
     new = replaced(session, path, how)
@@ -354,6 +354,14 @@ def test_replaced_transcript_is_read_again(
     sums = {OPUS: 7 + new + 64, HAIKU: 128}
     ping = session.charge(END, 30, *turn(20, 64), ledger(sums))
     assert (size_of(ping), ping["cost_usd"]) == (64 + 128, cost_of(sums))
+    assert summed(session.receiver.pings, "interrupts") == [1]
+
+
+def test_agents_rows_behind_the_end_are_a_later_runs(session: Session) -> None:
+    """The client writes agents' rows up to 2 s later than an event, no more."""
+    session.charge("Stop", 2, *turn(0, 1))
+    session.add(message(31.9, 2), message(32.1, 4), to=session.agent())
+    assert size_of(session.charge(END, 30)) == 2
 
 
 @pytest.mark.fault(37, 46)
