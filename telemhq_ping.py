@@ -2995,10 +2995,10 @@ class File:
 
 class Surroundings:
     """What a hook finds here. files: settings files; each goes before those above it.
-    own: the paths of all but a project's, which may be a stranger's. settings: from
-    environment and files. url_from: the file that has TelemHQ's URL, or "". plugin: the
-    one that enables this script as a plugin. url_is_kept: as the plugin's option, which
-    Claude Code alone knows. managed_only: a company allows no hooks but its own."""
+    own: paths of all but a project's, which may be a stranger's: of its env only our
+    variables count. settings: from environment and files. url_from: the file that has
+    TelemHQ's URL, or "". plugin: that which enables us as a plugin. url_is_kept: as its
+    option, which Claude Code alone knows. managed_only: a company allows no others."""
 
     def __init__(self) -> None:
         import glob
@@ -3186,7 +3186,7 @@ def play(command: list[str], event: Fields, environ: Fields) -> tuple[str, Field
         ping, all_ms = receive(server), (time.monotonic() - begun) * 1000
         for outbox in outboxes(place):
             unlock(wait_for_lock(outbox))
-    return said, ping, f"hook {hook_ms:.0f} ms, arrival {all_ms:.0f} ms"
+    return said, ping, f"in {all_ms:.0f} ms (hook: {hook_ms:.0f} ms)"
 
 
 def check_settings(around: Surroundings) -> Iterator[Check]:
@@ -3245,7 +3245,7 @@ def try_hook(around: Surroundings, event: str, command: str, path: str) -> Check
     sample = {"hook_event_name": event, "session_id": "x", "cwd": os.getcwd()}
     said, ping, times = play([shell, "-c", command], sample, around.settings.environ)
     if ping and not said:
-        return True, f"{name}: arrived at doctor's own receiver, {times}"
+        return True, f"{name}: arrived at doctor's own receiver {times}"
     line = said.strip().rpartition("\n")[2] or "nothing"
     does = "prints" if ping else "sends nothing and says"
     return False, f"{name} {does} `{line}`: run `install`, or mend it"
@@ -3738,7 +3738,7 @@ def demo(_: Namespace) -> int:
         ping, times = play([sys.executable, "-ESc", start], event, dict(os.environ))[1:]
     if not ping:
         raise Skipped("a ping did not arrive")
-    lines = [times]
+    lines = [f"It arrived {times}"]
     for name, value in event.items():
         text = json.dumps(value)
         if value not in ping.values():

@@ -101,11 +101,9 @@ def test_doctor_is_content(well: Home, receiver: Receiver) -> None:
     tracker, by one GET; the disk. The token is not called proven."""
     code, good, bad = diagnosis(well)
     assert (code, bad) == (0, "")
-    arrived = (
-        r"ok {} by ~/.claude/settings.json: arrived at doctor's own receiver, hook "
-    )
+    arrived = r"ok {} by ~/.claude/settings.json: arrived at doctor's own receiver in "
     for name in EVENTS:
-        assert re.search(arrived.format(name) + r"\d+ ms, arrival \d+ ms", good)
+        assert re.search(arrived.format(name) + r"\d+ ms \(hook: \d+ ms\)", good)
     for words in (
         "-- TELEMHQ_PING_URL is from ~/.claude/settings.json",
         f"ok telemhq at http://127.0.0.1:{receiver.port} answers; only `doctor --send`",

@@ -83,7 +83,7 @@ def test_demo_tells_real_times(home: Home) -> None:
     out = subprocess.check_output(
         [sys.executable, "-c", code, str(SCRIPT.parent)], env=home.env()
     ).decode()
-    hook, there = map(int, re.findall(r"(\d+) ms", out))
+    there, hook = map(int, re.findall(r"(\d+) ms", out))
     assert 500 < hook <= there < 10000
 
 
