@@ -3109,7 +3109,7 @@ def flush(options: Namespace) -> int:
     os.environ.update(settings.environ)  # urllib looks for proxies there
     trackers, problems = find_trackers(settings)
     if around.url_is_kept:
-        problems = [URL_IS_KEPT]
+        problems = [URL_IS_KEPT, *(p for p in problems if URL_NAME not in p)]
     if options.adopt:
         left = adopt_all(trackers, settings, options.yes)
     for tracker in trackers:
