@@ -675,6 +675,15 @@ def test_failed_open_of_a_transcript_is_tried_again(session: Session) -> None:
     assert (size_of(ping), complete(ping)) == (2, [True])
 
 
+def test_what_nobody_foresaw_is_told_as_missing(session: Session) -> None:
+    """Whatever goes wrong as a transcript is read: the ping goes, and says so."""
+    session.add(*turn(0, 1))
+    session.hook("Stop", 2)
+    patch = "os.fstat = lambda fd, real=os.fstat: real(fd) if fd < 3 else 1 / 0"
+    assert complete(*session.send(patch=patch)) == [False]
+    assert size_of(session.charge("Stop", 12, *turn(10, 2))) == 3
+
+
 @pytest.mark.fault(47)
 @pytest.mark.parametrize("what", ["session", "agent", "agent, with a ledger"])
 def test_what_cannot_be_read_is_never_told_as_zero(session: Session, what: str) -> None:

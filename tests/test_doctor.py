@@ -176,6 +176,7 @@ def linked(home: Home) -> None:
 
 USER, PROJECT = "~/.claude/settings.json", "~/acme/api/.claude/settings.json"
 SECOND = f"python3 {SCRIPT_THERE}"
+TWO = [registered(c)["Stop"][0] for c in (COMMAND, f"TELEMHQ_PING_URL=x {SECOND}")]
 SOCKS = {"HTTPS_PROXY": "socks5://127.0.0.1:1"}
 RAN = f"python3 {SCRIPT_THERE}; touch ran"
 LINES: dict[str, Callable[[Home], object]] = {
@@ -197,10 +198,8 @@ LINES: dict[str, Callable[[Home], object]] = {
     f"!! Stop by {USER} and the plugin .{USER}.: each sends": lambda home: settings(
         home, **PLUGIN
     ),
-    f"-- Stop by {USER} and {PROJECT}: two commands, to two URLs": lambda home: (
-        in_project(
-            home, {"hooks": registered(f"TELEMHQ_PING_URL=x {SECOND}", ["Stop"])}
-        )
+    f"-- Stop by {USER}: two commands, to two URLs": lambda home: settings(
+        home, hooks={**registered(), "Stop": TWO}
     ),
     f"!! Stop by {USER} sends nothing and says `.*: not found": lambda home: settings(
         home, f"/no/python3 {SCRIPT_THERE}"
