@@ -2157,6 +2157,8 @@ def report_lost(outbox: Outbox, path: str, settings: Settings, ends: float) -> N
     power), if something of it was told to nobody. path: its account's. The ping's id is
     made of that, so that a crash makes no two; today's settings shape it."""
     account = Account.load(path)
+    if not account.transcript:
+        return  # it only ever saw TELEMHQ_USAGE=0
     known = account.ping
     event = {
         "hook_event_name": "SessionLost",

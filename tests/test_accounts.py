@@ -516,12 +516,15 @@ def test_usage_0_opens_no_transcript(session: Session) -> None:
     pings = session.send(patch=DEADLY)
     names = {"total_tokens", "models", "tools", "tool_calls", "usage_complete"}
     assert [names & set(ping) for ping in pings] == [set()] * 3
+    (log,) = session.home.state.glob("*/sender.log")
     other = Session(session.home, session.receiver)
     other.charge(START, 0)
     other.add(*turn(1, 1))
     assert other.send(at=LATER, patch=DEADLY, TELEMHQ_USAGE="0") == []
     other.hook("Stop", LATER + 2)
     assert [size_of(ping) for ping in other.send(TELEMHQ_USAGE="0")] == [1]
+    assert other.send(at=3 * LATER) == []  # a sweep
+    assert "lost session" not in log.read_text()
 
 
 # -- Sessions that ended without a word ------------------------------------------------

@@ -450,7 +450,9 @@ def test_telemhqs_own_set_up_comes_back(home: Home) -> None:
     """Where another script stands under our name, uninstall leaves it and its hooks.
     install says that it is replaced, and where it is kept. After upgrades and uninstall
     that set-up is as it was, byte for byte and mode for mode."""
-    write_settings(home, THEIR_SETTINGS)
+    own = {"type": "command", "command": THEIRS[6]}  # it will have a script again
+    hooks = {**THEIR_SETTINGS["hooks"], "SessionEnd": [{"hooks": [own]}]}
+    write_settings(home, {"hooks": hooks})
     installed(home).parent.mkdir()
     installed(home).write_text(THEIR_SCRIPT)
     installed(home).chmod(0o755)
