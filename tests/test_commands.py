@@ -76,6 +76,14 @@ def test_every_python_runs_the_commands(
     assert list(home.path.rglob("settings.json*")) == []
 
 
+@pytest.mark.parametrize("python", pythons(7, 8))
+def test_an_old_python_installs_nothing(home: Home, python: str) -> None:
+    """3.7, whose hooks would do nothing, is told so."""
+    ended = install(home, "--url", URL, python=python)
+    assert (ended.code, os.listdir(str(home.path))) == (1, ["acme"])
+    assert "it needs Python 3.8 or newer" in ended.err
+
+
 @pytest.mark.fault(69)
 def test_without_a_home_it_says_so(tmp_path: pathlib.Path) -> None:
     """Where nothing tells the home directory, install refuses and writes nothing."""

@@ -489,7 +489,7 @@ def test_uninstall_takes_only_what_is_ours(home: Home) -> None:
     theirs = '{"a": [1, 2],\n "hooks": {"Stop": [' + json.dumps(OTHER_HOOK) + "]}}"
     path = write_settings(home, theirs.encode())
     install(home, "--url", URL)
-    path.write_text(path.read_text().replace("[1, 2]", "[1,  3]"))
+    path.write_text(path.read_text().replace("[1, 2]", "[true,  2]"))
     cache = installed(home).parent / "__pycache__"
     files = [cache / "mine.cpython-39.pyc", home.state / "notes.txt"]
     files.append(home.state / "acme-mail" / "outbox" / "letter")
@@ -498,7 +498,7 @@ def test_uninstall_takes_only_what_is_ours(home: Home) -> None:
         file.write_text("x")
     ended = uninstall(home)
     assert (ended.code, "telemhq stays: there is more in it" in ended.out) == (0, True)
-    assert path.read_text() == theirs.replace("[1, 2]", "[1,  3]")
+    assert path.read_text() == theirs.replace("[1, 2]", "[true,  2]")
     assert all(file.exists() for file in files)
     assert os.listdir(str(cache)) == ["mine.cpython-39.pyc"]
     assert not installed(home).exists()
