@@ -31,6 +31,7 @@ from support import (
 
 if TYPE_CHECKING:
     import socket
+    from types import ModuleType
 
 SCRIPT_THERE = "~/.claude/hooks/telemhq_ping.py"
 EXAMPLE = read(ROOT / "settings.example.json")["hooks"]
@@ -425,6 +426,12 @@ def test_send_proves_the_token(home: Home, receiver: Receiver) -> None:
     assert "-- telemhq: last delivery: none yet" in diagnosis(home)[1]
 
 
+def test_a_test_behind_many_is_not_refused(script: ModuleType) -> None:
+    """When its minute is over before its turn comes, the last answer was another's."""
+    said = script.in_words("HTTP 200", "telemhq")
+    assert said == "200: older pings go first; `flush` sends the rest"
+
+
 def test_a_test_that_was_not_sent_is_told(home: Home, receiver: Receiver) -> None:
     """Some trackers take none: that is said, and what proves their token; where
     nothing is to be sent to at all, --send has failed."""
@@ -448,10 +455,14 @@ def test_a_strangers_settings_give_little(well: Home, receiver: Receiver) -> Non
     theirs.write_text("#!/bin/sh\ntouch ran\n")
     theirs.chmod(0o755)
     env = {"PATH": str(well.project), "HTTPS_PROXY": receiver.url}
-    in_project(well, {"env": {**env, "TELEMHQ_TIMEOUT": "theirs"}})
-    settings(well, env={"TELEMHQ_PING_URL": "https://a.invalid/x"})
+    env.update(TELEMHQ_TIMEOUT="theirs", RECORDER_PREFIX="{project}")
+    in_project(well, {"env": env})
+    own = {"TELEMHQ_PING_URL": "https://a.invalid/x", "RECORDER_PAT": "x"}
+    own.update(TELEMHQ_DESTINATIONS="telemhq recorder", RECORDER_URL=dead_url())
+    settings(well, env=own)
     bad = diagnosis(well)[2]
     assert "TELEMHQ_TIMEOUT is ignored" in bad
+    assert "RECORDER_PREFIX" not in bad
     assert not (well.project / "ran").exists()
     assert [r for r in receiver.requests if r.method != "POST"] == []
 
