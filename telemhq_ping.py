@@ -3891,8 +3891,8 @@ def command_line() -> ArgumentParser:
 def main(arguments: list[str]) -> int | str:
     """Run a command; for sys.exit(): its status, or why it failed."""
     os.umask(0o077)
-    if sys.version_info < (3, 8):
-        return "it needs Python 3.8 or newer"
+    if sys.version_info < (3, 8) or not __doc__:
+        return "it needs Python 3.8 or newer, and no PYTHONOPTIMIZE=2"
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # what a terminal does not know
     try:

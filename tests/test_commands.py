@@ -84,6 +84,13 @@ def test_an_old_python_installs_nothing(home: Home, python: str) -> None:
     assert "it needs Python 3.8 or newer" in ended.err
 
 
+def test_without_docstrings_there_is_no_help(home: Home) -> None:
+    """The commands' options are read from them: that is said."""
+    ended = run(home, "doctor", PYTHONOPTIMIZE=2)
+    assert (ended.code, ended.out) == (1, "")
+    assert "no PYTHONOPTIMIZE=2" in ended.err
+
+
 @pytest.mark.fault(69)
 def test_without_a_home_it_says_so(tmp_path: pathlib.Path) -> None:
     """Where nothing tells the home directory, install refuses and writes nothing."""
