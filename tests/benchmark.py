@@ -145,9 +145,7 @@ def start(line: str, env: dict[str, str], stdin: bytes) -> int:
     actions = [(os.POSIX_SPAWN_DUP2, read, 0), *null]
     pid = os.posix_spawn("/bin/sh", ["sh", "-c", line], env, file_actions=actions)
     os.close(read)
-    left = memoryview(stdin)
-    while left:
-        left = left[os.write(write, left) :]
+    os.write(write, stdin)  # an event fits into a pipe
     os.close(write)
     return pid
 

@@ -217,7 +217,7 @@ class World:
 
     def env(self) -> dict[str, str]:
         """The client's environment: clean, offline, the tracker's URL exported."""
-        found = self.home.env(
+        return self.home.env(
             self.url,
             ANTHROPIC_BASE_URL=self.messages.url,
             ANTHROPIC_API_KEY=API_KEY,
@@ -225,8 +225,6 @@ class World:
             CLAUDE_CODE_MAX_RETRIES=0,
             IS_SANDBOX=1,
         )
-        found["PATH"] = os.path.dirname(sys.executable) + ":" + found["PATH"]
-        return found
 
     def start(self, form: str, *options: str) -> subprocess.Popen[bytes]:
         """Start the client; `form` is that of its output."""
@@ -473,10 +471,8 @@ def run(scenario: Callable[..., Any], path: pathlib.Path, **arguments: object) -
 
 def main(module: str, scenario: str, home: str, arguments: str) -> None:
     """Inside the namespace: play the scenario, print what was seen."""
-    with (
-        socket.socket()
-    ) as any_socket:  # `ip link set lo up` (netdevice(7)): SIOCSIFFLAGS
-        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", 1))
+    with socket.socket() as any_one:  # `ip link set lo up` (netdevice(7)): SIOCSIFFLAGS
+        fcntl.ioctl(any_one, 0x8914, struct.pack("16sh14x", b"lo", 1))
     signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.alarm(SCENARIO_S)
     world = World(home)

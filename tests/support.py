@@ -252,6 +252,12 @@ class Home:
             timeout=timeout,
         )
 
+    def start(self, url: str | None, **more: Any) -> subprocess.Popen[bytes]:
+        """Start the hook in a session of its own; its stdin is a pipe."""
+        more.update(stdin=subprocess.PIPE, cwd=str(self.project))
+        env = self.env(url)
+        return subprocess.Popen(hook_command(), env=env, start_new_session=True, **more)
+
     def destination(self) -> pathlib.Path:
         """The one destination's directory."""
         (found,) = [path for path in self.state.iterdir() if path.is_dir()]

@@ -40,27 +40,10 @@ def outcome(done: subprocess.CompletedProcess[bytes]) -> tuple[int, bytes, bytes
     return done.returncode, done.stdout, done.stderr
 
 
-def start(home: Home, url: str | None, **more: Any) -> subprocess.Popen[bytes]:
-    """Start the hook in a session of its own; its stdin is a pipe."""
-    return subprocess.Popen(
-        hook_command(),
-        stdin=subprocess.PIPE,
-        env=home.env(url),
-        cwd=str(home.project),
-        start_new_session=True,
-        **more,
-    )
-
-
 # -- Every Python ----------------------------------------------------------------------
 
 
-def short(value: object) -> str:
-    """A test's id: of a path, the part that tells the Python's version."""
-    return str(value).split("/versions/")[-1].split("/")[0]
-
-
-every_python = pytest.mark.parametrize("python", pythons(), ids=short)
+every_python = pytest.mark.parametrize("python", pythons())
 
 
 @every_python
@@ -81,10 +64,6 @@ def test_events_wait_on_disk_and_are_delivered_in_the_background(
         assert len({ping["event_id"] for ping in receiver.wait_for(3)}) == 3
         home.quiet()
     assert (len(receiver.requests), home.waiting()) == (3, [])
-    request = receiver.requests[0]
-    assert (request.method, request.path) == ("POST", "/ping/" + TOKEN)
-    assert request.headers["Content-Type"] == "application/json"
-    assert request.headers["Idempotency-Key"] == request.ping["event_id"]
 
 
 FINE = {  # stdin of which a ping can be made
@@ -145,7 +124,7 @@ def test_no_expensive_module_is_imported_in_the_hook(home: Home, python: str) ->
         assert names & COSTLY == set()
 
 
-@pytest.mark.parametrize("python", pythons(6, 8), ids=short)
+@pytest.mark.parametrize("python", pythons(6, 8))
 def test_an_old_python_does_nothing_and_blocks_nothing(home: Home, python: str) -> None:
     """3.7 is silent; 3.6 cannot compile the script, and says so on stderr only."""
     done = home.shell(f"{python} -I -S '{SCRIPT}' || true", STOP, NOWHERE)
@@ -176,7 +155,7 @@ def test_how_large_an_event_may_be(home: Home, size_mb: int, good: bool) -> None
 def test_stdin_is_read_to_its_end(home: Home, url: str | None) -> None:
     """An early close would show the user an EPIPE error, whatever there is to do; a
     parent that writes slowly is waited for."""
-    process = start(home, url, bufsize=0)
+    process = home.start(url, bufsize=0)
     assert process.stdin
     for piece in (STOP[:40], STOP[40:], *[b" " * 100000] * 20):
         process.stdin.write(piece)  # BrokenPipeError, were the hook gone
@@ -215,7 +194,7 @@ def test_the_hooks_pipes_end_while_the_sender_still_works(home: Home) -> None:
     with Wire(lambda _: wire.over.wait(60)) as wire:
         read, write = os.pipe()
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        process = start(home, wire.url, pass_fds=[write], **pipes)
+        process = home.start(wire.url, pass_fds=[write], **pipes)
         os.close(write)
         assert process.communicate(STOP, 20) == (b"", b"")
         assert os.read(read, 1) == b""
@@ -234,7 +213,7 @@ def test_a_hook_killed_with_all_its_descendants_loses_nothing(
     delivered by the next hook."""
     committed: set[str] = set()
     for delay_ms in (5, 15, 20, 25, 30, 35, 40, 50, 60, 80, None, None):
-        process = start(home, receiver.url)
+        process = home.start(receiver.url)
         assert process.stdin
         process.stdin.write(STOP)
         process.stdin.close()
@@ -278,14 +257,31 @@ def test_debug_mode_tells_where_the_ping_went_and_what_came_of_it(
     assert len(home.waiting()) == (status != 200)
 
 
-@pytest.mark.parametrize("sent", [b"", b'["CANARY"]', b"[" * 200000])
-def test_debug_mode_says_why_it_was_skipped(home: Home, sent: bytes) -> None:
-    """`TelemHQ hook skipped: <reason, and what to do about it>`, a line, exit 0."""
-    done = home.hook(sent, NOWHERE, TELEMHQ_HOOK_DEBUG=1)
+NO_EVENT = b"held no event of Claude Code's"
+NO_NAMES: tuple[Any, ...] = ("stop", "Évent", "", None, ["S"])
+
+
+@pytest.mark.fault(84)
+@pytest.mark.parametrize(
+    "sent, why",
+    [
+        *((raw, b"is not JSON") for raw in (b"", b"[" * 200000)),
+        *((event("Stop"), None), (event("Stop", hook_event_name="QuantumLeap"), None)),
+        *((event("Stop", cursor_version=v), NO_EVENT) for v in ("2.1.0", None)),
+        *((dict(event("Stop"), hook_event_name=n), NO_EVENT) for n in NO_NAMES),
+        (b'["CANARY"]', NO_EVENT),
+    ],
+)
+def test_debug_mode_says_why_an_event_is_none(
+    home: Home, receiver: Receiver, sent: Any, why: bytes | None
+) -> None:
+    """`TelemHQ hook skipped: <reason>`, a line, exit 0. Cursor runs the hooks of
+    ~/.claude/settings.json, with events of its own: nothing is told of them."""
+    done = home.hook(sent, receiver.url, TELEMHQ_HOOK_DEBUG=1)
     assert (done.returncode, done.stdout) == (0, b"")
-    why = b"is not JSON" if sent[:2] != b'["' else b"held no event of Claude Code's"
-    assert done.stderr == b"TelemHQ hook skipped: stdin " + why + b"\n"
-    assert b"CANARY" not in done.stderr
+    if why:
+        assert done.stderr == b"TelemHQ hook skipped: stdin " + why + b"\n"
+    assert len(receiver.requests) == (why is None)
 
 
 def test_foreground_ends_after_8_seconds_in_all(home: Home) -> None:

@@ -101,13 +101,10 @@ def test_every_python_reads_and_writes_alike(python: str) -> None:
 
 # The public ones are those of that Python: they go on working, so they are imported
 # before.
-PUBLIC = "import hashlib, hmac, json, sys, types\n"
-GONE = (
-    "import sys\nfor name in ('_json', '_sha2', '_sha256'): sys.modules[name] = None\n"
-)
-REPLACED = (
-    PUBLIC
-    + """
+PUBLIC = "import hashlib, hmac, json\n"
+GONE = "sys.modules.update(dict.fromkeys(('_json', '_sha2', '_sha256')))\n"
+REPLACED = """
+import hashlib, hmac, json, types
 def private(*_, **__):
     {}
 for name in ("_json", "_sha2", "_sha256"):
@@ -115,18 +112,14 @@ for name in ("_json", "_sha2", "_sha256"):
     module.make_scanner = module.encode_basestring_ascii = module.sha256 = private
     module.make_encoder = private
 """
-)
-SCANNER = (
-    PUBLIC
-    + """
-import _json
+SCANNER = """
+import hashlib, hmac, json, _json
 real = _json.make_scanner
 def make_scanner(context):
     scan = real(context)
     {}
 _json.make_scanner = make_scanner
 """
-)
 FUTURES = {
     "gone": PUBLIC + GONE,
     "gone for all": GONE,

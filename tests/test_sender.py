@@ -7,24 +7,13 @@ import os
 import pathlib
 import shutil
 import socket
-import subprocess
 import threading
 import time
 from typing import Any, Iterator
 
 import pytest
 
-from scenes import (
-    FAST,
-    NO_SENDER,
-    Scene,
-    id_of,
-    ids,
-    lone,
-    put,
-    until,
-    waiting,
-)
+from scenes import FAST, NO_SENDER, Scene, id_of, ids, lone, put, until, waiting
 from support import (
     ONE_LIFE,
     Home,
@@ -62,20 +51,6 @@ def held() -> Iterator[Receiver]:
         RELEASE.set()
 
 
-def beside_unlock(home: Home, url: str, moment: str) -> str:
-    """A patch: a hook of another process comes before, or after, the first unlock."""
-    return f"""
-import subprocess
-seen = []
-def unlocked(fd, how):
-    if how & fcntl.LOCK_UN and not seen:
-        seen.append(1)
-        subprocess.run({hook_command()!r}, env={home.env(url)!r},
-            input={json.dumps(event("Stop")).encode()!r})
-wrap(fcntl, "flock", {moment}=unlocked)
-"""
-
-
 def is_locked(home: Home) -> bool:
     """Whether somebody holds the destination's lock."""
     return not is_free(home.destination() / "lock")
@@ -104,11 +79,34 @@ os.posix_spawn = lambda *a, **k: note("sender")
     assert traced.read_text().split() == ["rename", "lock", "sender"]
 
 
+RAISES = """
+def posix_spawn(*_, setsid, **__):
+    raise {}
+os.posix_spawn = posix_spawn
+"""
+NO_SPAWN = {
+    "PyPy, Termux": "import gc\ndel os.posix_spawn, gc.set_threshold, time.tzset\n",
+    "musl": RAISES.format("NotImplementedError('setsid')"),
+    "macOS before 10.15": RAISES.format("OSError(22, 'Invalid argument')"),
+}
+
+
 @linux
-def test_what_kind_of_process_the_sender_is(home: Home, held: Receiver) -> None:
+@pytest.mark.fault(72)
+@pytest.mark.parametrize("system", [None, *NO_SPAWN])
+def test_a_sender_is_nobodys_child_and_alone(
+    home: Home, held: Receiver, system: str | None
+) -> None:
     """Own session, no parent of ours, cwd /, null on 0 to 2, and no descriptor but the
-    lock: it holds no pipe of the hook's, and its group's death is not the sender's."""
-    home.hook(event("Stop"), held.url)
+    lock: it holds no pipe of the hook's, and its group's death is not the sender's.
+    The lock is handed on: when the hook has returned the sender holds it. Hooks start
+    no other; it sees what they enqueue. All that without posix_spawn, too."""
+    if system:
+        done = patched(home, NO_SPAWN[system], url=held.url, sent=event("Stop"))
+    else:
+        done = home.hook(event("Stop"), held.url)
+    assert (done.returncode, done.stdout, done.stderr) == SILENT
+    assert is_locked(home)
     held.wait_for(1)
     (pid,) = home.processes()
     proc = pathlib.Path("/proc", str(pid))
@@ -121,19 +119,9 @@ def test_what_kind_of_process_the_sender_is(home: Home, held: Receiver) -> None:
     targets = [target for target in files.values() if ".so" not in target]  # PyPy's
     kinds = sorted(target.split(":")[0] for target in targets)
     assert kinds == sorted([str(home.destination() / "lock"), "socket"])
-
-
-@linux
-def test_one_sender_at_a_time(home: Home, held: Receiver) -> None:
-    """The lock is handed on: when the hook has returned the sender holds it. Hooks
-    start no other; it sees what they enqueue."""
-    home.hook(event("Stop"), held.url)
-    assert is_locked(home)
-    held.wait_for(1)
-    sender = home.processes()
     for _ in range(3):
         home.hook(event("Stop"), held.url)
-        assert home.processes() == sender
+        assert home.processes() == [pid]
     RELEASE.set()
     home.quiet()
     assert len(set(ids(held))) == len(held.requests) == 4
@@ -143,16 +131,7 @@ def test_one_sender_at_a_time(home: Home, held: Receiver) -> None:
 @pytest.mark.fault(7)
 def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
     """Fifty pings delivered, once each, one request at a time."""
-    hooks = [
-        subprocess.Popen(
-            hook_command(),
-            stdin=subprocess.PIPE,
-            env=home.env(receiver.url),
-            cwd=str(home.project),
-            start_new_session=True,
-        )
-        for _ in range(50)
-    ]
+    hooks = [home.start(receiver.url) for _ in range(50)]
     for number, hook in enumerate(hooks):
         assert hook.stdin
         hook.stdin.write(json.dumps(event("Stop", prompt_id=f"p-{number}")).encode())
@@ -168,19 +147,37 @@ def test_fifty_hooks_at_once(home: Home, receiver: Receiver) -> None:
     assert receiver.most_at_once == 1
 
 
-@pytest.mark.fault(8)
+OVER = """
+real, gone = time.monotonic, []
+time.monotonic = lambda: real() + 100 * len(gone)
+wrap(os, "unlink", after=lambda *_, **__: gone or gone.append(1))
+"""
+
+
+@pytest.mark.fault(8, 63)
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("over", ["", "real, begun = time.monotonic, time.monotonic()"])
+@pytest.mark.parametrize(
+    "how, over", [("detached", ""), ("detached", OVER), ("once", "")]
+)
 def test_a_ping_in_the_last_moment(
-    home: Home, receiver: Receiver, moment: str, over: str
+    home: Home, receiver: Receiver, moment: str, how: str, over: str
 ) -> None:
-    """A ping that comes around the unlock is delivered without another hook, also when
-    the sender's life is over then."""
+    """A ping that a hook of another process brings around the first unlock is delivered
+    without one more, also when the sender's life is over then, or a hook waits for it.
+    """
     place(home, receiver.url)
-    if over:
-        over += "\ngone = []\ntime.monotonic = lambda: real() + 100 * len(gone)"
-        over += "\nwrap(os, 'unlink', after=lambda *_, **__: gone or gone.append(1))\n"
-    run_sender(home, receiver.url, over + beside_unlock(home, receiver.url, moment))
+    beside = f"""
+import subprocess
+seen = []
+def unlocked(fd, how):
+    if how & fcntl.LOCK_UN and not seen:
+        seen.append(1)
+        subprocess.run({hook_command()!r}, env={home.env(receiver.url)!r},
+            input={json.dumps(event("Stop")).encode()!r})
+wrap(fcntl, "flock", {moment}=unlocked)
+"""
+    name = home.destination().name
+    patched(home, over + beside, how, "-1", name, url=receiver.url)
     home.quiet()
     assert len(set(ids(receiver))) == 2
     assert home.waiting() == []
@@ -296,20 +293,6 @@ def test_in_the_foreground_all_destinations_are_served(
     home.hook(TOOL, receiver.url, **more)
     assert (len(receiver.requests), home.waiting(), home.processes()) == (4, [], [])
     assert time.monotonic() - begun < 4
-
-
-@pytest.mark.fault(63)
-@pytest.mark.parametrize("moment", ["before", "after"])
-def test_a_foreground_sender_lists_again_after_it_unlocked(
-    home: Home, receiver: Receiver, moment: str
-) -> None:
-    """A background hook that comes around the unlock leaves nothing behind."""
-    place(home, receiver.url)
-    patch, name = beside_unlock(home, receiver.url, moment), home.destination().name
-    patched(home, patch, "once", "-1", name, url=receiver.url)
-    home.quiet()
-    assert len(set(ids(receiver))) == 2
-    assert waiting(home) == []
 
 
 @pytest.mark.fault(62)

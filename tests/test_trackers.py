@@ -8,13 +8,15 @@ import pathlib
 import re
 import time
 from types import ModuleType
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 
 import trackers
-from support import FIXTURES, TOKEN, Home, Request, wait_until
-from trackers import Fleet
+from support import FIXTURES, TOKEN, Request, wait_until
+from trackers import Fleet, fleet
+
+__all__ = ["fleet"]  # fixtures
 
 # A ping, and the log record that it becomes.
 OTLP = json.loads((FIXTURES / "otlp.json").read_text("utf-8"))
@@ -206,9 +208,7 @@ def test_a_token_may_stand_in_its_owners_file(
     path.parent.mkdir()
     path.write_text("cm_FILE\n")
     for token, expected in (("", "cm_FILE"), ("cm_A", "cm_A")):
-        environ = {"TELEMHQ_DESTINATIONS": "claude-metrics"}
-        environ["CLAUDE_METRICS_API_TOKEN"] = token
-        (found,), _ = script.find_trackers(script.Settings(environ))
+        found = made(script, "claude-metrics", CLAUDE_METRICS_API_TOKEN=token)
         assert found.secret == expected
 
 
@@ -307,14 +307,6 @@ def test_the_gate_beside_a_ping(script: ModuleType) -> None:
 
 
 # -- From a hook to five trackers ------------------------------------------------------
-
-
-@pytest.fixture
-def fleet(home: Home, script: ModuleType) -> Iterator[Fleet]:
-    """All five trackers."""
-    found = Fleet(home, script)
-    yield found
-    found.close()
 
 
 TROUBLES: dict[str, Any] = {

@@ -15,7 +15,9 @@ import pathlib
 import re
 import uuid
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
+
+import pytest
 
 from support import Home, Receiver, Request, event
 
@@ -356,7 +358,13 @@ class Fleet:
         assert [place.faults for place in self.places.values() if place.faults] == []
         assert self.home.waiting() == []
 
-    def close(self) -> None:
-        """End the receivers."""
-        for place in self.places.values():
-            place.close()
+
+@pytest.fixture
+def fleet(
+    request: pytest.FixtureRequest, home: Home, script: ModuleType
+) -> Iterator[Fleet]:
+    """All five trackers, or those that a test names."""
+    found = Fleet(home, script, *getattr(request, "param", ()))
+    yield found
+    for place in found.places.values():
+        place.close()
