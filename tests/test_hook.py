@@ -275,10 +275,12 @@ NO_NAMES: tuple[Any, ...] = ("stop", "Évent", "", None, ["S"])
 def test_debug_mode_says_why_an_event_is_none(
     home: Home, receiver: Receiver, sent: Any, why: bytes | None
 ) -> None:
-    """`TelemHQ hook skipped: <reason>`, a line, exit 0. Cursor runs the hooks of
-    ~/.claude/settings.json, with events of its own: nothing is told of them."""
+    """`TelemHQ hook skipped: <reason, and what to do about it>`, a line, exit 0. Cursor
+    runs the hooks of ~/.claude/settings.json, with events of its own: nothing is told
+    of them."""
     done = home.hook(sent, receiver.url, TELEMHQ_HOOK_DEBUG=1)
     assert (done.returncode, done.stdout) == (0, b"")
+    assert (b"hook skipped" in done.stderr) == (why is not None)
     if why:
         assert done.stderr == b"TelemHQ hook skipped: stdin " + why + b"\n"
     assert len(receiver.requests) == (why is None)
