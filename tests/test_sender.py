@@ -51,11 +51,6 @@ def held() -> Iterator[Receiver]:
         RELEASE.set()
 
 
-def is_locked(home: Home) -> bool:
-    """Whether somebody holds the destination's lock."""
-    return not is_free(home.destination() / "lock")
-
-
 # -- From the hook to the sender -------------------------------------------------------
 
 
@@ -106,7 +101,7 @@ def test_a_sender_is_nobodys_child_and_alone(
     else:
         done = home.hook(event("Stop"), held.url)
     assert (done.returncode, done.stdout, done.stderr) == SILENT
-    assert is_locked(home)
+    assert not is_free(home.destination() / "lock")
     held.wait_for(1)
     (pid,) = home.processes()
     proc = pathlib.Path("/proc", str(pid))
@@ -310,7 +305,7 @@ def test_what_time_is_too_short_for_goes_to_a_detached_sender(home: Home) -> Non
         assert (run.returncode, run.stdout, run.stderr) == SILENT
         assert 1 <= len(receiver.requests) < 12
         assert time.monotonic() - begun < 5
-        assert is_locked(home)
+        assert not is_free(home.destination() / "lock")
         wait_until(lambda: not home.waiting())
         assert (ids(receiver), receiver.most_at_once) == (found, 1)
 
