@@ -541,16 +541,32 @@ def test_sweep_follows_todays_settings(session: Session, key: str) -> None:
     another key than today's."""
     old = {"TELEMHQ_HASH_KEY": key} if key else {}
     session.charge(START, -1, TELEMHQ_MACHINE="mini", **old)
-    session.add(*turn(0, 1, tools=["mcp__acme__drop"]))
+    session.add(*turn(0, 1, tools=["mcp__acme__drop", "mcp__other__look"]))
     today: dict[str, Any] = {"TELEMHQ_HASH_KEY": "new", "TELEMHQ_TOOL_NAMES": 0}
     (lost,) = session.send(at=LATER, **today)
     other = Session(session.home, session.receiver)
     other.path = session.path
     wanted = other.charge("Notification", 0, **today)
-    assert lost["tools"] == {"mcp": 1}
+    assert lost["tools"] == {"mcp": 2}
     assert "machine" not in lost
     assert lost["transcript_path_hash"] == wanted["transcript_path_hash"]
     assert lost.get("cwd_hash") == (wanted["cwd_hash"] if key == "new" else None)
+
+
+UPDATED = """
+class Newer:
+    st_ctime = {}
+real, os.stat = os.stat, lambda path: Newer if path.endswith("ping.py") else real(path)
+"""
+
+
+def test_an_update_does_not_begin_sessions_anew(session: Session) -> None:
+    """What counts is when the outbox was made; not when this version came."""
+    session.charge("Notification", -5)
+    session.add(*turn(0, 1), *turn(10, 2))
+    session.hook("Stop", 12)
+    (ping,) = session.send(patch=UPDATED.format(session.begun + 5))
+    assert size_of(ping) == 3
 
 
 @pytest.mark.fault(81)
