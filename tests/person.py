@@ -128,20 +128,27 @@ def tree(path: pathlib.Path) -> Tree:
     return found
 
 
+ON_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 class Terminal:
     """A command on a terminal. out: what it has printed so far."""
 
     def __init__(self, home: Home, *arguments: str, **env: str) -> None:
         self.out = ""
-        self.pid, self.fd = pty.fork()
-        if not self.pid:
-            os.chdir(str(home.project))
-            command = script_command(*arguments)
-            os.execve(
-                sys.executable,
-                command,
-                home.env(**{"COLUMNS": "80", "NO_COLOR": "1", **env}),
-            )
+        self.fd, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", ON_TERMINAL, *script_command(*arguments)],
+            **dict.fromkeys(("stdin", "stdout", "stderr"), theirs),
+            env=home.env(**{"COLUMNS": "80", "NO_COLOR": "1", **env}),
+            cwd=str(home.project),
+            start_new_session=True,
+        )
+        os.close(theirs)
 
     def read(self) -> bool:
         """Take what it prints; False when it has ended."""
@@ -164,7 +171,7 @@ class Terminal:
         """(exit status, output), when it has ended."""
         while self.read():
             pass
-        code = os.waitpid(self.pid, 0)[1] >> 8
+        code = self.process.wait()
         os.close(self.fd)
         assert TOKEN not in self.out
         assert "Traceback" not in self.out
