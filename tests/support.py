@@ -85,7 +85,7 @@ class Request:
 
 
 class Receiver:
-    """An HTTP(S) server on 127.0.0.1 that keeps every request.
+    """An HTTP(S) server on 127.0.0.1 that keeps every request that came whole.
 
     `answer` is a status, or a function Request -> status or (status, headers, body).
     It may sleep or raise. `most_at_once` is the most requests ever in flight.
@@ -104,9 +104,10 @@ class Receiver:
 
             def serve(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
-                request = Request(
-                    self.command, self.path, self.headers, self.rfile.read(length)
-                )
+                body = self.rfile.read(length)
+                if len(body) < length:
+                    return  # its sender was killed: no server accepts it
+                request = Request(self.command, self.path, self.headers, body)
                 with guard:
                     in_flight[0] += 1
                     outer.most_at_once = max(outer.most_at_once, in_flight[0])

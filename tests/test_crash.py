@@ -251,8 +251,6 @@ def test_random_kills_over_five_hundred_events(home: Home) -> None:
         home.quiet()
         by_id, by_prompt = collections.defaultdict(set), collections.defaultdict(set)
         for request in list(receiver.requests):
-            if len(request.body) < int(request.headers["Content-Length"]):
-                continue  # its sender was killed while sending: no server accepts it
             by_id[request.headers["Idempotency-Key"]].add(request.body)
             by_prompt[request.ping["prompt_id"]].add(request.ping["event_id"])
     assert returned.count(False) > 20
