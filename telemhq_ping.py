@@ -673,7 +673,7 @@ def url_in(settings: Settings, name: str, default: str, path: str) -> str:
     none that a ping may go to."""
     url = settings.environ.get(name) or default
     if not url:
-        raise Skipped(f"{name} is not set")
+        raise Skipped(f"{name} is not set in your own settings")
     try:
         scheme, host = split_url(url)
         if scheme == "http" and not (settings.allow_http or loopback(host)):
@@ -690,7 +690,7 @@ def secret_in(settings: Settings, name: str, path: str) -> str:
     Skipped says what is wrong, and not it."""
     text = (settings.environ.get(name) or small_file(absolute(path) or "")).strip()
     if not text:
-        raise Skipped(f"{name} is not set")
+        raise Skipped(f"{name} is not set in your own settings")
     if not text.isascii() or not text.isprintable() or " " in text:
         raise Skipped(f"{name} is not usable: it has characters that no token has")
     return text
@@ -705,7 +705,9 @@ class TelemHQ(Tracker):
     def __init__(self, settings: Settings) -> None:
         self.default_url = settings.url
         if not self.default_url:
-            raise Skipped("TELEMHQ_PING_URL is not set: run `install`")
+            raise Skipped(
+                "TELEMHQ_PING_URL is not set: `install --url URL` or the plugin sets it"
+            )
         super().__init__(settings)
 
     def requests(self, ping: Fields, _: Fields) -> list[Request]:
@@ -1024,6 +1026,16 @@ def find_trackers(settings: Settings) -> tuple[list[Tracker], list[str]]:
         except Skipped as why:
             problems.append(str(why))
     return trackers, problems
+
+
+def counts_in_project(name: str) -> bool:
+    """Whether a command takes a variable from a project's settings, which may be a
+    stranger's: those of ours, but neither URL nor secret of another tracker (our URL is
+    both), so that no secret goes to a stranger; no PATH, no proxy."""
+    others = [one.variables for one in TRACKERS.values() if one is not TelemHQ]
+    if any(name in variables[:2] for variables in others):
+        return False
+    return name[:8] == "TELEMHQ_" or any(name in variables for variables in others)
 
 
 # -- Outbox: what waits, on disk -------------------------------------------------------
@@ -2129,10 +2141,10 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
             told = one.count()
             one.account.save()
             break
-        except (FileNotFoundError, ValueError):
-            told = unknown  # there is no such transcript; the account is damaged
+        except FileNotFoundError:
+            told = unknown  # there is no such transcript
             break
-        except (TypeError, LookupError, AttributeError):  # it is damaged inside
+        except (AttributeError, LookupError, TypeError, ValueError):  # it is damaged
             path = outbox.account_path(session_name(record.ping["session_id"]))
             Account(path, time.time()).save()
             told = unknown
@@ -2648,14 +2660,13 @@ class Sender:
         now, state = time.time(), self.on_pass.state
         if 0 <= now - state.swept_at < DAY_S:
             return
-        place = escape(self.outbox.directory)
-        paths = sorted(glob(os.path.join(place, "accounts", "*.json")), key=age_s)
-        unfinished = [
-            *glob(os.path.join(place, ".*")),
-            *glob(os.path.join(place, "*", ".*")),
-        ]
-        old = [path for path in unfinished if age_s(path) > UNFINISHED_S]
-        for path in [*old, *paths[ACCOUNTS_MAX:]]:
+        accounts = escape(self.outbox.path("accounts"))
+        paths = sorted(glob(os.path.join(accounts, "*.json")), key=age_s)
+        old = paths[ACCOUNTS_MAX:]
+        for part in ("", "outbox", "refused", "accounts"):
+            unfinished = glob(os.path.join(escape(self.outbox.path(part)), ".*"))
+            old += [path for path in unfinished if age_s(path) > UNFINISHED_S]
+        for path in old:
             remove(path)
         for path in paths if self.settings.usage else ():
             if self.is_over():
@@ -2919,7 +2930,7 @@ class RegisteredHook:
             words = []
         names = [os.path.basename(word) for word in words if word[:1] != "-"]
         run = rf"(py[\w.]* )?{script}"
-        imported = rf"(trap  TERM; )?cd [^;&|]+ && [^;&|]+ IMPORT( \|\| {run})?"
+        imported = rf"(trap  TERM; )?cd [^;&|]+ && [^;&| ]+ IMPORT( \|\| {run})?"
         self.is_ours = bool(
             re.fullmatch(rf"({imported}|{run})( \|\| true)?", " ".join(names))
         )
@@ -3005,7 +3016,6 @@ class Surroundings:
     def __init__(self) -> None:
         import glob
 
-        projects = [n for one in TRACKERS.values() for n in one.variables[2:]]
         company = MANAGED_DIRS.get(sys.platform, "/etc/claude-code")
         managed = [os.path.join(company, "managed-settings.json")]
         managed += sorted(glob.glob(os.path.join(company, "managed-settings.d/*.json")))
@@ -3017,7 +3027,7 @@ class Surroundings:
         environ, self.url_from = dict(os.environ), ""
         for file in self.files:
             for name, value in file.env.items():
-                if file.path in self.own or name[:8] == "TELEMHQ_" or name in projects:
+                if file.path in self.own or counts_in_project(name):
                     environ[name] = str(value)
             if URL_NAME in file.env:
                 self.url_from = file.path
@@ -3080,8 +3090,8 @@ def adopt_all(here: list[Tracker], settings: Settings, yes: bool) -> int:
                 former.need_sound()
                 present.need_sound()
                 say(what_waits(former))
-                names = f"{former.name()} to {present.name()}"
-                print(f"  from {names}, {origin(tracker.url)}")
+                route = f"{former.name()} to {present.name()}"
+                print(f"  from {route}, {origin(tracker.url)}")
                 moves.append((former, present))
     if moves:
         need_yes("Move them?", yes)
@@ -3289,6 +3299,7 @@ def answer_to(asked: Request, settings: Settings) -> Answer:
 def check_trackers(around: Surroundings) -> Iterator[Check]:
     """Whether the trackers are set up, and answer to what records nothing."""
     settings = around.settings
+    os.environ.update(settings.environ)  # urllib looks for proxies there
     trackers, problems = find_trackers(settings)
     unset = around.url_is_kept or settings.environ.get(URL_NAME) == ""
     for problem in problems:
@@ -3299,7 +3310,9 @@ def check_trackers(around: Surroundings) -> Iterator[Check]:
         answer = answer_to(asked, settings)
         takes_posts = answer.what in ("HTTP 400", "HTTP 405", "HTTP 422")
         if (takes_posts and asked.body is None) or answer.verdict == DELIVERED:
-            proof = "`doctor --send`" if tracker.wants({"event": "Test"}) else "a turn"
+            proof = (
+                "`doctor --send`" if tracker.wants({"event": "Test"}) else "a session"
+            )
             yield True, f"{name} answers; only {proof} proves the token"
         else:
             yield False, f"{name}: {in_words(answer.what, tracker.kind)}"
@@ -3380,19 +3393,18 @@ def send_test(around: Surroundings) -> Iterator[Check]:
     ping = make_ping(event, settings, ns, 0)
     trackers = find_trackers(settings)[0]
     if not trackers:
-        yield False, "no test was sent: no tracker is set up here"
+        yield None if around.url_is_kept else False, "no test was sent: no URL is known"
     for tracker in trackers:
         kind, outbox = tracker.kind, outbox_of(settings, tracker)
         if not tracker.wants(ping):
-            yield None, f"{kind} takes no test: its first turn proves the token"
+            yield None, f"{kind} takes no test: its first session proves the token"
             continue
         name = enqueue(outbox, tracker, ns, ping, {})
         what = flush_outbox(outbox, tracker, settings)
         kept = [outbox.file(name), outbox.path("refused", name)]
-        taken, told = True, f"has taken the test {ping['event_id']}"
-        if any(map(os.path.exists, kept)):
-            taken, told = False, f"did not take the test, {in_words(what, kind)}"
-        yield taken, f"{kind} {told}"
+        taken = not any(map(os.path.exists, kept))
+        no = f"{kind} did not take the test, {in_words(what, kind)}"
+        yield taken, f"{kind} has taken the test {ping['event_id']}" if taken else no
 
 
 def doctor(options: Namespace) -> int:
@@ -3401,7 +3413,6 @@ def doctor(options: Namespace) -> int:
     --send  send one real ping, with the event Test: that proves the token
     """
     around, well = Surroundings(), True
-    os.environ.update(around.settings.environ)  # urllib looks for proxies there
     looks = [check_settings, check_hooks, check_bytecode, check_trackers, check_disk]
     for look in [*looks, send_test] if options.send else looks:
         try:
@@ -3507,8 +3518,7 @@ def settings_to_change() -> File:
 
 
 def write_all(changes: list[Change]) -> None:
-    """Make each file what it is to be (None: it goes, or a directory with all that is
-    in it); Skipped names one where that cannot be."""
+    """Make each what it is to be (None: gone); Skipped names one that cannot be so."""
     from shutil import rmtree
 
     for path, content, mode in changes:
@@ -3522,7 +3532,7 @@ def write_all(changes: list[Change]) -> None:
             elif os.path.exists(path):
                 os.unlink(path)
         except OSError as error:  # a full disk has no path in it
-            raise Skipped(f"{path}: {error.strerror}") from error
+            raise Skipped(f"{path}: {error.strerror or error}") from error
 
 
 def to_install(options: Namespace, url: str | None) -> list[Change]:
@@ -3554,7 +3564,7 @@ def to_install(options: Namespace, url: str | None) -> list[Change]:
             changes.append((file.real + BACKUP, file.raw, 0o600))
         if file.mode & 0o044 and os.name == "posix" and URL_NAME in text:
             print("Others can read it, and the URL in it is a secret:")
-            say(f"  chmod 600 {file.real}")
+            print(at_home(f"  chmod 600 {file.real}"))
         raw = text.encode("utf-8", "backslashreplace")
         changes.append((file.real, raw, file.mode))
     return changes
@@ -3600,7 +3610,7 @@ def to_remove(around: Surroundings) -> list[Change]:
         found.path
         for found in around.files
         for hook in found.hooks
-        if hook.names_script and not (hook.is_ours and found.path == file.path)
+        if hook.names_script and not (hook.is_ours and found.real == file.real)
     ]
     if URL_NAME in file.env or any(hook.is_ours for hook in file.hooks):
         content, what = without_ours(file.content), "our hooks and the ping URL"
@@ -3614,7 +3624,7 @@ def to_remove(around: Surroundings) -> list[Change]:
         say(f"  {file.path}: {what}")
         changes += [(file.real, raw, file.mode), (backup.path, None, 0)]
     if others and before.raw is None:  # without it they would end with 2, a veto
-        say(f"  not {script.path}: a command in {others[0]} runs it; take that out")
+        say(f"  not {script.path}: a command in {others[0]} may need it; take that out")
     elif script.raw is not None:
         back = ", and the one from before install comes back"
         say(f"  {script.path}{'' if before.raw is None else back}")
@@ -3632,15 +3642,16 @@ def uninstall(options: Namespace) -> int:
     """
     around = Surroundings()
     state_dir = around.settings.state_dir or ""
-    if around.plugin:
-        say(f"The plugin in {around.plugin} stays, with its state. To remove:")
-        say(f"  claude plugin uninstall {PLUGIN}; rm -r {state_dir}")
+    plugin = [file.path for file in around.files if PLUGIN in str(file.content)]
+    if plugin:
+        say(f"The plugin in {plugin[0]} stays, with its state. To remove:")
+        print(f"  claude plugin uninstall {PLUGIN}; rm -r {state_dir!r}")
     print("This goes:")
     changes = to_remove(around)
-    stays = options.keep_state or around.plugin
+    stays = options.keep_state or plugin
     kept = [] if stays else outboxes(state_dir)
     if not (changes or kept):
-        print("  nothing: none of it is here.")
+        print("  nothing.")
         return 0
     if kept:
         waiting = sum(len(outbox.waiting()) for outbox in kept)
@@ -3657,7 +3668,7 @@ def uninstall(options: Namespace) -> int:
         if not os.path.islink(directory):
             remove(directory)  # unless there is more in it
     if not stays and os.path.isdir(state_dir):
-        say(f"{state_dir} stays: there is more in it")
+        say(f"{state_dir} stays: look what is in it")
     print("Removed.")
     return 0
 
@@ -3748,7 +3759,7 @@ def demo(_: Namespace) -> int:
         text += " #" if f"{name}_hash" in ping else ""
         text += " =" if f"{name}_chars" in ping else ""
         lines.append(f"  {name}: {text}")
-    columns = min(88, shutil.get_terminal_size().columns)
+    columns = min(88, shutil.get_terminal_size().columns or 80)
     for line in [*lines, f"  left {json.dumps(ping)}"]:
         print(folded(line, columns))
     print("\n~~: it stayed here; of # its hash has left, of = its length.")
@@ -3768,15 +3779,15 @@ COLUMNS = {  # of the table: name in a row, which is the pings' own -> heading
 
 def kept_of(name: str | None) -> list[tuple[Outbox, list[Fields]]]:
     """What left all outboxes, or those whose name begins so; Skipped: nothing."""
-    kept = [(o, deliveries(o)) for o in outboxes(Surroundings().settings.state_dir)]
-    found = [(outbox, lines) for outbox, lines in kept if lines]
+    places = outboxes(Surroundings().settings.state_dir)
+    chosen = [outbox for outbox in places if outbox.name().startswith(name or "")]
+    found = [(o, lines) for o, lines in zip(chosen, map(deliveries, chosen)) if lines]
     if not found:
-        raise Skipped("nothing was delivered yet: `doctor` says why, `flush` sends")
-    chosen = [one for one in found if one[0].name().startswith(name or "")]
-    if not chosen:
-        there = ", ".join(outbox.name() for outbox, _ in found)
-        raise Skipped(f"nothing was delivered to {name} yet, but to: {there}")
-    return chosen
+        to = f" to {name}" if name else ""
+        raise Skipped(
+            f"nothing was delivered{to} yet: `doctor` says why, `flush` sends"
+        )
+    return found
 
 
 def sent(options: Namespace) -> int:

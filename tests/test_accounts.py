@@ -638,6 +638,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut off": lambda raw: raw[: len(raw) // 2],
     "a list": lambda _: b"[]",
     "lists for objects": lambda raw: raw.replace(b"{}", b"[]"),
+    "a list too long": lambda raw: raw.replace(b'"baseline":[', b'"baseline":[1,2,'),
     "inside": lambda raw: raw.replace(b'"offset":', b'"offset":"x","o":'),
 }
 

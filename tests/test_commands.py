@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from person import (
-    URL,
-    install,
-    on_a_terminal,
-    run,
-    uninstall,
-)
+from person import URL, install, on_a_terminal, run, uninstall
 from support import ROOT, Home, Receiver, pythons, script_command
 
 if TYPE_CHECKING:

@@ -441,11 +441,11 @@ def test_a_test_that_was_not_sent_is_told(home: Home, receiver: Receiver) -> Non
         home, "https://a.invalid/x", env={"TELEMHQ_DESTINATIONS": "wigtoken", **more}
     )
     code, good, _ = diagnosis(home, "--send")
-    assert f"ok wigtoken at {server} answers; only a turn proves the token" in good
-    assert "-- wigtoken takes no test: its first turn proves the token" in good
+    assert f"ok wigtoken at {server} answers; only a session proves the token" in good
+    assert "-- wigtoken takes no test: its first session proves the token" in good
     assert (code, len(receiver.requests)) == (0, 1)
     settings(home, env={"TELEMHQ_PING_URL": ""})
-    assert "!! no test was sent: no tracker is set up" in diagnosis(home, "--send")[2]
+    assert "!! no test was sent: no URL is known" in diagnosis(home, "--send")[2]
 
 
 def test_a_strangers_settings_give_little(well: Home, receiver: Receiver) -> None:
@@ -456,15 +456,17 @@ def test_a_strangers_settings_give_little(well: Home, receiver: Receiver) -> Non
     theirs.chmod(0o755)
     env = {"PATH": str(well.project), "HTTPS_PROXY": receiver.url}
     env.update(TELEMHQ_TIMEOUT="theirs", RECORDER_PREFIX="{project}")
+    env.update(TELEMHQ_OTLP_ENDPOINT=receiver.url.partition("/ping")[0])
     in_project(well, {"env": env})
     own = {"TELEMHQ_PING_URL": "https://a.invalid/x", "RECORDER_PAT": "x"}
-    own.update(TELEMHQ_DESTINATIONS="telemhq recorder", RECORDER_URL=dead_url())
+    own.update(TELEMHQ_DESTINATIONS="telemhq recorder otlp", RECORDER_URL=dead_url())
     settings(well, env=own)
-    bad = diagnosis(well)[2]
+    asked, bad = len(receiver.requests), diagnosis(well)[2]
     assert "TELEMHQ_TIMEOUT is ignored" in bad
+    assert "TELEMHQ_OTLP_ENDPOINT is not set in your own settings" in bad
     assert "RECORDER_PREFIX" not in bad
     assert not (well.project / "ran").exists()
-    assert [r for r in receiver.requests if r.method != "POST"] == []
+    assert len(receiver.requests) == asked
 
 
 # -- The disk ----------------------------------------------------------------------

@@ -164,7 +164,7 @@ def test_which_urls_are_destinations(script: ModuleType, url: str) -> None:
         (f"http://192.0.2.7/ping/{TOKEN}", "TELEMHQ_ALLOW_HTTP=1"),
         (f"https://telemhq.com/ping/\udcff{TOKEN}", "character"),
         ("", "is empty: all is switched off"),
-        (None, "is not set: run `install`"),
+        (None, "is not set: `install --url URL`"),
     ],
     ids=ascii,
 )

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import pathlib
 
 BACKUP = "~/.claude/settings.json.telemhq-backup"
-HERE = "~/.claude/hooks/telemhq_ping.py"
+HERE, PLUGIN = "~/.claude/hooks/telemhq_ping.py", "telemhq-ping@telemhq-ping"
 
 
 def events_in(home: Home) -> list[str]:
@@ -152,6 +152,7 @@ THEIRS = [
     "~/bin/guard ~/.claude/hooks/telemhq_ping.py",
     "TELEMHQ_PROJECT=x python3 ~/.claude/hooks/telemhq_ping.py",
     "cd /tmp\npython3 ~/.claude/hooks/telemhq_ping.py",
+    f"cd ~/.claude/hooks && TELEMHQ_PING_URL={URL} python3 -ESc '{IMPORT}' || true",
     "cd ~/.claude/hooks && python3 -c 'import telemhq_ping; telemhq_ping.hook()'",
     f"cd ~/.claude/hooks && python3 -ESc '{IMPORT}' | tee log",
 ]
@@ -206,7 +207,7 @@ def test_an_upgrade_replaces_only_our_commands(home: Home) -> None:
     left = {"Stop": [{**group, "hooks": theirs}], "SessionEnd": [{"hooks": theirs}]}
     assert read(settings_path(home)) == {"hooks": left}
     # Without the script theirs would be a veto.
-    assert f"not {HERE}: a command in ~/.claude/settings.json runs it" in ended.out
+    assert f"not {HERE}: a command in ~/.claude/settings.json may" in ended.out
     assert installed(home).exists()
 
 
@@ -497,7 +498,7 @@ def test_uninstall_takes_only_what_is_ours(home: Home) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("x")
     ended = uninstall(home)
-    assert (ended.code, "telemhq stays: there is more in it" in ended.out) == (0, True)
+    assert (ended.code, "telemhq stays: look what is in it" in ended.out) == (0, True)
     assert path.read_text() == theirs.replace("[1, 2]", "[true,  2]")
     assert all(file.exists() for file in files)
     assert os.listdir(str(cache)) == ["mine.cpython-39.pyc"]
@@ -522,6 +523,7 @@ def test_uninstall_names_what_it_cannot_remove(home: Home) -> None:
     assert f"not {HERE}: a command in ~/acme/api/" in uninstall(home).out
     assert installed(home).exists()
     path.unlink()
+    path.symlink_to(settings_path(home))  # the user's own, in a repository of dotfiles
     assert uninstall(home).code == 0
     assert not installed(home).exists()
 
@@ -538,7 +540,7 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     """uninstall names what it would remove: hooks and URL, script, and the state with
     how many pings wait and how many are on record. Nobody asked: nothing is changed.
     --keep-state leaves the state."""
-    assert "none of it is here" in uninstall(home).out
+    assert uninstall(home).out == "This goes:\n  nothing.\n"
     sent_once(home)
     install(home, "--url", URL)
     place(home, URL, 2)
@@ -558,7 +560,14 @@ def test_uninstall_says_what_goes(home: Home) -> None:
     assert (ended.code, "telemhq, with" in ended.out) == (0, False)
     assert ended.out.endswith("Removed.\n")
     assert sorted(os.listdir(str(home.state.parent))) == ["telemhq"]
+    path = write_settings(home, {"enabledPlugins": {PLUGIN: True}})
+    local = home.project / ".claude" / "settings.json"
+    local.parent.mkdir()
+    local.write_text(json.dumps({"enabledPlugins": {PLUGIN: False}}))
+    assert "The plugin in ~/.claude/settings.json stays" in uninstall(home).out
     assert len(home.waiting()) == 2
+    path.unlink()
+    local.unlink()
     assert uninstall(home).code == 0
     assert sorted(os.listdir(str(home.path))) == ["acme"]
 

@@ -70,7 +70,7 @@ def test_who_is_named_gets_pings(script: ModuleType) -> None:
     found, problems = find(script, TELEMHQ_DESTINATIONS=named, **GOOD["otlp"])
     assert [tracker.kind for tracker in found] == ["otlp"]
     assert "'recoder' is none of telemhq, wigtoken" in problems[0]
-    assert problems[1:] == ["WIGTOKEN_SERVER is not set"]
+    assert problems[1:] == ["WIGTOKEN_SERVER is not set in your own settings"]
 
 
 UNUSABLE = (  # a variable, values, and what is said of them
