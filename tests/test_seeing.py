@@ -38,15 +38,16 @@ fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
 def test_demo_shows_what_leaves_and_what_stays(home: Home) -> None:
     """The demo shows the exact JSON that left for a failed tool; nothing that was said,
     done or where is in it. What was handed over is shown field by field; what did not
-    leave is marked, and a sentence under it says what each mark means. No setting of
-    its user's changes it, and nothing is left behind."""
+    leave is marked, and a sentence under it says what each mark means. The user's own
+    variables shape it; nothing is left behind."""
     before = tree(home.path)
     ended = run(home, "demo", url=URL, TELEMHQ_PROJECT="x", TMPDIR=home.project)
     assert (ended.code, ended.err) == (0, "")
     assert tree(home.path) == before
     out = " ".join(ended.out.split())
     ping = json.loads(out.partition(" left ")[2].partition(" ~~: ")[0])
-    assert (ping["event"], ping["status"]) == ("PostToolUseFailure", "failed")
+    told = [ping[name] for name in ("event", "status", "project")]
+    assert told == ["PostToolUseFailure", "failed", "x"]
     for content in "hunter2", "deploy", "/home/you":
         assert content not in json.dumps(ping)
     for words in (
@@ -68,6 +69,7 @@ def test_demo_fits_the_terminal(home: Home, columns: int, most: int) -> None:
     assert len(lines) <= most
     assert max(map(len, lines)) <= columns
     assert {'"transcript_path_hash":', '"PostToolUseFailure",'} <= set(out.split())
+    assert on_a_terminal(home, b"", "demo", COLUMNS="0")[0] == 0  # nobody sized it
 
 
 def test_demo_tells_real_times(home: Home) -> None:
