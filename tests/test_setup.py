@@ -523,6 +523,7 @@ def test_uninstall_names_what_it_cannot_remove(home: Home) -> None:
     assert f"not {HERE}: a command in ~/acme/api/" in uninstall(home).out
     assert installed(home).exists()
     path.unlink()
+    install(home, "--url", URL)
     path.symlink_to(settings_path(home))  # the user's own, in a repository of dotfiles
     assert uninstall(home).code == 0
     assert not installed(home).exists()
