@@ -61,6 +61,7 @@ def test_nonsense_stops_nothing_and_is_told_in_debug_mode(
     assert (ping["project"], "machine" in ping) == ("api", False)
     for name, _ in NONSENSE:
         assert re.search(f"{name} (is ignored|counts as 0): ", done.stderr.decode())
+    assert done.stderr.count(b"counts as 0: it must be 1 or 0") == 5
     assert not (home.project / "relative").exists()
 
 
