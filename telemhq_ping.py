@@ -2131,7 +2131,7 @@ def charge(outbox: Outbox, name: str, record: Record, ends: float) -> Record | N
     ends: monotonic. The account is saved with what is told, then the ping's file is
     rewritten, then it may be sent: so nothing is lost, and nothing told twice. None: it
     must wait, for the disk refuses that. Where nothing can be read, nothing is charged:
-    it is for the session's next ping."""
+    it is for the session's next ping. A damaged account begins anew, now."""
     if record.ping.get("event") not in ("SessionStart", *USAGE_EVENTS):
         return record
     told = unknown = {"usage_complete": False}
@@ -3205,10 +3205,7 @@ def check_settings(around: Surroundings) -> Iterator[Check]:
     """Whether Claude Code reads the settings and runs hooks, and what these will do."""
     settings = around.settings
     if around.managed_only:
-        yield (
-            False,
-            "allowManagedHooksOnly: only your company's own hooks run; ask there",
-        )
+        yield False, "allowManagedHooksOnly: only your company's hooks run; ask there"
     for file in around.files:
         if file.problem:
             yield False, f"Claude Code ignores {file.path} or a part: {file.problem}"

@@ -276,7 +276,7 @@ def test_doctor_sees_managed_settings(well: Home, where: str) -> None:
     path.write_text(json.dumps({"allowManagedHooksOnly": True, "env": env}))
     patch = f"t.MANAGED_DIRS = {{sys.platform: {str(well.path / 'company')!r}}}"
     bad = doctor_where(well, patch)[2]
-    assert "!! allowManagedHooksOnly: only your company's own hooks run" in bad
+    assert "!! allowManagedHooksOnly: only your company's hooks run; ask there" in bad
     assert "!! TELEMHQ_TIMEOUT is ignored: it is no number of seconds" in bad
 
 
